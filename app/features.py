@@ -1,0 +1,59 @@
+"""Strings and numbers of a request become arrays here, and only here. Training calls the same functions.
+
+Before: `schemas.py` (lists from the wire) or `models/data.py` (columns of a table). After: `pipeline.py`, or a batch.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNKNOWN_ITEM = 0  # row of an item that the bundle does not know
+START_ITEM = 1  # row of the learned start token
+FIRST_ITEM = 2  # row of the first real item
+
+UNKNOWN_ACTION = 0
+
+GAP_MISSING = 0  # this event or the one before it has no time
+GAP_FIRST = 1  # the first event that is kept
+GAP_BUCKETS = 34  # then 2 + floor(log2(gap + 1)), clamped
+
+WINDOW_STEP = 64  # windows start at multiples of this, so that a sliding history still extends
+
+CONTEXT_SIZE = 4
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+
+def gap_buckets(timestamps: Float64) -> Int64:
+    """Seconds since the event before, as bucket ids.
+
+    timestamps: (L,) float64 unix seconds, NaN where missing, of the *kept* events, oldest first. Returns (L,) int64.
+    The gap is clamped at 0, so a clock that went backwards is a gap of nothing.
+    """
+    gaps = np.diff(timestamps, prepend=np.nan)
+    known = ~np.isnan(gaps)
+    buckets = np.full(gaps.shape, GAP_MISSING, dtype=np.int64)
+    seconds = np.maximum(gaps[known], 0.0)
+    buckets[known] = np.minimum(2 + np.floor(np.log2(seconds + 1.0)).astype(np.int64), GAP_BUCKETS - 1)
+    buckets[:1] = GAP_FIRST
+    return buckets
+
+
+def window_start(offset: int, length: int, longest: int) -> int:
+    """Index, within the events sent, of the first one to read.
+
+    The window starts at the smallest multiple of 64, counted over the user's whole history (`offset` is the index of
+    the first event sent), from which at most `longest` events remain: a function of the request alone.
+    """
+    if length <= longest:
+        return 0
+    first = offset + length - longest
+    start = -(-first // WINDOW_STEP) * WINDOW_STEP
+    return min(start - offset, length - 1)
+
+
+def request_context(request_time: float) -> Float32:
+    """(4,) float32: hour of the day and day of the week (UTC) as points on two circles."""
+    day, week = 2 * np.pi * (request_time / 86_400.0), 2 * np.pi * (request_time / 604_800.0)
+    return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)

@@ -1,0 +1,229 @@
+"""Two tables in, training sequences out: the data contract (bring your own).
+
+Before: Parquet or CSV files, or `movielens.py`. After: `train.py` and `evaluate.py`.
+
+    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        one row an event, any order
+    items:  item_id, title?, then the columns that the TOML names as categorical or numeric
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from app.features import FIRST_ITEM, UNKNOWN_ACTION, gap_buckets
+
+MULTI_VALUE_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one output predicts: `next` (is this the next item?) or `label` (column label_<name> of the events)."""
+
+    name: str
+    kind: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `[data]`, `[items]`, `[heads]` and `[split]` tables of a TOML."""
+
+    name: str
+    heads: tuple[Head, ...]
+    title: str = "title"
+    categorical: tuple[str, ...] = ()
+    numeric: tuple[str, ...] = ()
+    history_length: int = 256
+    slate_size: int = 20  # a slate is the next this many events of a user
+    slate_users: int = 0  # users whose last slate is held out of training
+    validation_users: int = 0  # further users whose last training event is held out, to watch the training
+    max_bad_share: float = 0.01  # above this share of unusable rows, reading is an error
+    seed: int = 0
+
+
+def read_config(path: Path) -> tuple[DataConfig, dict]:
+    """The data part of a TOML as a dataclass, and the whole TOML as a dict."""
+    toml = tomllib.loads(path.read_text())
+    heads = tuple(Head(name, h["kind"], float(h["weight"])) for name, h in toml["heads"].items())
+    for head in heads:
+        if head.kind not in ("next", "label"):
+            raise ValueError(f"{path}: [heads.{head.name}] kind must be 'next' or 'label', not {head.kind!r}")
+    items, split = toml.get("items", {}), toml.get("split", {})
+    config = DataConfig(
+        name=toml["name"],
+        heads=heads,
+        title=items.get("title", "title"),
+        categorical=tuple(items.get("categorical", ())),
+        numeric=tuple(items.get("numeric", ())),
+        **{k: split[k] for k in split},
+    )
+    return config, toml
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """A Parquet or CSV file, by its suffix. CSV columns come as strings: `clean_events` gives them their types."""
+    if path.suffix == ".parquet":
+        return pl.read_parquet(path)
+    if path.suffix == ".csv":
+        return pl.read_csv(path, infer_schema_length=0)
+    raise ValueError(f"{path}: a table is .parquet or .csv")
+
+
+def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Usable events in time order (ties in input order), and how many rows could not be used, by reason.
+
+    Raises ValueError where a column is missing or more than `max_bad_share` of the rows cannot be used.
+    """
+    missing = {"user_id", "item_id", "timestamp"} - set(events.columns)
+    if missing:
+        raise ValueError(f"events: no column {', '.join(sorted(missing))}")
+    events = events.with_columns(
+        pl.col("user_id").cast(pl.String),
+        pl.col("item_id").cast(pl.String),
+        pl.col("timestamp").cast(pl.Float64, strict=False),
+    )
+    no_user = pl.col("user_id").is_null() | (pl.col("user_id") == "")
+    no_item = pl.col("item_id").is_null() | (pl.col("item_id") == "")
+    time = pl.col("timestamp")
+    bad_time = time.is_null() | ~time.is_finite() | (time < 0)
+    reasons = {"missing user_id": no_user, "missing item_id": ~no_user & no_item, "bad timestamp": ~no_user & ~no_item & bad_time}
+    labels = [c for c in events.columns if c.startswith("label_")]
+    if labels:
+        events = events.with_columns([pl.col(c).cast(pl.Float32, strict=False) for c in labels])
+        bad_label = pl.any_horizontal([pl.col(c).is_not_null() & ~pl.col(c).is_in([0.0, 1.0]) for c in labels])
+        reasons["label not 0 or 1"] = ~no_user & ~no_item & ~bad_time & bad_label
+    bad = {reason: int(events.select(test.sum()).item() or 0) for reason, test in reasons.items()}
+    share = sum(bad.values()) / max(1, len(events))
+    if share > max_bad_share:
+        raise ValueError(f"events: {share:.1%} of {len(events)} rows cannot be used, limit {max_bad_share:.1%}: {bad}")
+    keep = ~pl.any_horizontal(list(reasons.values()))
+    return events.filter(keep).sort("timestamp", maintain_order=True), {k: v for k, v in bad.items() if v}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Names and their rows. Rows of `items` start at 2 (0 is unknown, 1 the start token), of all others at 1."""
+
+    items: list[str]
+    actions: list[str]
+    fields: dict[str, list[str]]  # categorical column -> its values
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items as arrays; row 0 is the unknown item, row 1 the start token."""
+
+    vocabulary: Vocabulary
+    field_values: dict[str, np.ndarray]  # column -> (I + 2, most values of one item) int64, 0 is "none" or padding
+    numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
+    titles: list[str | None] = field(repr=False)
+
+
+def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
+    """All listed items, then those that only the events name, as rows."""
+    items = items.with_columns(pl.col("item_id").cast(pl.String)).filter(pl.col("item_id").is_not_null() & (pl.col("item_id") != ""))
+    items = items.unique("item_id", keep="first", maintain_order=True)
+    unlisted = events.select("item_id").unique(maintain_order=True).join(items, on="item_id", how="anti")
+    items = pl.concat([items, unlisted], how="diagonal")
+    vocabularies, columns = {}, {}
+    for name in config.categorical:
+        column = items[name].cast(pl.String).fill_null("").str.split(MULTI_VALUE_SEPARATOR).to_list()
+        column = [[v for v in values if v] for values in column]
+        values = sorted({v for row in column for v in row})
+        code = {v: k + 1 for k, v in enumerate(values)}
+        rows = np.zeros((len(column) + FIRST_ITEM, max([1, *map(len, column)])), dtype=np.int64)
+        for k, row in enumerate(column):
+            rows[k + FIRST_ITEM, : len(row)] = [code[v] for v in row]
+        vocabularies[name], columns[name] = values, rows
+    if "popularity" in config.numeric and "popularity" not in items.columns:
+        items = items.with_columns(pl.lit(None, pl.Float32).alias("popularity"))  # counted later, see `count_popularity`
+    numeric = np.full((len(items) + FIRST_ITEM, len(config.numeric)), np.nan, dtype=np.float32)
+    for k, name in enumerate(config.numeric):
+        numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
+    actions = sorted(events["action"].drop_nulls().unique().to_list()) if "action" in events.columns else []
+    titles = items[config.title].to_list() if config.title in items.columns else [None] * len(items)
+    return Catalogue(Vocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric, titles)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All users' events end to end. User u's are the rows `offsets[u] : offsets[u + 1]`, oldest first."""
+
+    users: list[str]
+    offsets: np.ndarray  # (U + 1,) int64
+    items: np.ndarray  # (E,) int64, rows of the catalogue
+    actions: np.ndarray  # (E,) int64
+    timestamps: np.ndarray  # (E,) float64
+    labels: np.ndarray  # (E, heads) float32, NaN where not known; 1 for heads of kind `next`
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def of(self, user: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Items, actions, gap buckets, labels of events first..last-1 of a user, as one window."""
+        rows = slice(self.offsets[user] + first, self.offsets[user] + last)
+        return self.items[rows], self.actions[rows], gap_buckets(self.timestamps[rows]), self.labels[rows]
+
+
+def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataConfig) -> Sequences:
+    """Clean events (in time order) as arrays, grouped by user in order of first appearance; unknown ids get row 0."""
+    item_row = {item: k + FIRST_ITEM for k, item in enumerate(vocabulary.items)}
+    action_row = {action: k + 1 for k, action in enumerate(vocabulary.actions)}
+    users = events["user_id"].unique(maintain_order=True).to_list()
+    user_index = {user: k for k, user in enumerate(users)}
+    index = np.fromiter(map(user_index.__getitem__, events["user_id"]), dtype=np.int64, count=len(events))
+    order = np.argsort(index, kind="stable")
+    actions = events["action"].to_list() if "action" in events.columns else [None] * len(events)
+    labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
+    for k, head in enumerate(config.heads):
+        if head.kind == "label":
+            labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
+    return Sequences(
+        users=users,
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(users)))]),
+        items=np.array([item_row.get(i, 0) for i in events["item_id"]], dtype=np.int64)[order],
+        actions=np.array([action_row.get(a, UNKNOWN_ACTION) for a in actions], dtype=np.int64)[order],
+        timestamps=events["timestamp"].to_numpy()[order],
+        labels=labels[order],
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many of a user's first events training may see, and who is held out.
+
+    Test is each user's last event (leave-one-out). `slate_users` keep their last slate out of training, too, and
+    `validation_users` one more event: on these the training is watched and the calibration fitted.
+    """
+
+    train_lengths: np.ndarray  # (U,) int64
+    slate_users: np.ndarray  # (S,) int64
+    validation_users: np.ndarray  # (V,) int64
+
+
+def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
+    """Leave-one-out with held-out slates; users too short for a slate and five events before it are passed over."""
+    lengths = np.diff(sequences.offsets)
+    train_lengths = np.maximum(lengths - 1, 0)
+    long_enough = np.flatnonzero(lengths >= config.slate_size + 6)
+    drawn = np.random.default_rng(config.seed).permutation(long_enough)
+    slate_users = np.sort(drawn[: config.slate_users])
+    validation_users = np.sort(drawn[config.slate_users : config.slate_users + config.validation_users])
+    train_lengths[slate_users] = lengths[slate_users] - config.slate_size
+    train_lengths[validation_users] = lengths[validation_users] - 1 - config.slate_size
+    return Split(train_lengths, slate_users, validation_users)
+
+
+def count_popularity(catalogue: Catalogue, sequences: Sequences, split: Split, config: DataConfig) -> None:
+    """Fill the numeric column `popularity`, where named and not given: log10(1 + training events of the item)."""
+    if "popularity" not in config.numeric:
+        return
+    column = catalogue.numeric[FIRST_ITEM:, config.numeric.index("popularity")]
+    if np.isnan(column).all():
+        seen = np.concatenate([sequences.items[o : o + n] for o, n in zip(sequences.offsets, split.train_lengths, strict=False)])
+        column[:] = np.log10(1 + np.bincount(seen, minlength=len(catalogue.numeric))[FIRST_ITEM:])

@@ -1,0 +1,182 @@
+"""A LiGR ranker (arXiv 2502.03417): gated blocks, the history encoded once for all candidates, set-wise attention.
+
+What is special about it:
+- the gate of a block reads the stream before normalisation: x + F(LN(x)) * sigmoid(x W + b)
+- history is causal with rotary positions behind a learned start token, so its keys and values can be kept and extended
+- candidates run through the same blocks, read start token and history, and neither each other nor, by attention, themselves
+- numeric features, meta-embedding and request context join after the history blocks (late fusion)
+- a ladder of exits, each a ranker by itself:  dot: a (u . e) + c,  point: + f,  set: + g
+
+Before: `data.py` (index arrays). After: `train.py` learns the weights, `graphs.py` writes the same equations as ONNX.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from app.features import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
+
+EXITS = ("dot", "point", "set")
+
+
+@dataclass(frozen=True)
+class LigrConfig:
+    items: int  # rows of the item table, with the unknown item and the start token
+    actions: int  # with the unknown action
+    fields: dict[str, int]  # categorical column -> rows, with "none"
+    numeric: int
+    heads: int
+    width: int = 64
+    blocks: int = 2
+    attention_heads: int = 1
+    set_blocks: int = 1
+    feed_forward: int = 4  # times the width
+    meta_size: int = 16
+    dropout: float = 0.1
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864): pairs (i, i + D/2) turned by position * 10000^(-2i/D).
+
+    x: (B, H, T, D), positions: (T,) or (B, T); (B, H, T, D).
+    """
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[..., None].float() * frequency  # (T, D/2) or (B, T, D/2)
+    if angle.ndim == 3:
+        angle = angle[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """A gated block (LiGR eq. 1): x + F(LN(x)) * sigmoid(x W + b), with F = attention, then F = feed-forward."""
+
+    def __init__(self, config: LigrConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.attention_heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.attention_gate, self.feed_forward_gate = nn.Linear(d, d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, config.feed_forward * d), nn.Linear(config.feed_forward * d, d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, H, T, D)
+
+    def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, H, T, D) each; without positions (set-wise) nothing is rotated."""
+        x = self.attention_norm(x)
+        key, value = self.split(self.key(x)), self.split(self.value(x))
+        return (key if positions is None else rotate(key, positions)), value
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """x: (B, N, d) reads key and value (B, H, K, D); mask (B or 1, 1, N, K), True where it may read."""
+        query = self.split(self.query(self.attention_norm(x)))
+        query = query if positions is None else rotate(query, positions)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        read = self.out(read.transpose(1, 2).flatten(2))
+        x = x + self.dropout(read) * torch.sigmoid(self.attention_gate(x))
+        fed = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+        return x + self.dropout(fed) * torch.sigmoid(self.feed_forward_gate(x))
+
+
+class Ligr(nn.Module):
+    def __init__(self, config: LigrConfig, field_values: dict[str, Tensor], numeric_mean: Tensor, numeric_std: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        d = config.width
+        self.item = nn.Embedding(config.items, d)
+        self.field = nn.ModuleDict({name: nn.Embedding(rows, d) for name, rows in config.fields.items()})
+        self.action, self.gap = nn.Embedding(config.actions, d), nn.Embedding(GAP_BUCKETS, d)
+        for name, rows in field_values.items():
+            self.register_buffer(f"values_{name}", rows)  # (items, V) int64, 0 is none
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.user_norm = nn.LayerNorm(d)
+        self.dot_scale, self.dot_bias = nn.Parameter(torch.ones(config.heads)), nn.Parameter(torch.zeros(config.heads))
+        # late fusion
+        self.register_buffer("numeric_mean", numeric_mean)
+        self.register_buffer("numeric_std", numeric_std)
+        self.default_meta = nn.Parameter(torch.zeros(config.meta_size))
+        self.fusion = nn.Linear(2 * config.numeric + config.meta_size + CONTEXT_SIZE, d)
+        self.point_norm, self.point_up, self.point_down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, config.heads)
+        self.set_blocks = nn.ModuleList(Block(config) for _ in range(config.set_blocks))
+        self.set_norm, self.set_out = nn.LayerNorm(d), nn.Linear(d, config.heads)
+        self.dropout = nn.Dropout(config.dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=d**-0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for last in (self.point_down, self.set_out):  # an exit starts as the one below it
+            nn.init.zeros_(last.weight)
+
+    def field_vectors(self, name: str, values: Tensor) -> Tensor:
+        """(..., V) value rows, 0 is none or padding -> (..., d): the mean of the values, or the row of "none"."""
+        table, known = self.field[name].weight, (values > 0).unsqueeze(-1)
+        mean = (F.embedding(values, table) * known).sum(-2) / known.sum(-2).clamp(min=1)
+        return torch.where(known.any(-2), mean, table[0])
+
+    def item_table(self) -> Tensor:
+        """Id rows and metadata folded into one table: (items, d)."""
+        folded = self.item.weight
+        for name in self.config.fields:
+            rows = self.field_vectors(name, getattr(self, f"values_{name}"))
+            rows = rows.index_fill(0, torch.tensor([START_ITEM]), 0.0)
+            folded = folded + rows
+        return folded
+
+    def unknown_twin(self, table: Tensor) -> Tensor:
+        """(items, d): each item's vector as it would be if its id were not known, its fields alone."""
+        return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]
+
+    def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
+        """(B, T, d) item vectors, (B, T) action rows, (B, T) gap buckets -> (B, T, d)."""
+        return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))
+
+    def encode(self, x: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """History tokens (B, T, d), start token first -> per block K and V (B, H, T, D); user vectors (B, T, d), one a position."""
+        positions, state = torch.arange(x.shape[1]), []
+        for block in self.blocks:
+            key, value = block.keys_values(x, positions)
+            state.append((key, value))
+            x = block(x, key, value, positions, None, causal=True)
+        return state, self.user_norm(x)
+
+    def dot_logits(self, users: Tensor, vectors: Tensor) -> Tensor:
+        """Exit `dot`: users (B, 1, d), candidates' vectors (B, N, d) -> (B, N, heads)."""
+        return (users * vectors).sum(-1, keepdim=True) * self.dot_scale + self.dot_bias
+
+    def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
+        """Late fusion: raw numeric features (B, N, F) with NaN for missing, (B, N or 1, M), (B, N or 1, 4) -> (B, N, d)."""
+        missing = numeric.isnan()
+        scaled = torch.where(missing, 0.0, (numeric - self.numeric_mean) / self.numeric_std).clamp(-10, 10)
+        n = (*numeric.shape[:-1], -1)
+        return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
+
+    def hidden(self, vectors: Tensor, state: list[tuple[Tensor, Tensor]], positions: Tensor, mask: Tensor | None, fused: Tensor) -> Tensor:
+        """Candidates' vectors (B, N, d) through the blocks, each reading the history alone; (B, N, d)."""
+        x = self.dropout(vectors)
+        for block, (key, value) in zip(self.blocks, state, strict=True):
+            x = block(x, key, value, positions, mask)
+        return x + fused
+
+    def point_logits(self, hidden: Tensor) -> Tensor:
+        """f of the exit `point`: (B, N, heads)."""
+        return self.point_down(F.gelu(self.point_up(self.point_norm(hidden))))
+
+    def set_logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """g of the exit `set`, the candidates of a slate reading each other; mask (B, 1, 1, N), False for padding."""
+        x = hidden
+        for block in self.set_blocks:
+            key, value = block.keys_values(x, None)
+            x = block(x, key, value, None, mask)
+        return self.set_out(self.set_norm(x))
+
+
+__all__ = ["EXITS", "FIRST_ITEM", "Block", "Ligr", "LigrConfig", "rotate"]

@@ -1,0 +1,396 @@
+"""Train a ranker: python -m models.train models/movielens.toml
+
+Stop it when you like (Ctrl-C, a reboot): the same command goes on after the last whole epoch. Under `build/train/NAME/`
+it keeps `checkpoint.pt`, a row an epoch in `log.csv` and the curves in `log.png`.
+Before: the tables of `data.py`. After: `export.py`.
+
+Every epoch the exit `dot` learns at all positions by sampled softmax; in the last `ladder_epochs` so do the exits
+`point` and `set`, at a few positions a sequence: each of these gives two slates, the user's next items (labels), and
+the next item among negatives (heads of kind `next`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from app.features import FIRST_ITEM, GAP_FIRST, START_ITEM, UNKNOWN_ITEM, request_context, window_start
+from models.data import (
+    Catalogue,
+    DataConfig,
+    Sequences,
+    Split,
+    build_catalogue,
+    build_sequences,
+    clean_events,
+    count_popularity,
+    read_config,
+    read_table,
+    split_sequences,
+)
+from models.ligr import Ligr, LigrConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 60
+    ladder_epochs: int = 20
+    batch_events: int = 8192  # padded events in a batch
+    learning_rate: float = 0.001
+    weight_decay: float = 0.0
+    warmup_steps: int = 200
+    negatives: int = 512  # of the exit `dot`, uniform, shared by a batch
+    ladder_positions: int = 4  # a sequence
+    ladder_negatives: int = 44  # a position: half uniform, half from the exit `dot` itself
+    id_dropout: float = 0.02  # share of items whose id is hidden, so that the unknown item's row learns
+    bfloat16: bool = False  # matrix products in bfloat16: a quarter faster where the processor has them
+    validate_every: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training and evaluation read."""
+
+    config: DataConfig
+    catalogue: Catalogue
+    sequences: Sequences
+    split: Split
+    bad_rows: dict[str, int]
+
+
+def load_data(config: DataConfig, toml: dict) -> Data:
+    events, bad_rows = clean_events(read_table(Path(toml["data"]["events"])), config.max_bad_share)
+    if bad_rows:
+        print(f"unusable rows, left out: {bad_rows}")
+    catalogue = build_catalogue(read_table(Path(toml["data"]["items"])), events, config)
+    sequences = build_sequences(events, catalogue.vocabulary, config)
+    split = split_sequences(sequences, config)
+    count_popularity(catalogue, sequences, split, config)
+    return Data(config, catalogue, sequences, split, bad_rows)
+
+
+def build_model(catalogue: Catalogue, config: DataConfig, model: dict) -> Ligr:
+    """A `Ligr` for a catalogue; `model` is the TOML's table of that name."""
+    seen = catalogue.numeric[FIRST_ITEM:]
+    mean = np.nan_to_num(np.nanmean(seen, axis=0)) if seen.size else np.zeros(0)
+    std = np.nan_to_num(np.nanstd(seen, axis=0)) if seen.size else np.zeros(0)
+    return Ligr(
+        LigrConfig(
+            items=len(catalogue.vocabulary.items) + FIRST_ITEM,
+            actions=len(catalogue.vocabulary.actions) + 1,
+            fields={name: len(values) + 1 for name, values in catalogue.vocabulary.fields.items()},
+            numeric=len(config.numeric),
+            heads=len(config.heads),
+            **model,
+        ),
+        {name: torch.from_numpy(values) for name, values in catalogue.field_values.items()},
+        torch.tensor(mean, dtype=torch.float32),
+        torch.tensor(np.maximum(std, 1e-3), dtype=torch.float32),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded windows; column 0 is the start token."""
+
+    users: Tensor  # (B,) int64
+    lengths: Tensor  # (B,) int64, events without the start token
+    items: Tensor  # (B, T + 1) int64
+    actions: Tensor  # (B, T + 1) int64
+    gaps: Tensor  # (B, T + 1) int64
+    labels: Tensor  # (B, T + 1, heads) float32, NaN where unknown or padding
+    contexts: Tensor  # (B, T + 1, 4) float32, of a request right after this event
+
+
+def make_batch(sequences: Sequences, windows: list[tuple[int, int, int]]) -> Batch:
+    """Windows are (user, first event, one past the last)."""
+    longest = max(last - first for _, first, last in windows)
+    shape = (len(windows), longest + 1)
+    items, actions, gaps = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
+    contexts = np.zeros((*shape, 4), np.float32)
+    items[:, 0] = START_ITEM
+    for row, (user, first, last) in enumerate(windows):
+        n = last - first
+        items[row, 1 : n + 1], actions[row, 1 : n + 1], gaps[row, 1 : n + 1], labels[row, 1 : n + 1] = sequences.of(user, first, last)
+        times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
+        contexts[row, 1 : n + 1] = request_context(times).T
+        contexts[row, 0] = contexts[row, min(1, n)]
+    lengths = np.array([last - first for _, first, last in windows], np.int64)
+    users = np.array([user for user, _, _ in windows], np.int64)
+    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts)))
+
+
+def epoch_windows(train_lengths: np.ndarray, longest: int, batch_events: int, rng: np.random.Generator) -> Iterator[list[tuple[int, int, int]]]:
+    """Each user's training events in windows of at most `longest`, at a random phase; batches of windows of like length."""
+    windows = []
+    for user in np.flatnonzero(train_lengths > 0):
+        n = int(train_lengths[user])
+        pieces = math.ceil(n / longest)
+        for _ in range(pieces):
+            first = int(rng.integers(0, n - longest + 1)) if n > longest else 0
+            windows.append((int(user), first, min(first + longest, n)))
+    lengths = np.array([last - first for _, first, last in windows]) * rng.uniform(0.9, 1.1, len(windows))
+    batches: list[list[tuple[int, int, int]]] = [[]]
+    width = 0
+    for k in np.argsort(lengths):
+        size = windows[k][2] - windows[k][1] + 1
+        width = max(width, size)
+        if width * (len(batches[-1]) + 1) > batch_events and batches[-1]:
+            batches.append([])
+            width = size
+        batches[-1].append(windows[k])
+    for k in rng.permutation(len(batches)):
+        yield batches[k]
+
+
+class Trainer:
+    """Model, the users' meta vectors, optimizer and epoch: all that a checkpoint holds."""
+
+    def __init__(self, data: Data, model: dict, config: TrainConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.data, self.config = data, config
+        self.model = build_model(data.catalogue, data.config, model)
+        self.meta = torch.nn.Embedding(len(data.sequences), self.model.config.meta_size)
+        torch.nn.init.normal_(self.meta.weight, std=0.01)
+        self.optimizer = torch.optim.AdamW(
+            [*self.model.parameters(), *self.meta.parameters()], lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
+        )
+        self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
+        self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
+        self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
+        self.epoch = 0
+
+    def learning_rate(self, progress: float, step: int) -> float:
+        """Linear warm-up, then a half cosine down to nothing over all epochs."""
+        return self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def hide_ids(self, items: Tensor, table: Tensor, twins: Tensor) -> Tensor:
+        """Item rows to vectors, a few of them without their id."""
+        hidden = (torch.rand(items.shape) < self.config.id_dropout) & (items >= FIRST_ITEM)
+        return torch.where(hidden.unsqueeze(-1), F.embedding(items, twins), F.embedding(items, table))
+
+    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
+        """All positions of a batch at once; users: (B, T + 1, d) user vectors."""
+        real = torch.arange(1, batch.items.shape[1]) <= batch.lengths[:, None]  # (B, T): position t predicts event t + 1
+        rows = real.flatten().nonzero()[:, 0]  # P positions
+        u, target, labels = users[:, :-1].flatten(0, 1).index_select(0, rows), batch.items[:, 1:][real], batch.labels[:, 1:][real]
+        negatives = torch.randint(FIRST_ITEM, len(table), (self.config.negatives,))
+        positive = (u * F.embedding(target, table)).sum(-1)  # (P,)
+        sampled = F.embedding(negatives, table)
+        same = target[:, None] == negatives  # (P, negatives)
+        loss = torch.zeros(())
+        for k in self.next_heads:
+            a = self.model.dot_scale[k]
+            others = ((u * a) @ sampled.T).masked_fill(same, -torch.inf)
+            loss = loss + F.softplus(torch.logsumexp(others, dim=1) - positive * a).mean()
+        if self.next_heads:  # a label's exit `dot` then fits scale and bias alone, and leaves the vectors to `next`
+            positive = positive.detach()
+        for k in self.label_heads:
+            known = ~labels[:, k].isnan()
+            loss = loss + F.binary_cross_entropy_with_logits((positive * self.model.dot_scale[k] + self.model.dot_bias[k])[known], labels[known, k])
+        return loss
+
+    def ladder_loss(self, batch: Batch, state: list[tuple[Tensor, Tensor]], users: Tensor, table: Tensor, twins: Tensor) -> Tensor:
+        """Exits `point` and `set` at S positions of each sequence; C candidates each: the next slate, then negatives."""
+        model, config = self.model, self.config
+        b, s, slate, k = len(batch.users), config.ladder_positions, self.data.config.slate_size, config.ladder_negatives
+        rows = torch.arange(b)[:, None]
+        read = (torch.rand(b, s) * batch.lengths[:, None]).long()  # (B, S) events that have happened; the next one exists
+        with torch.no_grad():  # negatives (B, S, K) with the rate at which each is drawn
+            now = users[rows, read]  # (B, S, d)
+            share = torch.softmax(now @ table[FIRST_ITEM:].T, dim=-1)
+            share = 0.5 * share + 0.5 / share.shape[-1]
+            drawn = torch.multinomial(share.flatten(0, 1), k, replacement=True).view(b, s, k)
+            log_rate = torch.log(k * share.gather(2, drawn))
+            negatives = drawn + FIRST_ITEM
+        ahead = read[..., None] + 1 + torch.arange(slate)  # (B, S, slate) columns of the next events
+        exists = ahead <= batch.lengths[:, None, None]
+        ahead = ahead.clamp(max=batch.items.shape[1] - 1)
+        upcoming = batch.items[rows[..., None], ahead].masked_fill(~exists, UNKNOWN_ITEM)
+        labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)  # (B, S, slate, heads)
+        candidates = torch.cat([upcoming, negatives], dim=2)  # (B, S, C)
+        c = candidates.shape[2]
+        vectors = self.hide_ids(candidates, table, twins)
+        numeric = self.numeric[candidates]
+        numeric = numeric.masked_fill(torch.rand(b, s, 1, 1) < 0.3, torch.nan)
+        meta = self.meta(batch.users)[:, None].expand(b, s, -1)
+        meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
+        context = batch.contexts[rows, read]
+        fused = model.fuse(numeric, meta[:, :, None], context[:, :, None])
+        positions = (read + 1).repeat_interleave(c, dim=1)  # (B, S * C)
+        mask = torch.arange(users.shape[1]) <= read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
+        hidden = model.hidden(vectors.flatten(1, 2), state, positions, mask[:, None], fused.flatten(1, 2)).view(b * s, c, -1)
+        dot = model.dot_logits(now.view(b * s, 1, -1), vectors.view(b * s, c, -1))
+        point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has its own loss
+        rated, among = hidden[:, :slate], torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)
+        readable = exists.view(b * s, 1, 1, slate)
+        set_rated = point[:, :slate] + model.set_logits(rated, readable)
+        set_among = torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among)
+        same = (negatives == upcoming[..., :1]).view(b * s, k)
+        log_rate, labels = log_rate.view(b * s, k), labels.view(b * s, slate, -1)
+        loss = torch.zeros(())
+        for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
+            for h in self.next_heads:  # softmax over the catalogue, estimated from the sample
+                others = (logits[:, 1:, h] - log_rate).masked_fill(same, -torch.inf)
+                loss = loss - F.log_softmax(torch.cat([logits[:, :1, h], others], dim=1), dim=1)[:, 0].mean()
+        for logits in (point[:, :slate], set_rated, set_among[:, :1]):
+            for h in self.label_heads:
+                target = labels[:, : logits.shape[1], h]
+                known = ~target.isnan()
+                if known.any():
+                    loss = loss + F.binary_cross_entropy_with_logits(logits[..., h][known], target[known])
+        return loss
+
+    def run_epoch(self, ladder: bool) -> float:
+        """One pass over the training events; the mean loss."""
+        rng = np.random.default_rng([self.config.seed, self.epoch])
+        torch.manual_seed(self.config.seed * 1_000_003 + self.epoch)
+        batches = list(epoch_windows(self.data.split.train_lengths, self.data.config.history_length, self.config.batch_events, rng))
+        self.model.train()
+        total = 0.0
+        for k, windows in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=2)):
+            progress = (self.epoch + k / len(batches)) / self.config.epochs
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(progress, self.epoch * len(batches) + k)
+            batch = make_batch(self.data.sequences, windows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+                table = self.model.item_table()
+                twins = self.model.unknown_twin(table)
+                state, users = self.model.encode(self.model.tokens(self.hide_ids(batch.items, table, twins), batch.actions, batch.gaps))
+                loss = self.dot_loss(batch, users, table)
+                if ladder:
+                    loss = loss + self.ladder_loss(batch, state, users, table, twins)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            total += loss.item()
+        self.epoch += 1
+        return total / len(batches)
+
+    @torch.no_grad()
+    def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
+        """HR@10 and NDCG@10 of the next held-out event of the validation users, full catalogue, in torch."""
+        self.model.eval()
+        table = self.model.item_table()
+        ranks: dict[str, list[int]] = {name: [] for name in exits}
+        for user in self.data.split.validation_users:
+            length = int(self.data.split.train_lengths[user])
+            first = window_start(0, length, self.data.config.history_length)
+            batch = make_batch(self.data.sequences, [(int(user), first, length)])
+            target = int(self.data.sequences.items[self.data.sequences.offsets[user] + length])
+            seen = self.data.sequences.items[self.data.sequences.offsets[user] :][:length]
+            state, users = self.model.encode(self.model.tokens(table[batch.items], batch.actions, batch.gaps))
+            now = users[:, -1:]
+            logits = self.model.dot_logits(now, table[None, FIRST_ITEM:])
+            for name in exits:
+                if name == "point":
+                    fused = self.model.fuse(self.numeric[None, FIRST_ITEM:], self.model.default_meta, batch.contexts[:, -1:])
+                    position = torch.tensor([batch.items.shape[1]])
+                    logits = logits + self.model.point_logits(self.model.hidden(table[None, FIRST_ITEM:], state, position, None, fused))
+                scores = logits[0, :, self.next_heads[0]].clone()
+                mine = scores[target - FIRST_ITEM].clone()
+                scores[torch.from_numpy(seen) - FIRST_ITEM] = -torch.inf
+                ranks[name].append(int((scores > mine).sum()))
+        result = {}
+        for name, found in ranks.items():
+            rank = np.array(found)
+            result[f"{name}_hr10"] = float((rank < 10).mean())
+            result[f"{name}_ndcg10"] = float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean())
+        return result
+
+    def save(self, path: Path) -> None:
+        state = {"model": self.model.state_dict(), "meta": self.meta.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch}
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.meta.load_state_dict(state["meta"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch = state["epoch"]
+
+
+def plot_log(log: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = list(csv.DictReader(log.open()))
+    columns = [name for name in (rows[0] if rows else {}) if name.endswith(("hr10", "ndcg10"))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot([int(r["epoch"]) for r in rows], [float(r["loss"]) for r in rows])
+    left.set(xlabel="epoch", ylabel="training loss (steps up where the ladder joins)")
+    for name in columns:
+        points = [(int(r["epoch"]), float(r[name])) for r in rows if r[name]]
+        right.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
+    right.set(xlabel="epoch", ylabel="validation users, full catalogue")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(log.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
+
+
+def train(data: Data, model: dict, config: TrainConfig, folder: Path) -> Trainer:
+    """Train to the last epoch, from the checkpoint in `folder` where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(data, model, config)
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+        print(f"{checkpoint}: going on after epoch {trainer.epoch} of {config.epochs}")
+    while trainer.epoch < config.epochs:
+        begin = time.perf_counter()
+        ladder = trainer.epoch >= config.epochs - config.ladder_epochs
+        loss = trainer.run_epoch(ladder)
+        row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
+        if trainer.epoch % config.validate_every == 0 or trainer.epoch == config.epochs:
+            row |= {k: round(v, 4) for k, v in trainer.validate(("dot", "point") if ladder else ("dot",)).items()}
+        trainer.save(checkpoint)
+        new = not log.exists()
+        with log.open("a", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(row, flush=True)
+        plot_log(log)
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("toml", type=Path)
+    parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
+    args = parser.parse_args()
+    data_config, toml = read_config(args.toml)
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if unknown := set(toml["train"]) - known:
+        parser.error(f"{args.toml}: [train] has unknown {', '.join(sorted(unknown))}")
+    data = load_data(data_config, toml)
+    print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(data.catalogue.vocabulary.items)} items")
+    train(data, toml["model"], TrainConfig(**toml["train"]), args.folder or Path("build/train") / data_config.name)
+
+
+if __name__ == "__main__":
+    main()
