@@ -1,0 +1,249 @@
+"""A ranker on disk becomes a ranker in memory, or is refused with a reason.
+
+Before: a folder that `models/export.py` published. After: `pipeline.py` ranks with it. Loading checks every digest, the
+schema, and each variant's golden request on this processor: a variant that misses its bound is not served, the others
+are; a version that cannot be loaded leaves the next older one serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.engine import Candidates, Engine, EngineError, History
+from app.features import (
+    FIRST_ITEM,
+    UNKNOWN_ACTION,
+    UNKNOWN_ITEM,
+    Float32,
+    Float64,
+    Int64,
+    gap_buckets,
+    request_context,
+    window_start,
+)
+from app.manifest import Manifest, ManifestError, read_manifest
+from app.schemas import RankRequest
+
+log = logging.getLogger("slatewise")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Strings to rows."""
+
+    items: dict[str, int]
+    actions: dict[str, int]
+    fields: dict[str, dict[str, int]]  # column -> value -> row of `field_vectors`; "none" has the column's first row
+
+
+@dataclass(frozen=True)
+class Ranker:
+    manifest: Manifest
+    vocabulary: Vocabulary
+    items: Float32  # (rows, d), row 0 the unknown item
+    field_vectors: Float32
+    field_offsets: dict[str, int]
+    default_meta: Float32  # (M,)
+    embedded_meta: Float32  # (U, M), the embedded store's vectors
+    embedded_users: dict[str, int]
+    engines: dict[str, Engine]
+    refused: dict[str, str]  # variant -> reason
+    report: dict[str, Any]
+    warmup: list[RankRequest]
+
+    @property
+    def name(self) -> str:
+        return self.manifest.ranker
+
+    @property
+    def created_at(self) -> float:
+        """Unix seconds."""
+        return datetime.fromisoformat(self.manifest.created).timestamp()
+
+    @property
+    def default_variant(self) -> str:
+        """The manifest's, or the first that is served where that one was refused."""
+        return self.manifest.default_variant if self.manifest.default_variant in self.engines else next(iter(self.engines))
+
+    def item_rows(self, ids: list[Any]) -> Int64:
+        """(N,) rows, 0 for an id that the bundle does not know."""
+        return np.fromiter(map(self.vocabulary.items.get, map(str, ids), repeat(UNKNOWN_ITEM)), np.int64, len(ids))
+
+    def history(self, request: RankRequest) -> tuple[History, int]:
+        """The events to read, as rows, and how many of the oldest are passed over."""
+        sent = request.history
+        first = window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
+        items = self.item_rows(sent.item_ids[first:])
+        n = len(items)
+        actions, gaps = np.full(n, UNKNOWN_ACTION, np.int64), np.zeros(n, np.int64)
+        if sent.actions is not None:
+            actions = np.fromiter(map(self.vocabulary.actions.get, sent.actions[first:], repeat(UNKNOWN_ACTION)), np.int64, n)
+        times = sent.timestamps[first:] if sent.timestamps is not None else [None] * n
+        gaps = gap_buckets(np.array(times, np.float64))
+        return History(items, actions, gaps), first
+
+    def candidates(self, request: RankRequest, request_time: float) -> tuple[Candidates, Int64]:
+        """The candidates as arrays, and the positions of those the bundle does not know."""
+        sent, n = request.candidates, len(request.candidates.item_ids)
+        rows = self.item_rows(sent.item_ids)
+        vectors, unknown = self.items[rows], np.flatnonzero(rows == UNKNOWN_ITEM)
+        if sent.fields and len(unknown):
+            vectors[unknown] += self.describe(sent.fields, unknown)
+        numeric = np.full((n, len(self.manifest.features)), np.nan, np.float32)
+        for k, name in enumerate(self.manifest.features):
+            if name in sent.features:
+                numeric[:, k] = np.clip(np.array(sent.features[name], np.float64), -3e38, 3e38)
+        return Candidates(vectors, numeric, request_context(request_time)[None]), unknown
+
+    def describe(self, fields: dict[str, Any], positions: Int64) -> Float32:
+        """(P, d): what the fields of unknown items add to the unknown row, which itself holds "none" in every column.
+
+        A loop over unknown items, not over candidates; the mean over the known values of a column, as in training.
+        """
+        change = np.zeros((len(positions), self.items.shape[1]), np.float32)
+        for name, column in fields.items():
+            values, none = self.vocabulary.fields[name], self.field_vectors[self.field_offsets[name]]
+            for k, position in enumerate(positions):
+                given = column[position]
+                rows = [values[v] for v in ([given] if isinstance(given, str) else given or ()) if v in values]
+                if rows:
+                    change[k] += self.field_vectors[rows].mean(axis=0) - none
+        return change
+
+    def score_weights(self, head_weights: dict[str, float] | None) -> Float64:
+        """(heads,) weights of the score: the request's, 0 where it names none, else the manifest's."""
+        names = self.manifest.heads
+        return np.array([names[h] if head_weights is None else head_weights.get(h, 0.0) for h in names])
+
+    def embedded_meta_of(self, user: str | None) -> Float32:
+        row = self.embedded_users.get(user or "")
+        return self.default_meta if row is None else self.embedded_meta[row]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises ManifestError where a file of the manifest is missing, leads out of the bundle, or has another digest.
+
+    A variant's files are checked with the variant.
+    """
+    for name, digest in manifest.files.items():
+        if not name.startswith("variants/"):
+            check_file(folder, name, digest)
+
+
+def check_file(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestError(f"{name} leads out of the bundle")
+    if not path.is_file():
+        raise ManifestError(f"{name} is missing")
+    if sha256(path) != digest:
+        raise ManifestError(f"{name} does not have the manifest's sha256")
+
+
+def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
+    """One variant, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
+    manifest = ranker.manifest
+    mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/")}
+    wanted = {f"variants/{name}/{graph}.onnx" for graph in ("encode", *manifest.exits)}
+    if missing := wanted - mine.keys():
+        raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
+    for path, digest in mine.items():
+        check_file(folder, path, digest)
+    engine = Engine(folder / "variants" / name, ranker.items, manifest.exits, threads)
+    request, variant = RankRequest.model_validate(manifest.example), manifest.variants[name]
+    history, _ = ranker.history(request)
+    candidates, _ = ranker.candidates(request, request.request_time or 0.0)
+    meta = ranker.embedded_meta_of(None if request.user is None else str(request.user))
+    scores = engine.score(history, candidates, meta, manifest.default_exit) @ ranker.score_weights(None)
+    worst = float(np.abs(scores - np.array(variant.golden_scores)).max())
+    if not worst <= variant.bound:
+        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {variant.bound:.0e}")
+    return engine
+
+
+def load_bundle(folder: Path, threads: int) -> Ranker:
+    """Raises ManifestError where it cannot be trusted or none of its variants can be served."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    try:
+        items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
+        ids = read_json(folder / "ids.json")
+        field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
+        default_meta = np.load(folder / "default_meta.npy", allow_pickle=False)
+        users = read_json(folder / "users.json") or []
+        embedded = np.load(folder / "meta_embeddings.npy", mmap_mode="r", allow_pickle=False) if users else np.zeros((0, manifest.meta_size), np.float32)
+        lines = (folder / "warmup.jsonl").read_text().splitlines() if (folder / "warmup.jsonl").exists() else []
+        warmup = [RankRequest.model_validate_json(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{folder}: {error}") from error
+    expected = {"items.npy": (items, (len(ids) + FIRST_ITEM, manifest.width)), "default_meta.npy": (default_meta, (manifest.meta_size,))}
+    expected["meta_embeddings.npy"] = (embedded, (len(users), manifest.meta_size))
+    expected["fields.npy"] = (field_vectors, (sum(len(f.values) + 1 for f in manifest.fields.values()), manifest.width))
+    for name, (array, shape) in expected.items():
+        if array.dtype != np.float32 or array.shape != shape:
+            raise ManifestError(f"{folder}: {name} is {array.dtype} {array.shape}, expected float32 {shape}")
+        if not np.isfinite(array).all():
+            raise ManifestError(f"{folder}: {name} holds a number that is not finite")
+    ranker = Ranker(
+        manifest=manifest,
+        vocabulary=Vocabulary(
+            items=dict(zip(ids, range(FIRST_ITEM, len(ids) + FIRST_ITEM), strict=True)),
+            actions={name: k + 1 for k, name in enumerate(manifest.actions)},
+            fields={name: {v: f.offset + k + 1 for k, v in enumerate(f.values)} for name, f in manifest.fields.items()},
+        ),
+        items=items,
+        field_vectors=field_vectors,
+        field_offsets={name: f.offset for name, f in manifest.fields.items()},
+        default_meta=default_meta,
+        embedded_meta=embedded,
+        embedded_users={user: k for k, user in enumerate(users)},
+        engines={},
+        refused={},
+        report=read_json(folder / "report.json") or {},
+        warmup=warmup,
+    )
+    for name in manifest.variants:
+        try:
+            ranker.engines[name] = load_variant(folder, ranker, name, threads)
+        except (ManifestError, EngineError, KeyError, ValueError) as error:
+            ranker.refused[name] = str(error)
+            log.error("%s: variant %s is not served: %s", folder, name, error)
+    if not ranker.engines:
+        raise ManifestError(f"{folder}: no variant can be served: {ranker.refused}")
+    return ranker
+
+
+def load_rankers(root: Path, threads: int) -> dict[str, Ranker]:
+    """The newest version of each ranker that can be loaded. Raises ManifestError where there is none at all."""
+    rankers: dict[str, Ranker] = {}
+    reasons = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
+        versions = sorted((int(v.name) for v in folder.iterdir() if v.is_dir() and v.name.isdigit()), reverse=True)
+        for version in versions:
+            try:
+                rankers[folder.name] = load_bundle(folder / str(version), threads)
+                break
+            except ManifestError as error:
+                reasons.append(str(error))
+                log.error("not served: %s", error)
+    if not rankers:
+        raise ManifestError(f"{root}: no bundle can be served; make one with `make train`. {' '.join(reasons)}")
+    return rankers

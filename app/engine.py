@@ -1,0 +1,193 @@
+"""One variant of a ranker: ONNX Runtime sessions that take arrays and return arrays. The only onnxruntime import.
+
+Before: `pipeline.py`, which calls it a quantum at a time from the threads of `workers.py`. Each method is one call of
+one graph and safe to run from several threads at once: a state is a value, nothing is kept here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from app.features import GAP_MISSING, START_ITEM, UNKNOWN_ACTION, Float32, Int64
+from app.manifest import ManifestError
+
+Float64 = NDArray[np.float64]
+
+HISTORY_QUANTUM = 256  # events of one call
+CANDIDATE_QUANTUM = 512  # candidates of one call
+
+
+class EngineError(RuntimeError):
+    """The model failed on a request, or its output is not finite."""
+
+
+@dataclass(frozen=True)
+class HistoryState:
+    """An encoded history: what candidates read, and what new events extend. Immutable, shared between requests."""
+
+    keys: tuple[Float32, ...]  # per block (1, H, K, D), K = events + 1 for the start token
+    values: tuple[Float32, ...]
+    user: Float32  # (1, d) the newest event's hidden state
+
+    @property
+    def events(self) -> int:
+        return int(self.keys[0].shape[2]) - 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.keys, *self.values, self.user))
+
+
+@dataclass(frozen=True)
+class History:
+    """The events a ranker reads, as rows: (L,) each."""
+
+    items: Int64
+    actions: Int64
+    gaps: Int64
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def nbytes(self) -> int:
+        return self.items.nbytes + self.actions.nbytes + self.gaps.nbytes
+
+    def common_prefix(self, other: History) -> int:
+        """How many first events two histories share."""
+        n = min(len(self), len(other))
+        same = (self.items[:n] == other.items[:n]) & (self.actions[:n] == other.actions[:n]) & (self.gaps[:n] == other.gaps[:n])
+        return n if same.all() else int(same.argmin())
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of a request, and what joins late: (N, d) vectors, (N, F) numeric features with NaN for missing."""
+
+    vectors: Float32
+    numeric: Float32
+    context: Float32  # (1, 4)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@dataclass(frozen=True)
+class PointScores:
+    """Result of the exit `point`, and what the exit `set` goes on from."""
+
+    probabilities: Float64  # (N, heads)
+    logits: Float32  # (N, heads)
+    hidden: Float32  # (N, d)
+
+
+class Engine:
+    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the bundle's item table (rows, d)."""
+
+    def __init__(self, folder: Path, items: Float32, exits: list[str], threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the event loop shares these cores
+        options.enable_mem_pattern = False  # shapes differ from request to request
+        options.log_severity_level = 3
+        self.items = items
+        try:
+            self.sessions = {
+                name: ort.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("encode", *exits)
+            }
+        except Exception as error:  # onnxruntime has no common base class for what it raises
+            raise ManifestError(f"{folder}: onnxruntime refuses it: {error}") from error
+        self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
+        past = [i for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_key_")]
+        self.blocks = len(past)
+        _, heads, _, head_size = past[0].shape
+        nothing = np.zeros((1, heads, 0, head_size), np.float32)
+        start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
+        nowhere = HistoryState((nothing,) * self.blocks, (nothing,) * self.blocks, np.zeros((1, 0), np.float32))
+        self.start = self.extend(nowhere, start)  # the state of an empty history
+
+    def run(self, graph: str, feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        try:
+            return dict(zip(self.outputs[graph], self.sessions[graph].run(None, feeds), strict=True))
+        except Exception as error:
+            raise EngineError(f"graph {graph} failed: {error}") from error
+
+    def extend(self, state: HistoryState, events: History) -> HistoryState:
+        """The state after more events (at least one); `state` itself stays as it is."""
+        feeds: dict[str, NDArray[np.generic]] = {
+            "items": self.items[events.items][None],  # (1, T, d)
+            "actions": events.actions[None],
+            "gaps": events.gaps[None],
+            "length": np.array([len(events)]),
+        }
+        for i in range(self.blocks):
+            feeds[f"past_key_{i}"], feeds[f"past_value_{i}"] = state.keys[i], state.values[i]
+        new = self.run("encode", feeds)
+        return HistoryState(
+            tuple(np.concatenate([state.keys[i], new[f"key_{i}"]], axis=2) for i in range(self.blocks)),
+            tuple(np.concatenate([state.values[i], new[f"value_{i}"]], axis=2) for i in range(self.blocks)),
+            new["user"],
+        )
+
+    def prefix(self, state: HistoryState, events: int) -> HistoryState:
+        """The keys and values of a state's first events. To be extended only: its user vector is not known."""
+        if events == state.events:
+            return state
+        if events == 0:
+            return self.start
+        cut = lambda array: np.ascontiguousarray(array[:, :, : events + 1])  # noqa: E731
+        return HistoryState(tuple(map(cut, state.keys)), tuple(map(cut, state.values)), state.user[:, :0])
+
+    def dot(self, candidates: Candidates, state: HistoryState) -> Float64:
+        """(N, heads) probabilities of the exit `dot`."""
+        return self.probabilities(self.run("dot", {"candidates": candidates.vectors[None], "user": state.user}))
+
+    def point(self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None)) -> PointScores:
+        """Exit `point` of some of the candidates; meta is (M,). Exact in chunks: no candidate sees another."""
+        feeds: dict[str, NDArray[np.generic]] = {
+            "candidates": candidates.vectors[None, rows],
+            "meta": meta[None],
+            "context": candidates.context,
+            "user": state.user,
+            "history_length": np.array([state.events + 1]),
+        }
+        if candidates.numeric.shape[1]:
+            feeds["numeric"] = candidates.numeric[None, rows]
+        for i in range(self.blocks):
+            feeds[f"key_{i}"], feeds[f"value_{i}"] = state.keys[i], state.values[i]
+        out = self.run("point", feeds)
+        return PointScores(self.probabilities(out), out["logits"][0], out["hidden"][0])
+
+    def set(self, point: PointScores) -> Float64:
+        """(N, heads) probabilities of the exit `set`: the candidates see each other."""
+        feeds = {"hidden": point.hidden[None], "logits": point.logits[None], "set_length": np.array([len(point.hidden)])}
+        return self.probabilities(self.run("set", feeds))
+
+    def probabilities(self, out: dict[str, NDArray[np.generic]]) -> Float64:
+        result: Float64 = out["probabilities"][0]
+        if not np.isfinite(result).all():
+            raise EngineError("a score is not finite")
+        return result
+
+    def score(self, history: History, candidates: Candidates, meta: Float32, exit: str) -> Float64:
+        """The slow, obvious way, and the reference of `pipeline.py`: nothing kept, nothing in chunks."""
+        state = self.extend(self.start, history) if len(history) else self.start
+        if exit == "dot":
+            return self.dot(candidates, state)
+        point = self.point(candidates, meta, state)
+        return point.probabilities if exit == "point" else self.set(point)
+
+
+def join(chunks: list[PointScores]) -> PointScores:
+    """Chunks of one request, end to end."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return PointScores(
+        np.concatenate([c.probabilities for c in chunks]), np.concatenate([c.logits for c in chunks]), np.concatenate([c.hidden for c in chunks])
+    )

@@ -1,0 +1,182 @@
+"""The assembly: settings to parts, parts to an application. python -m app.main serves it.
+
+`open_pipeline` lists the parts in order, each opened and closed by the lifespan; `create_app` takes the opener as an
+argument, which is the one seam for tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app import metrics
+from app.bundle import Ranker, load_rankers
+from app.errors import NotFound, RankingError
+from app.history_cache import HistoryCache
+from app.manifest import ManifestError
+from app.meta_embeddings import EmbeddedStore, RedisStore, Store
+from app.pipeline import Call, Pipeline
+from app.routes import open_routes, routes
+from app.schemas import Problem, RankRequest
+from app.settings import Settings
+from app.workers import Workers
+
+log = logging.getLogger("slatewise")
+
+
+def cpu_quota() -> int:
+    """Whole CPUs that the cgroup lets this process use: its quota where there is one, else what it may be scheduled on."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+async def warm_up(pipeline: Pipeline, ranker: Ranker) -> None:
+    """Every exit of every variant with the bundle's recorded requests, so that the first client finds memory and caches ready."""
+    for variant in ranker.engines:
+        for request in (RankRequest.model_validate(ranker.manifest.example), *ranker.warmup):
+            for exit in ranker.manifest.exits:
+                change = {"ranker": ranker.name, "variant": variant, "exit": exit, "user": None, "deadline_ms": 600_000}
+                await pipeline.rank(Call(request.model_copy(update=change), time.perf_counter()))
+
+
+@asynccontextmanager
+async def open_pipeline(settings: Settings) -> AsyncIterator[Pipeline]:
+    threads = settings.threads or cpu_quota()
+    begin = time.perf_counter()
+    rankers = await asyncio.to_thread(load_rankers, settings.bundles, 1)
+    async with AsyncExitStack() as stack:
+        workers = await stack.enter_async_context(Workers(threads))
+        url = settings.redis_url.get_secret_value()
+        store: Store = await stack.enter_async_context(RedisStore(url, settings.redis_timeout_ms / 1e3, rankers.values())) if url else EmbeddedStore()
+        pipeline = Pipeline(
+            rankers,
+            store,
+            HistoryCache(int(settings.history_cache_mb * 2**20)),
+            workers,
+            max_candidates=settings.max_candidates,
+            max_history=settings.max_history,
+            max_queued_tokens=settings.max_queued_tokens,
+            default_deadline_ms=settings.deadline_ms,
+        )
+        for ranker in rankers.values():
+            await warm_up(pipeline, ranker)
+            metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
+            for variant in ranker.engines:
+                metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
+            log.info("serving %s version %d, variants %s, %d threads", ranker.name, ranker.manifest.version, list(ranker.engines), threads)
+        yield pipeline
+
+
+class Clock:
+    """Outermost: notes when a request entered the application, where its deadline starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["slatewise.entered"] = time.perf_counter()
+        await self.app(scope, receive, send)
+
+
+def problem(request: Request, error: RankingError) -> Response:
+    """RFC 9457 problem details."""
+    identifier = getattr(request.state, "request_id", None)
+    body = Problem(
+        type=error.type,
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        error=error.detail,
+        message=error.detail,
+        request_id=identifier,
+        errors=[{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults],  # type: ignore[misc]
+    )
+    headers = dict(error.headers) | ({"X-Request-ID": identifier} if identifier else {})
+    return Response(body.model_dump_json(), error.status, headers, media_type="application/problem+json")
+
+
+async def on_ranking_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RankingError)
+    return problem(request, error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or no such method."""
+    assert isinstance(error, HTTPException)
+    wrapped = NotFound("no such path") if error.status_code == 404 else RankingError(str(error.detail))
+    wrapped.status, wrapped.title = error.status_code, "Not found" if error.status_code == 404 else str(error.detail)
+    wrapped.headers = dict(error.headers or {})
+    return problem(request, wrapped)
+
+
+async def on_any_error(request: Request, error: Exception) -> Response:
+    log.exception("unexpected error", exc_info=error)
+    return problem(request, RankingError("an unexpected error; the log has more"))
+
+
+def create_app(settings: Settings, opener: Callable[[Settings], AbstractAsyncContextManager[Pipeline]] = open_pipeline) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with opener(settings) as pipeline:
+            app.state.pipeline = pipeline
+            yield
+            app.state.pipeline = None
+
+    app = FastAPIOffline(
+        title="Slatewise",
+        version="0.1.0",
+        description="Ranks candidates for a user.",
+        lifespan=lifespan,
+        redoc_url=None,
+        exception_handlers={RankingError: on_ranking_error, HTTPException: on_http_exception, Exception: on_any_error},
+    )
+    app.state.settings, app.state.in_flight, app.state.pipeline = settings, 0, None
+    app.include_router(open_routes)
+    app.include_router(routes)
+    app.add_middleware(Clock)
+    describe_request(app)
+    return app
+
+
+def describe_request(app: FastAPI) -> None:
+    """Put RankRequest, which the routes parse themselves, into the OpenAPI document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schema = RankRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"].update(schema.pop("$defs", {}))
+        document["components"]["schemas"]["RankRequest"] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = Settings()
+    app = create_app(settings)
+    try:
+        uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False)
+    except ManifestError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

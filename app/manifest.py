@@ -1,0 +1,100 @@
+"""What a bundle promises. `models/export.py` writes it, `bundle.py` holds the files to it.
+
+    <root>/<ranker>/<version>/
+      manifest.json               this
+      items.npy ids.json          item table (rows, d), row 0 the unknown item, row 1 the start token; ids of rows 2, 3, ...
+      display.json                titles and fields of the items that may show them (optional)
+      fields.npy                  vectors of field values, for items that arrive with `candidates.fields`
+      meta_embeddings.npy users.json   vectors of the embedded store (optional)
+      default_meta.npy            the un-adapted vector
+      warmup.jsonl                requests to warm up with
+      report.json report.png      quality per exit, latency
+      variants/<name>/{encode,dot,point,set}.onnx
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = 1
+
+
+class ManifestError(ValueError):
+    """A bundle that cannot be trusted, with the reason."""
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tensor(Part):
+    dtype: str
+    shape: list[int | str]
+
+
+class Io(Part):
+    """Inputs and outputs of one graph."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class Field_(Part):
+    """One categorical column: row `offset` of fields.npy is "none", then one row a value."""
+
+    offset: int = Field(ge=0)
+    values: list[str]
+
+
+class Variant(Part):
+    bytes: int
+    bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
+    invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
+    quality: dict[str, dict[str, Any]] = Field(description="Per exit, on held-out data.")
+    latency_ms: dict[str, Any]
+    golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
+
+
+class BundleLimits(Part):
+    history_used: int = Field(ge=1)
+    set_wise: int = Field(ge=0, description="Most candidates that see each other; 0: the ranker is not set-wise.")
+
+
+class Manifest(Part):
+    format: int
+    ranker: str
+    version: int = Field(ge=0)
+    created: str
+    trained_on: str
+    space: str = Field(description="Name of the vector space of the meta-embeddings it reads.")
+    width: int = Field(ge=1)
+    heads: dict[str, float] = Field(description="Output heads, in order, with their weight in the score.")
+    exits: list[str]
+    default_exit: str
+    default_variant: str
+    actions: list[str] = Field(description="Row k + 1 of the action table.")
+    features: list[str] = Field(description="Numeric candidate features, in order.")
+    fields: dict[str, Field_]
+    meta_size: int = Field(ge=1)
+    limits: BundleLimits
+    graphs: dict[str, Io]
+    variants: dict[str, Variant]
+    files: dict[str, str] = Field(description="SHA-256 of every other file, by path inside the bundle.")
+    example: dict[str, Any] = Field(description="A request body that works as it stands; the golden request of every variant.")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ManifestError where there is none, the format is not known, or a member is missing, wrong or unknown."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{folder}: no readable manifest.json ({error})") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ManifestError(f"{folder}: format {found!r} is not known, this server reads format {FORMAT}")
+    try:
+        return Manifest.model_validate(content)
+    except ValueError as error:
+        raise ManifestError(f"{folder}: {error}") from error

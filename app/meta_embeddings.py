@@ -1,0 +1,189 @@
+"""Who the user is beyond the history: one vector, from the bundle (embedded store) or from Redis, behind one call.
+
+    slatewise:<ranker>:<space>:generations       "7,6,5": live generations, newest first; one SET makes a generation visible
+    slatewise:<ranker>:<space>:emb:{<user>}      hash; field = generation, value = header + vector
+
+A miss and a fault take the same path, the un-adapted default vector; a fault says so. The pointer is polled off the
+request path, and its poll is the health check: after a failed one, requests do not ask Redis until one succeeds.
+Before: `models/` made the vectors, `push.py` filled Redis. After: `pipeline.py` feeds the vector to late fusion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import struct
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import redis.asyncio as aioredis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from app import metrics
+from app.bundle import Ranker
+from app.features import Float32
+
+log = logging.getLogger("slatewise")
+
+HEADER = struct.Struct("<4sBxHdQI")  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all the rest
+MAGIC = b"SLWM"
+FLOAT32 = 0
+
+Status = Literal["hit", "default", "stale", "error", "off"]
+
+
+@dataclass(frozen=True)
+class MetaEmbedding:
+    vector: Float32  # (M,)
+    status: Status
+    version: str | None = None
+    age_seconds: float | None = None
+
+
+class Store(Protocol):
+    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding: ...
+
+
+def pack(vector: Float32, generation: int, created_at: float) -> bytes:
+    """A stored value: the header and the vector, little-endian."""
+    body = vector.astype("<f4").tobytes()
+    blank = HEADER.pack(MAGIC, FLOAT32, len(vector), created_at, generation, 0)
+    return HEADER.pack(MAGIC, FLOAT32, len(vector), created_at, generation, zlib.crc32(blank + body)) + body
+
+
+def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
+    """(vector, generation, created_at) of a stored value. Raises ValueError where anything about it is not as packed."""
+    if len(value) != HEADER.size + 4 * dim:
+        raise ValueError(f"{len(value)} bytes, expected {HEADER.size + 4 * dim}")
+    magic, dtype, found, created_at, generation, crc = HEADER.unpack_from(value)
+    if magic != MAGIC or dtype != FLOAT32 or found != dim:
+        raise ValueError("not a float32 vector of this size")
+    if zlib.crc32(HEADER.pack(magic, dtype, found, created_at, generation, 0) + value[HEADER.size :]) != crc:
+        raise ValueError("checksum differs")
+    vector = np.frombuffer(value, "<f4", dim, HEADER.size).astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise ValueError("a number is not finite")
+    return vector, generation, created_at
+
+
+def pointer_key(ranker: str, space: str) -> str:
+    return f"slatewise:{ranker}:{space}:generations"
+
+
+def user_key(ranker: str, space: str, user: str) -> str:
+    return f"slatewise:{ranker}:{space}:emb:{{{user}}}"
+
+
+class EmbeddedStore:
+    """The vectors that the bundle brings, memory-mapped."""
+
+    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding:
+        row = ranker.embedded_users.get(user)
+        if row is None:
+            metrics.EMBEDDINGS.labels("miss").inc()
+            return MetaEmbedding(ranker.default_meta, "default")
+        metrics.EMBEDDINGS.labels("hit").inc()
+        age = max(0.0, time.time() - ranker.created_at)
+        return MetaEmbedding(ranker.embedded_meta[row], "hit", str(ranker.manifest.version), round(age, 1))
+
+
+class RedisStore:
+    """`async with RedisStore(url, timeout, rankers)`: polls the pointers every second until it is closed."""
+
+    POLL_SECONDS = 1.0
+
+    def __init__(self, url: str, timeout_seconds: float, rankers: Iterable[Ranker]) -> None:
+        self.timeout = timeout_seconds
+        self.client: aioredis.Redis = aioredis.Redis.from_url(
+            url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0), max_connections=64
+        )
+        self.rankers = list(rankers)
+        self.generations: dict[str, list[str]] = {}  # ranker -> live generations, newest first
+        self.healthy = False
+        self.running: set[asyncio.Task[MetaEmbedding]] = set()
+
+    async def __aenter__(self) -> RedisStore:
+        await self.poll()
+        self.poller = asyncio.create_task(self.keep_polling())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.poller.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.poller
+        await asyncio.gather(*self.running, return_exceptions=True)
+        await self.client.aclose()
+
+    async def keep_polling(self) -> None:
+        while True:
+            await asyncio.sleep(self.POLL_SECONDS)
+            await self.poll()
+
+    async def poll(self) -> None:
+        try:
+            keys = [pointer_key(r.name, r.manifest.space) for r in self.rankers]
+            found = [await self.command("get", self.client.get(key)) for key in keys]
+            self.generations = {
+                r.name: [g for g in (value or b"").decode("ascii").split(",") if g.isdigit()] for r, value in zip(self.rankers, found, strict=True)
+            }
+            healthy = True
+        except (RedisError, OSError, TimeoutError, UnicodeDecodeError) as error:
+            healthy = False
+            if self.healthy:
+                log.warning("redis: meta-embeddings fall back to the default vector: %s", type(error).__name__)
+        self.healthy = healthy
+
+    async def command(self, name: str, call: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await call
+        except (RedisError, OSError, TimeoutError) as error:
+            metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
+            raise
+        finally:
+            metrics.REDIS_DURATION.labels(name).observe(time.perf_counter() - begin)
+
+    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding:
+        """In a task of its own, so that a request that is cancelled never leaves half a reply in a connection."""
+        task = asyncio.create_task(self.ask(ranker, user))
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return await asyncio.shield(task)
+
+    async def ask(self, ranker: Ranker, user: str) -> MetaEmbedding:
+        if not self.healthy:
+            metrics.EMBEDDINGS.labels("error").inc()
+            return MetaEmbedding(ranker.default_meta, "error")
+        live = self.generations.get(ranker.name, [])
+        if not live:
+            metrics.EMBEDDINGS.labels("miss").inc()
+            return MetaEmbedding(ranker.default_meta, "default")
+        try:
+            values = await self.command("hmget", self.client.hmget(user_key(ranker.name, ranker.manifest.space, user), live))
+        except (RedisError, OSError, TimeoutError):
+            metrics.EMBEDDINGS.labels("error").inc()
+            return MetaEmbedding(ranker.default_meta, "error")
+        for field, value in zip(live, values, strict=True):
+            if value is None:
+                continue
+            try:
+                vector, generation, created_at = unpack(value, ranker.manifest.meta_size)
+                if str(generation) != field:
+                    raise ValueError("the generation is not the field's")
+            except ValueError:
+                metrics.EMBEDDINGS.labels("corrupt").inc()
+                continue
+            age = max(0.0, time.time() - created_at)
+            metrics.EMBEDDINGS.labels("hit").inc()
+            metrics.EMBEDDING_AGE.observe(age)
+            return MetaEmbedding(vector, "hit", field, round(age, 1))
+        metrics.EMBEDDINGS.labels("miss").inc()
+        return MetaEmbedding(ranker.default_meta, "default")

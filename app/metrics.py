@@ -1,0 +1,72 @@
+"""Every Prometheus metric, its labels and buckets. Base units, no ids as labels; tests read differences."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+# A 50 ms service: fine below, and the objective on an edge (seconds).
+BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+SIZE_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+
+STAGES = ("parse", "features", "embed", "queue", "encode", "score", "serialize")
+
+REQUESTS = Counter("slatewise_requests_total", "Requests that ended, by status code; 499: the client went away.", ["endpoint", "ranker", "version", "variant", "code"])
+DURATION = Histogram("slatewise_request_duration_seconds", "Time from entering the application to the answer.", ["endpoint", "ranker", "variant"], buckets=BUCKETS)
+STAGE = Histogram("slatewise_stage_duration_seconds", "Time of one stage of a request.", ["stage"], buckets=BUCKETS)
+IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that have entered and not ended.")
+QUEUED_TOKENS = Gauge("slatewise_queued_tokens", "Work that waits for a thread, in events and candidates.")
+REJECTED = Counter("slatewise_rejected_total", "Requests refused for overload, by door.", ["reason"])
+DEGRADED = Counter("slatewise_degraded_total", "Answers that were degraded, by reason; an answer may have several.", ["reason"])
+DEADLINE_EXCEEDED = Counter("slatewise_deadline_exceeded_total", "Requests whose deadline passed.")
+CANDIDATES = Histogram("slatewise_candidates_per_request", "Candidates of a ranked request.", buckets=SIZE_BUCKETS)
+HISTORY_LENGTH = Histogram("slatewise_history_length", "Events read for a ranked request.", buckets=SIZE_BUCKETS)
+UNKNOWN_CANDIDATES = Counter("slatewise_unknown_candidates_total", "Candidates whose id the ranker does not know.", ["ranker"])
+EXITS = Counter("slatewise_exits_total", "Answers by exit.", ["ranker", "exit"])
+HISTORY_CACHE = Counter("slatewise_history_cache_total", "Requests by what the history cache had for them.", ["result"])
+HISTORY_CACHE_BYTES = Gauge("slatewise_history_cache_bytes", "Bytes of kept history state.")
+HISTORY_REUSED = Counter("slatewise_history_events_reused_total", "Events whose kept state was used again.")
+HISTORY_ENCODED = Counter("slatewise_history_events_encoded_total", "Events that were encoded.")
+EMBEDDINGS = Counter("slatewise_embedding_lookups_total", "Meta-embedding look-ups by result.", ["result"])
+EMBEDDING_AGE = Histogram("slatewise_embedding_age_seconds", "Age of the meta-embeddings served.", buckets=(60, 300, 900, 3_600, 14_400, 86_400, 604_800, 2_592_000))
+REDIS_DURATION = Histogram("slatewise_redis_command_duration_seconds", "Time of one Redis command.", ["command"], buckets=BUCKETS)
+REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
+MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
+MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
+
+for _stage in STAGES:
+    STAGE.labels(_stage)
+for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
+    DEGRADED.labels(_reason)
+for _reason in ("in_flight", "queue"):
+    REJECTED.labels(_reason)
+for _result in ("hit", "extended", "miss", "none"):
+    HISTORY_CACHE.labels(_result)
+for _result in ("hit", "miss", "stale", "corrupt", "error"):
+    EMBEDDINGS.labels(_result)
+
+
+class Timings:
+    """Seconds by stage, of one request."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - begin)
+
+    def observe(self) -> None:
+        """Into the histograms, once, when the request ends."""
+        for stage, seconds in self.seconds.items():
+            STAGE.labels(stage).observe(seconds)

@@ -1,0 +1,292 @@
+"""HTTP in, HTTP out: parse, call the pipeline, answer. With `main.py` the only place that knows FastAPI.
+
+    /rerank /score                  the pipeline, sorted or in input order
+    /models /models/{ranker}        what is served, with limits, quality and latency
+    /livez /readyz /metrics         open; everything else asks for a key where keys are set
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from typing import Annotated, Any
+
+import pydantic_core
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+from app import metrics
+from app.body import read_body
+from app.bundle import Ranker
+from app.errors import Fault, Invalid, NotFound, NotJson, NotReady, Overloaded, RankingError, Unauthorized
+from app.metrics import Timings
+from app.pipeline import Call, Pipeline, order
+from app.schemas import Health, Limits, ModelCard, ModelName, Models, Problem, RankRequest, RankResponse
+from app.settings import Settings
+
+MOST_FAULTS = 20
+CLIENT_GONE = 499  # in the metrics only
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text, "content": {"application/problem+json": {}}}
+    for status, text in {
+        400: "The body is not JSON, or its coding is broken.",
+        401: "The API key is missing or wrong.",
+        404: "No such ranker, variant or path.",
+        408: "The body did not arrive in time.",
+        413: "The body is too long, as sent or inflated.",
+        415: "The body's type or coding is not supported.",
+        422: "A member is missing, unknown or outside its limits: `errors[].pointer` says which.",
+        429: "Overloaded: try again after `Retry-After` seconds.",
+        500: "The model failed on this request.",
+        503: "Not ready, or overloaded and `allow_degraded` is false.",
+        504: "The deadline passed and `allow_degraded` is false.",
+    }.items()
+}
+BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RankRequest"}}}}}
+
+
+def pipeline_of(request: Request) -> Pipeline:
+    pipeline: Pipeline | None = getattr(request.app.state, "pipeline", None)
+    if pipeline is None:
+        raise NotReady("the models are not loaded yet, or the server is stopping")
+    return pipeline
+
+
+def settings_of(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+PipelineDep = Annotated[Pipeline, Depends(pipeline_of)]
+SettingsDep = Annotated[Settings, Depends(settings_of)]
+
+
+def check_key(request: Request, settings: SettingsDep) -> None:
+    """Raises Unauthorized. Every key is compared, in constant time."""
+    keys = settings.keys()
+    if not keys:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
+
+
+open_routes = APIRouter()
+routes = APIRouter(dependencies=[Depends(check_key)])
+
+
+@open_routes.get("/livez", response_model=Health)
+async def livez() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "alive"}
+
+
+@open_routes.get("/readyz", response_model=Health, responses={503: PROBLEMS[503]})
+async def readyz(_: PipelineDep) -> dict[str, str]:
+    """The models are loaded and warm. Redis is not asked: without it the service degrades and serves."""
+    return {"status": "ready"}
+
+
+@open_routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def prometheus_metrics() -> Response:
+    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@routes.get("/models", response_model=Models, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
+async def list_models(pipeline: PipelineDep) -> Models:
+    """The rankers that are served."""
+    return Models(models=[ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines)) for r in pipeline.rankers.values()])
+
+
+@routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
+async def show_model(ranker: str, pipeline: PipelineDep) -> ModelCard:
+    """One ranker: limits, heads, quality and latency of its variants, and an example request."""
+    if ranker not in pipeline.rankers:
+        raise NotFound(f"no such ranker; served: {', '.join(pipeline.rankers)}")
+    return model_card(pipeline.rankers[ranker], pipeline)
+
+
+def model_card(ranker: Ranker, pipeline: Pipeline) -> ModelCard:
+    manifest = ranker.manifest
+    return ModelCard(
+        name=ranker.name,
+        version=manifest.version,
+        trained_on=manifest.trained_on,
+        heads=manifest.heads,
+        exits=manifest.exits,
+        default_exit=manifest.default_exit,
+        default_variant=ranker.default_variant,
+        set_wise="set" in manifest.exits,
+        actions=manifest.actions,
+        features=manifest.features,
+        fields={name: field.values for name, field in manifest.fields.items()},
+        limits=Limits(
+            max_candidates=pipeline.max_candidates,
+            max_history=pipeline.max_history,
+            history_used=manifest.limits.history_used,
+            set_wise=manifest.limits.set_wise,
+        ),
+        variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
+        refused_variants=ranker.refused,
+        report=ranker.report,
+        example=manifest.example,
+    )
+
+
+@routes.post("/rerank", response_model=RankResponse, responses=PROBLEMS, openapi_extra=BODY)
+async def rerank(request: Request, pipeline: PipelineDep, settings: SettingsDep) -> Response:
+    """The candidates in the order this user will like, cut to `top_n`."""
+    return await answer(request, pipeline, settings, by_score=True)
+
+
+@routes.post("/score", response_model=RankResponse, responses=PROBLEMS, openapi_extra=BODY)
+async def score(request: Request, pipeline: PipelineDep, settings: SettingsDep) -> Response:
+    """The same, with the results in input order; `top_n` is ignored."""
+    return await answer(request, pipeline, settings, by_score=False)
+
+
+async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by_score: bool) -> Response:
+    """From the first door to the last byte; whatever happens, the request is counted once."""
+    entered = request.scope.get("slatewise.entered") or time.perf_counter()
+    state, endpoint = request.app.state, request.url.path
+    call, timings, code = None, Timings(), 500
+    state.in_flight += 1
+    metrics.IN_FLIGHT.inc()
+    try:
+        if state.in_flight > settings.max_in_flight:
+            metrics.REJECTED.labels("in_flight").inc()
+            raise Overloaded(f"more than {settings.max_in_flight} requests are in flight")
+        body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
+        with timings.stage("parse"):
+            call = Call(parse(body, request), entered, timings)
+        request.state.request_id = call.request.id
+        await while_connected(request, pipeline.rank(call))
+        with timings.stage("serialize"):
+            response = respond(call, by_score)
+        code = 200
+        return response
+    except RankingError as error:
+        code = error.status
+        raise
+    except (ClientDisconnect, asyncio.CancelledError):
+        code = CLIENT_GONE
+        return Response(status_code=CLIENT_GONE)  # nobody reads it
+    finally:
+        state.in_flight -= 1
+        metrics.IN_FLIGHT.dec()
+        count(call, timings, endpoint, code, time.perf_counter() - entered)
+        metrics.QUEUED_TOKENS.set(pipeline.workers.queued_tokens)
+        metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
+
+
+def parse(body: bytes, request: Request) -> RankRequest:
+    """Bytes to a request, with what the headers may say in place of the body. Raises NotJson or Invalid."""
+    try:
+        parsed = RankRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise refusal(error) from None
+    changes: dict[str, Any] = {}
+    user, identifier = request.headers.get("x-user-id"), request.headers.get("x-request-id")
+    if user is not None:
+        if parsed.user is not None and str(parsed.user) != user:
+            raise Invalid.at("/user", "differs from the header X-User-ID")
+        changes["user"] = user
+    if parsed.id is None and identifier is not None:
+        changes["id"] = identifier
+    if changes:
+        try:
+            RankRequest.model_validate({"candidates": {"item_ids": ["0"]}, **changes})
+        except ValidationError as error:
+            raise refusal(error) from None
+        parsed = parsed.model_copy(update=changes)
+    return parsed
+
+
+def refusal(error: ValidationError) -> RankingError:
+    """What pydantic found, without the values that were sent."""
+    faults: dict[str, Fault] = {}
+    for found in error.errors(include_url=False, include_input=False, include_context=False):
+        if found["type"] == "json_invalid":
+            return NotJson(found["msg"])
+        path = list(found["loc"])
+        if len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int) or path[-1:] == ["[key]"]:
+            path.pop()  # the branch of a union, not a member
+        pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1")[:100] for p in path if not str(p).startswith(("constrained-", "list[")))
+        if pointer in faults:
+            faults[pointer] = Fault(pointer, f"{faults[pointer].detail}, or: {found['msg']}"[:400])
+        elif len(faults) < MOST_FAULTS:
+            faults[pointer] = Fault(pointer, found["msg"][:300])
+    first = next(iter(faults.values()))
+    return Invalid(f"{first.pointer or '/'}: {first.detail}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""), tuple(faults.values()))
+
+
+async def while_connected(request: Request, work: Any) -> None:
+    """Await `work`, or cancel it when the client goes away."""
+    task = asyncio.ensure_future(work)
+    listener = asyncio.ensure_future(request.receive())  # after the body, the next message is the disconnect
+    try:
+        await asyncio.wait({task, listener}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        task.result()
+    finally:
+        task.cancel()
+        listener.cancel()
+
+
+def respond(call: Call, by_score: bool) -> Response:
+    """The answer's bytes (the shape is schemas.RankResponse, which a test holds them to)."""
+    request, ranker = call.request, call.ranker
+    assert ranker is not None
+    index, scores = order(call, by_score)
+    ids = list(map(str, request.candidates.item_ids))
+    ranked = call.probabilities is not None
+    heads = {} if call.probabilities is None else {h: call.probabilities[index, k].tolist() for k, h in enumerate(ranker.manifest.heads)}
+    meta = call.meta
+    milliseconds = {stage: round(seconds * 1e3, 3) for stage, seconds in call.timings.seconds.items()}
+    milliseconds["total"] = round((time.perf_counter() - call.entered) * 1e3, 3)
+    content = {
+        "id": request.id,
+        "ranker": ranker.name,
+        "version": ranker.manifest.version,
+        "variant": call.variant if ranked else None,
+        "exit": call.exit,
+        "results": {"index": index.tolist(), "item_ids": [ids[i] for i in index.tolist()], "scores": scores.tolist(), "heads": heads},
+        "unknown_candidates": call.unknown.tolist(),
+        "history": {"used": call.history_used, "dropped": call.history_dropped, "unknown": call.history_unknown, "cache": call.cache},
+        "meta_embedding": {
+            "status": "off" if meta is None else meta.status,
+            "version": None if meta is None else meta.version,
+            "age_seconds": None if meta is None else meta.age_seconds,
+        },
+        "degraded": sorted(call.degraded),
+        "timings_ms": milliseconds,
+    }
+    headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
+    if request.id is not None:
+        headers["X-Request-ID"] = request.id
+    return Response(pydantic_core.to_json(content, inf_nan_mode="null"), media_type="application/json", headers=headers)
+
+
+def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds: float) -> None:
+    """The one place where a request enters the metrics: when it ends."""
+    ranker = None if call is None else call.ranker
+    name, version = ("", "") if ranker is None else (ranker.name, str(ranker.manifest.version))
+    variant = "" if call is None or call.probabilities is None else call.variant or ""
+    metrics.REQUESTS.labels(endpoint, name, version, variant, str(code)).inc()
+    metrics.DURATION.labels(endpoint, name, variant).observe(seconds)
+    timings.observe()
+    if call is None or code != 200:
+        return
+    for reason in call.degraded:
+        metrics.DEGRADED.labels(reason).inc()
+    metrics.EXITS.labels(name, call.exit).inc()
+    metrics.CANDIDATES.observe(len(call.request.candidates.item_ids))
+    metrics.HISTORY_LENGTH.observe(call.history_used)
+    metrics.HISTORY_CACHE.labels(call.cache).inc()
+    metrics.UNKNOWN_CANDIDATES.labels(name).inc(len(call.unknown))

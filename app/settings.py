@@ -1,0 +1,38 @@
+"""All settings, read once in `main.py` from `SLATEWISE_*`; from there on they are plain arguments."""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Each field is the variable `SLATEWISE_<NAME>`; units are in the names."""
+
+    model_config = SettingsConfigDict(env_prefix="SLATEWISE_", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
+    bundles: Path = Field(Path("models/bundles"), description="Root folder of the bundles: <root>/<ranker>/<version>/.")
+    redis_url: SecretStr = Field(SecretStr(""), description="Store of the meta-embeddings; empty: the ones in the bundle (the embedded store).")
+    redis_timeout_ms: float = Field(10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector.")
+    api_keys: SecretStr = Field(SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for.")
+    threads: int = Field(0, ge=0, description="Threads that run the model; 0: as many as the cgroup's CPU quota allows.")
+    history_cache_mb: float = Field(256.0, ge=0, description="Bound of the kept history state, in MiB; 0 keeps none.")
+    deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that bring none; 0: none.")
+    max_candidates: int = Field(4096, ge=1, description="Most candidates of one request.")
+    max_history: int = Field(4096, ge=1, description="Most history events of one request; the ranker reads the newest `history_used`.")
+    max_body_bytes: int = Field(1_000_000, ge=1, description="Longest request body, also after it is inflated.")
+    body_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a request body.")
+    max_in_flight: int = Field(256, ge=1, description="Requests in flight, above which new ones are refused before their body is read (429).")
+    max_queued_tokens: int = Field(200_000, ge=1, description="Queued work (events + candidates), above which answers degrade; at half of it the exit gives way.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def known_scheme(cls, url: SecretStr) -> SecretStr:
+        if url.get_secret_value() and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return url
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip())
