@@ -179,10 +179,8 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     return engine
 
 
-def load_bundle(folder: Path, threads: int) -> Ranker:
-    """Raises ManifestError where it cannot be trusted or none of its variants can be served."""
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
+def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
+    """The bundle without its variants. Raises ManifestError where an array is not what the manifest says."""
     try:
         items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
         ids = read_json(folder / "ids.json")
@@ -194,15 +192,18 @@ def load_bundle(folder: Path, threads: int) -> Ranker:
         warmup = [RankRequest.model_validate_json(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ManifestError(f"{folder}: {error}") from error
-    expected = {"items.npy": (items, (len(ids) + FIRST_ITEM, manifest.width)), "default_meta.npy": (default_meta, (manifest.meta_size,))}
-    expected["meta_embeddings.npy"] = (embedded, (len(users), manifest.meta_size))
-    expected["fields.npy"] = (field_vectors, (sum(len(f.values) + 1 for f in manifest.fields.values()), manifest.width))
+    expected = {
+        "items.npy": (items, (len(ids) + FIRST_ITEM, manifest.width)),
+        "fields.npy": (field_vectors, (sum(len(f.values) + 1 for f in manifest.fields.values()), manifest.width)),
+        "default_meta.npy": (default_meta, (manifest.meta_size,)),
+        "meta_embeddings.npy": (embedded, (len(users), manifest.meta_size)),
+    }
     for name, (array, shape) in expected.items():
         if array.dtype != np.float32 or array.shape != shape:
             raise ManifestError(f"{folder}: {name} is {array.dtype} {array.shape}, expected float32 {shape}")
         if not np.isfinite(array).all():
             raise ManifestError(f"{folder}: {name} holds a number that is not finite")
-    ranker = Ranker(
+    return Ranker(
         manifest=manifest,
         vocabulary=Vocabulary(
             items=dict(zip(ids, range(FIRST_ITEM, len(ids) + FIRST_ITEM), strict=True)),
@@ -220,6 +221,13 @@ def load_bundle(folder: Path, threads: int) -> Ranker:
         report=read_json(folder / "report.json") or {},
         warmup=warmup,
     )
+
+
+def load_bundle(folder: Path, threads: int) -> Ranker:
+    """Raises ManifestError where it cannot be trusted or none of its variants can be served."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    ranker = make_ranker(folder, manifest)
     for name in manifest.variants:
         try:
             ranker.engines[name] = load_variant(folder, ranker, name, threads)

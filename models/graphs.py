@@ -132,9 +132,18 @@ class LigrGraphs:
         key, value = self.split(g, self.layer(g, normed, f"{block}.key")), self.split(g, self.layer(g, normed, f"{block}.value"))
         return (key if positions is None else self.rotate(g, key, positions)), value
 
-    def block(self, g: Graph, x: str, block: str, positions: str | None, attend: Callable[[str], str]) -> str:
-        """A gated block; `attend` reads keys and values for a query (B, H, N, D)."""
-        query = self.split(g, self.layer(g, self.norm(g, x, f"{block}.attention_norm"), f"{block}.query"))
+    def split_rotated(self, g: Graph, x: str, position: str) -> str:
+        """(B, N, d) -> (B, H, N, D), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
+        x = self.rotate(g, g.op("Reshape", x, g.ints(0, -1, 1, self.head_size)), position)
+        return g.op("Transpose", g.op("Reshape", x, g.ints(0, -1, self.heads, self.head_size)), perm=[0, 2, 1, 3])
+
+    def block(self, g: Graph, x: str, block: str, position: str | None, positions: str | None, attend: Callable[[str], str]) -> str:
+        """A gated block; `attend` reads keys and values for a query (B, H, N, D).
+
+        `position` (B, 1) stands all of x at one place, `positions` (B, N) each at its own, neither of them nowhere.
+        """
+        query = self.layer(g, self.norm(g, x, f"{block}.attention_norm"), f"{block}.query")
+        query = self.split(g, query) if position is None else self.split_rotated(g, query, position)
         read = attend(query if positions is None else self.rotate(g, query, positions))
         read = g.op("Reshape", g.op("Transpose", read, perm=[0, 2, 1, 3]), g.ints(0, 0, self.config.width))
         x = self.gated(g, x, self.layer(g, read, f"{block}.out"), f"{block}.attention_gate")
@@ -186,14 +195,14 @@ class LigrGraphs:
             g.output(f"key_{i}", key, ["B", self.heads, "T", self.head_size])
             g.output(f"value_{i}", value, ["B", self.heads, "T", self.head_size])
             if i + 1 < self.blocks:
-                x = self.block(g, x, name, positions, lambda q: g.op("Attention", q, key, value, "", past_key, past_value, unused=2, is_causal=1))  # noqa: B023
+                x = self.block(g, x, name, None, positions, lambda q: g.op("Attention", q, key, value, "", past_key, past_value, unused=2, is_causal=1))  # noqa: B023
                 continue
             # only the newest position of the last block is used for more than its key and value
             at = g.op("Unsqueeze", last, g.ints(1))  # (B, 1)
             x = g.op("GatherND", x, g.op("Unsqueeze", at, g.ints(2)), batch_dims=1)  # (B, 1, d)
             key, value = g.op("Concat", past_key, key, axis=2), g.op("Concat", past_value, value, axis=2)
             readable = g.op("Add", first, length)
-            x = self.block(g, x, name, g.op("Add", first, at), lambda q: g.op("Attention", q, key, value, "", "", "", readable))  # noqa: B023
+            x = self.block(g, x, name, g.op("Add", first, at), None, lambda q: g.op("Attention", q, key, value, "", "", "", readable))  # noqa: B023
         user = g.op("Squeeze", self.norm(g, x, "user_norm"), g.ints(1))
         g.output("user", user, ["B", d])
         return g.model()
@@ -210,10 +219,9 @@ class LigrGraphs:
         user = g.input("user", ["B", d])
         state = [(g.input(f"key_{i}", cache), g.input(f"value_{i}", cache)) for i in range(self.blocks)]
         length = g.input("history_length", ["B"], INT)
-        shape = g.op("Shape", candidates, start=0, end=2)
-        positions = g.op("Expand", g.op("Unsqueeze", length, g.ints(1)), shape)  # (B, N): all stand right after the history
+        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all stand right after the history
         for i, (key, value) in enumerate(state):
-            x = self.block(g, x, f"blocks.{i}", positions, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
+            x = self.block(g, x, f"blocks.{i}", position, None, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
         hidden = g.op("Add", x, fused)
         f = g.op("Gelu", self.layer(g, self.norm(g, hidden, "point_norm"), "point_up"))
         logits = g.op("Add", self.dot_logits(g, candidates, user), self.layer(g, f, "point_down"))
@@ -243,7 +251,7 @@ class LigrGraphs:
         length = g.input("set_length", ["B"], INT)
         for i in range(self.set_blocks):
             key, value = self.keys_values(g, x, f"set_blocks.{i}", None)
-            x = self.block(g, x, f"set_blocks.{i}", None, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
+            x = self.block(g, x, f"set_blocks.{i}", None, None, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
         logits = g.op("Add", logits, self.layer(g, self.norm(g, x, "set_norm"), "set_out"))
         return self.finish(g, logits, "set")
 

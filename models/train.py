@@ -83,8 +83,8 @@ def load_data(config: DataConfig, toml: dict) -> Data:
     return Data(config, catalogue, sequences, split, bad_rows)
 
 
-def build_model(catalogue: Catalogue, config: DataConfig, model: dict) -> Ligr:
-    """A `Ligr` for a catalogue; `model` is the TOML's table of that name."""
+def build_model(catalogue: Catalogue, config: DataConfig, shape: dict) -> Ligr:
+    """A `Ligr` for a catalogue; `shape` is the TOML's table `[model]`."""
     seen = catalogue.numeric[FIRST_ITEM:]
     mean = np.nan_to_num(np.nanmean(seen, axis=0)) if seen.size else np.zeros(0)
     std = np.nan_to_num(np.nanstd(seen, axis=0)) if seen.size else np.zeros(0)
@@ -95,7 +95,7 @@ def build_model(catalogue: Catalogue, config: DataConfig, model: dict) -> Ligr:
             fields={name: len(values) + 1 for name, values in catalogue.vocabulary.fields.items()},
             numeric=len(config.numeric),
             heads=len(config.heads),
-            **model,
+            **shape,
         ),
         {name: torch.from_numpy(values) for name, values in catalogue.field_values.items()},
         torch.tensor(mean, dtype=torch.float32),
@@ -161,10 +161,10 @@ def epoch_windows(train_lengths: np.ndarray, longest: int, batch_events: int, rn
 class Trainer:
     """Model, the users' meta vectors, optimizer and epoch: all that a checkpoint holds."""
 
-    def __init__(self, data: Data, model: dict, config: TrainConfig) -> None:
+    def __init__(self, data: Data, shape: dict, config: TrainConfig, model: Ligr | None = None) -> None:
         torch.manual_seed(config.seed)
         self.data, self.config = data, config
-        self.model = build_model(data.catalogue, data.config, model)
+        self.model = build_model(data.catalogue, data.config, shape) if model is None else model
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.config.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         self.optimizer = torch.optim.AdamW(
@@ -351,10 +351,10 @@ def plot_log(log: Path) -> None:
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
 
 
-def train(data: Data, model: dict, config: TrainConfig, folder: Path) -> Trainer:
+def train(data: Data, shape: dict, config: TrainConfig, folder: Path) -> Trainer:
     """Train to the last epoch, from the checkpoint in `folder` where there is one."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(data, model, config)
+    trainer = Trainer(data, shape, config)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
     if checkpoint.exists():
         trainer.load(checkpoint)

@@ -1,0 +1,341 @@
+"""A trained ranker becomes a bundle: python -m models.export models/movielens.toml
+
+Writes the graphs, fits the calibrations, measures what must not change a score, quality and latency, and only then the
+manifest; stages beside the target and renames. Nothing above its bound is published.
+Before: `train.py`'s checkpoint. After: `app/bundle.py` loads `models/bundles/<name>/<version>/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from app.bundle import load_bundle, make_ranker
+from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Engine
+from app.features import FIRST_ITEM, UNKNOWN_ITEM
+from app.manifest import FORMAT, BundleLimits, Field_, Io, Manifest, Tensor, Variant
+from app.schemas import RankRequest
+from models import invariance
+from models.calibrate import fit_calibration
+from models.data import MULTI_VALUE_SEPARATOR, Sequences, build_sequences, clean_events, read_config, read_table
+from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
+from models.graphs import Calibration, LigrGraphs
+from models.ligr import EXITS, Ligr
+from models.meta_embeddings import fit_meta_embeddings
+from models.train import Data, TrainConfig, Trainer, load_data
+
+FP32_BOUND = 1e-5
+SET_WISE_LIMIT = 1024
+NEGATIVES = 99  # per positive, to calibrate heads of kind `next`
+EXAMPLE_CANDIDATES, EXAMPLE_EVENTS = 24, 40
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a bundle shows: users with their events and vectors, titles and fields of items."""
+
+    sequences: Sequences
+    users: list[str]
+    vectors: np.ndarray  # (users, M)
+    titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
+
+
+def what_to_show(trainer: Trainer, toml: dict) -> Shown:
+    """The `[demo]` data where the TOML names one, else the training data itself."""
+    data, demo = trainer.data, toml.get("demo")
+    if demo is None:
+        items, sequences = read_table(Path(toml["data"]["items"])), data.sequences
+        users, vectors = sequences.users, trainer.meta.weight.detach().numpy().astype(np.float32)
+    else:
+        items = read_table(Path(demo["items"]))
+        events, _ = clean_events(read_table(Path(demo["events"])), data.config.max_bad_share)
+        sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
+        users = [demo.get("user_prefix", "") + user for user in sequences.users]
+        vectors = fit_meta_embeddings(trainer.model, data, sequences)
+    known, titles = set(data.catalogue.vocabulary.items), {}
+    for row in items.iter_rows(named=True):
+        if str(row["item_id"]) in known:
+            shown = {"title": row.get(data.config.title)}
+            shown |= {c: [v for v in str(row.get(c) or "").split(MULTI_VALUE_SEPARATOR) if v] for c in data.config.categorical}
+            titles[str(row["item_id"])] = shown
+    return Shown(sequences, users, vectors, titles)
+
+
+def tabulate_fields(model: Ligr, data: Data) -> tuple[np.ndarray, dict[str, Field_]]:
+    """fields.npy and the manifest's description of it."""
+    tables, fields, offset = [np.zeros((0, model.config.width), np.float32)], {}, 0
+    for name, values in data.catalogue.vocabulary.fields.items():
+        table = model.field[name].weight.detach().numpy()
+        fields[name] = Field_(offset=offset, values=values)
+        tables.append(table)
+        offset += len(table)
+    return np.concatenate(tables), fields
+
+
+def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> dict[str, list[Calibration]]:
+    """From uncalibrated graphs: every exit and head, on the validation users' held-out slates.
+
+    A head of kind `label` is fitted on the rated items; one of kind `next` on the next item among 99 items that the
+    user never met, so its probability is that of such a slate.
+    """
+    rng, heads = np.random.default_rng(0), data.config.heads
+    logits: dict[str, list[list[np.ndarray]]] = {exit: [[] for _ in heads] for exit in EXITS if exit in engine.sessions}
+    labels: list[list[np.ndarray]] = [[] for _ in heads]
+    for case in slate_cases(data, data.split.validation_users):
+        unseen = np.setdiff1d(np.arange(FIRST_ITEM, len(engine.items)), np.concatenate([case.seen, case.upcoming]))
+        among = np.concatenate([case.upcoming[:1], rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)])
+        for rows, kind, target in ((case.upcoming, "label", case.labels), (among, "next", np.eye(len(among), 1).repeat(len(heads), axis=1))):
+            candidates = candidates_of(engine, data, rows, case.time)
+            scores = {exit: engine.score(case.history, candidates, meta, exit) for exit in logits}
+            for k, head in enumerate(heads):
+                if head.kind == kind:
+                    known = ~np.isnan(target[:, k])
+                    labels[k].append(target[known, k])
+                    for exit, p in scores.items():
+                        logits[exit][k].append(np.log(p[known, k]) - np.log1p(-p[known, k]))
+    if not labels[0]:
+        return {exit: [Calibration.identity() for _ in heads] for exit in logits}
+    joined = [np.concatenate(column) for column in labels]
+    return {exit: [fit_calibration(np.concatenate(columns[k]), joined[k]) for k in range(len(heads))] for exit, columns in logits.items()}
+
+
+def write_graphs(folder: Path, graphs: dict[str, onnx.ModelProto]) -> dict[str, Io]:
+    """The .onnx files; what goes in and out of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {}
+    for name, graph in graphs.items():
+        onnx.save(graph, folder / f"{name}.onnx")
+
+        def tensors(values: Any) -> dict[str, Tensor]:
+            return {
+                v.name: Tensor(
+                    dtype=onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name,
+                    shape=[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+                )
+                for v in values
+            }
+
+        described[name] = Io(inputs=tensors(graph.graph.input), outputs=tensors(graph.graph.output))
+    return described
+
+
+def machine() -> str:
+    """The processor's name, and how many of it."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def measure_latency(engine: Engine, manifest: Manifest, repeats: int = 60) -> dict[str, Any]:
+    """Milliseconds of encoding and of scoring at the highest exit, one thread, by history and slate."""
+    draw, rows = invariance.Requests(engine, manifest), []
+    for events in (50, min(200, manifest.limits.history_used)):
+        for n in (50, 200, 500):
+            history, candidates, meta = draw.history(events), draw.candidates(n), draw.meta()
+            state, encode, score = draw.state(history), [], []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                draw.state(history)
+                encode.append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+                point = engine.point(candidates, meta, state)
+                if "set" in manifest.exits:
+                    engine.set(point)
+                score.append(time.perf_counter() - begin)
+            row = {"history": events, "candidates": n}
+            for name, seconds in (("encode", encode), ("score", score)):
+                row |= {f"{name}_p{q}": round(float(np.quantile(seconds, q / 100)) * 1e3, 3) for q in (50, 99)}
+            rows.append(row)
+    return {"machine": machine(), "threads": 1, "rows": rows}
+
+
+def make_request(shown: Shown, data: Data, user: int, name: str, events: int, candidates: int, rng: np.random.Generator) -> dict[str, Any]:
+    """A request of a shown user: their events before their last known ones, which are the candidates, among popular items."""
+    vocabulary, s = data.catalogue.vocabulary, shown.sequences
+    rows = np.arange(s.offsets[user], s.offsets[user + 1])
+    rows = rows[s.items[rows] != UNKNOWN_ITEM]
+    ahead = rows[-min(candidates // 2, len(rows) // 3) :]
+    before = rows[: len(rows) - len(ahead)]
+    read = before[-events:]
+    counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))
+    popular = np.argsort(-counts, kind="stable")[:500]
+    titled = np.array([vocabulary.items[r - FIRST_ITEM] in shown.titles for r in popular])
+    popular = np.setdiff1d(popular[titled], s.items[rows])
+    slate = np.concatenate([s.items[ahead], rng.choice(popular, candidates - len(ahead), replace=False)])
+    rng.shuffle(slate)
+    numeric = data.catalogue.numeric[slate]
+    actions = [None, *vocabulary.actions]
+    history: dict[str, Any] = {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in s.items[read]]}
+    if vocabulary.actions:
+        history["actions"] = [actions[a] for a in s.actions[read]]
+    history |= {"timestamps": [int(t) for t in s.timestamps[read]], "offset": len(before) - len(read)}
+    features = {f: [None if np.isnan(v) else round(float(v), 3) for v in numeric[:, k]] for k, f in enumerate(data.config.numeric)}
+    return {
+        "user": name,
+        "history": history,
+        "candidates": {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in slate], "features": features},
+        "request_time": int(s.timestamps[read[-1]]),
+    }
+
+
+def warmup_requests(example: dict[str, Any], data: Data, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Smallest and largest shapes, so that memory has its size before the first client comes."""
+    ids = data.catalogue.vocabulary.items
+    result = []
+    for events, n in ((0, 1), (1, 20), (data.config.history_length, CANDIDATE_QUANTUM), (HISTORY_QUANTUM, SET_WISE_LIMIT)):
+        history, slate = rng.integers(0, len(ids), events), rng.integers(0, len(ids), n)
+        result.append({"history": {"item_ids": [ids[k] for k in history]}, "candidates": {"item_ids": [ids[k] for k in slate]}, "request_time": example["request_time"]})
+    return result
+
+
+def plot_report(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    panels = (("leave_one_out", "hr10", "HR@10, leave-one-out"), ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"), ("slates", "ndcg10", "NDCG@10, held-out slates"))
+    for axis, (table, metric, title) in zip(axes, panels, strict=True):
+        rows = report[table]
+        for k, (name, row) in enumerate(rows.items()):
+            mean, low, high = row[metric]
+            axis.barh(k, mean, xerr=[[mean - low], [high - mean]], color="tab:blue" if name in EXITS else "0.7", capsize=3)
+        axis.set(yticks=range(len(rows)), yticklabels=list(rows), title=title)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: int | None = None) -> Path:
+    """The published bundle's folder. Raises ValueError where a measured bound is missed."""
+    data, model = trainer.data, trainer.model.eval()
+    config, rng = data.config, np.random.default_rng(0)
+    target = root / config.name / str(version)
+    if target.exists():
+        raise ValueError(f"{target} exists: a published version does not change")
+    stage = root / config.name / f".staging-{version}"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    items = model.item_table().detach().numpy()
+    field_vectors, fields = tabulate_fields(model, data)
+    default_meta = model.default_meta.detach().numpy()
+    shown = what_to_show(trainer, toml)
+    np.save(stage / "items.npy", items)
+    np.save(stage / "fields.npy", field_vectors)
+    np.save(stage / "default_meta.npy", default_meta)
+    np.save(stage / "meta_embeddings.npy", shown.vectors)
+    write_json(stage / "ids.json", data.catalogue.vocabulary.items)
+    write_json(stage / "users.json", shown.users)
+    write_json(stage / "display.json", shown.titles)
+
+    exits = list(EXITS) if model.config.set_blocks else list(EXITS[:2])
+    identity = {exit: [Calibration.identity() for _ in config.heads] for exit in exits}
+    longest = max(config.history_length, HISTORY_QUANTUM)
+    write_graphs(stage / "variants/draft", LigrGraphs(model, identity, longest).all())
+    calibrations = fit_calibrations(Engine(stage / "variants/draft", items, exits, 2), data, default_meta)
+    shutil.rmtree(stage / "variants/draft")
+    graphs = write_graphs(stage / "variants/fp32", LigrGraphs(model, calibrations, longest).all())
+
+    lengths = np.diff(shown.sequences.offsets)
+    example_user = int(np.flatnonzero(lengths >= 100)[0]) if (lengths >= 100).any() else int(lengths.argmax())
+    example = make_request(shown, data, example_user, shown.users[example_user], EXAMPLE_EVENTS, EXAMPLE_CANDIDATES, rng)
+    (stage / "warmup.jsonl").write_text("".join(json.dumps(r) + "\n" for r in warmup_requests(example, data, rng)))
+    manifest = Manifest(
+        format=FORMAT,
+        ranker=config.name,
+        version=version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        trained_on=toml["data"].get("trained_on", ""),
+        space=f"{config.name}-{version}",
+        width=model.config.width,
+        heads={head.name: head.weight for head in config.heads},
+        exits=exits,
+        default_exit=toml.get("export", {}).get("default_exit", exits[-1]),
+        default_variant="fp32",
+        actions=data.catalogue.vocabulary.actions,
+        features=list(config.numeric),
+        fields=fields,
+        meta_size=model.config.meta_size,
+        limits=BundleLimits(history_used=config.history_length, set_wise=SET_WISE_LIMIT if "set" in exits else 0),
+        graphs=graphs,
+        variants={},
+        files={},
+        example=example,
+    )
+    print("measuring what must not change a score", flush=True)
+    engine = Engine(stage / "variants/fp32", items, exits, 1)
+    measured = invariance.measure(engine, manifest, model, calibrations)
+    print(measured)
+    if failed := {name: value for name, value in measured.items() if not value <= FP32_BOUND}:
+        raise ValueError(f"above the bound {FP32_BOUND}: {failed}")
+    report = evaluate(Engine(stage / "variants/fp32", items, exits, 2), data, default_meta, most_users)
+    report["bad_rows"] = data.bad_rows
+    write_json(stage / "report.json", report)
+    plot_report(report, stage / "report.png")
+    print(as_markdown(report))
+    variant = Variant(
+        bytes=sum(path.stat().st_size for path in (stage / "variants/fp32").iterdir()),
+        bound=FP32_BOUND,
+        invariance={name: float(f"{value:.2e}") for name, value in measured.items()},
+        quality=quality_rows(report, exits),
+        latency_ms=measure_latency(engine, manifest),
+        golden_scores=golden_scores(engine, stage, manifest),
+    )
+    files = {str(p.relative_to(stage)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(stage.rglob("*")) if p.is_file()}
+    manifest = manifest.model_copy(update={"variants": {"fp32": variant}, "files": files})
+    (stage / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+    load_bundle(stage, 1)  # as the server will: digests, schema, golden request
+    stage.rename(target)
+    return target
+
+
+def quality_rows(report: dict, exits: list[str]) -> dict[str, dict[str, Any]]:
+    """Per exit, what the manifest says of it."""
+    return {exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report[table]} for exit in exits}
+
+
+def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:
+    """The example's scores, by the same functions that the server calls."""
+    ranker = make_ranker(stage, manifest)
+    request = RankRequest.model_validate(manifest.example)
+    history, _ = ranker.history(request)
+    candidates, _ = ranker.candidates(request, request.request_time or 0.0)
+    scores = engine.score(history, candidates, ranker.embedded_meta_of(str(request.user)), manifest.default_exit)
+    return (scores @ ranker.score_weights(None)).tolist()
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("toml", type=Path)
+    parser.add_argument("--folder", type=Path, help="of the training; default: build/train/NAME")
+    parser.add_argument("--root", type=Path, default=Path("models/bundles"))
+    parser.add_argument("--version", type=int, help="default: one more than the newest")
+    args = parser.parse_args()
+    config, toml = read_config(args.toml)
+    trainer = Trainer(load_data(config, toml), toml["model"], TrainConfig(**toml["train"]))
+    trainer.load((args.folder or Path("build/train") / config.name) / "checkpoint.pt")
+    versions = [int(p.name) for p in (args.root / config.name).glob("*") if p.name.isdigit()]
+    print(export(trainer, toml, args.root, args.version or max(versions, default=0) + 1))
+
+
+if __name__ == "__main__":
+    main()
+
+
