@@ -179,7 +179,7 @@ def make_request(shown: Shown, data: Data, user: int, name: str, events: int, ca
     history: dict[str, Any] = {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in s.items[read]]}
     if vocabulary.actions:
         history["actions"] = [actions[a] for a in s.actions[read]]
-    history |= {"timestamps": [int(t) for t in s.timestamps[read]], "offset": len(before) - len(read)}
+    history["timestamps"] = [int(t) for t in s.timestamps[read]]
     features = {f: [None if np.isnan(v) else round(float(v), 3) for v in numeric[:, k]] for k, f in enumerate(data.config.numeric)}
     return {
         "user": name,

@@ -1,0 +1,54 @@
+# make serve    serve the committed demo bundle at 127.0.0.1:8000
+# make test     everything: format, lint, types, tests (a real Redis included)
+# make lint     format, lint and types alone
+# make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
+# make lock     renew the locked versions
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+SERVE := .venv-serve
+TEST := .venv
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: serve test lint format train lock clean
+
+serve: $(SERVE)/installed
+	$(SERVE)/bin/python -m app.main
+
+test: lint
+	$(TEST)/bin/python -m pytest
+
+lint: $(TEST)/installed
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/mypy
+
+format: $(TEST)/installed
+	$(TEST)/bin/ruff format .
+	$(TEST)/bin/ruff check --fix .
+
+# ML1M and ML_SMALL may name a local zip or folder; without them both are downloaded from GroupLens.
+train: $(TEST)/installed
+	test -f build/data/ml-1m/events.parquet || $(TEST)/bin/python -m models.movielens ml-1m $(if $(ML1M),--source $(ML1M))
+	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m models.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
+	$(TEST)/bin/python -m models.train models/movielens.toml
+	$(TEST)/bin/python -m models.export models/movielens.toml
+
+$(SERVE)/installed: deploy/serve.lock
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --require-hashes -r deploy/serve.lock
+	touch $@
+
+# torch has no hash in a lock: its wheels differ by index (CPU or CUDA build)
+$(TEST)/installed: deploy/test.lock
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/pip install --quiet --require-hashes -r deploy/test.lock
+	$(TEST)/bin/pip install --quiet torch==2.13.0
+	touch $@
+
+lock: $(TEST)/installed
+	$(TEST)/bin/pip install --quiet pip-tools==7.6.2
+	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file deploy/serve.lock pyproject.toml
+	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --extra test --unsafe-package torch --output-file deploy/test.lock pyproject.toml
+
+clean:
+	rm -rf $(SERVE) $(TEST) build
