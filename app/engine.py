@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -57,6 +58,9 @@ class History:
     @property
     def nbytes(self) -> int:
         return self.items.nbytes + self.actions.nbytes + self.gaps.nbytes
+
+    def equals(self, other: History) -> bool:
+        return len(self) == len(other) == self.common_prefix(other)
 
     def common_prefix(self, other: History) -> int:
         """How many first events two histories share."""
@@ -112,7 +116,7 @@ class Engine:
         nowhere = HistoryState((nothing,) * self.blocks, (nothing,) * self.blocks, np.zeros((1, 0), np.float32))
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
-    def run(self, graph: str, feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    def run(self, graph: str, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         try:
             return dict(zip(self.outputs[graph], self.sessions[graph].run(None, feeds), strict=True))
         except Exception as error:
@@ -120,7 +124,7 @@ class Engine:
 
     def extend(self, state: HistoryState, events: History) -> HistoryState:
         """The state after more events (at least one); `state` itself stays as it is."""
-        feeds: dict[str, NDArray[np.generic]] = {
+        feeds: dict[str, NDArray[Any]] = {
             "items": self.items[events.items][None],  # (1, T, d)
             "actions": events.actions[None],
             "gaps": events.gaps[None],
@@ -150,7 +154,7 @@ class Engine:
 
     def point(self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None)) -> PointScores:
         """Exit `point` of some of the candidates; meta is (M,). Exact in chunks: no candidate sees another."""
-        feeds: dict[str, NDArray[np.generic]] = {
+        feeds: dict[str, NDArray[Any]] = {
             "candidates": candidates.vectors[None, rows],
             "meta": meta[None],
             "context": candidates.context,
@@ -169,7 +173,7 @@ class Engine:
         feeds = {"hidden": point.hidden[None], "logits": point.logits[None], "set_length": np.array([len(point.hidden)])}
         return self.probabilities(self.run("set", feeds))
 
-    def probabilities(self, out: dict[str, NDArray[np.generic]]) -> Float64:
+    def probabilities(self, out: dict[str, NDArray[Any]]) -> Float64:
         result: Float64 = out["probabilities"][0]
         if not np.isfinite(result).all():
             raise EngineError("a score is not finite")

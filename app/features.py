@@ -44,13 +44,13 @@ def window_start(offset: int, length: int, longest: int) -> int:
     """Index, within the events sent, of the first one to read.
 
     The window starts at the smallest multiple of 64, counted over the user's whole history (`offset` is the index of
-    the first event sent), from which at most `longest` events remain: a function of the request alone.
+    the first event sent), from which at most `longest` events remain: a function of the request alone, and the same
+    for the next 63 requests of a client that sends a sliding window. Where that would leave less than half of what
+    could be read (a short window), all that can be read is.
     """
-    if length <= longest:
-        return 0
-    first = offset + length - longest
-    start = -(-first // WINDOW_STEP) * WINDOW_STEP
-    return min(start - offset, length - 1)
+    first = max(0, length - longest)
+    aligned = -(-(offset + first) // WINDOW_STEP) * WINDOW_STEP - offset
+    return aligned if 2 * (length - aligned) >= length - first else first
 
 
 def request_context(request_time: float) -> Float32:

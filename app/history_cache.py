@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from app.engine import History, HistoryState
 
@@ -27,12 +29,21 @@ class Entry:
         return self.history.nbytes + self.state.nbytes + ENTRY_OVERHEAD
 
 
+@dataclass
+class Encoding:
+    """One that runs, and how many wait for it."""
+
+    history: History
+    task: asyncio.Task[HistoryState]
+    waiters: int = 0
+
+
 class HistoryCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.nbytes = 0
         self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self.encoding: dict[Hashable, list[tuple[History, asyncio.Task[HistoryState]]]] = {}
+        self.encoding: dict[Hashable, list[Encoding]] = {}
 
     def get(self, key: Hashable) -> Entry | None:
         entry = self.entries.get(key)
@@ -58,34 +69,33 @@ class HistoryCache:
         if entry is not None:
             self.nbytes -= entry.nbytes
 
-    async def once(self, key: Hashable, history: History, encode: Callable[[], Awaitable[HistoryState]]) -> HistoryState:
-        """`encode()`, shared by all who ask for the same events of the same user while it runs.
+    async def once(self, key: Hashable, history: History, encode: Callable[[], Coroutine[Any, Any, HistoryState]]) -> tuple[HistoryState, bool]:
+        """`encode()`, shared by all who ask for the same events of the same user while it runs; and whether this call began it.
 
         It goes on while anybody waits for it: one caller's cancellation does not take it from the others, the last
         one's stops it.
         """
         running = self.encoding.setdefault(key, [])
-        for other, task in running:
-            if len(other) == len(history) == history.common_prefix(other):
-                break
-        else:
-            task = asyncio.ensure_future(encode())
-            task.waiters = 0  # type: ignore[attr-defined]
-            running.append((history, task))
-            task.add_done_callback(lambda done: self.finished(key, done))
-        task.waiters += 1  # type: ignore[attr-defined]
+        encoding = next((other for other in running if other.history.equals(history)), None)
+        led = encoding is None
+        if encoding is None:
+            encoding = Encoding(history, asyncio.ensure_future(encode()))
+            encoding.task.add_done_callback(partial(self.end, key, encoding))
+            running.append(encoding)
+        encoding.waiters += 1
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(encoding.task), led
         finally:
-            task.waiters -= 1  # type: ignore[attr-defined]
-            if not task.waiters and not task.done():  # type: ignore[attr-defined]
-                task.cancel()
+            encoding.waiters -= 1
+            if not encoding.waiters and not encoding.task.done():
+                self.end(key, encoding, encoding.task)  # at once: nobody may join what is being cancelled
+                encoding.task.cancel()
 
-    def finished(self, key: Hashable, done: asyncio.Task[HistoryState]) -> None:
-        rest = [(history, task) for history, task in self.encoding.get(key, ()) if task is not done]
+    def end(self, key: Hashable, encoding: Encoding, task: asyncio.Task[HistoryState]) -> None:
+        rest = [other for other in self.encoding.get(key, ()) if other is not encoding]
         if rest:
             self.encoding[key] = rest
         else:
             self.encoding.pop(key, None)
-        if not done.cancelled():
-            done.exception()  # seen, also where every waiter has gone
+        if task.done() and not task.cancelled():
+            task.exception()  # seen, also where every waiter has gone

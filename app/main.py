@@ -105,7 +105,7 @@ def problem(request: Request, error: RankingError) -> Response:
         error=error.detail,
         message=error.detail,
         request_id=identifier,
-        errors=[{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults],  # type: ignore[misc]
+        errors=[{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults],
     )
     headers = dict(error.headers) | ({"X-Request-ID": identifier} if identifier else {})
     return Response(body.model_dump_json(), error.status, headers, media_type="application/problem+json")

@@ -1,15 +1,15 @@
 """What a bundle promises. `models/export.py` writes it, `bundle.py` holds the files to it.
 
-    <root>/<ranker>/<version>/
-      manifest.json               this
-      items.npy ids.json          item table (rows, d), row 0 the unknown item, row 1 the start token; ids of rows 2, 3, ...
-      display.json                titles and fields of the items that may show them (optional)
-      fields.npy                  vectors of field values, for items that arrive with `candidates.fields`
-      meta_embeddings.npy users.json   vectors of the embedded store (optional)
-      default_meta.npy            the un-adapted vector
-      warmup.jsonl                requests to warm up with
-      report.json report.png      quality per exit, latency
-      variants/<name>/{encode,dot,point,set}.onnx
+<root>/<ranker>/<version>/
+  manifest.json               this
+  items.npy ids.json          item table (rows, d), row 0 the unknown item, row 1 the start token; ids of rows 2, 3, ...
+  display.json                titles and fields of the items that may show them (optional)
+  fields.npy                  vectors of field values, for items that arrive with `candidates.fields`
+  meta_embeddings.npy users.json   vectors of the embedded store (optional)
+  default_meta.npy            the un-adapted vector
+  warmup.jsonl                requests to warm up with
+  report.json report.png      quality per exit, latency
+  variants/<name>/{encode,dot,point,set}.onnx
 """
 
 import json

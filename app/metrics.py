@@ -14,8 +14,12 @@ SIZE_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
 
 STAGES = ("parse", "features", "embed", "queue", "encode", "score", "serialize")
 
-REQUESTS = Counter("slatewise_requests_total", "Requests that ended, by status code; 499: the client went away.", ["endpoint", "ranker", "version", "variant", "code"])
-DURATION = Histogram("slatewise_request_duration_seconds", "Time from entering the application to the answer.", ["endpoint", "ranker", "variant"], buckets=BUCKETS)
+REQUESTS = Counter(
+    "slatewise_requests_total", "Requests that ended, by status code; 499: the client went away.", ["endpoint", "ranker", "version", "variant", "code"]
+)
+DURATION = Histogram(
+    "slatewise_request_duration_seconds", "Time from entering the application to the answer.", ["endpoint", "ranker", "variant"], buckets=BUCKETS
+)
 STAGE = Histogram("slatewise_stage_duration_seconds", "Time of one stage of a request.", ["stage"], buckets=BUCKETS)
 IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that have entered and not ended.")
 QUEUED_TOKENS = Gauge("slatewise_queued_tokens", "Work that waits for a thread, in events and candidates.")
@@ -31,7 +35,9 @@ HISTORY_CACHE_BYTES = Gauge("slatewise_history_cache_bytes", "Bytes of kept hist
 HISTORY_REUSED = Counter("slatewise_history_events_reused_total", "Events whose kept state was used again.")
 HISTORY_ENCODED = Counter("slatewise_history_events_encoded_total", "Events that were encoded.")
 EMBEDDINGS = Counter("slatewise_embedding_lookups_total", "Meta-embedding look-ups by result.", ["result"])
-EMBEDDING_AGE = Histogram("slatewise_embedding_age_seconds", "Age of the meta-embeddings served.", buckets=(60, 300, 900, 3_600, 14_400, 86_400, 604_800, 2_592_000))
+EMBEDDING_AGE = Histogram(
+    "slatewise_embedding_age_seconds", "Age of the meta-embeddings served.", buckets=(60, 300, 900, 3_600, 14_400, 86_400, 604_800, 2_592_000)
+)
 REDIS_DURATION = Histogram("slatewise_redis_command_duration_seconds", "Time of one Redis command.", ["command"], buckets=BUCKETS)
 REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])

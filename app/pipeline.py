@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ class Pipeline:
         key = (ranker.name, ranker.manifest.version, variant, call.user)
         entry = self.cache.get(key)
         reused = 0 if entry is None else entry.history.common_prefix(history)
-        if entry is not None and reused == len(history) == len(entry.history):
+        if entry is not None and entry.history.equals(history):
             call.cache = "hit"
             metrics.HISTORY_REUSED.inc(reused)
             return entry.state
@@ -203,10 +204,10 @@ class Pipeline:
         call.cache = "extended" if reused else "miss"
         metrics.HISTORY_REUSED.inc(reused)
         rest = History(history.items[reused:], history.actions[reused:], history.gaps[reused:])
-        begin, before = time.perf_counter(), sum(call.timings.seconds.get(s, 0.0) for s in ("queue", "encode"))
-        state = await self.cache.once(key, history, lambda: self.extend(call, engine, base, rest))
-        mine = sum(call.timings.seconds.get(s, 0.0) for s in ("queue", "encode")) - before
-        call.timings.add("encode", max(0.0, time.perf_counter() - begin - mine))  # waited for somebody else's encoding
+        begin = time.perf_counter()
+        state, led = await self.cache.once(key, history, lambda: self.extend(call, engine, base, rest))
+        if not led:  # waited for the same encoding of another request
+            call.timings.add("encode", time.perf_counter() - begin)
         self.cache.put(key, Entry(history, state))
         return state
 
@@ -214,26 +215,24 @@ class Pipeline:
         for first in range(0, len(events), HISTORY_QUANTUM):
             rows = slice(first, first + HISTORY_QUANTUM)
             chunk = History(events.items[rows], events.actions[rows], events.gaps[rows])
-            state = await self.run(call, "encode", lambda s=state, c=chunk: engine.extend(s, c), len(chunk))
+            state = await self.run(call, "encode", partial(engine.extend, state, chunk), len(chunk))
             metrics.HISTORY_ENCODED.inc(len(chunk))
         return state
 
-    async def climb(
-        self, call: Call, engine: Engine, candidates: Candidates, state: HistoryState, meta: Float32, wanted: str, *, insured: bool
-    ) -> None:
+    async def climb(self, call: Call, engine: Engine, candidates: Candidates, state: HistoryState, meta: Float32, wanted: str, *, insured: bool) -> None:
         """Up the ladder to the exit that is wanted; under a deadline each rung is an answer as soon as it is complete."""
         if wanted == "dot" or insured:
-            call.probabilities, call.exit = await self.run(call, "score", lambda: engine.dot(candidates, state), len(candidates)), "dot"
+            call.probabilities, call.exit = await self.run(call, "score", partial(engine.dot, candidates, state), len(candidates)), "dot"
         if wanted == "dot":
             return
         chunks = []
         for first in range(0, len(candidates), CANDIDATE_QUANTUM):
             rows = slice(first, first + CANDIDATE_QUANTUM)
-            chunks.append(await self.run(call, "score", lambda r=rows: engine.point(candidates, meta, state, r), min(CANDIDATE_QUANTUM, len(candidates))))
+            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows), min(CANDIDATE_QUANTUM, len(candidates))))
         point = join(chunks)
         call.probabilities, call.exit = point.probabilities, "point"
         if wanted == "set":
-            call.probabilities, call.exit = await self.run(call, "score", lambda: engine.set(point), len(candidates)), "set"
+            call.probabilities, call.exit = await self.run(call, "score", partial(engine.set, point), len(candidates)), "set"
 
 
 def order(call: Call, by_score: bool) -> tuple[Int64, Float64]:

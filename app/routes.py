@@ -1,8 +1,8 @@
 """HTTP in, HTTP out: parse, call the pipeline, answer. With `main.py` the only place that knows FastAPI.
 
-    /rerank /score                  the pipeline, sorted or in input order
-    /models /models/{ranker}        what is served, with limits, quality and latency
-    /livez /readyz /metrics         open; everything else asks for a key where keys are set
+/rerank /score                  the pipeline, sorted or in input order
+/models /models/{ranker}        what is served, with limits, quality and latency
+/livez /readyz /metrics         open; everything else asks for a key where keys are set
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def refusal(error: ValidationError) -> RankingError:
         if found["type"] == "json_invalid":
             return NotJson(found["msg"])
         path = list(found["loc"])
-        if len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int) or path[-1:] == ["[key]"]:
+        if (len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int)) or path[-1:] == ["[key]"]:
             path.pop()  # the branch of a union, not a member
         pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1")[:100] for p in path if not str(p).startswith(("constrained-", "list[")))
         if pointer in faults:

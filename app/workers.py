@@ -54,7 +54,8 @@ class Workers:
             self.queue.clear()
             self.queued_tokens = 0
             self.changed.notify_all()
-        await asyncio.to_thread(lambda: [thread.join() for thread in self.threads])
+        for thread in self.threads:
+            await asyncio.to_thread(thread.join)
 
     async def run(self, call: Callable[[], Result], tokens: int, priority: int = 0) -> tuple[Result, float]:
         """The result of `call`, run in a worker thread, and the seconds it waited for one.

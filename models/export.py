@@ -195,7 +195,9 @@ def warmup_requests(example: dict[str, Any], data: Data, rng: np.random.Generato
     result = []
     for events, n in ((0, 1), (1, 20), (data.config.history_length, CANDIDATE_QUANTUM), (HISTORY_QUANTUM, SET_WISE_LIMIT)):
         history, slate = rng.integers(0, len(ids), events), rng.integers(0, len(ids), n)
-        result.append({"history": {"item_ids": [ids[k] for k in history]}, "candidates": {"item_ids": [ids[k] for k in slate]}, "request_time": example["request_time"]})
+        result.append(
+            {"history": {"item_ids": [ids[k] for k in history]}, "candidates": {"item_ids": [ids[k] for k in slate]}, "request_time": example["request_time"]}
+        )
     return result
 
 
@@ -206,7 +208,11 @@ def plot_report(report: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    panels = (("leave_one_out", "hr10", "HR@10, leave-one-out"), ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"), ("slates", "ndcg10", "NDCG@10, held-out slates"))
+    panels = (
+        ("leave_one_out", "hr10", "HR@10, leave-one-out"),
+        ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"),
+        ("slates", "ndcg10", "NDCG@10, held-out slates"),
+    )
     for axis, (table, metric, title) in zip(axes, panels, strict=True):
         rows = report[table]
         for k, (name, row) in enumerate(rows.items()):
@@ -337,5 +343,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-

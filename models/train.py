@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from app.features import FIRST_ITEM, GAP_FIRST, START_ITEM, UNKNOWN_ITEM, request_context, window_start
+from app.features import FIRST_ITEM, START_ITEM, UNKNOWN_ITEM, request_context, window_start
 from models.data import (
     Catalogue,
     DataConfig,
@@ -333,16 +333,18 @@ def plot_log(log: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = list(csv.DictReader(log.open()))
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
     columns = [name for name in (rows[0] if rows else {}) if name.endswith(("hr10", "ndcg10"))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.plot([int(r["epoch"]) for r in rows], [float(r["loss"]) for r in rows])
     left.set(xlabel="epoch", ylabel="training loss (steps up where the ladder joins)")
     for name in columns:
         points = [(int(r["epoch"]), float(r[name])) for r in rows if r[name]]
-        right.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
+        if points:
+            right.plot(*zip(*points, strict=True), marker=".", label=name)
+            right.legend()
     right.set(xlabel="epoch", ylabel="validation users, full catalogue")
-    right.legend()
     figure.tight_layout()
     figure.savefig(log.with_suffix(".png"), dpi=110)
     plt.close(figure)
