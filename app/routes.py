@@ -248,7 +248,7 @@ def respond(call: Call, by_score: bool) -> Response:
     ranked = call.probabilities is not None
     heads = {} if call.probabilities is None else {h: call.probabilities[index, k].tolist() for k, h in enumerate(ranker.manifest.heads)}
     meta = call.meta
-    milliseconds = {stage: round(seconds * 1e3, 3) for stage, seconds in call.timings.seconds.items()}
+    milliseconds = {stage: round(call.timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES[:-1]}  # `serialize` is not over
     milliseconds["total"] = round((time.perf_counter() - call.entered) * 1e3, 3)
     content = {
         "id": request.id,

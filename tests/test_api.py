@@ -1,0 +1,388 @@
+"""The contract over HTTP, against a real server on a real socket."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from app.errors import RankingError
+from app.routes import PROBLEMS
+from app.schemas import Problem, RankResponse
+from app.settings import Settings
+from tests.conftest import DEMO, Tiny, serve
+
+BOUND = 1e-5
+
+
+def ask(client: httpx.Client, body: dict[str, Any], path: str = "/score", **more: Any) -> dict[str, Any]:
+    answer = client.post(path, json=body | more)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def by_item(answer: dict[str, Any]) -> dict[str, float]:
+    return dict(zip(answer["results"]["item_ids"], answer["results"]["scores"], strict=True))
+
+
+def assert_problem(answer: httpx.Response, *allowed: int) -> dict[str, Any]:
+    assert answer.status_code in allowed, f"{answer.status_code}: {answer.text[:300]}"
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    problem = Problem.model_validate(body)
+    assert problem.status == answer.status_code
+    assert problem.error == problem.message == problem.detail
+    assert "Traceback" not in answer.text
+    return body
+
+
+def fuzzless(client: httpx.Client) -> None:
+    assert client.get("/livez").status_code == 200
+
+
+def test_answers_have_the_documented_shape_and_nothing_else(client: httpx.Client, example: dict[str, Any]) -> None:
+    for path in ("/rerank", "/score"):
+        answer = client.post(path, json=example)
+        RankResponse.model_validate_json(answer.content)  # forbids extra members
+        assert set(answer.json()["timings_ms"]) >= {"parse", "features", "embed", "queue", "encode", "score", "total"}
+        assert "total;dur=" in answer.headers["Server-Timing"]
+
+
+def test_rerank_is_score_sorted_and_cut(client: httpx.Client, example: dict[str, Any]) -> None:
+    scored, ranked = ask(client, example), ask(client, example, "/rerank")
+    n = len(example["candidates"]["item_ids"])
+    assert scored["results"]["index"] == list(range(n))
+    assert ranked["results"]["scores"] == sorted(scored["results"]["scores"], reverse=True)
+    assert [example["candidates"]["item_ids"][i] for i in ranked["results"]["index"]] == ranked["results"]["item_ids"]
+    assert ask(client, example, "/rerank", top_n=3)["results"]["index"] == ranked["results"]["index"][:3]
+    assert len(ask(client, example, "/score", top_n=3)["results"]["index"]) == n
+
+
+def test_duplicates_are_each_ranked(client: httpx.Client, example: dict[str, Any]) -> None:
+    item = example["candidates"]["item_ids"][0]
+    answer = ask(client, example, candidates={"item_ids": [item, item, item]}, exit="point")
+    scores = answer["results"]["scores"]
+    assert answer["results"]["item_ids"] == [item] * 3 and scores == pytest.approx([scores[0]] * 3, abs=BOUND)
+
+
+def test_ids_may_be_integers_beyond_64_bits_only_as_strings(client: httpx.Client, example: dict[str, Any]) -> None:
+    ids = [int(i) for i in example["candidates"]["item_ids"]]
+    assert by_item(ask(client, example)) == by_item(ask(client, example, candidates=example["candidates"] | {"item_ids": ids}))
+    assert ask(client, example, candidates={"item_ids": [2**63, -1, 0, 18446744073709551615]})["unknown_candidates"] == [0, 1, 2, 3]
+    assert_problem(client.post("/score", json=example | {"candidates": {"item_ids": [2**70]}}), 422)
+
+
+def test_unknown_items_are_flagged_ranked_and_described_by_fields(client: httpx.Client, example: dict[str, Any]) -> None:
+    ids = [*example["candidates"]["item_ids"][:3], "no-such-item", "nor-this"]
+    plain = ask(client, example, candidates={"item_ids": ids}, exit="point")
+    assert plain["unknown_candidates"] == [3, 4] and len(plain["results"]["scores"]) == 5
+    assert plain["results"]["scores"][3] == plain["results"]["scores"][4]
+    fields = {"genres": [None, None, None, ["Comedy", "never heard of"], None], "decade": [None, None, None, "1990s", None]}
+    described = ask(client, example, candidates={"item_ids": ids, "fields": fields}, exit="point")
+    assert described["results"]["scores"][3] != plain["results"]["scores"][3]
+    assert described["results"]["scores"][4] == pytest.approx(plain["results"]["scores"][4], abs=BOUND)
+
+
+def test_every_member_is_used(client: httpx.Client, example: dict[str, Any]) -> None:
+    base = by_item(ask(client, example, user="fresh-0"))
+    history, candidates = example["history"], example["candidates"]
+    changes: dict[str, dict[str, Any]] = {
+        "item_ids": {"history": history | {"item_ids": history["item_ids"][::-1]}},
+        "actions": {"history": history | {"actions": ["hate"] * len(history["item_ids"])}},
+        "timestamps": {"history": history | {"timestamps": [t * 2 for t in history["timestamps"]]}},
+        "request_time": {"request_time": example["request_time"] + 40_000},
+        "head_weights": {"head_weights": {"like": 1.0}},
+        "exit": {"exit": "dot"},
+        "user": {"user": example["user"]},
+    }
+    for name, column in candidates["features"].items():
+        changes[name] = {"candidates": candidates | {"features": candidates["features"] | {name: [v + 1 for v in column]}}}
+    for k, (name, change) in enumerate(changes.items()):
+        other = by_item(ask(client, example | {"user": f"fresh-{k + 1}"} | change))
+        assert max(abs(base[i] - other[i]) for i in base) > BOUND, name
+
+
+def test_an_offset_moves_the_window(client: httpx.Client, example: dict[str, Any]) -> None:
+    """128 events are read at most, from a multiple of 64."""
+    many = {name: (column * 10)[:200] for name, column in example["history"].items()}
+    many["timestamps"] = sorted(many["timestamps"])
+    for offset, used in ((0, 72), (8, 128 - 64 + 0 + 64), (60, 68)):
+        answer = ask(client, example, history=many | {"offset": offset}, user=f"offset-{offset}")
+        first = -(-(offset + 72) // 64) * 64 - offset
+        assert answer["history"]["used"] == 200 - first, (offset, used)
+        assert answer["history"]["dropped"] == first
+
+
+def test_ids_of_request_and_user_come_either_way(client: httpx.Client, example: dict[str, Any]) -> None:
+    answer = client.post("/rerank", json=example | {"id": "r-81f4"})
+    assert answer.json()["id"] == answer.headers["X-Request-ID"] == "r-81f4"
+    answer = client.post("/rerank", json=example, headers={"X-Request-ID": "r-2"})
+    assert answer.json()["id"] == answer.headers["X-Request-ID"] == "r-2"
+    without = {k: v for k, v in example.items() if k != "user"}
+    answer = client.post("/score", json=without, headers={"X-User-ID": example["user"]})
+    assert answer.json()["meta_embedding"]["status"] == "hit"
+    assert_problem(client.post("/score", json=example, headers={"X-User-ID": "another"}), 422)
+    problem = assert_problem(client.post("/score", json=example | {"id": "r-3", "ranker": "none"}), 404)
+    assert problem["request_id"] == "r-3"
+    assert_problem(client.post("/score", json=example, headers={"X-Request-ID": "x" * 300}), 422)
+
+
+BAD: list[tuple[str, bytes, int]] = [
+    ("empty", b"", 400),
+    ("not JSON", b"{oops", 400),
+    ("not UTF-8", b'{"user": "\xff\xfe"}', 400),
+    ("lone surrogate", b'{"candidates": {"item_ids": ["\\ud800"]}}', 400),
+    ("NaN", b'{"candidates": {"item_ids": ["1"]}, "request_time": NaN}', 422),
+    ("too large for a double", b'{"candidates": {"item_ids": ["1"]}, "request_time": 1e400}', 422),
+    ("array", b"[]", 422),
+    ("number", b"1", 422),
+    ("brackets", b"[" * 100_000, 400),
+    ("objects", b'{"a":' * 50_000, 400),
+    ("50,000 digits", b'{"candidates": {"item_ids": ["1"]}, "top_n": ' + b"9" * 50_000 + b"}", 400),
+    ("no candidates", b'{"candidates": {"item_ids": []}}', 422),
+    ("no candidates member", b"{}", 422),
+    ("null candidates", b'{"candidates": null}', 422),
+    ("boolean id", b'{"candidates": {"item_ids": [true]}}', 422),
+    ("float id", b'{"candidates": {"item_ids": [1.5]}}', 422),
+    ("null id", b'{"candidates": {"item_ids": [null]}}', 422),
+    ("empty id", b'{"candidates": {"item_ids": [""]}}', 422),
+    ("long id", b'{"candidates": {"item_ids": ["' + b"x" * 100_000 + b'"]}}', 422),
+    ("misspelt", b'{"candidates": {"item_ids": ["1"]}, "candidatez": 1}', 422),
+    ("string number", b'{"candidates": {"item_ids": ["1"]}, "top_n": "3"}', 422),
+    ("negative top_n", b'{"candidates": {"item_ids": ["1"]}, "top_n": -1}', 422),
+    ("top_n 0", b'{"candidates": {"item_ids": ["1"]}, "top_n": 0}', 422),
+    ("negative time", b'{"candidates": {"item_ids": ["1"]}, "request_time": -1}', 422),
+    ("milliseconds", b'{"candidates": {"item_ids": ["1"]}, "request_time": 1700000000000}', 422),
+    ("deadline 0", b'{"candidates": {"item_ids": ["1"]}, "deadline_ms": 0}', 422),
+    ("exit", b'{"candidates": {"item_ids": ["1"]}, "exit": "none"}', 422),
+    ("text feature", b'{"candidates": {"item_ids": ["1"], "features": {"year": ["x"]}}}', 422),
+    ("infinite feature", b'{"candidates": {"item_ids": ["1"], "features": {"year": [1e999]}}}', 422),
+    ("control characters in the id", b'{"candidates": {"item_ids": ["1"]}, "id": "a\\r\\nX: 1"}', 422),
+    ("no head weights", b'{"candidates": {"item_ids": ["1"]}, "head_weights": {}}', 422),
+    ("negative offset", b'{"candidates": {"item_ids": ["1"]}, "history": {"offset": -1}}', 422),
+]
+
+
+@pytest.mark.parametrize(("what", "body", "status"), BAD, ids=[what for what, _, _ in BAD])
+def test_bad_bodies_are_refused_with_a_reason(client: httpx.Client, what: str, body: bytes, status: int) -> None:
+    for path in ("/rerank", "/score"):
+        problem = assert_problem(client.post(path, content=body, headers={"Content-Type": "application/json"}), status)
+        assert len(json.dumps(problem)) < 5_000
+        if status == 422:
+            assert problem["errors"] and all(e["pointer"] == "" or e["pointer"].startswith("/") for e in problem["errors"])
+
+
+def test_a_fault_is_pointed_at(client: httpx.Client, example: dict[str, Any]) -> None:
+    problem = assert_problem(client.post("/score", json=example | {"candidates": {"item_ids": ["1", True]}}), 422)
+    assert [e["pointer"] for e in problem["errors"]] == ["/candidates/item_ids/1"]
+    problem = assert_problem(client.post("/score", json=example | {"candidates": {"item_ids": ["1"] * 2001}}), 422)
+    assert "2001 candidates, limit 2000" in problem["detail"]
+    problem = assert_problem(client.post("/score", json=example | {"history": {"item_ids": ["1"] * 1001}}), 422)
+    assert "limit 1000" in problem["detail"]
+
+
+def test_bodies_are_bounded_as_sent_and_inflated(client: httpx.Client, example: dict[str, Any]) -> None:
+    body, kind = json.dumps(example).encode(), {"Content-Type": "application/json"}
+    packed = client.post("/score", content=gzip.compress(body), headers=kind | {"Content-Encoding": "gzip"})
+    assert by_item(packed.json()) == by_item(ask(client, example))
+    assert_problem(client.post("/score", content=b" " * 1_000_001, headers=kind), 413)
+    assert_problem(client.post("/score", content=iter([b" " * 100_000] * 11), headers=kind), 413)  # chunked, no length
+    bomb = gzip.compress(b" " * 50_000_000)
+    assert_problem(client.post("/score", content=bomb, headers=kind | {"Content-Encoding": "gzip"}), 413)
+    assert_problem(client.post("/score", content=gzip.compress(body)[:-5], headers=kind | {"Content-Encoding": "gzip"}), 400)
+    assert_problem(client.post("/score", content=body, headers=kind | {"Content-Encoding": "br"}), 415)
+    assert_problem(client.post("/score", content=body, headers={"Content-Type": "text/plain"}), 415)
+
+
+def test_paths_and_methods_that_do_not_exist_are_problems_too(client: httpx.Client) -> None:
+    assert_problem(client.get("/no-such-path"), 404)
+    assert_problem(client.get("/rerank"), 405)
+    assert_problem(client.get("/models/none"), 404)
+    assert_problem(client.get("/admin/anything"), 404)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_replaces_a_member_the_answer_is_a_ranking_or_a_problem(client: httpx.Client, example: dict[str, Any], data: st.DataObject) -> None:
+    body = json.loads(json.dumps(example))
+    place: Any = body
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(json_values)
+    answer = client.post("/score", content=json.dumps(body).encode("utf-8", "surrogatepass"), headers={"Content-Type": "application/json"})
+    if answer.status_code == 200:
+        RankResponse.model_validate_json(answer.content)
+    else:
+        assert_problem(answer, 400, 404, 413, 422)
+    fuzzless(client)
+
+
+def test_the_openapi_document_holds_against_generated_requests(client: httpx.Client) -> None:
+    """schemathesis: no undocumented status or content type, no server error, no bad data accepted, for every operation.
+
+    Good data may be refused: a schema cannot say that columns have one length, nor which heads a ranker has.
+    """
+    schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json", wait_for_schema=5)
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def holds(case: schemathesis.Case) -> None:
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        holds()
+
+
+def test_docs_need_nothing_from_elsewhere(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    assert "://" not in page.replace("http://www.w3.org", "")
+    for path in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        found = next(part for part in page.split('"') if part.endswith(path))
+        assert client.get(found).status_code == 200
+
+
+def test_metrics_count_requests_once_and_stages(client: httpx.Client, example: dict[str, Any]) -> None:
+    def value(name: str) -> float:
+        return sum(float(line.rsplit(" ", 1)[1]) for line in client.get("/metrics").text.splitlines() if line.startswith(name))
+
+    requests = 'slatewise_requests_total{code="200",endpoint="/rerank",ranker="tiny",variant="fp32",version="1"}'
+    names = [requests, *(f'slatewise_stage_duration_seconds_count{{stage="{s}"}}' for s in ("parse", "features", "score", "serialize"))]
+    before = {name: value(name) for name in names}
+    for k in range(3):
+        ask(client, example, "/rerank", user=f"metrics-{k}")
+    assert {name: value(name) - before[name] for name in names} == dict.fromkeys(names, 3.0)
+    refused = 'slatewise_requests_total{code="422"'
+    count = value(refused)
+    client.post("/rerank", json={})
+    assert value(refused) - count == 1
+    assert value("slatewise_requests_in_flight") == 0
+
+
+def test_a_client_that_leaves_takes_its_work_with_it(tiny: Tiny, example: dict[str, Any]) -> None:
+    with serve(Settings(bundles=tiny.root, threads=1)) as client:
+        body = json.dumps(example | {"candidates": {"item_ids": example["candidates"]["item_ids"] * 150}}).encode()
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        for _ in range(20):
+            with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+                connection.sendall(head + body)
+        give_up = time.monotonic() + 20
+        while "slatewise_requests_in_flight 0.0" not in client.get("/metrics").text:
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        ask(client, example)
+
+
+def test_a_slow_body_is_given_up(tiny: Tiny) -> None:
+    with (
+        serve(Settings(bundles=tiny.root, body_timeout_s=0.3)) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection,
+    ):
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        connection.settimeout(20)
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_too_many_at_once_are_told_to_come_back(tiny: Tiny, example: dict[str, Any]) -> None:
+    """With room for one request in flight, one whose body never comes takes the room."""
+    with (
+        serve(Settings(bundles=tiny.root, max_in_flight=1)) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection,
+    ):
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        give_up = time.monotonic() + 20
+        while "slatewise_requests_in_flight 1.0" not in client.get("/metrics").text:
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        answer = client.post("/score", json=example)
+        assert_problem(answer, 429)
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert client.get("/livez").status_code == 200
+        connection.close()
+        while (status := client.post("/score", json=example).status_code) == 429:
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        assert status == 200
+
+
+def test_keys_are_asked_for_where_they_are_set(tiny: Tiny, example: dict[str, Any]) -> None:
+    with serve(Settings(bundles=tiny.root, api_keys="first, second")) as client:  # type: ignore[arg-type]
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert client.get(path).status_code == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic first"},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Bearer f\u00e9"},
+        ):
+            raw = {k: v.encode() for k, v in headers.items()}
+            answer = client.post("/score", json=example, headers=raw)
+            assert_problem(answer, 401)
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+            assert_problem(client.get("/models", headers=raw), 401)
+        for key in ("first", "second"):
+            assert client.post("/score", json=example, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_threads_of_clients_get_their_own_answers(client: httpx.Client, example: dict[str, Any]) -> None:
+    ids = example["candidates"]["item_ids"]
+    bodies = [example | {"user": f"own-{k}", "candidates": {"item_ids": ids[k % 7 : k % 7 + 1 + k % 9]}} for k in range(24)]
+    alone = [ask(client, body)["results"] for body in bodies]
+    together: list[Any] = [None] * len(bodies)
+
+    def one(k: int) -> None:
+        together[k] = ask(client, bodies[k] | {"user": f"own-again-{k}"})["results"]
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        assert a["item_ids"] == b["item_ids"]
+        assert a["scores"] == pytest.approx(b["scores"], abs=BOUND)
+
+
+def test_every_error_class_is_documented() -> None:
+    def classes(error: type[RankingError]) -> list[type[RankingError]]:
+        return [error, *(c for sub in error.__subclasses__() for c in classes(sub))]
+
+    found = classes(RankingError)
+    assert {c.status for c in found} == set(PROBLEMS)
+    assert len({c.title for c in found}) == len(found)
+
+
+def test_the_committed_demo_serves_its_example() -> None:
+    with serve(Settings(bundles=DEMO)) as client:
+        card = client.get("/models/movielens").json()
+        assert card["refused_variants"] == {}
+        example = card["example"]
+        assert len(example["candidates"]["item_ids"]) >= 20 and len(example["history"]["item_ids"]) >= 10
+        answer = ask(client, example, "/rerank")
+        assert answer["meta_embedding"]["status"] == "hit" and answer["exit"] == "set" and not answer["degraded"]
+        assert len(set(answer["results"]["scores"])) > 10
+        half = {"item_ids": example["candidates"]["item_ids"][:10]}
+        a, b = (by_item(ask(client, example, user=f"set-{k}", candidates=c)) for k, c in enumerate((half, {"item_ids": example["candidates"]["item_ids"]})))
+        assert max(abs(a[i] - b[i]) for i in a) > 10 * BOUND, "the demo is not set-wise"
