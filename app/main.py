@@ -7,6 +7,7 @@ argument, which is the one seam for tests.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
 import time
@@ -18,17 +19,18 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import metrics
 from app.bundle import Ranker, load_rankers
-from app.errors import NotFound, RankingError
+from app.errors import NotFound, RankingError, Unauthorized
 from app.history_cache import HistoryCache
 from app.manifest import ManifestError
 from app.meta_embeddings import EmbeddedStore, RedisStore, Store
 from app.pipeline import Call, Pipeline
-from app.routes import open_routes, routes
+from app.routes import routes
 from app.schemas import Problem, RankRequest
 from app.settings import Settings
 from app.workers import Workers
@@ -83,15 +85,27 @@ async def open_pipeline(settings: Settings) -> AsyncIterator[Pipeline]:
         yield pipeline
 
 
-class Clock:
-    """Outermost: notes when a request entered the application, where its deadline starts."""
+class Gate:
+    """Outermost: notes when a request entered the application, where its deadline starts, and asks for a key where keys are set."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    OPEN = ("/livez", "/readyz", "/metrics")
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["slatewise.entered"] = time.perf_counter()
+        if scope["type"] == "http" and self.keys and scope["path"] not in self.OPEN and not self.admits(Headers(scope=scope)):
+            error = Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
+            await problem(Request(scope), error)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def admits(self, headers: Headers) -> bool:
+        """Every key is compared, in constant time."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self.keys]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def problem(request: Request, error: RankingError) -> Response:
@@ -147,9 +161,8 @@ def create_app(settings: Settings, opener: Callable[[Settings], AbstractAsyncCon
         exception_handlers={RankingError: on_ranking_error, HTTPException: on_http_exception, Exception: on_any_error},
     )
     app.state.settings, app.state.in_flight, app.state.pipeline = settings, 0, None
-    app.include_router(open_routes)
     app.include_router(routes)
-    app.add_middleware(Clock)
+    app.add_middleware(Gate, keys=settings.keys())
     describe_request(app)
     return app
 

@@ -341,7 +341,8 @@ def test_keys_are_asked_for_where_they_are_set(tiny: Tiny, example: dict[str, An
             answer = client.post("/score", json=example, headers=raw)
             assert_problem(answer, 401)
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-            assert_problem(client.get("/models", headers=raw), 401)
+            for path in ("/models", "/docs", "/openapi.json", "/no-such-path"):
+                assert_problem(client.get(path, headers=raw), 401)
         for key in ("first", "second"):
             assert client.post("/score", json=example, headers={"Authorization": f"Bearer {key}"}).status_code == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_a_whole_history_that_fits_is_read_whole(length: int) -> None:
 @given(st.integers(126, 400), st.integers(126, 600), st.integers(0, 5_000))
 def test_a_sliding_window_keeps_its_start_until_it_moves_by_64(longest: int, length: int, begin: int) -> None:
     starts = [begin + k + window_start(begin + k, length, longest) for k in range(200)]  # each request one event further
-    moves = [after - before for before, after in zip(starts, starts[1:], strict=False) if after != before]
+    moves = [after - before for before, after in itertools.pairwise(starts) if after != before]
     assert set(moves) == {64}
     assert len(moves) in (3, 4)  # of 199 steps, 64 apart
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from app.features import FIRST_ITEM, GAP_FIRST, START_ITEM, request_context
 from models import train as training
-from models.data import Sequences, Split
+from models.data import Split
 from models.train import Data, TrainConfig, Trainer, build_model, epoch_windows, make_batch, train
 from tests.conftest import Tiny
+from tests.test_evaluate import make_data
 
 torch.set_num_threads(1)
 
@@ -178,33 +179,36 @@ def test_learning_rate_warms_up_and_ends_at_nothing(few: Data) -> None:
     assert trainer.learning_rate(1.0, 50) == pytest.approx(0.0)
 
 
-def test_validation_is_on_the_first_held_out_event_of_the_validation_users(few: Data) -> None:
-    """The slow, obvious way, one user and one position at a time."""
-    trainer = Trainer(few, SHAPE, SHORT)
-    model, ranks = trainer.model.eval(), []
-    for user in few.split.validation_users:
-        start, n = int(few.sequences.offsets[user]), int(few.split.train_lengths[user])
-        if n == 0:
-            continue
-        seen, target = few.sequences.items[start : start + n], int(few.sequences.items[start + n])
-        batch = make_batch(few.sequences, [(int(user), training.window_start(0, n, few.config.history_length), n)])
+def test_validation_ranks_the_first_held_out_event_among_what_the_user_never_met() -> None:
+    histories = {f"u{u}": [f"i{(u + k * (u + 1)) % 13}" for k in range(10)] for u in range(12)}
+    data = make_data(histories, [f"i{k}" for k in range(14)], slate_size=2, validation_users=8)
+    trainer = Trainer(data, SHAPE, SHORT)
+    found, model, hits, gains = trainer.validate(("dot", "point")), trainer.model.eval(), [], []
+    with torch.no_grad():
+        table = model.item_table()
+    for user in data.split.validation_users:  # the slow, obvious way
+        start, n = int(data.sequences.offsets[user]), 10 - 2 - 1
+        seen, target = set(data.sequences.items[start : start + n].tolist()), int(data.sequences.items[start + n])
+        batch = make_batch(data.sequences, [(int(user), 0, n)])
         with torch.no_grad():
-            table = model.item_table()
             _, users = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
-            scores = model.dot_logits(users[:, -1:], table[None])[0, :, 0].numpy()
-        ranks.append(sum(scores[row] > scores[target] for row in range(FIRST_ITEM, len(scores)) if row not in set(seen.tolist())))
-    expected = np.mean([rank < 10 for rank in ranks])
-    lengths = few.split.train_lengths[few.split.validation_users]
-    users = few.split.validation_users[lengths > 0]
-    trainer.data = dataclasses.replace(few, split=dataclasses.replace(few.split, validation_users=users))
-    assert trainer.validate(("dot",))["dot_hr10"] == pytest.approx(expected, nan_ok=True)
+            scores = (table @ users[0, -1]).tolist()
+        rank = sum(scores[row] > scores[target] for row in range(FIRST_ITEM, len(scores)) if row not in seen)
+        hits.append(rank < 10)
+        gains.append(1 / np.log2(rank + 2) if rank < 10 else 0)
+    assert found == {
+        "dot_hr10": pytest.approx(np.mean(hits)),
+        "dot_ndcg10": pytest.approx(np.mean(gains)),
+        "point_hr10": pytest.approx(np.mean(hits)),  # untrained, the exit `point` is the exit `dot`
+        "point_ndcg10": pytest.approx(np.mean(gains)),
+    }
+    assert 0 < np.mean(gains) < 1
 
 
 def test_numbers_that_are_always_missing_leave_the_model_finite(few: Data) -> None:
     numeric = few.catalogue.numeric.copy()
     numeric[:, 1] = np.nan
-    with np.errstate(all="raise"):
-        model = build_model(dataclasses.replace(few.catalogue, numeric=numeric), few.config, SHAPE)
+    model = build_model(dataclasses.replace(few.catalogue, numeric=numeric), few.config, SHAPE)
     assert model.numeric_mean.isfinite().all() and (model.numeric_std > 0).all()
 
 
@@ -217,9 +221,3 @@ def test_unknown_training_keys_are_refused_by_the_command_line(tmp_path: Path, m
     assert caught.value.code == 2
     assert "[train] has unknown epocs" in capsys.readouterr().err
 
-
-def test_sequences_without_a_user_train_nothing() -> None:
-    empty = np.zeros(0, np.int64)
-    sequences = Sequences([], np.zeros(1, np.int64), empty, empty, np.zeros(0), np.zeros((0, 2), np.float32))
-    assert len(sequences) == 0
-    assert list(epoch_windows(empty, 8, 100, np.random.default_rng(0))) in ([], [[]])

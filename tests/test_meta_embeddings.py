@@ -1,0 +1,592 @@
+"""Meta-embeddings: the stored value, the bundle's store, and Redis with every way it can fail. The Redis here is a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from app.bundle import Ranker
+from app.meta_embeddings import FLOAT32, HEADER, MAGIC, EmbeddedStore, MetaEmbedding, RedisStore, pack, pointer_key, unpack, user_key
+from app.push import LIVE_GENERATIONS, push
+
+PATIENCE = 30.0  # seconds; never waited for where the code is right
+GENEROUS = 20.0  # a time-out that a busy machine does not meet by chance
+
+vectors = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=40).map(lambda numbers: np.array(numbers, np.float32))
+generations = st.integers(0, 2**64 - 1)
+moments = st.floats(0, 1e11)
+
+
+@given(vectors, generations, moments)
+def test_a_stored_value_comes_back_as_it_was(vector: np.ndarray, generation: int, created_at: float) -> None:
+    found, found_generation, found_created = unpack(pack(vector, generation, created_at), len(vector))
+    assert found.dtype == np.float32
+    assert found.tobytes() == vector.tobytes()
+    assert (found_generation, found_created) == (generation, created_at)
+
+
+def test_a_stored_value_is_laid_out_as_documented() -> None:
+    value = pack(np.array([1.0, -2.0], np.float32), 7, 1_000.5)
+    rest = b"SLWM" + bytes([0, 0]) + struct.pack("<HdQ", 2, 1_000.5, 7), struct.pack("<2f", 1.0, -2.0)
+    assert value == rest[0] + struct.pack("<I", zlib.crc32(rest[0] + bytes(4) + rest[1])) + rest[1]
+
+
+@settings(max_examples=20)
+@given(vectors, generations, moments, st.integers(1, 255))
+def test_a_change_of_any_one_byte_is_refused(vector: np.ndarray, generation: int, created_at: float, change: int) -> None:
+    value = pack(vector, generation, created_at)
+    for position in range(len(value)):
+        corrupt = bytearray(value)
+        corrupt[position] ^= change
+        with pytest.raises(ValueError):
+            unpack(bytes(corrupt), len(vector))
+            pytest.fail(f"byte {position} was changed by {change} and not noticed", pytrace=False)
+
+
+@settings(max_examples=30)
+@given(vectors, st.data())
+def test_a_value_that_is_cut_or_goes_on_is_refused(vector: np.ndarray, data: st.DataObject) -> None:
+    value = pack(vector, 1, 0.0)
+    for wrong in (value[: data.draw(st.integers(0, len(value) - 1))], value + data.draw(st.binary(min_size=1, max_size=8))):
+        with pytest.raises(ValueError):
+            unpack(wrong, len(vector))
+
+
+@given(st.binary(max_size=80), st.integers(0, 12))
+def test_garbage_is_refused(value: bytes, dim: int) -> None:
+    with pytest.raises(ValueError):
+        unpack(value, dim)
+
+
+@pytest.mark.parametrize("dim", [0, 7, 9, 65_535])
+def test_a_vector_of_another_size_is_refused(dim: int) -> None:
+    with pytest.raises(ValueError):
+        unpack(pack(np.zeros(8, np.float32), 1, 0.0), dim)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_is_refused(number: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        unpack(pack(np.array([0.0, number], np.float32), 1, 0.0), 2)
+
+
+@pytest.mark.parametrize(("magic", "dtype"), [(b"SLWN", FLOAT32), (MAGIC, 1)])
+def test_another_format_is_refused_even_with_a_right_checksum(magic: bytes, dtype: int) -> None:
+    body = bytes(8)
+    crc = zlib.crc32(HEADER.pack(magic, dtype, 2, 0.0, 1, 0) + body)
+    with pytest.raises(ValueError):
+        unpack(HEADER.pack(magic, dtype, 2, 0.0, 1, crc) + body, 2)
+
+
+def test_a_vector_can_be_changed_without_changing_what_was_read() -> None:
+    value = pack(np.ones(4, np.float32), 1, 0.0)
+    unpack(value, 4)[0][:] = 9
+    assert unpack(value, 4)[0].tolist() == [1.0] * 4
+
+
+def counted(metric: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(metric, labels) or 0.0
+
+
+class Counts:
+    """How many look-ups ended how since this was made."""
+
+    def __init__(self) -> None:
+        self.before = self.now()
+
+    def now(self) -> dict[str, float]:
+        return {r: counted("slatewise_embedding_lookups_total", result=r) for r in ("hit", "miss", "stale", "corrupt", "error")}
+
+    def __call__(self) -> dict[str, float]:
+        return {result: n - self.before[result] for result, n in self.now().items() if n != self.before[result]}
+
+
+# The embedded store
+
+
+def test_the_embedded_store_serves_the_bundles_vectors(ranker: Ranker) -> None:
+    async def main() -> None:
+        counts = Counts()
+        for user, row in ranker.embedded_users.items():
+            found = await EmbeddedStore().look_up(ranker, user)
+            np.testing.assert_array_equal(found.vector, ranker.embedded_meta[row])
+            assert (found.status, found.version) == ("hit", str(ranker.manifest.version))
+            assert found.age_seconds is not None
+            assert 0 <= found.age_seconds < 3_600
+        assert counts() == {"hit": len(ranker.embedded_users)}
+
+    assert ranker.embedded_users
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("user", ["nobody", "0", "1\n", " 1", "{1}", "\N{SNOWMAN}"])
+def test_a_user_that_the_bundle_does_not_know_gets_the_default(ranker: Ranker, user: str) -> None:
+    counts = Counts()
+    assert_default(asyncio.run(EmbeddedStore().look_up(ranker, user)), ranker, "default")
+    assert counts() == {"miss": 1}
+
+
+def assert_default(found: MetaEmbedding, ranker: Ranker, status: str) -> None:
+    assert (found.status, found.version, found.age_seconds) == (status, None, None)
+    np.testing.assert_array_equal(found.vector, ranker.default_meta)
+
+
+# Redis, well
+
+
+@pytest.fixture
+def client(redis_port: int) -> Iterator[redis.Redis]:
+    with redis.Redis(port=redis_port) as client:
+        client.flushall()
+        yield client
+
+
+def drawn(users: int, ranker: Ranker, seed: int = 0) -> tuple[list[str], np.ndarray]:
+    return [f"u{k}" for k in range(users)], np.random.default_rng(seed).normal(size=(users, ranker.manifest.meta_size)).astype(np.float32)
+
+
+def push_to(client: redis.Redis, ranker: Ranker, users: list[str], vectors: np.ndarray) -> int:
+    return push(client, ranker.name, ranker.manifest.space, users, vectors)
+
+
+def url(port: int) -> str:
+    return f"redis://127.0.0.1:{port}/0"
+
+
+def look_up(port: int, ranker: Ranker, *users: str) -> list[MetaEmbedding]:
+    async def main() -> list[MetaEmbedding]:
+        async with RedisStore(url(port), GENEROUS, [ranker]) as store:
+            return [await store.look_up(ranker, user) for user in users]
+
+    return asyncio.run(main())
+
+
+async def until(condition: Callable[[], Awaitable[Any]]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+def test_what_was_pushed_is_found_with_version_and_age(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(2_500, ranker)  # more than one round trip's worth
+    assert push_to(client, ranker, users, sent) == 1
+    counts = Counts()
+    for user, vector, found in zip(users[::250], sent[::250], look_up(redis_port, ranker, *users[::250]), strict=True):
+        np.testing.assert_array_equal(found.vector, vector, err_msg=user)
+        assert (found.status, found.version) == ("hit", "1")
+        assert found.age_seconds is not None
+        assert 0 <= found.age_seconds < PATIENCE
+    assert counts() == {"hit": 10}
+
+
+def test_the_age_is_that_of_the_vector(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    space, vector = ranker.manifest.space, ranker.default_meta
+    client.set(pointer_key(ranker.name, space), "1")
+    for user, created_at in (("old", time.time() - 1_000), ("future", time.time() + 1_000)):
+        client.hset(user_key(ranker.name, space, user), "1", pack(vector, 1, created_at))
+    old, future = look_up(redis_port, ranker, "old", "future")
+    assert old.age_seconds == pytest.approx(1_000, abs=PATIENCE)
+    assert future.age_seconds == 0
+
+
+@pytest.mark.parametrize("user", ["u", "user 1", "a}b{c", "\N{SNOWMAN}", "x" * 256])
+def test_any_user_id_can_be_stored(client: redis.Redis, redis_port: int, ranker: Ranker, user: str) -> None:
+    _, sent = drawn(1, ranker)
+    push_to(client, ranker, [user], sent)
+    (found,) = look_up(redis_port, ranker, user)
+    np.testing.assert_array_equal(found.vector, sent[0])
+
+
+def test_the_newest_generation_wins_and_an_older_one_serves_who_is_not_in_it(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, first = drawn(2, ranker, seed=1)
+    second = drawn(1, ranker, seed=2)[1]
+    assert [push_to(client, ranker, users, first), push_to(client, ranker, users[:1], second)] == [1, 2]
+    refreshed, kept = look_up(redis_port, ranker, *users)
+    assert (refreshed.version, kept.version) == ("2", "1")
+    np.testing.assert_array_equal(refreshed.vector, second[0])
+    np.testing.assert_array_equal(kept.vector, first[1])
+
+
+def test_generations_past_the_live_ones_are_not_served(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(2, ranker)
+    push_to(client, ranker, users[:1], sent[:1])
+    for _ in range(LIVE_GENERATIONS):
+        push_to(client, ranker, users[1:], sent[1:])
+    assert [found.status for found in look_up(redis_port, ranker, *users)] == ["default", "hit"]
+
+
+def test_an_unknown_user_gets_the_default(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    push_to(client, ranker, *drawn(1, ranker))
+    counts = Counts()
+    assert_default(look_up(redis_port, ranker, "nobody")[0], ranker, "default")
+    assert counts() == {"miss": 1}
+
+
+def test_an_empty_store_gives_the_default(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    counts = Counts()
+    assert_default(look_up(redis_port, ranker, "u0")[0], ranker, "default")
+    assert counts() == {"miss": 1}
+
+
+def test_a_new_generation_and_its_roll_back_each_take_one_write(client: redis.Redis, redis_port: int, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+    users, first = drawn(1, ranker, seed=1)
+    second = drawn(1, ranker, seed=2)[1]
+    push_to(client, ranker, users, first)
+
+    async def main() -> None:
+        async with RedisStore(url(redis_port), GENEROUS, [ranker]) as store:
+
+            async def serves(version: str) -> bool:
+                return (await store.look_up(ranker, users[0])).version == version
+
+            assert await serves("1")
+            push_to(client, ranker, users, second)
+            await until(lambda: serves("2"))
+            client.set(pointer_key(ranker.name, ranker.manifest.space), "1")
+            await until(lambda: serves("1"))
+            np.testing.assert_array_equal((await store.look_up(ranker, users[0])).vector, first[0])
+
+    asyncio.run(main())
+
+
+def test_other_rankers_and_spaces_do_not_mix(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(1, ranker)
+    push(client, ranker.name, ranker.manifest.space + "x", users, sent)
+    push(client, ranker.name + "x", ranker.manifest.space, users, sent)
+    assert_default(look_up(redis_port, ranker, *users)[0], ranker, "default")
+
+
+def test_more_look_ups_at_once_than_connections_are_all_served(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(256, ranker)  # as many as the first door lets in
+    push_to(client, ranker, users, sent)
+
+    async def main() -> list[MetaEmbedding]:
+        async with RedisStore(url(redis_port), GENEROUS, [ranker]) as store:
+            return await asyncio.gather(*(store.look_up(ranker, user) for user in users))
+
+    found = asyncio.run(main())
+    assert [f.status for f in found].count("hit") == len(users)
+    np.testing.assert_array_equal([f.vector for f in found], sent)
+
+
+# Redis, with something wrong in it
+
+
+def with_nan(ranker: Ranker) -> np.ndarray:
+    return np.where(np.arange(ranker.manifest.meta_size) == 3, np.nan, 1.0).astype(np.float32)
+
+
+WRONG: dict[str, Callable[[Ranker], bytes]] = {
+    "garbage": lambda ranker: b"garbage",
+    "empty": lambda ranker: b"",
+    "another size": lambda ranker: pack(np.zeros(ranker.manifest.meta_size + 1, np.float32), 2, 0.0),
+    "not a number": lambda ranker: pack(with_nan(ranker), 2, 0.0),
+    "another generation": lambda ranker: pack(ranker.default_meta, 1, 0.0),
+    "a byte off": lambda ranker: pack(ranker.default_meta, 2, 0.0)[:-1] + b"\x7f",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_unreadable_value_is_counted_and_gives_the_default(client: redis.Redis, redis_port: int, ranker: Ranker, wrong: str) -> None:
+    client.set(pointer_key(ranker.name, ranker.manifest.space), "2")
+    client.hset(user_key(ranker.name, ranker.manifest.space, "u0"), "2", WRONG[wrong](ranker))
+    counts = Counts()
+    assert_default(look_up(redis_port, ranker, "u0")[0], ranker, "default")
+    assert counts()["corrupt"] == 1
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_behind_an_unreadable_value_an_older_one_is_served(client: redis.Redis, redis_port: int, ranker: Ranker, wrong: str) -> None:
+    users, sent = drawn(1, ranker)
+    push_to(client, ranker, users, sent)
+    push_to(client, ranker, users, sent + 1)
+    client.hset(user_key(ranker.name, ranker.manifest.space, users[0]), "2", WRONG[wrong](ranker))
+    counts = Counts()
+    (found,) = look_up(redis_port, ranker, *users)
+    assert (found.status, found.version) == ("hit", "1")
+    np.testing.assert_array_equal(found.vector, sent[0])
+    assert counts() == {"corrupt": 1, "hit": 1}
+
+
+def test_a_user_key_of_another_type_is_counted_and_takes_nothing_from_others(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(1, ranker)
+    push_to(client, ranker, users, sent)
+    client.set(user_key(ranker.name, ranker.manifest.space, "odd"), "a string")
+    counts = Counts()
+    odd, good, again = look_up(redis_port, ranker, "odd", users[0], "odd")
+    for found in (odd, again):
+        assert found.status in ("default", "error")
+        np.testing.assert_array_equal(found.vector, ranker.default_meta)
+    np.testing.assert_array_equal(good.vector, sent[0])
+    assert counts().get("corrupt", 0) + counts().get("error", 0) == 2
+
+
+@pytest.mark.parametrize("pointer", [b"", b"x", b"1;2", b"\xff\xfe", b",,", b"-1", b" 1", b"9999999999999999999999", b"01"])
+def test_an_unreadable_pointer_gives_the_default(client: redis.Redis, redis_port: int, ranker: Ranker, pointer: bytes) -> None:
+    users, sent = drawn(1, ranker)
+    push_to(client, ranker, users, sent)
+    client.set(pointer_key(ranker.name, ranker.manifest.space), pointer)
+    (found,) = look_up(redis_port, ranker, *users)
+    assert found.status in ("default", "error")
+    np.testing.assert_array_equal(found.vector, ranker.default_meta)
+
+
+def test_a_pointer_of_another_type_is_survived(client: redis.Redis, redis_port: int, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+    users, sent = drawn(1, ranker)
+    client.hset(pointer_key(ranker.name, ranker.manifest.space), "a", "b")
+
+    async def main() -> None:
+        async with RedisStore(url(redis_port), GENEROUS, [ranker]) as store:
+            np.testing.assert_array_equal((await store.look_up(ranker, users[0])).vector, ranker.default_meta)
+            client.delete(pointer_key(ranker.name, ranker.manifest.space))
+            push_to(client, ranker, users, sent)
+            await until(lambda: has_status(store, ranker, users[0], "hit"))
+
+    asyncio.run(main())
+
+
+async def has_status(store: RedisStore, ranker: Ranker, user: str, status: str) -> bool:
+    return (await store.look_up(ranker, user)).status == status
+
+
+# Redis, ill or away
+
+
+def test_a_redis_that_dies_is_an_error_in_time_and_comes_back_by_itself(
+    start_redis: Callable[[int | None], AbstractContextManager[int]], ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+    users, sent = drawn(3, ranker)
+
+    def fill(port: int) -> None:
+        with redis.Redis(port=port) as client:
+            push_to(client, ranker, users, sent)
+
+    async def main() -> None:
+        with contextlib.ExitStack() as first:
+            port = first.enter_context(start_redis(None))
+            fill(port)
+            async with RedisStore(url(port), 1.0, [ranker]) as store:
+                assert await has_status(store, ranker, users[0], "hit")
+                first.close()
+                counts = Counts()
+                for _ in range(20):  # those that find out by themselves, and those after the poll has
+                    async with asyncio.timeout(PATIENCE):
+                        assert_default(await store.look_up(ranker, users[0]), ranker, "error")
+                    await asyncio.sleep(0.005)
+                assert counts() == {"error": 20}
+                await until(lambda: asyncio.sleep(0, not store.healthy))
+                with start_redis(port):
+                    await until(lambda: has_status(store, ranker, users[0], "default"))  # it came back empty
+                    fill(port)
+                    await until(lambda: has_status(store, ranker, users[0], "hit"))
+                    np.testing.assert_array_equal((await store.look_up(ranker, users[1])).vector, sent[1])
+
+    asyncio.run(main())
+
+
+def test_a_store_opens_without_redis_and_finds_it_later(
+    start_redis: Callable[[int | None], AbstractContextManager[int]], ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+    with start_redis(None) as port:
+        pass
+
+    async def main() -> None:
+        async with RedisStore(url(port), 1.0, [ranker]) as store:
+            assert_default(await store.look_up(ranker, "u0"), ranker, "error")
+            with start_redis(port):
+                await until(lambda: has_status(store, ranker, "u0", "default"))
+
+    asyncio.run(main())
+
+
+class Proxy:
+    """Passes bytes between clients and a Redis; replies wait a drawn time, or for ever while `silent`."""
+
+    def __init__(self, upstream: int, delays: Callable[[], float]) -> None:
+        self.upstream, self.delays, self.silent = upstream, delays, False
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+
+        async def requests() -> None:
+            while data := await reader.read(65_536):
+                up_writer.write(data)
+            up_writer.close()
+
+        async def replies() -> None:
+            while data := await up_reader.read(65_536):
+                await asyncio.sleep(self.delays())
+                while self.silent:
+                    await asyncio.sleep(0.005)
+                writer.write(data)
+
+        try:
+            await asyncio.gather(requests(), replies())
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            for end in (writer, up_writer):
+                end.close()
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
+            self.tasks.discard(task)
+
+
+@asynccontextmanager
+async def served(handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+    """A TCP server on loopback; its port."""
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def proxied(upstream: int, delays: Callable[[], float] = lambda: 0.0) -> AsyncIterator[tuple[Proxy, int]]:
+    proxy = Proxy(upstream, delays)
+    async with served(proxy.serve) as port:
+        try:
+            yield proxy, port
+        finally:
+            proxy.silent = False
+            for task in list(proxy.tasks):
+                task.cancel()
+            await asyncio.gather(*proxy.tasks, return_exceptions=True)
+
+
+def speaker(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """A server that answers whatever it is sent with the same bytes, or not at all."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while await reader.read(65_536):
+                writer.write(answer)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    return handle
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"garbage", b"$x\r\n", b":5\r\n", b"*1\r\n:1\r\n", b"-LOADING wait\r\n"])
+def test_what_is_not_redis_or_never_answers_is_an_error_within_the_budget(ranker: Ranker, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+
+    async def main() -> None:
+        async with served(speaker(answer)) as port, asyncio.timeout(PATIENCE), RedisStore(url(port), 0.1, [ranker]) as store:
+            for _ in range(5):
+                assert_default(await store.look_up(ranker, "u0"), ranker, "error")
+                await asyncio.sleep(0.02)
+            assert not store.poller.done(), "the poll must go on, or the store never comes back"
+            store.healthy, store.generations = True, {ranker.name: ["2", "1"]}  # as if it had gone wrong just now
+            found = await store.look_up(ranker, "u0")
+            np.testing.assert_array_equal(found.vector, ranker.default_meta)
+
+    asyncio.run(main())
+
+
+def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_again_when_it_speaks(
+    client: redis.Redis, redis_port: int, ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisStore, "POLL_SECONDS", 0.02)
+    users, sent = drawn(40, ranker)
+    push_to(client, ranker, users, sent)
+
+    async def main() -> None:
+        async with proxied(redis_port) as (proxy, port), RedisStore(url(port), 1.0, [ranker]) as store:
+            assert await has_status(store, ranker, users[0], "hit")
+            proxy.silent = True
+            async with asyncio.timeout(PATIENCE):  # the budget is a second; all at once take no longer than one
+                found = await asyncio.gather(*(store.look_up(ranker, user) for user in users))
+            for each in found:
+                assert_default(each, ranker, "error")
+            await until(lambda: asyncio.sleep(0, not store.healthy))
+            proxy.silent = False
+            await until(lambda: has_status(store, ranker, users[0], "hit"))
+            for user, vector in zip(users, sent, strict=True):  # no late reply of before is taken for one of now
+                each = await store.look_up(ranker, user)
+                assert each.status == "error" or np.array_equal(each.vector, vector)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("timeout_seconds", [GENEROUS, 0.006])
+def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
+    client: redis.Redis, redis_port: int, ranker: Ranker, timeout_seconds: float
+) -> None:
+    users, sent = drawn(500, ranker)
+    push_to(client, ranker, users, sent)
+    chance = random.Random(1)
+
+    async def main() -> tuple[int, int]:
+        hits = cancelled = 0
+        async with (
+            proxied(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as (_, port),
+            RedisStore(url(port), timeout_seconds, [ranker]) as store,
+        ):
+            store.healthy, store.generations = True, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
+            for _ in range(40):
+                rows = [chance.randrange(len(users)) for _ in range(20)]
+                tasks = [asyncio.create_task(store.look_up(ranker, users[row])) for row in rows]
+                for task in tasks:
+                    if chance.random() < 0.5:
+                        asyncio.get_running_loop().call_later(chance.choice((0, 0.001, 0.003, 0.006)), task.cancel)
+                for row, found in zip(rows, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+                    if isinstance(found, asyncio.CancelledError):
+                        cancelled += 1
+                    elif isinstance(found, MetaEmbedding) and found.status == "hit":
+                        np.testing.assert_array_equal(found.vector, sent[row])
+                        hits += 1
+                    else:
+                        assert timeout_seconds < 1, found
+                        assert_default(found, ranker, "error")
+                store.healthy = True
+        return hits, cancelled
+
+    hits, cancelled = asyncio.run(main())
+    assert cancelled > 50
+    assert hits > 100 or timeout_seconds < 1
+
+
+def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(8, ranker)
+    push_to(client, ranker, users, sent)
+
+    async def main() -> None:
+        async with proxied(redis_port, lambda: 0.01) as (_, port):
+            async with RedisStore(url(port), GENEROUS, [ranker]) as store:
+                tasks = [asyncio.create_task(store.look_up(ranker, user)) for user in users]
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                assert store.running
+            assert not store.running
+            assert store.poller.done()
+
+    asyncio.run(main())
