@@ -24,9 +24,7 @@ FIELD[5, 0], FIELD[6, :2], FIELD[7] = 2, torch.tensor([1, 3]), torch.tensor([1, 
 def make_model(attention_heads: int = 2, set_blocks: int = 1) -> Ligr:
     """No weight is left at the zero or one where it starts."""
     torch.manual_seed(0)
-    config = LigrConfig(
-        ITEMS, ACTIONS, {"genre": 4}, NUMERIC, HEADS, width=8, attention_heads=attention_heads, set_blocks=set_blocks, meta_size=3, dropout=0.5
-    )
+    config = LigrConfig(ITEMS, ACTIONS, {"genre": 4}, NUMERIC, HEADS, width=8, attention_heads=attention_heads, set_blocks=set_blocks, meta_size=3, dropout=0.5)
     model = Ligr(config, {"genre": FIELD}, torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0]))
     with torch.no_grad():
         for parameter in model.parameters():

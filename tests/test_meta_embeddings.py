@@ -177,7 +177,7 @@ def look_up(port: int, ranker: Ranker, *users: str) -> list[MetaEmbedding]:
 
 async def until(condition: Callable[[], Awaitable[Any]]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - what is waited for happens in another process
             await asyncio.sleep(0.01)
 
 
@@ -418,10 +418,11 @@ def test_a_store_opens_without_redis_and_finds_it_later(
 
 
 class Proxy:
-    """Passes bytes between clients and a Redis; replies wait a drawn time, or for ever while `silent`."""
+    """Passes bytes between clients and a Redis; replies wait a drawn time, or until they may be spoken."""
 
     def __init__(self, upstream: int, delays: Callable[[], float]) -> None:
-        self.upstream, self.delays, self.silent = upstream, delays, False
+        self.upstream, self.delays, self.may_speak = upstream, delays, asyncio.Event()
+        self.may_speak.set()
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -438,8 +439,7 @@ class Proxy:
         async def replies() -> None:
             while data := await up_reader.read(65_536):
                 await asyncio.sleep(self.delays())
-                while self.silent:
-                    await asyncio.sleep(0.005)
+                await self.may_speak.wait()
                 writer.write(data)
 
         try:
@@ -472,7 +472,6 @@ async def proxied(upstream: int, delays: Callable[[], float] = lambda: 0.0) -> A
         try:
             yield proxy, port
         finally:
-            proxy.silent = False
             for task in list(proxy.tasks):
                 task.cancel()
             await asyncio.gather(*proxy.tasks, return_exceptions=True)
@@ -482,7 +481,7 @@ def speaker(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWrit
     """A server that answers whatever it is sent with the same bytes, or not at all."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             while await reader.read(65_536):
                 writer.write(answer)
         writer.close()
@@ -519,13 +518,13 @@ def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_aga
     async def main() -> None:
         async with proxied(redis_port) as (proxy, port), RedisStore(url(port), 1.0, [ranker]) as store:
             assert await has_status(store, ranker, users[0], "hit")
-            proxy.silent = True
+            proxy.may_speak.clear()
             async with asyncio.timeout(PATIENCE):  # the budget is a second; all at once take no longer than one
                 found = await asyncio.gather(*(store.look_up(ranker, user) for user in users))
             for each in found:
                 assert_default(each, ranker, "error")
             await until(lambda: asyncio.sleep(0, not store.healthy))
-            proxy.silent = False
+            proxy.may_speak.set()
             await until(lambda: has_status(store, ranker, users[0], "hit"))
             for user, vector in zip(users, sent, strict=True):  # no late reply of before is taken for one of now
                 each = await store.look_up(ranker, user)
@@ -534,6 +533,8 @@ def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_aga
     asyncio.run(main())
 
 
+# asyncio loses the socket of a connection that runs out of time while it is made; the collector closes it, with a warning
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("timeout_seconds", [GENEROUS, 0.006])
 def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
     client: redis.Redis, redis_port: int, ranker: Ranker, timeout_seconds: float

@@ -30,7 +30,7 @@ def ml_1m(tmp_path: Path) -> Path:
     folder = tmp_path / "ml-1m"
     folder.mkdir()
     (folder / "ratings.dat").write_bytes(b"1::1193::5::978300760\n1::661::3::978302109\n2::1193::1::978298413\n")
-    titles = ["661::Les Mis\xe9rables (1995)::Drama|Musical", "1193::Babe: A \"Pig\" (1989)::Animation|Children's|Comedy", "7::No Year\tHere::Drama"]
+    titles = ["661::Les Mis\xe9rables (1995)::Drama|Musical", '1193::Babe: A "Pig" (1989)::Animation|Children\'s|Comedy', "7::No Year\tHere::Drama"]
     (folder / "movies.dat").write_bytes("\n".join(titles).encode("latin-1") + b"\n")
     return folder
 

@@ -220,4 +220,3 @@ def test_unknown_training_keys_are_refused_by_the_command_line(tmp_path: Path, m
         training.main()
     assert caught.value.code == 2
     assert "[train] has unknown epocs" in capsys.readouterr().err
-
