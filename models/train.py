@@ -53,7 +53,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 200
     negatives: int = 512  # of the exit `dot`, uniform, shared by a batch
-    ladder_positions: int = 4  # a sequence
+    ladder_windows: int = 64  # of a batch, drawn anew each time: candidates cost more than events
+    ladder_positions: int = 4  # a window
     ladder_negatives: int = 44  # a position: half uniform, half from the exit `dot` itself
     id_dropout: float = 0.02  # share of items whose id is hidden, so that the unknown item's row learns
     bfloat16: bool = False  # matrix products in bfloat16: a quarter faster where the processor has them
@@ -114,6 +115,9 @@ class Batch:
     gaps: Tensor  # (B, T + 1) int64
     labels: Tensor  # (B, T + 1, heads) float32, NaN where unknown or padding
     contexts: Tensor  # (B, T + 1, 4) float32, of a request right after this event
+
+    def take(self, rows: Tensor) -> Batch:
+        return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
 
 def make_batch(sequences: Sequences, windows: list[tuple[int, int, int]]) -> Batch:
@@ -274,7 +278,8 @@ class Trainer:
                 state, users = self.model.encode(self.model.tokens(self.hide_ids(batch.items, table, twins), batch.actions, batch.gaps))
                 loss = self.dot_loss(batch, users, table)
                 if ladder:
-                    loss = loss + self.ladder_loss(batch, state, users, table, twins)
+                    rows = torch.randperm(len(batch.users))[: self.config.ladder_windows]
+                    loss = loss + self.ladder_loss(batch.take(rows), [(key[rows], value[rows]) for key, value in state], users[rows], table, twins)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -192,7 +192,7 @@ def test_leave_one_out_reranks_the_best_of_point_and_keeps_the_rank_of_the_rest(
 
 
 def test_leave_one_out_knows_neither_the_target_nor_its_time() -> None:
-    data = make_data({"u": [f"i{k}" for k in range(9)]}, [])
+    data = make_data({"u": [f"i{k}" for k in range(9)], "v": ["i0", "i1"]}, [])
     engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
     (case,) = next_cases(data, np.array([0]))
     assert case.time == 7000.0 and case.upcoming.tolist() == [data.sequences.items[8]]

@@ -276,7 +276,7 @@ def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12
 
 
 NEXT, BUY = Head("next", "next", 1.0), Head("buy", "label", 1.0)
-HELD_OUT = {"slate_size": 4, "slate_users": 3, "validation_users": 3, "history_length": 16}
+HELD_OUT = {"slate_size": 4, "slate_users": 3, "validation_users": 3, "history_length": 80}
 
 
 @pytest.mark.parametrize(
@@ -285,12 +285,14 @@ HELD_OUT = {"slate_size": 4, "slate_users": 3, "validation_users": 3, "history_l
         DataConfig("shop", (NEXT, BUY), **HELD_OUT),
         DataConfig("shop", (NEXT,), numeric=("price",), **HELD_OUT),
         DataConfig("shop", (BUY,), numeric=("price",), **HELD_OUT),
-        DataConfig("shop", (NEXT,), slate_size=4, history_length=16),
+        DataConfig("shop", (NEXT,), slate_size=4, history_length=80),
+        DataConfig("shop", (NEXT, BUY), **(HELD_OUT | {"history_length": 10})),
     ],
-    ids=["no columns", "only next", "only a label", "nobody held out"],
+    ids=["no columns", "only next", "only a label", "nobody held out", "short history"],
 )
 def test_bring_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DataConfig) -> None:
     monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(invariance, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, config, items=90)
     assert list(ranker.manifest.heads) == [head.name for head in config.heads]
     assert ranker.manifest.features == list(config.numeric)
@@ -299,5 +301,6 @@ def test_bring_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config:
 
 def test_bring_your_own_small_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(invariance, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, DataConfig("shop", (NEXT, BUY), **HELD_OUT), items=12)
     assert len(ranker.manifest.example["candidates"]["item_ids"]) >= 20, "duplicates are allowed"

@@ -138,6 +138,8 @@ def test_a_cancelled_job_leaves_the_queue_and_its_neighbours_alone(jobs: list[tu
 
 def test_cancelling_the_caller_of_a_running_job_does_not_disturb_the_next() -> None:
     async def main() -> None:
+        loop_errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
         running, release, ended = threading.Event(), threading.Event(), threading.Event()
 
         def hold() -> str:
@@ -159,6 +161,7 @@ def test_cancelling_the_caller_of_a_running_job_does_not_disturb_the_next() -> N
             assert (await following)[0] == "mine"
             assert ended.is_set()
             assert workers.queued_tokens == 0
+        assert not loop_errors
 
     asyncio.run(main())
 

@@ -1,0 +1,107 @@
+"""The registry and docs/metrics.md say the same, and what Prometheus is given is well formed."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+from app import metrics
+from app.metrics import STAGES, Timings
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
+LABELS = {"endpoint", "ranker", "version", "variant", "code", "stage", "reason", "exit", "result", "command", "kind"}  # none of them an id
+METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
+
+
+def name_of(metric: MetricWrapperBase) -> str:
+    """As it is scraped: counters end in _total."""
+    return metric._name + ("_total" if isinstance(metric, Counter) else "")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    assert section, heading
+    table = [line.strip().strip("|") for line in section[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")] for line in table[2:]]
+
+
+def test_the_document_and_the_registry_name_the_same_metrics() -> None:
+    documented = [row[0].strip("`") for row in rows("Metrics")]
+    assert len(documented) == len(set(documented))
+    assert set(documented) == {name_of(metric) for metric in METRICS}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=name_of)
+def test_the_document_gives_type_labels_and_meaning(metric: MetricWrapperBase) -> None:
+    row = next(row for row in rows("Metrics") if row[0].strip("`") == name_of(metric))
+    assert row[1] == KINDS[type(metric)]
+    assert re.findall(r"`(\w+)`", row[2]) == list(metric._labelnames)
+    assert row[3].endswith(".")
+
+
+def test_the_document_names_the_stages_in_order() -> None:
+    assert tuple(row[0].strip("`") for row in rows("Stages")) == STAGES
+
+
+def test_everything_of_ours_in_the_registry_is_declared_in_one_place() -> None:
+    ours = {family.name for family in REGISTRY.collect() if family.name.startswith("slatewise")}
+    assert ours == {metric._name for metric in METRICS}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=name_of)
+def test_a_metric_is_named_and_labelled_by_the_rules(metric: MetricWrapperBase) -> None:
+    assert re.fullmatch(r"slatewise_[a-z_]+", name_of(metric))
+    assert not re.search(r"_(ms|milliseconds|kb|mb|percent)(_|$)", name_of(metric)), "base units"
+    assert set(metric._labelnames) <= LABELS
+    assert metric._documentation.endswith(".")
+
+
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if isinstance(metric, Histogram)], ids=name_of)
+def test_buckets_ascend(metric: Histogram) -> None:
+    assert all(low < high for low, high in pairwise(metric._upper_bounds))
+    assert metric._upper_bounds[-1] == float("inf")
+
+
+def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
+    assert 0.05 in metrics.DURATION._upper_bounds
+    assert metrics.DURATION._upper_bounds == metrics.STAGE._upper_bounds
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "values"),
+    [
+        ("slatewise_stage_duration_seconds_count", "stage", STAGES),
+        ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
+        ("slatewise_rejected_total", "reason", ("in_flight", "queue")),
+        ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
+        ("slatewise_embedding_lookups_total", "result", ("hit", "miss", "stale", "corrupt", "error")),
+    ],
+)
+def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(name: str, label: str, values: tuple[str, ...]) -> None:
+    """Otherwise the first increase is invisible to rate()."""
+    assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)
+
+
+def test_timings_add_up_by_stage_and_are_observed_once_each() -> None:
+    def count_and_sum(stage: str) -> tuple[float, float]:
+        found = [REGISTRY.get_sample_value(f"slatewise_stage_duration_seconds_{part}", {"stage": stage}) for part in ("count", "sum")]
+        return found[0] or 0.0, found[1] or 0.0
+
+    before = {stage: count_and_sum(stage) for stage in STAGES}
+    timings = Timings()
+    timings.add("encode", 0.25)
+    timings.add("encode", 0.5)
+    with pytest.raises(ValueError, match="inside"), timings.stage("score"):
+        raise ValueError("inside")
+    timings.observe()
+    after = {stage: count_and_sum(stage) for stage in STAGES}
+    assert timings.seconds["encode"] == 0.75
+    assert after["encode"][1] - before["encode"][1] == pytest.approx(0.75)
+    assert {stage: after[stage][0] - before[stage][0] for stage in STAGES} == {stage: float(stage in ("encode", "score")) for stage in STAGES}
