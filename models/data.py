@@ -9,8 +9,9 @@ Before: Parquet or CSV files, or `movielens.py`. After: `train.py` and `evaluate
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -18,6 +19,7 @@ import polars as pl
 from app.features import FIRST_ITEM, UNKNOWN_ACTION, gap_buckets
 
 MULTI_VALUE_SEPARATOR = "|"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ class DataConfig:
     seed: int = 0
 
 
+def from_table(kind: type[T], table: dict, where: str, /, **given: Any) -> T:
+    """A dataclass from a table of the TOML and what else is given. Raises ValueError with the names it does not know."""
+    known = {f.name for f in fields(kind)} - given.keys()
+    if unknown := table.keys() - known:
+        raise ValueError(f"[{where}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return kind(**given, **table)
+
+
 def read_config(path: Path) -> tuple[DataConfig, dict]:
     """The data part of a TOML as a dataclass, and the whole TOML as a dict."""
     toml = tomllib.loads(path.read_text())
@@ -53,14 +63,16 @@ def read_config(path: Path) -> tuple[DataConfig, dict]:
     for head in heads:
         if head.kind not in ("next", "label"):
             raise ValueError(f"{path}: [heads.{head.name}] kind must be 'next' or 'label', not {head.kind!r}")
-    items, split = toml.get("items", {}), toml.get("split", {})
-    config = DataConfig(
+    items = toml.get("items", {})
+    config = from_table(
+        DataConfig,
+        toml.get("split", {}),
+        "split",
         name=toml["name"],
         heads=heads,
         title=items.get("title", "title"),
         categorical=tuple(items.get("categorical", ())),
         numeric=tuple(items.get("numeric", ())),
-        **{k: split[k] for k in split},
     )
     return config, toml
 
@@ -94,15 +106,16 @@ def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFra
     reasons = {"missing user_id": no_user, "missing item_id": ~no_user & no_item, "bad timestamp": ~no_user & ~no_item & bad_time}
     labels = [c for c in events.columns if c.startswith("label_")]
     if labels:
-        events = events.with_columns([pl.col(c).cast(pl.Float32, strict=False) for c in labels])
-        bad_label = pl.any_horizontal([pl.col(c).is_not_null() & ~pl.col(c).is_in([0.0, 1.0]) for c in labels])
+        number = {c: pl.col(c).cast(pl.Float32, strict=False) for c in labels}
+        bad_label = pl.any_horizontal([pl.col(c).is_not_null() & ~number[c].is_in([0.0, 1.0]).fill_null(False) for c in labels])
         reasons["label not 0 or 1"] = ~no_user & ~no_item & ~bad_time & bad_label
     bad = {reason: int(events.select(test.sum()).item() or 0) for reason, test in reasons.items()}
     share = sum(bad.values()) / max(1, len(events))
     if share > max_bad_share:
         raise ValueError(f"events: {share:.1%} of {len(events)} rows cannot be used, limit {max_bad_share:.1%}: {bad}")
-    keep = ~pl.any_horizontal(list(reasons.values()))
-    return events.filter(keep).sort("timestamp", maintain_order=True), {k: v for k, v in bad.items() if v}
+    events = events.filter(~pl.any_horizontal(list(reasons.values())))
+    events = events.with_columns([pl.col(c).cast(pl.Float32) for c in labels]).sort("timestamp", maintain_order=True)
+    return events, {reason: count for reason, count in bad.items() if count}
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,8 @@ def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataCo
     labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
     for k, head in enumerate(config.heads):
         if head.kind == "label":
+            if f"label_{head.name}" not in events.columns:
+                raise ValueError(f"events: no column label_{head.name} for the head {head.name}")
             labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
     return Sequences(
         users=users,

@@ -92,6 +92,7 @@ def leave_one_out(engine: Engine, data: Data, head: int, meta: np.ndarray, users
             ranks[name].append(rank_of(values, target))
         if "set" in exits:
             best = np.argsort(-scores["point"], kind="stable")[:RERANKED]
+            best = best[~np.isin(best, seen)]
             place = np.flatnonzero(best == target)
             if not len(place):
                 ranks["set"].append(ranks["point"][-1])

@@ -29,7 +29,7 @@ from app.manifest import FORMAT, BundleLimits, Field_, Io, Manifest, Tensor, Var
 from app.schemas import RankRequest
 from models import invariance
 from models.calibrate import fit_calibration
-from models.data import MULTI_VALUE_SEPARATOR, Sequences, build_sequences, clean_events, read_config, read_table
+from models.data import MULTI_VALUE_SEPARATOR, Sequences, build_sequences, clean_events, from_table, read_config, read_table
 from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import EXITS, Ligr
@@ -172,7 +172,8 @@ def make_request(shown: Shown, data: Data, user: int, name: str, events: int, ca
     popular = np.argsort(-counts, kind="stable")[:500]
     titled = np.array([vocabulary.items[r - FIRST_ITEM] in shown.titles for r in popular])
     popular = np.setdiff1d(popular[titled], s.items[rows])
-    slate = np.concatenate([s.items[ahead], rng.choice(popular, candidates - len(ahead), replace=False)])
+    among, wanted = popular if len(popular) else s.items[rows], candidates - len(ahead)
+    slate = np.concatenate([s.items[ahead], rng.choice(among, wanted, replace=len(among) < wanted)])  # a small catalogue repeats
     rng.shuffle(slate)
     numeric = data.catalogue.numeric[slate]
     actions = [None, *vocabulary.actions]
@@ -335,7 +336,7 @@ def main() -> None:
     parser.add_argument("--version", type=int, help="default: one more than the newest")
     args = parser.parse_args()
     config, toml = read_config(args.toml)
-    trainer = Trainer(load_data(config, toml), toml["model"], TrainConfig(**toml["train"]))
+    trainer = Trainer(load_data(config, toml), toml.get("model", {}), from_table(TrainConfig, toml.get("train", {}), "train"))
     trainer.load((args.folder or Path("build/train") / config.name) / "checkpoint.pt")
     versions = [int(p.name) for p in (args.root / config.name).glob("*") if p.name.isdigit()]
     print(export(trainer, toml, args.root, args.version or max(versions, default=0) + 1))

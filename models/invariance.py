@@ -102,13 +102,13 @@ def extended(draw: Requests) -> float:
     """A history encoded in steps (extended by 1, by 5, event by event, in chunks) against the same at once."""
     result, candidates, meta = 0.0, draw.candidates(50), draw.meta()
     longest = draw.manifest.limits.history_used
-    for steps in ([longest - 1], [longest - 5], list(range(1, 20)), list(range(64, longest, 64)), [7]):
+    for steps in ([max(1, longest - 1)], [max(1, longest - 5)], list(range(1, 20)), list(range(64, longest, 64)) or [1], [7]):
         history = draw.history(longest if steps[-1] > 19 else 20)
         state = draw.engine.start
         for first, last in zip([0, *steps], [*steps, len(history)], strict=True):
             state = draw.engine.extend(state, take(history, slice(first, last)))
         fresh = draw.state(history)
-        cut = draw.engine.prefix(draw.state(draw.history(0)) if not steps else fresh, steps[0])
+        cut = draw.engine.prefix(fresh, steps[0])
         again = draw.engine.extend(cut, take(history, slice(steps[0], None)))
         for other in (state, again):
             result = max(result, worst(other.user, fresh.user), *(worst(a, b) for a, b in zip(other.keys, fresh.keys, strict=True)))
@@ -150,7 +150,7 @@ def padding(draw: Requests) -> float:
     def pad(arrays: list[np.ndarray], axis: int = 0) -> np.ndarray:
         longest = max(a.shape[axis] for a in arrays)
         widths = [[(0, longest - a.shape[axis]) if k == axis else (0, 0) for k in range(a.ndim)] for a in arrays]
-        return np.stack([np.pad(a, w, constant_values=1) for a, w in zip(arrays, widths, strict=True)])
+        return np.stack([np.pad(a, w, constant_values=1 if a.dtype == np.float32 else 0) for a, w in zip(arrays, widths, strict=True)])
 
     feeds = {"items": pad([engine.items[h.items] for h in histories]), "length": np.array(lengths)}
     feeds |= {"actions": pad([h.actions for h in histories]), "gaps": pad([h.gaps for h in histories])}

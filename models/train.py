@@ -37,6 +37,7 @@ from models.data import (
     build_sequences,
     clean_events,
     count_popularity,
+    from_table,
     read_config,
     read_table,
     split_sequences,
@@ -80,6 +81,8 @@ def load_data(config: DataConfig, toml: dict) -> Data:
     catalogue = build_catalogue(read_table(Path(toml["data"]["items"])), events, config)
     sequences = build_sequences(events, catalogue.vocabulary, config)
     split = split_sequences(sequences, config)
+    if not split.train_lengths.any():
+        raise ValueError("no event is left to train on: every user needs one more than what the split holds out")
     count_popularity(catalogue, sequences, split, config)
     return Data(config, catalogue, sequences, split, bad_rows)
 
@@ -87,16 +90,18 @@ def load_data(config: DataConfig, toml: dict) -> Data:
 def build_model(catalogue: Catalogue, config: DataConfig, shape: dict) -> Ligr:
     """A `Ligr` for a catalogue; `shape` is the TOML's table `[model]`."""
     seen = catalogue.numeric[FIRST_ITEM:]
-    mean = np.nan_to_num(np.nanmean(seen, axis=0)) if seen.size else np.zeros(0)
-    std = np.nan_to_num(np.nanstd(seen, axis=0)) if seen.size else np.zeros(0)
+    known = np.ma.masked_invalid(seen)
+    mean, std = (np.ma.filled(moment, 0.0) for moment in (known.mean(axis=0), known.std(axis=0)))  # a column that is always missing: 0
     return Ligr(
-        LigrConfig(
+        from_table(
+            LigrConfig,
+            shape,
+            "model",
             items=len(catalogue.vocabulary.items) + FIRST_ITEM,
             actions=len(catalogue.vocabulary.actions) + 1,
             fields={name: len(values) + 1 for name, values in catalogue.vocabulary.fields.items()},
             numeric=len(config.numeric),
             heads=len(config.heads),
-            **shape,
         ),
         {name: torch.from_numpy(values) for name, values in catalogue.field_values.items()},
         torch.tensor(mean, dtype=torch.float32),
@@ -158,6 +163,7 @@ def epoch_windows(train_lengths: np.ndarray, longest: int, batch_events: int, rn
             batches.append([])
             width = size
         batches[-1].append(windows[k])
+    batches = [batch for batch in batches if batch]
     for k in rng.permutation(len(batches)):
         yield batches[k]
 
@@ -291,6 +297,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
         """HR@10 and NDCG@10 of the next held-out event of the validation users, full catalogue, in torch."""
+        if not self.next_heads or not len(self.data.split.validation_users):
+            return {}
         self.model.eval()
         table = self.model.item_table()
         ranks: dict[str, list[int]] = {name: [] for name in exits}
@@ -390,13 +398,14 @@ def main() -> None:
     parser.add_argument("toml", type=Path)
     parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
     args = parser.parse_args()
-    data_config, toml = read_config(args.toml)
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := set(toml["train"]) - known:
-        parser.error(f"{args.toml}: [train] has unknown {', '.join(sorted(unknown))}")
-    data = load_data(data_config, toml)
+    try:
+        data_config, toml = read_config(args.toml)
+        config = from_table(TrainConfig, toml.get("train", {}), "train")
+        data = load_data(data_config, toml)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(data.catalogue.vocabulary.items)} items")
-    train(data, toml["model"], TrainConfig(**toml["train"]), args.folder or Path("build/train") / data_config.name)
+    train(data, toml.get("model", {}), config, args.folder or Path("build/train") / data_config.name)
 
 
 if __name__ == "__main__":
