@@ -9,7 +9,7 @@ SERVE := .venv-serve
 TEST := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test lint format train lock clean
+.PHONY: python-version serve test lint format train lock clean
 
 serve: $(SERVE)/installed
 	$(SERVE)/bin/python -m app.main
@@ -33,13 +33,16 @@ train: $(TEST)/installed
 	$(TEST)/bin/python -m models.train models/movielens.toml
 	$(TEST)/bin/python -m models.export models/movielens.toml
 
-$(SERVE)/installed: deploy/serve.lock
+python-version:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "Python 3.11 is needed; name it with make PYTHON=..."; exit 1; }
+
+$(SERVE)/installed: deploy/serve.lock | python-version
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/pip install --quiet --require-hashes -r deploy/serve.lock
 	touch $@
 
 # torch has no hash in a lock: its wheels differ by index (CPU or CUDA build)
-$(TEST)/installed: deploy/test.lock
+$(TEST)/installed: deploy/test.lock | python-version
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/pip install --quiet --require-hashes -r deploy/test.lock
 	$(TEST)/bin/pip install --quiet torch==2.13.0
@@ -48,7 +51,7 @@ $(TEST)/installed: deploy/test.lock
 lock: $(TEST)/installed
 	$(TEST)/bin/pip install --quiet pip-tools==7.6.2
 	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file deploy/serve.lock pyproject.toml
-	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --extra test --unsafe-package torch --output-file deploy/test.lock pyproject.toml
+	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --extra train --extra test --unsafe-package torch --output-file deploy/test.lock pyproject.toml
 
 clean:
 	rm -rf $(SERVE) $(TEST) build

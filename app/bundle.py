@@ -144,11 +144,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+REQUIRED = ("items.npy", "ids.json", "fields.npy", "default_meta.npy")
+SHARED = (*REQUIRED, "users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json")
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises ManifestError where a file of the manifest is missing, leads out of the bundle, or has another digest.
 
     A variant's files are checked with the variant.
     """
+    for name in SHARED:
+        if name not in manifest.files and (name in REQUIRED or (folder / name).exists()):
+            raise ManifestError(f"the manifest has no digest of {name}")
     for name, digest in manifest.files.items():
         if not name.startswith("variants/"):
             check_file(folder, name, digest)
@@ -178,7 +185,11 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(None if request.user is None else str(request.user))
-    scores = engine.score(history, candidates, meta, manifest.default_exit) @ ranker.score_weights(None)
+    found = {exit: engine.score(history, candidates, meta, exit) for exit in manifest.exits}  # finite, or an EngineError
+    for exit, probabilities in found.items():
+        if probabilities.shape != (len(candidates), len(manifest.heads)):
+            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
+    scores = found[manifest.default_exit] @ ranker.score_weights(None)
     worst = float(np.abs(scores - np.array(variant.golden_scores)).max())
     if not worst <= variant.bound:
         raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {variant.bound:.0e}")
@@ -194,9 +205,12 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
         default_meta = np.load(folder / "default_meta.npy", allow_pickle=False)
         users = read_json(folder / "users.json") or []
         embedded = np.load(folder / "meta_embeddings.npy", mmap_mode="r", allow_pickle=False) if users else np.zeros((0, manifest.meta_size), np.float32)
+        report = read_json(folder / "report.json") or {}
+        if not isinstance(report, dict) or not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (ids, users)):
+            raise ValueError("ids.json, users.json or report.json is of another shape")
         lines = (folder / "warmup.jsonl").read_text().splitlines() if (folder / "warmup.jsonl").exists() else []
         warmup = [RankRequest.model_validate_json(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ManifestError(f"{folder}: {error}") from error
     expected = {
         "items.npy": (items, (len(ids) + FIRST_ITEM, manifest.width)),
@@ -224,7 +238,7 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
         embedded_users={user: k for k, user in enumerate(users)},
         engines={},
         refused={},
-        report=read_json(folder / "report.json") or {},
+        report=report,
         warmup=warmup,
     )
 
@@ -237,7 +251,7 @@ def load_bundle(folder: Path, threads: int) -> Ranker:
     for name in manifest.variants:
         try:
             ranker.engines[name] = load_variant(folder, ranker, name, threads)
-        except (ManifestError, EngineError, KeyError, ValueError) as error:
+        except (ManifestError, EngineError, LookupError, ValueError) as error:
             ranker.refused[name] = str(error)
             log.error("%s: variant %s is not served: %s", folder, name, error)
     if not ranker.engines:
@@ -250,10 +264,13 @@ def load_rankers(root: Path, threads: int) -> dict[str, Ranker]:
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
-        versions = sorted((int(v.name) for v in folder.iterdir() if v.is_dir() and v.name.isdigit()), reverse=True)
+        versions = sorted((int(v.name) for v in folder.iterdir() if v.is_dir() and v.name.isdecimal() and v.name.isascii()), reverse=True)
         for version in versions:
             try:
-                rankers[folder.name] = load_bundle(folder / str(version), threads)
+                ranker = load_bundle(folder / str(version), threads)
+                if (ranker.name, ranker.manifest.version) != (folder.name, version):
+                    raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
+                rankers[folder.name] = ranker
                 break
             except ManifestError as error:
                 reasons.append(str(error))

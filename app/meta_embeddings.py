@@ -65,7 +65,7 @@ def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
     magic, dtype, found, created_at, generation, crc = HEADER.unpack_from(value)
     if magic != MAGIC or dtype != FLOAT32 or found != dim:
         raise ValueError("not a float32 vector of this size")
-    if zlib.crc32(HEADER.pack(magic, dtype, found, created_at, generation, 0) + value[HEADER.size :]) != crc:
+    if zlib.crc32(value[: HEADER.size - 4] + bytes(4) + value[HEADER.size :]) != crc:  # of the bytes as they came, padding too
         raise ValueError("checksum differs")
     vector = np.frombuffer(value, "<f4", dim, HEADER.size).astype(np.float32)
     if not np.isfinite(vector).all():
@@ -101,12 +101,18 @@ class RedisStore:
 
     def __init__(self, url: str, timeout_seconds: float, rankers: Iterable[Ranker]) -> None:
         self.timeout = timeout_seconds
-        self.client: aioredis.Redis = aioredis.Redis.from_url(
-            url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0), max_connections=64
+        pool = aioredis.BlockingConnectionPool.from_url(
+            url,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=64,
+            timeout=timeout_seconds,
         )
+        self.client: aioredis.Redis = aioredis.Redis.from_pool(pool)
         self.rankers = list(rankers)
         self.generations: dict[str, list[str]] = {}  # ranker -> live generations, newest first
-        self.healthy = False
+        self.healthy = self.closing = False
         self.running: set[asyncio.Task[MetaEmbedding]] = set()
 
     async def __aenter__(self) -> RedisStore:
@@ -115,6 +121,7 @@ class RedisStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.closing = True  # a cancellation that arrives while redis-py connects may be swallowed there
         self.poller.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.poller
@@ -122,7 +129,7 @@ class RedisStore:
         await self.client.aclose()
 
     async def keep_polling(self) -> None:
-        while True:
+        while not self.closing:
             await asyncio.sleep(self.POLL_SECONDS)
             await self.poll()
 
@@ -134,7 +141,7 @@ class RedisStore:
                 r.name: [g for g in (value or b"").decode("ascii").split(",") if g.isdigit()] for r, value in zip(self.rankers, found, strict=True)
             }
             healthy = True
-        except (RedisError, OSError, TimeoutError, UnicodeDecodeError) as error:
+        except Exception as error:
             healthy = False
             if self.healthy:
                 log.warning("redis: meta-embeddings fall back to the default vector: %s", type(error).__name__)
@@ -168,7 +175,9 @@ class RedisStore:
             return MetaEmbedding(ranker.default_meta, "default")
         try:
             values = await self.command("hmget", self.client.hmget(user_key(ranker.name, ranker.manifest.space, user), live))
-        except (RedisError, OSError, TimeoutError):
+            if not isinstance(values, list) or len(values) != len(live):
+                raise RedisError("not an answer to HMGET")
+        except Exception:  # also what redis-py makes of bytes that are no Redis
             metrics.EMBEDDINGS.labels("error").inc()
             return MetaEmbedding(ranker.default_meta, "error")
         for field, value in zip(live, values, strict=True):
@@ -178,7 +187,7 @@ class RedisStore:
                 vector, generation, created_at = unpack(value, ranker.manifest.meta_size)
                 if str(generation) != field:
                     raise ValueError("the generation is not the field's")
-            except ValueError:
+            except (ValueError, TypeError):
                 metrics.EMBEDDINGS.labels("corrupt").inc()
                 continue
             age = max(0.0, time.time() - created_at)

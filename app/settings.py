@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Each field is the variable `SLATEWISE_<NAME>`; units are in the names."""
 
-    model_config = SettingsConfigDict(env_prefix="SLATEWISE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="SLATEWISE_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     redis_timeout_ms: float = Field(10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector.")
     api_keys: SecretStr = Field(SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for.")
     threads: int = Field(0, ge=0, description="Threads that run the model; 0: as many as the cgroup's CPU quota allows.")
-    history_cache_mb: float = Field(256.0, ge=0, description="Bound of the kept history state, in MiB; 0 keeps none.")
+    history_cache_mb: float = Field(256.0, ge=0, allow_inf_nan=False, description="Bound of the kept history state, in MiB; 0 keeps none.")
     deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that bring none; 0: none.")
     max_candidates: int = Field(4096, ge=1, description="Most candidates of one request.")
     max_history: int = Field(4096, ge=1, description="Most history events of one request; the ranker reads the newest `history_used`.")

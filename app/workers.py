@@ -107,7 +107,9 @@ class Workers:
 def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
         return
-    if error is not None:
+    if isinstance(error, StopIteration):  # a future refuses it
+        future.set_exception(RuntimeError(f"a job raised {error!r}"))
+    elif error is not None:
         future.set_exception(error)
     else:
         future.set_result(result)

@@ -270,7 +270,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
         width=model.config.width,
         heads={head.name: head.weight for head in config.heads},
         exits=exits,
-        default_exit=toml.get("export", {}).get("default_exit", exits[-1]),
+        default_exit=exits[-1],  # until the held-out results are there
         default_variant="fp32",
         actions=data.catalogue.vocabulary.actions,
         features=list(config.numeric),
@@ -293,6 +293,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     write_json(stage / "report.json", report)
     plot_report(report, stage / "report.png")
     print(as_markdown(report))
+    manifest = manifest.model_copy(update={"default_exit": toml.get("export", {}).get("default_exit") or best_exit(report, exits)})
     variant = Variant(
         bytes=sum(path.stat().st_size for path in (stage / "variants/fp32").iterdir()),
         bound=FP32_BOUND,
@@ -307,6 +308,12 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     load_bundle(stage, 1)  # as the server will: digests, schema, golden request
     stage.rename(target)
     return target
+
+
+def best_exit(report: dict, exits: list[str]) -> str:
+    """The exit with the highest NDCG@10, summed over the report's tables; among equals the cheaper one."""
+    tables = [report[name] for name in ("leave_one_out", "slates") if report[name]]
+    return max(exits, key=lambda exit: sum(table[exit]["ndcg10"][0] for table in tables))
 
 
 def quality_rows(report: dict, exits: list[str]) -> dict[str, dict[str, Any]]:
