@@ -16,9 +16,9 @@ from app.bundle import Ranker, load_bundle, read_json
 from app.engine import Candidates
 from app.features import FIRST_ITEM, UNKNOWN_ITEM
 from app.schemas import RankRequest
-from models.data import Data, build_sequences, clean_events, read_config, read_table
+from models.data import build_sequences, clean_events, read_config, read_table
 from models.evaluate import RERANKED
-from models.train import load_data
+from models.train import Data, load_data
 
 
 def recommend(ranker: Ranker, data: Data, request: RankRequest, seen: np.ndarray, count: int) -> list[tuple[str, float]]:
