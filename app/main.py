@@ -168,7 +168,7 @@ def create_app(settings: Settings, opener: Callable[[Settings], AbstractAsyncCon
 
 
 def describe_request(app: FastAPI) -> None:
-    """Put RankRequest, which the routes parse themselves, into the OpenAPI document."""
+    """Put RankRequest, which the routes parse themselves, into the OpenAPI document; take out the fault of FastAPI's own parsing."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -176,6 +176,9 @@ def describe_request(app: FastAPI) -> None:
         schema = RankRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"].update(schema.pop("$defs", {}))
         document["components"]["schemas"]["RankRequest"] = schema
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        document["paths"]["/models/{ranker}"]["get"]["responses"].pop("422", None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -387,3 +387,17 @@ def test_the_committed_demo_serves_its_example() -> None:
         half = {"item_ids": example["candidates"]["item_ids"][:10]}
         a, b = (by_item(ask(client, example, user=f"set-{k}", candidates=c)) for k, c in enumerate((half, {"item_ids": example["candidates"]["item_ids"]})))
         assert max(abs(a[i] - b[i]) for i in a) > 10 * BOUND, "the demo is not set-wise"
+
+
+def test_the_readme_shows_the_demos_real_answer() -> None:
+    text = (DEMO.parent.parent / "README.md").read_text()
+    request, answer = (
+        json.loads(text[start : text.index(end, start)]) for start, end in ((text.index('{"user"'), "'\n```"), (text.index('{"id": null'), "\n```"))
+    )
+    with serve(Settings(bundles=DEMO)) as client:
+        found = ask(client, request, "/rerank")
+    assert found.keys() == answer.keys() and found["timings_ms"].keys() == answer["timings_ms"].keys()
+    for member in ("ranker", "version", "variant", "exit", "unknown_candidates", "history", "degraded"):
+        assert found[member] == answer[member]
+    assert found["results"]["index"] == answer["results"]["index"] and found["results"]["item_ids"] == answer["results"]["item_ids"]
+    assert found["results"]["scores"] == pytest.approx(answer["results"]["scores"], abs=1e-4)
