@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,6 @@ class Ranker:
         return self.manifest.ranker
 
     @property
-    def created_at(self) -> float:
-        """Unix seconds."""
-        return datetime.fromisoformat(self.manifest.created).timestamp()
-
-    @property
     def default_variant(self) -> str:
         """The manifest's, or the first that is served where that one was refused."""
         return self.manifest.default_variant if self.manifest.default_variant in self.engines else next(iter(self.engines))
@@ -85,7 +79,7 @@ class Ranker:
         first = window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
         items = self.item_rows(sent.item_ids[first:])
         n = len(items)
-        actions, gaps = np.full(n, UNKNOWN_ACTION, np.int64), np.zeros(n, np.int64)
+        actions = np.full(n, UNKNOWN_ACTION, np.int64)
         if sent.actions is not None:
             actions = rows_of(self.vocabulary.actions, sent.actions[first:], n)
         times = sent.timestamps[first:] if sent.timestamps is not None else [None] * n
@@ -98,14 +92,14 @@ class Ranker:
         rows = self.item_rows(sent.item_ids)
         vectors, unknown = self.items[rows], np.flatnonzero(rows == UNKNOWN_ITEM)
         if sent.fields and len(unknown):
-            vectors[unknown] += self.describe(sent.fields, unknown)
+            vectors[unknown] += self.field_change(sent.fields, unknown)
         numeric = np.full((n, len(self.manifest.features)), np.nan, np.float32)
         for k, name in enumerate(self.manifest.features):
             if name in sent.features:
                 numeric[:, k] = np.clip(np.array(sent.features[name], np.float64), -3e38, 3e38)
         return Candidates(vectors, numeric, request_context(request_time)[None]), unknown
 
-    def describe(self, fields: dict[str, Any], positions: Int64) -> Float32:
+    def field_change(self, fields: dict[str, Any], positions: Int64) -> Float32:
         """(P, d): what the fields of unknown items add to the unknown row, which itself holds "none" in every column.
 
         A loop over unknown items, not over candidates; the mean over the known values of a column, as in training.
@@ -172,7 +166,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
-    """One variant, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
+    """One variant, warm, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/")}
     wanted = {f"variants/{name}/{graph}.onnx" for graph in ("encode", *manifest.exits)}
@@ -181,19 +175,25 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     for path, digest in mine.items():
         check_file(folder, path, digest)
     engine = Engine(folder / "variants" / name, ranker.items, manifest.exits, threads)
-    request, variant = RankRequest.model_validate(manifest.example), manifest.variants[name]
+    found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))  # finite, or an EngineError
+    for exit, probabilities in found.items():
+        if probabilities.shape != (len(manifest.example["candidates"]["item_ids"]), len(manifest.heads)):
+            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
+    scores, golden = found[manifest.default_exit] @ ranker.score_weights(None), manifest.variants[name]
+    worst = float(np.abs(scores - np.array(golden.golden_scores)).max())
+    if not worst <= golden.bound:
+        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {golden.bound:.0e}")
+    for request in ranker.warmup:  # so that the first client finds memory at its size
+        score_request(ranker, engine, request)
+    return engine
+
+
+def score_request(ranker: Ranker, engine: Engine, request: RankRequest) -> dict[str, Float64]:
+    """(N, heads) probabilities by exit, the slow, obvious way, with the embedded store's vector."""
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(None if request.user is None else str(request.user))
-    found = {exit: engine.score(history, candidates, meta, exit) for exit in manifest.exits}  # finite, or an EngineError
-    for exit, probabilities in found.items():
-        if probabilities.shape != (len(candidates), len(manifest.heads)):
-            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
-    scores = found[manifest.default_exit] @ ranker.score_weights(None)
-    worst = float(np.abs(scores - np.array(variant.golden_scores)).max())
-    if not worst <= variant.bound:
-        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {variant.bound:.0e}")
-    return engine
+    return {exit: engine.score(history, candidates, meta, exit) for exit in ranker.manifest.exits}
 
 
 def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
@@ -259,13 +259,17 @@ def load_bundle(folder: Path, threads: int) -> Ranker:
     return ranker
 
 
-def load_rankers(root: Path, threads: int) -> dict[str, Ranker]:
+def versions(folder: Path) -> list[int]:
+    """The versions of one ranker's folder, ascending."""
+    return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
+
+
+def load_rankers(root: Path, threads: int = 1) -> dict[str, Ranker]:
     """The newest version of each ranker that can be loaded. Raises ManifestError where there is none at all."""
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
-        versions = sorted((int(v.name) for v in folder.iterdir() if v.is_dir() and v.name.isdecimal() and v.name.isascii()), reverse=True)
-        for version in versions:
+        for version in reversed(versions(folder)):
             try:
                 ranker = load_bundle(folder / str(version), threads)
                 if (ranker.name, ranker.manifest.version) != (folder.name, version):

@@ -6,6 +6,8 @@ one graph and safe to run from several threads at once: a state is a value, noth
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from app.features import GAP_MISSING, START_ITEM, UNKNOWN_ACTION, Float32, Int64
+from app.features import GAP_MISSING, START_ITEM, UNKNOWN_ACTION, Float32, Float64, Int64
 from app.manifest import ManifestError
-
-Float64 = NDArray[np.float64]
 
 HISTORY_QUANTUM = 256  # events of one call
 CANDIDATE_QUANTUM = 512  # candidates of one call
@@ -33,7 +33,7 @@ class HistoryState:
 
     keys: tuple[Float32, ...]  # per block (1, H, K, D), K = events + 1 for the start token
     values: tuple[Float32, ...]
-    user: Float32  # (1, d) the newest event's hidden state
+    user: Float32  # (1, d) the newest event's hidden state; (1, 0) where it is not known, of a `prefix`
 
     @property
     def events(self) -> int:
@@ -195,3 +195,9 @@ def join(chunks: list[PointScores]) -> PointScores:
     return PointScores(
         np.concatenate([c.probabilities for c in chunks]), np.concatenate([c.logits for c in chunks]), np.concatenate([c.hidden for c in chunks])
     )
+
+
+def processor() -> str:
+    """The machine that a measurement was made on."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"

@@ -13,6 +13,13 @@ types; `main.py` turns them into answers. The detail reaches the client: it name
 
 from dataclasses import dataclass
 
+MOST_FAULTS = 20  # that one answer lists
+
+
+def pointer(*path: str | int) -> str:
+    """An RFC 6901 pointer into the body; names of the client's own are cut at 100 characters."""
+    return "".join("/" + str(step)[:100].replace("~", "~0").replace("/", "~1") for step in path)
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -45,15 +45,18 @@ def window_start(offset: int, length: int, longest: int) -> int:
 
     The window starts at the smallest multiple of 64, counted over the user's whole history (`offset` is the index of
     the first event sent), from which at most `longest` events remain: a function of the request alone, and the same
-    for the next 63 requests of a client that sends a sliding window. Where that would leave less than half of what
-    could be read (a short window), all that can be read is.
+    for the next 63 requests of a client that sends a sliding window of 126 events or more. Where that would leave less
+    than half of what could be read (a shorter window), multiples of 32 are tried, of 16, and so on.
     """
-    first = max(0, length - longest)
-    aligned = -(-(offset + first) // WINDOW_STEP) * WINDOW_STEP - offset
-    return aligned if 2 * (length - aligned) >= length - first else first
+    first, step = max(0, length - longest), WINDOW_STEP
+    while True:
+        aligned = -(-(offset + first) // step) * step - offset
+        if 2 * (length - aligned) >= length - first or step == 1:
+            return aligned
+        step //= 2
 
 
-def request_context(request_time: float) -> Float32:
-    """(4,) float32: hour of the day and day of the week (UTC) as points on two circles."""
+def request_context(request_time: float | Float64) -> Float32:
+    """(4,) float32: hour of the day and day of the week (UTC) as points on two circles; (4, n) for n times."""
     day, week = 2 * np.pi * (request_time / 86_400.0), 2 * np.pi * (request_time / 604_800.0)
     return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)

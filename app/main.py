@@ -1,24 +1,24 @@
 """The assembly: settings to parts, parts to an application. python -m app.main serves it.
 
-`open_pipeline` lists the parts in order, each opened and closed by the lifespan; `create_app` takes the opener as an
-argument, which is the one seam for tests.
+The rankers are loaded before the port is opened; `open_pipeline` lists the other parts, opened and closed by the lifespan.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,9 +29,9 @@ from app.errors import NotFound, RankingError, Unauthorized
 from app.history_cache import HistoryCache
 from app.manifest import ManifestError
 from app.meta_embeddings import EmbeddedStore, RedisStore, Store
-from app.pipeline import Call, Pipeline
+from app.pipeline import Pipeline
 from app.routes import routes
-from app.schemas import Problem, RankRequest
+from app.schemas import REQUEST_ID, Problem, RankRequest
 from app.settings import Settings
 from app.workers import Workers
 
@@ -48,41 +48,23 @@ def cpu_quota() -> int:
         return cores
 
 
-async def warm_up(pipeline: Pipeline, ranker: Ranker) -> None:
-    """Every exit of every variant with the bundle's recorded requests, so that the first client finds memory and caches ready."""
-    for variant in ranker.engines:
-        for request in (RankRequest.model_validate(ranker.manifest.example), *ranker.warmup):
-            for exit in ranker.manifest.exits:
-                change = {"ranker": ranker.name, "variant": variant, "exit": exit, "user": None, "deadline_ms": 600_000}
-                await pipeline.rank(Call(request.model_copy(update=change), time.perf_counter()))
-
-
 @asynccontextmanager
-async def open_pipeline(settings: Settings) -> AsyncIterator[Pipeline]:
-    threads = settings.threads or cpu_quota()
-    begin = time.perf_counter()
-    rankers = await asyncio.to_thread(load_rankers, settings.bundles, 1)
+async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> AsyncIterator[Pipeline]:
+    """The parts in order, each opened and closed here."""
     async with AsyncExitStack() as stack:
-        workers = await stack.enter_async_context(Workers(threads))
+        workers = await stack.enter_async_context(Workers(settings.threads or cpu_quota()))
         url = settings.redis_url.get_secret_value()
         store: Store = await stack.enter_async_context(RedisStore(url, settings.redis_timeout_ms / 1e3, rankers.values())) if url else EmbeddedStore()
-        pipeline = Pipeline(
+        yield Pipeline(
             rankers,
             store,
             HistoryCache(int(settings.history_cache_mb * 2**20)),
             workers,
             max_candidates=settings.max_candidates,
             max_history=settings.max_history,
-            max_queued_tokens=settings.max_queued_tokens,
+            max_outstanding_tokens=settings.max_outstanding_tokens,
             default_deadline_ms=settings.deadline_ms,
         )
-        for ranker in rankers.values():
-            await warm_up(pipeline, ranker)
-            metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
-            for variant in ranker.engines:
-                metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
-            log.info("serving %s version %d, variants %s, %d threads", ranker.name, ranker.manifest.version, list(ranker.engines), threads)
-        yield pipeline
 
 
 class Gate:
@@ -109,8 +91,9 @@ class Gate:
 
 
 def problem(request: Request, error: RankingError) -> Response:
-    """RFC 9457 problem details."""
-    identifier = getattr(request.state, "request_id", None)
+    """RFC 9457 problem details, with the request's id: the body's where it was read, else the header's."""
+    header = request.headers.get("x-request-id", "")
+    identifier = getattr(request.state, "request_id", None) or (header if re.fullmatch(REQUEST_ID, header) else None)
     body = Problem(
         type=error.type,
         title=error.title,
@@ -144,10 +127,12 @@ async def on_any_error(request: Request, error: Exception) -> Response:
     return problem(request, RankingError("an unexpected error; the log has more"))
 
 
-def create_app(settings: Settings, opener: Callable[[Settings], AbstractAsyncContextManager[Pipeline]] = open_pipeline) -> FastAPI:
+def create_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
+    """The application on rankers that are loaded and warm."""
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with opener(settings) as pipeline:
+        async with open_pipeline(settings, rankers) as pipeline:
             app.state.pipeline = pipeline
             yield
             app.state.pipeline = None
@@ -186,12 +171,20 @@ def describe_request(app: FastAPI) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    settings = Settings()
-    app = create_app(settings)
     try:
-        uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False)
-    except ManifestError as error:
+        settings = Settings()
+        begin = time.perf_counter()
+        rankers = load_rankers(settings.bundles)
+    except (ValidationError, ManifestError) as error:
         raise SystemExit(str(error)) from None
+    for ranker in rankers.values():
+        metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
+        for variant in ranker.engines:
+            metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
+        log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
+    log.info("listening on http://%s:%d", settings.host, settings.port)
+    app = create_app(settings, rankers)
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 FORMAT = 1
 
@@ -41,7 +41,7 @@ class Io(Part):
     outputs: dict[str, Tensor]
 
 
-class Field_(Part):
+class Column(Part):
     """One categorical column: row `offset` of fields.npy is "none", then one row a value."""
 
     offset: int = Field(ge=0)
@@ -66,7 +66,7 @@ class Manifest(Part):
     format: int
     ranker: str
     version: int = Field(ge=0)
-    created: str
+    created: AwareDatetime
     trained_on: str
     space: str = Field(description="Name of the vector space of the meta-embeddings it reads.")
     width: int = Field(ge=1)
@@ -76,7 +76,7 @@ class Manifest(Part):
     default_variant: str
     actions: list[str] = Field(description="Row k + 1 of the action table.")
     features: list[str] = Field(description="Numeric candidate features, in order.")
-    fields: dict[str, Field_]
+    fields: dict[str, Column]
     meta_size: int = Field(ge=1)
     limits: BundleLimits
     graphs: dict[str, Io]

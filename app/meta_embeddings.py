@@ -90,7 +90,7 @@ class EmbeddedStore:
             metrics.EMBEDDINGS.labels("miss").inc()
             return MetaEmbedding(ranker.default_meta, "default")
         metrics.EMBEDDINGS.labels("hit").inc()
-        age = max(0.0, time.time() - ranker.created_at)
+        age = max(0.0, time.time() - ranker.manifest.created.timestamp())
         return MetaEmbedding(ranker.embedded_meta[row], "hit", str(ranker.manifest.version), round(age, 1))
 
 
@@ -112,7 +112,8 @@ class RedisStore:
         self.client: aioredis.Redis = aioredis.Redis.from_pool(pool)
         self.rankers = list(rankers)
         self.generations: dict[str, list[str]] = {}  # ranker -> live generations, newest first
-        self.healthy = self.closing = False
+        self.healthy: bool | None = None  # not known before the first poll
+        self.closing = False
         self.running: set[asyncio.Task[MetaEmbedding]] = set()
 
     async def __aenter__(self) -> RedisStore:
@@ -140,12 +141,13 @@ class RedisStore:
             self.generations = {
                 r.name: [g for g in (value or b"").decode("ascii").split(",") if g.isdigit()] for r, value in zip(self.rankers, found, strict=True)
             }
-            healthy = True
+            if self.healthy is not True:
+                log.info("redis: answers, live generations %s", self.generations)
+            self.healthy = True
         except Exception as error:
-            healthy = False
-            if self.healthy:
-                log.warning("redis: meta-embeddings fall back to the default vector: %s", type(error).__name__)
-        self.healthy = healthy
+            if self.healthy is not False:
+                log.warning("redis: no answer (%s), meta-embeddings fall back to the default vector", type(error).__name__)
+            self.healthy = False
 
     async def command(self, name: str, call: Any) -> Any:
         begin = time.perf_counter()

@@ -22,7 +22,7 @@ DURATION = Histogram(
 )
 STAGE = Histogram("slatewise_stage_duration_seconds", "Time of one stage of a request.", ["stage"], buckets=BUCKETS)
 IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that have entered and not ended.")
-QUEUED_TOKENS = Gauge("slatewise_queued_tokens", "Work that waits for a thread, in events and candidates.")
+OUTSTANDING_TOKENS = Gauge("slatewise_outstanding_tokens", "Events and candidates of the requests that are admitted and not answered.")
 REJECTED = Counter("slatewise_rejected_total", "Requests refused for overload, by door.", ["reason"])
 DEGRADED = Counter("slatewise_degraded_total", "Answers that were degraded, by reason; an answer may have several.", ["reason"])
 DEADLINE_EXCEEDED = Counter("slatewise_deadline_exceeded_total", "Requests whose deadline passed.")
@@ -47,7 +47,7 @@ for _stage in STAGES:
     STAGE.labels(_stage)
 for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
     DEGRADED.labels(_reason)
-for _reason in ("in_flight", "queue"):
+for _reason in ("in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _result in ("hit", "extended", "miss", "none"):
     HISTORY_CACHE.labels(_result)

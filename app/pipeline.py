@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import numpy as np
 from app import metrics
 from app.bundle import Ranker
 from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Candidates, Engine, EngineError, History, HistoryState, join
-from app.errors import DeadlineExceeded, Fault, Invalid, NotFound, OverloadedUndegraded, RankingError
-from app.features import Float32, Float64, Int64
+from app.errors import MOST_FAULTS, DeadlineExceeded, Fault, Invalid, NotFound, OverloadedUndegraded, RankingError, pointer
+from app.features import UNKNOWN_ITEM, Float32, Float64, Int64
 from app.history_cache import Entry, HistoryCache
 from app.meta_embeddings import MetaEmbedding, Store
 from app.metrics import Timings
@@ -64,33 +65,36 @@ class Pipeline:
         *,
         max_candidates: int,
         max_history: int,
-        max_queued_tokens: int,
+        max_outstanding_tokens: int,
         default_deadline_ms: float,
     ) -> None:
         self.rankers, self.store, self.cache, self.workers = rankers, store, cache, workers
         self.max_candidates, self.max_history = max_candidates, max_history
-        self.max_queued_tokens, self.default_deadline_ms = max_queued_tokens, default_deadline_ms
+        self.max_outstanding_tokens, self.default_deadline_ms = max_outstanding_tokens, default_deadline_ms
+        self.outstanding_tokens = 0  # events and candidates of the requests that are admitted and not answered
 
     async def rank(self, call: Call) -> Call:
         """Fill in a call: the highest exit of the ladder that was asked for and that the deadline and the load allow."""
         request = call.request
         ranker, variant, wanted = self.check(call)
         engine = ranker.engines[variant]
+        with call.timings.stage("features"):
+            history, call.history_dropped = ranker.history(request)
+            candidates, call.unknown = ranker.candidates(request, time.time() if request.request_time is None else request.request_time)
+        tokens = len(history) + len(candidates)
+        wanted = self.admit(call, wanted, tokens)
+        if wanted == "input_order":
+            return call
         deadline_ms = request.deadline_ms or self.default_deadline_ms
         deadline = call.entered + deadline_ms / 1e3 if deadline_ms else None
+        self.outstanding_tokens += tokens
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.perf_counter()):
                 await asyncio.sleep(0)  # a deadline that has passed already ends here
-                with call.timings.stage("features"):
-                    history, dropped = ranker.history(request)
-                    candidates, call.unknown = ranker.candidates(request, time.time() if request.request_time is None else request.request_time)
-                wanted = self.admit(call, wanted, len(history) + len(candidates))
-                if wanted == "input_order":
-                    return call
                 looking = asyncio.ensure_future(self.look_up(ranker, call.user))
                 try:
                     state = await self.encode(call, ranker, variant, history)
-                    call.history_used, call.history_dropped, call.history_unknown = len(history), dropped, int((history.items == 0).sum())
+                    call.history_used, call.history_unknown = len(history), int((history.items == UNKNOWN_ITEM).sum())
                     with call.timings.stage("embed"):  # the time waited for it beyond the encoding
                         call.meta = await looking
                 finally:
@@ -107,6 +111,8 @@ class Pipeline:
                 call.degraded.add("exit")
         except EngineError as error:
             raise RankingError("the model failed on this request") from error
+        finally:
+            self.outstanding_tokens -= tokens
         return call
 
     def check(self, call: Call) -> tuple[Ranker, str, str]:
@@ -121,49 +127,46 @@ class Pipeline:
         variant = ranker.default_variant if request.variant == "auto" else request.variant
         if variant not in ranker.engines:
             raise NotFound(f"ranker {name} serves no such variant; served: {', '.join(ranker.engines)}")
-        faults = list(self.faults(request, ranker))
-        if faults:
-            raise Invalid("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults[:3]), tuple(faults))
+        if faults := tuple(islice(self.faults(request, ranker), MOST_FAULTS)):
+            raise Invalid("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults[:3]), faults)
         wanted = ranker.manifest.default_exit if request.exit == "auto" else request.exit
         if wanted == "set" and len(request.candidates.item_ids) > ranker.manifest.limits.set_wise:
             wanted = "point"  # stated in `limits.set_wise`, so no degradation
         call.variant = variant
         return ranker, variant, wanted
 
-    def faults(self, request: RankRequest, ranker: Ranker) -> list[Fault]:
+    def faults(self, request: RankRequest, ranker: Ranker) -> Iterator[Fault]:
         """What the schema cannot know: counts against limits, columns against each other and names against the bundle."""
-        faults = []
         n, events = len(request.candidates.item_ids), len(request.history.item_ids)
         if n > self.max_candidates:
-            faults.append(Fault("/candidates/item_ids", f"{n} candidates, limit {self.max_candidates}"))
+            yield Fault("/candidates/item_ids", f"{n} candidates, limit {self.max_candidates}")
         if events > self.max_history:
-            faults.append(Fault("/history/item_ids", f"{events} events, limit {self.max_history}"))
+            yield Fault("/history/item_ids", f"{events} events, limit {self.max_history}")
         for name, column in (("actions", request.history.actions), ("timestamps", request.history.timestamps)):
             if column is not None and len(column) != events:
-                faults.append(Fault(f"/history/{name}", f"{len(column)} entries for {events} item_ids"))
+                yield Fault(f"/history/{name}", f"{len(column)} entries for {events} item_ids")
         known: dict[str, Any] = {"features": ranker.manifest.features, "fields": ranker.manifest.fields}
         for member, columns in (("features", request.candidates.features), ("fields", request.candidates.fields)):
             for name, values in columns.items():
                 if name not in known[member]:
-                    faults.append(Fault(f"/candidates/{member}", f"unknown name; known: {', '.join(known[member]) or 'none'}"))
+                    yield Fault(pointer("candidates", member, name), f"unknown name; known: {', '.join(known[member]) or 'none'}")
                 elif len(values) != n:
-                    faults.append(Fault(f"/candidates/{member}/{name}", f"{len(values)} entries for {n} item_ids"))
+                    yield Fault(pointer("candidates", member, name), f"{len(values)} entries for {n} item_ids")
         for name in request.head_weights or ():
             if name not in ranker.manifest.heads:
-                faults.append(Fault("/head_weights", f"unknown head; known: {', '.join(ranker.manifest.heads)}"))
+                yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(ranker.manifest.heads)}")
         if request.exit not in ("auto", *ranker.manifest.exits):
-            faults.append(Fault("/exit", f"this ranker has: {', '.join(ranker.manifest.exits)}"))
-        return faults
+            yield Fault("/exit", f"this ranker has: {', '.join(ranker.manifest.exits)}")
 
     def admit(self, call: Call, wanted: str, tokens: int) -> str:
-        """The second door: the exit that the queue's length allows. Raises OverloadedUndegraded."""
-        load = (self.workers.queued_tokens + tokens) / self.max_queued_tokens
-        if load <= 0.5 or not self.workers.queued_tokens:
+        """The second door: the exit that the work at hand allows. Raises OverloadedUndegraded. Alone, any request may pass."""
+        load = (self.outstanding_tokens + tokens) / self.max_outstanding_tokens
+        if load <= 0.5 or not self.outstanding_tokens:
             return wanted
         if load > 1:
-            metrics.REJECTED.labels("queue").inc()
+            metrics.REJECTED.labels("tokens").inc()
             if not call.request.allow_degraded:
-                raise OverloadedUndegraded(f"more than {self.max_queued_tokens} tokens of work are waiting")
+                raise OverloadedUndegraded(f"more than {self.max_outstanding_tokens} events and candidates are at work")
             call.degraded.add("overload")
             return "input_order"
         allowed = "dot" if load > 0.75 else "point"
@@ -228,7 +231,7 @@ class Pipeline:
         chunks = []
         for first in range(0, len(candidates), CANDIDATE_QUANTUM):
             rows = slice(first, first + CANDIDATE_QUANTUM)
-            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows), min(CANDIDATE_QUANTUM, len(candidates))))
+            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows), min(CANDIDATE_QUANTUM, len(candidates) - first)))
         point = join(chunks)
         call.probabilities, call.exit = point.probabilities, "point"
         if wanted == "set":

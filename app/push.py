@@ -26,12 +26,16 @@ def push(client: redis.Redis, ranker: str, space: str, users: list[str], vectors
     pointer = pointer_key(ranker, space)
     current = client.get(pointer)
     live = [int(g) for g in current.decode().split(",")] if isinstance(current, bytes) and current else []
-    generation = max(live, default=0) + 1
+    generation = int(client.incr(f"{pointer}:last"))  # never given twice, also after a roll-back
+    dead = [str(g) for g in range(max(1, generation - 2 * LIVE_GENERATIONS), generation) if g not in live]
     now = time.time()
     for first in range(0, len(users), CHUNK):
         pipe = client.pipeline(transaction=False)
         for user, vector in zip(users[first : first + CHUNK], vectors[first : first + CHUNK], strict=True):
-            pipe.hset(user_key(ranker, space, user), str(generation), pack(vector, generation, now))
+            key = user_key(ranker, space, user)
+            pipe.hset(key, str(generation), pack(vector, generation, now))
+            if dead:
+                pipe.hdel(key, *dead)
         pipe.execute()
     client.set(pointer, ",".join(map(str, [generation, *live][:LIVE_GENERATIONS])))
     return generation

@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect
 from app import metrics
 from app.body import read_body
 from app.bundle import Ranker
-from app.errors import Fault, Invalid, NotFound, NotJson, NotReady, Overloaded, RankingError
+from app.errors import MOST_FAULTS, Fault, Invalid, NotFound, NotJson, NotReady, Overloaded, RankingError, pointer
 from app.metrics import Timings
 from app.pipeline import Call, Pipeline, order
 from app.schemas import Health, Limits, ModelCard, ModelName, Models, Problem, RankRequest, RankResponse
 from app.settings import Settings
 
-MOST_FAULTS = 20
+TOO_MANY_FAULTS = 1_000  # to look at each
 CLIENT_GONE = 499  # in the metrics only
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -167,7 +167,7 @@ async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by
         state.in_flight -= 1
         metrics.IN_FLIGHT.dec()
         count(call, timings, endpoint, code, time.perf_counter() - entered)
-        metrics.QUEUED_TOKENS.set(pipeline.workers.queued_tokens)
+        metrics.OUTSTANDING_TOKENS.set(pipeline.outstanding_tokens)
         metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
 
 
@@ -178,7 +178,7 @@ def parse(body: bytes, request: Request) -> RankRequest:
     except ValidationError as error:
         raise refusal(error) from None
     changes: dict[str, Any] = {}
-    user, identifier = request.headers.get("x-user-id"), request.headers.get("x-request-id")
+    user, identifier = header_text(request, "x-user-id"), header_text(request, "x-request-id")
     if user is not None:
         if parsed.user is not None and str(parsed.user) != user:
             raise Invalid.at("/user", "differs from the header X-User-ID")
@@ -194,20 +194,31 @@ def parse(body: bytes, request: Request) -> RankRequest:
     return parsed
 
 
+def header_text(request: Request, name: str) -> str | None:
+    """A header as UTF-8; starlette reads Latin-1. Raises Invalid."""
+    value = request.headers.get(name)
+    try:
+        return None if value is None else value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise Invalid.at("", f"the header {name} is not UTF-8") from None
+
+
 def refusal(error: ValidationError) -> RankingError:
     """What pydantic found, without the values that were sent."""
+    if error.error_count() > TOO_MANY_FAULTS:
+        return Invalid.at("", f"more than {TOO_MANY_FAULTS} faults")
     faults: dict[str, Fault] = {}
     for found in error.errors(include_url=False, include_input=False, include_context=False):
         if found["type"] == "json_invalid":
             return NotJson(found["msg"])
-        path = list(found["loc"])
+        path = [step for step in found["loc"] if not str(step).startswith(("constrained-", "list["))]  # without branches of unions
         if (len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int)) or path[-1:] == ["[key]"]:
-            path.pop()  # the branch of a union, not a member
-        pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1")[:100] for p in path if not str(p).startswith(("constrained-", "list[")))
-        if pointer in faults:
-            faults[pointer] = Fault(pointer, f"{faults[pointer].detail}, or: {found['msg']}"[:400])
+            path.pop()  # so is this one
+        where = pointer(*path)
+        if where in faults:
+            faults[where] = Fault(where, f"{faults[where].detail}, or: {found['msg']}"[:400])
         elif len(faults) < MOST_FAULTS:
-            faults[pointer] = Fault(pointer, found["msg"][:300])
+            faults[where] = Fault(where, found["msg"][:300])
     first = next(iter(faults.values()))
     return Invalid(f"{first.pointer or '/'}: {first.detail}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""), tuple(faults.values()))
 
@@ -249,7 +260,7 @@ def respond(call: Call, by_score: bool) -> Response:
         "unknown_candidates": call.unknown.tolist(),
         "history": {"used": call.history_used, "dropped": call.history_dropped, "unknown": call.history_unknown, "cache": call.cache},
         "meta_embedding": {
-            "status": "off" if meta is None else meta.status,
+            "status": meta.status if meta is not None else "off" if request.user is None else "default",
             "version": None if meta is None else meta.version,
             "age_seconds": None if meta is None else meta.age_seconds,
         },
@@ -259,7 +270,7 @@ def respond(call: Call, by_score: bool) -> Response:
     headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id
-    return Response(pydantic_core.to_json(content, inf_nan_mode="null"), media_type="application/json", headers=headers)
+    return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)
 
 
 def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds: float) -> None:

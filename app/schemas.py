@@ -3,7 +3,7 @@
 Limits that settings or the bundle decide (candidates, history) are checked in `pipeline.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +15,12 @@ Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Id = Text | Integer  # an integer is taken as its decimal string
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=99_999_999_999)]
-RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,128}$", strict=True)]
+REQUEST_ID = r"[!-~]{1,128}"
+RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
+
+
+T = TypeVar("T")
+Column = Annotated[list[T], Field(fail_fast=True)]  # one fault says enough of a column of thousands
 
 
 class Wire(BaseModel):
@@ -25,18 +30,18 @@ class Wire(BaseModel):
 class History(Wire):
     """What the user did, oldest first. A null time or action is a missing one."""
 
-    item_ids: list[Id] = Field(default_factory=list)
-    actions: list[Text | None] | None = None
-    timestamps: list[UnixSeconds | None] | None = None
+    item_ids: Column[Id] = Field(default_factory=list)
+    actions: Column[Text | None] | None = None
+    timestamps: Column[UnixSeconds | None] | None = None
     offset: int = Field(0, ge=0, le=2**31, strict=True, description="Index, in the user's whole history, of the first event sent.")
 
 
 class Candidates(Wire):
     """What to rank, in first-stage order. A null feature is a missing one; `fields` describe items the ranker may not know."""
 
-    item_ids: list[Id] = Field(min_length=1)
-    features: dict[Text, list[Number | None]] = Field(default_factory=dict)
-    fields: dict[Text, list[list[Text] | Text | None]] = Field(default_factory=dict)
+    item_ids: Column[Id] = Field(min_length=1)
+    features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
+    fields: dict[Text, Column[list[Text] | Text | None]] = Field(default_factory=dict)
 
 
 class RankRequest(Wire):

@@ -25,8 +25,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1_000_000, ge=1, description="Longest request body, also after it is inflated.")
     body_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a request body.")
     max_in_flight: int = Field(256, ge=1, description="Requests in flight, above which new ones are refused before their body is read (429).")
-    max_queued_tokens: int = Field(
-        200_000, ge=1, description="Queued work (events + candidates), above which answers degrade; at half of it the exit gives way."
+    max_outstanding_tokens: int = Field(
+        50_000, ge=1, description="Events and candidates at work, above which answers are the input order (or 503); above half of it the exit gives way."
     )
 
     @field_validator("redis_url")

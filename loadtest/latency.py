@@ -20,13 +20,9 @@ import time
 from itertools import product
 from typing import Any
 
+from app.engine import processor
+
 HISTORIES, SLATES = (50, 200), (50, 200, 500)
-
-
-def machine() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores"
 
 
 class Server:
@@ -125,11 +121,11 @@ def main() -> None:
             all_seconds = [s for one in seconds for s in one[events, n]]
             p50, p99 = (round(quantile(all_seconds, q) * 1e3, 2) for q in (0.5, 0.99))
             rows.append({"threads": threads, "history": events, "candidates": n, "p50_ms": p50, "p99_ms": p99, "requests": len(all_seconds)})
-    print(f"{name} version {card['version']}, variant {card['default_variant']}, exit {card['default_exit']}; {machine()}\n")
+    print(f"{name} version {card['version']}, variant {card['default_variant']}, exit {card['default_exit']}; {processor()}\n")
     print("| threads = connections | history | candidates | p50 ms | p99 ms |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         print(f"| {row['threads']} | {row['history']} | {row['candidates']} | {row['p50_ms']:.2f} | {row['p99_ms']:.2f} |")
-    print(json.dumps({"machine": machine(), "rows": rows}))
+    print(json.dumps({"machine": processor(), "rows": rows}))
 
 
 if __name__ == "__main__":

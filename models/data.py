@@ -9,7 +9,7 @@ Before: Parquet or CSV files, or `movielens.py`. After: `train.py` and `evaluate
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,12 +92,15 @@ def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFra
     Raises ValueError where a column is missing or more than `max_bad_share` of the rows cannot be used.
     """
     missing = {"user_id", "item_id", "timestamp"} - set(events.columns)
+    if "slate_id" in events.columns:
+        print("events: slate_id is not read; a slate is a user's next events (`slate_size` in [split])")
     if missing:
         raise ValueError(f"events: no column {', '.join(sorted(missing))}")
     events = events.with_columns(
         pl.col("user_id").cast(pl.String),
         pl.col("item_id").cast(pl.String),
         pl.col("timestamp").cast(pl.Float64, strict=False),
+        *([pl.col("action").cast(pl.String)] if "action" in events.columns else []),
     )
     no_user = pl.col("user_id").is_null() | (pl.col("user_id") == "")
     no_item = pl.col("item_id").is_null() | (pl.col("item_id") == "")
@@ -118,6 +121,25 @@ def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFra
     return events, {reason: count for reason, count in bad.items() if count}
 
 
+def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Usable items, the first row of each id, numbers as numbers; and how many rows or numbers could not be used, by reason.
+
+    Raises ValueError where a column that the TOML names is missing.
+    """
+    derived = {"popularity"}  # counted from the events where the items do not give it
+    if missing := {"item_id", *config.categorical, *config.numeric} - derived - set(items.columns):
+        raise ValueError(f"items: no column {', '.join(sorted(missing))}")
+    items = items.with_columns(pl.col("item_id").cast(pl.String))
+    named = items.filter(pl.col("item_id").is_not_null() & (pl.col("item_id") != ""))
+    single = named.unique("item_id", keep="first", maintain_order=True)
+    bad = {"items: missing item_id": len(items) - len(named), "items: duplicate item_id": len(named) - len(single)}
+    for name in set(config.numeric) & set(items.columns):
+        number = single[name].cast(pl.Float32, strict=False)
+        bad[f"items: {name} is not a number"] = int((single[name].is_not_null() & number.is_null()).sum())
+        single = single.with_columns(number.alias(name))
+    return single, {reason: count for reason, count in bad.items() if count}
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Names and their rows. Rows of `items` start at 2 (0 is unknown, 1 the start token), of all others at 1."""
@@ -134,19 +156,21 @@ class Catalogue:
     vocabulary: Vocabulary
     field_values: dict[str, np.ndarray]  # column -> (I + 2, most values of one item) int64, 0 is "none" or padding
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
-    titles: list[str | None] = field(repr=False)
+
+
+def values_of(column: pl.Series) -> list[list[str]]:
+    """The values of a categorical column, row by row: a list column's, or those between `|`."""
+    lists = column.cast(pl.List(pl.String)) if column.dtype == pl.List else column.cast(pl.String).str.split(MULTI_VALUE_SEPARATOR)
+    return [[value for value in row or () if value] for row in lists.to_list()]
 
 
 def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
     """All listed items, then those that only the events name, as rows."""
-    items = items.with_columns(pl.col("item_id").cast(pl.String)).filter(pl.col("item_id").is_not_null() & (pl.col("item_id") != ""))
-    items = items.unique("item_id", keep="first", maintain_order=True)
     unlisted = events.select("item_id").unique(maintain_order=True).join(items, on="item_id", how="anti")
     items = pl.concat([items, unlisted], how="diagonal")
     vocabularies, columns = {}, {}
     for name in config.categorical:
-        column = items[name].cast(pl.String).fill_null("").str.split(MULTI_VALUE_SEPARATOR).to_list()
-        column = [[v for v in values if v] for values in column]
+        column = values_of(items[name])
         values = sorted({v for row in column for v in row})
         code = {v: k + 1 for k, v in enumerate(values)}
         rows = np.zeros((len(column) + FIRST_ITEM, max([1, *map(len, column)])), dtype=np.int64)
@@ -159,8 +183,7 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
     for k, name in enumerate(config.numeric):
         numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
     actions = sorted(events["action"].drop_nulls().unique().to_list()) if "action" in events.columns else []
-    titles = items[config.title].to_list() if config.title in items.columns else [None] * len(items)
-    return Catalogue(Vocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric, titles)
+    return Catalogue(Vocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
 
 
 @dataclass(frozen=True)
@@ -234,11 +257,19 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
     return Split(train_lengths, slate_users, validation_users)
 
 
+def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(user, item row) of every event that training may see."""
+    users = np.repeat(np.arange(len(sequences)), split.train_lengths)
+    firsts = np.cumsum(split.train_lengths) - split.train_lengths
+    rows = sequences.offsets[users] + np.arange(len(users)) - firsts[users]
+    return users, sequences.items[rows]
+
+
 def count_popularity(catalogue: Catalogue, sequences: Sequences, split: Split, config: DataConfig) -> None:
     """Fill the numeric column `popularity`, where named and not given: log10(1 + training events of the item)."""
     if "popularity" not in config.numeric:
         return
     column = catalogue.numeric[FIRST_ITEM:, config.numeric.index("popularity")]
     if np.isnan(column).all():
-        seen = np.concatenate([sequences.items[o : o + n] for o, n in zip(sequences.offsets, split.train_lengths, strict=False)])
+        _, seen = training_events(sequences, split)
         column[:] = np.log10(1 + np.bincount(seen, minlength=len(catalogue.numeric))[FIRST_ITEM:])

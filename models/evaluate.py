@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from app.engine import Candidates, Engine, History
 from app.features import FIRST_ITEM, gap_buckets, request_context, window_start
+from models.data import training_events
 from models.train import Data
 
 RERANKED = 100  # in (a), the exit `set` orders the best of `point`: a slate of the whole catalogue is none
 BOOTSTRAPS = 1_000
 BINS = 15
+DENSE_LIMIT = 1_000_000_000  # entries
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,28 @@ def interval(values: np.ndarray, seed: int = 0) -> list[float]:
     return [round(float(v), 4) for v in (values.mean(), *np.quantile(means, [0.025, 0.975]))]
 
 
-def leave_one_out(engine: Engine, data: Data, head: int, meta: np.ndarray, users: np.ndarray) -> dict[str, np.ndarray]:
+Baselines = dict[str, Callable[[Case], np.ndarray]]
+
+
+def make_baselines(data: Data) -> Baselines:
+    """Popularity and item-kNN; the latter only where its dense matrices fit into memory."""
+    rows, columns = len(data.sequences), len(data.catalogue.numeric)
+    if (rows + columns) * columns > DENSE_LIMIT:
+        print(f"item-kNN is left out: {rows} users and {columns} items are too many for its dense matrices")
+        return {"popularity": popularity(data)}
+    return {"popularity": popularity(data), "item-kNN": item_knn(data)}
+
+
+def leave_one_out(engine: Engine, data: Data, head: int, meta: np.ndarray, users: np.ndarray, baselines: Baselines) -> dict[str, np.ndarray]:
     """Rank of each user's last event, by exit and baseline."""
     catalogue = np.arange(FIRST_ITEM, len(engine.items))
-    baselines = {"popularity": popularity(data), "item-kNN": item_knn(data)}
     exits = [name for name in ("dot", "point", "set") if name in engine.sessions]
     ranks: dict[str, list[int]] = {name: [] for name in (*exits, *baselines)}
     for case in tqdm(list(next_cases(data, users)), desc="leave-one-out", mininterval=2):
         target = int(case.upcoming[0]) - FIRST_ITEM
         state = engine.extend(engine.start, case.history)
         candidates = candidates_of(engine, data, catalogue, case.time)
-        seen = case.seen - FIRST_ITEM
+        seen = case.seen[case.seen != case.upcoming[0]] - FIRST_ITEM  # who comes back to an item may be right
         scores = {"dot": engine.dot(candidates, state)[:, head].copy()}
         scores["point"] = engine.point(candidates, meta, state).probabilities[:, head].copy()
         for name, baseline in baselines.items():
@@ -104,13 +117,13 @@ def leave_one_out(engine: Engine, data: Data, head: int, meta: np.ndarray, users
 
 def popularity(data: Data) -> Callable[[Case], np.ndarray]:
     """(rows,) training events of each item."""
-    counts = np.bincount(training_events(data)[1], minlength=len(data.catalogue.numeric)).astype(np.float64)
+    counts = np.bincount(training_events(data.sequences, data.split)[1], minlength=len(data.catalogue.numeric)).astype(np.float64)
     return lambda case: counts
 
 
 def item_knn(data: Data, neighbours: int = 100) -> Callable[[Case], np.ndarray]:
     """Sum over the history of the cosine between items' users (training events), the 100 nearest of each item."""
-    users, items = training_events(data)
+    users, items = training_events(data.sequences, data.split)
     matrix = np.zeros((len(data.sequences), len(data.catalogue.numeric)), np.float32)
     matrix[users, items] = 1
     norms = np.sqrt(matrix.sum(axis=0)).clip(min=1)
@@ -120,14 +133,6 @@ def item_knn(data: Data, neighbours: int = 100) -> Callable[[Case], np.ndarray]:
         floor = np.partition(similar, -neighbours, axis=1)[:, -neighbours]
         similar[similar < floor[:, None]] = 0
     return lambda case: similar[case.seen].sum(axis=0)
-
-
-def training_events(data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """(user, item row) of every event that training may see."""
-    s = data.sequences
-    rows = [np.arange(o, o + n) for o, n in zip(s.offsets, data.split.train_lengths, strict=False)]
-    users = np.repeat(np.arange(len(s)), data.split.train_lengths)
-    return users, s.items[np.concatenate(rows)]
 
 
 def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = 10) -> float:
@@ -154,9 +159,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(sum(abs(probabilities[b].mean() - labels[b].mean()) * len(b) for b in order if len(b)) / len(labels))
 
 
-def slates(engine: Engine, data: Data, head: int, meta: np.ndarray) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+def slates(engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: Baselines) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     """(scores, labels) of every held-out slate, by exit and baseline."""
-    baselines = {"popularity": popularity(data), "item-kNN": item_knn(data)}
     exits = [name for name in ("dot", "point", "set") if name in engine.sessions]
     result: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in (*exits, *baselines)}
     for case in tqdm(slate_cases(data, data.split.slate_users), desc="slates", mininterval=2):
@@ -175,9 +179,10 @@ def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | Non
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
-    report: dict = {"leave_one_out": {}, "slates": {}, "set_against_point": {}}
+    baselines = make_baselines(data)
+    report: dict = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": heads[labelled].name if labelled is not None else None}
     if following is not None:
-        ranks = leave_one_out(engine, data, following, meta, np.arange(len(data.sequences))[:most_users])
+        ranks = leave_one_out(engine, data, following, meta, np.arange(len(data.sequences))[:most_users], baselines)
         for name, found in ranks.items():
             hits, gains = (found < 10).astype(float), np.where(found < 10, 1 / np.log2(found + 2), 0.0)
             report["leave_one_out"][name] = {"users": len(found), "hr10": interval(hits), "ndcg10": interval(gains)}
@@ -185,7 +190,7 @@ def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | Non
                 others = ranks["set"]
                 report["set_against_point"]["leave_one_out_ndcg10"] = interval(np.where(others < 10, 1 / np.log2(others + 2), 0.0) - gains)
     if labelled is not None and len(data.split.slate_users):
-        found = slates(engine, data, labelled, meta)
+        found = slates(engine, data, labelled, meta, baselines)
         per_slate = {name: np.array([[ndcg(*case), auc(*case)] for case in cases]) for name, cases in found.items()}
         for name, cases in found.items():
             scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
@@ -211,7 +216,11 @@ def as_markdown(report: dict) -> str:
 
     lines = ["| leave-one-out, full catalogue | users | HR@10 | NDCG@10 |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {row['users']} | {cell(row['hr10'])} | {cell(row['ndcg10'])} |" for name, row in report["leave_one_out"].items()]
-    lines += ["", "| held-out slates, `like` | slates | NDCG@10 | AUC in the slate | AUC | calibration error |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "",
+        f"| held-out slates, `{report['label']}` | slates | NDCG@10 | AUC in the slate | AUC | calibration error |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, row in report["slates"].items():
         error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else ""
         lines.append(f"| {name} | {row['slates']} | {cell(row['ndcg10'])} | {cell(row['auc_in_slate'])} | {row['auc']:.4f} | {error} |")

@@ -8,10 +8,7 @@ Before: `train.py`'s checkpoint. After: `app/bundle.py` loads `models/bundles/<n
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from tqdm import tqdm
 
-from app.bundle import load_bundle, make_ranker
-from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Engine
+from app.bundle import load_bundle, make_ranker, score_request, sha256, versions
+from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Engine, processor
 from app.features import FIRST_ITEM, UNKNOWN_ITEM
-from app.manifest import FORMAT, BundleLimits, Field_, Io, Manifest, Tensor, Variant
+from app.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Variant
 from app.schemas import RankRequest
 from models import invariance
 from models.calibrate import fit_calibration
@@ -73,12 +71,12 @@ def what_to_show(trainer: Trainer, toml: dict) -> Shown:
     return Shown(sequences, users, vectors, titles)
 
 
-def tabulate_fields(model: Ligr, data: Data) -> tuple[np.ndarray, dict[str, Field_]]:
+def tabulate_fields(model: Ligr, data: Data) -> tuple[np.ndarray, dict[str, Column]]:
     """fields.npy and the manifest's description of it."""
     tables, fields, offset = [np.zeros((0, model.config.width), np.float32)], {}, 0
     for name, values in data.catalogue.vocabulary.fields.items():
         table = model.field[name].weight.detach().numpy()
-        fields[name] = Field_(offset=offset, values=values)
+        fields[name] = Column(offset=offset, values=values)
         tables.append(table)
         offset += len(table)
     return np.concatenate(tables), fields
@@ -93,7 +91,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> dict[str, 
     rng, heads = np.random.default_rng(0), data.config.heads
     logits: dict[str, list[list[np.ndarray]]] = {exit: [[] for _ in heads] for exit in EXITS if exit in engine.sessions}
     labels: list[list[np.ndarray]] = [[] for _ in heads]
-    for case in slate_cases(data, data.split.validation_users):
+    for case in tqdm(slate_cases(data, data.split.validation_users), desc="calibration", mininterval=2):
         unseen = np.setdiff1d(np.arange(FIRST_ITEM, len(engine.items)), np.concatenate([case.seen, case.upcoming]))
         among = np.concatenate([case.upcoming[:1], rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)])
         for rows, kind, target in ((case.upcoming, "label", case.labels), (among, "next", np.eye(len(among), 1).repeat(len(heads), axis=1))):
@@ -131,12 +129,6 @@ def write_graphs(folder: Path, graphs: dict[str, onnx.ModelProto]) -> dict[str, 
     return described
 
 
-def machine() -> str:
-    """The processor's name, and how many of it."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
 def measure_latency(engine: Engine, manifest: Manifest, repeats: int = 60) -> dict[str, Any]:
     """Milliseconds of encoding and of scoring at the highest exit, one thread, by history and slate."""
     draw, rows = invariance.Requests(engine, manifest), []
@@ -157,7 +149,7 @@ def measure_latency(engine: Engine, manifest: Manifest, repeats: int = 60) -> di
             for name, seconds in (("encode", encode), ("score", score)):
                 row |= {f"{name}_p{q}": round(float(np.quantile(seconds, q / 100)) * 1e3, 3) for q in (50, 99)}
             rows.append(row)
-    return {"machine": machine(), "threads": 1, "rows": rows}
+    return {"machine": processor(), "threads": 1, "rows": rows}
 
 
 def make_request(shown: Shown, data: Data, user: int, name: str, events: int, candidates: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -264,7 +256,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
         format=FORMAT,
         ranker=config.name,
         version=version,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).replace(microsecond=0),
         trained_on=toml["data"].get("trained_on", ""),
         space=f"{config.name}-{version}",
         width=model.config.width,
@@ -282,7 +274,6 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
         files={},
         example=example,
     )
-    print("measuring what must not change a score", flush=True)
     engine = Engine(stage / "variants/fp32", items, exits, 1)
     measured = invariance.measure(engine, manifest, model, calibrations)
     print(measured)
@@ -302,7 +293,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
         latency_ms=measure_latency(engine, manifest),
         golden_scores=golden_scores(engine, stage, manifest),
     )
-    files = {str(p.relative_to(stage)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(stage.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
     manifest = manifest.model_copy(update={"variants": {"fp32": variant}, "files": files})
     (stage / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     load_bundle(stage, 1)  # as the server will: digests, schema, golden request
@@ -322,13 +313,10 @@ def quality_rows(report: dict, exits: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:
-    """The example's scores, by the same functions that the server calls."""
+    """The example's scores, by the functions that the server calls when it checks them."""
     ranker = make_ranker(stage, manifest)
-    request = RankRequest.model_validate(manifest.example)
-    history, _ = ranker.history(request)
-    candidates, _ = ranker.candidates(request, request.request_time or 0.0)
-    scores = engine.score(history, candidates, ranker.embedded_meta_of(str(request.user)), manifest.default_exit)
-    return (scores @ ranker.score_weights(None)).tolist()
+    found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
+    return (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -344,9 +332,13 @@ def main() -> None:
     args = parser.parse_args()
     config, toml = read_config(args.toml)
     trainer = Trainer(load_data(config, toml), toml.get("model", {}), from_table(TrainConfig, toml.get("train", {}), "train"))
-    trainer.load((args.folder or Path("build/train") / config.name) / "checkpoint.pt")
-    versions = [int(p.name) for p in (args.root / config.name).glob("*") if p.name.isdigit()]
-    print(export(trainer, toml, args.root, args.version or max(versions, default=0) + 1))
+    try:
+        trainer.load((args.folder or Path("build/train") / config.name) / "checkpoint.pt")
+        if trainer.epoch < trainer.config.epochs:
+            raise ValueError(f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `python -m models.train {args.toml}` goes on")
+        print(export(trainer, toml, args.root, args.version or max(versions(args.root / config.name), default=0) + 1))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from app.features import CONTEXT_SIZE
-from models.ligr import Block, Ligr
+from models.ligr import Ligr
 
 OPSET, IR_VERSION = 24, 11
 FLOAT, DOUBLE, INT = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -110,7 +110,6 @@ class LigrGraphs:
         half = self.head_size // 2
         angle = np.arange(longest_history + 2)[:, None] * 10_000.0 ** (-np.arange(half, dtype=np.float32) / half)
         self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        assert isinstance(model.blocks[0], Block)
 
     def layer(self, g: Graph, x: str, name: str) -> str:
         return self.dense(g, x, name, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
@@ -243,7 +242,7 @@ class LigrGraphs:
         scaled = g.op("Where", missing, g.weight("nought", np.array(0, np.float32)), scaled)
         scaled = g.op("Clip", scaled, g.weight("lowest", np.array(-10, np.float32)), g.weight("highest", np.array(10, np.float32)))
         each = g.op("Concat", scaled, g.op("Cast", missing, to=FLOAT), axis=-1)
-        return g.op("Add", g.op("MatMul", each, g.weight("fusion.numeric", weight[:, : 2 * f].T)), request)
+        return g.op("Add", self.dense(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias)), request)
 
     def set(self) -> onnx.ModelProto:
         g, d = Graph("set"), self.config.width

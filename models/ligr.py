@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.features import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
+from app.features import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 
 EXITS = ("dot", "point", "set")
 
@@ -153,14 +153,17 @@ class Ligr(nn.Module):
         return (users * vectors).sum(-1, keepdim=True) * self.dot_scale + self.dot_bias
 
     def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
-        """Late fusion: raw numeric features (B, N, F) with NaN for missing, (B, N or 1, M), (B, N or 1, 4) -> (B, N, d)."""
+        """Late fusion: raw numeric features (..., N, F) with NaN for missing, meta (..., 1, M), context (..., 1, 4) -> (..., N, d)."""
         missing = numeric.isnan()
         scaled = torch.where(missing, 0.0, (numeric - self.numeric_mean) / self.numeric_std).clamp(-10, 10)
         n = (*numeric.shape[:-1], -1)
         return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
 
     def hidden(self, vectors: Tensor, state: list[tuple[Tensor, Tensor]], positions: Tensor, mask: Tensor | None, fused: Tensor) -> Tensor:
-        """Candidates' vectors (B, N, d) through the blocks, each reading the history alone; (B, N, d)."""
+        """Candidates' vectors (B, N, d) through the blocks, each reading the history alone; (B, N, d).
+
+        positions: (1,) or (B, N), where they stand; mask: (B, 1, N, T), True for the history that a candidate may read, or None for all.
+        """
         x = self.dropout(vectors)
         for block, (key, value) in zip(self.blocks, state, strict=True):
             x = block(x, key, value, positions, mask)
@@ -177,6 +180,3 @@ class Ligr(nn.Module):
             key, value = block.keys_values(x, None)
             x = block(x, key, value, None, mask)
         return self.set_out(self.set_norm(x))
-
-
-__all__ = ["EXITS", "FIRST_ITEM", "Block", "Ligr", "LigrConfig", "rotate"]

@@ -108,8 +108,9 @@ def main() -> None:
     source = args.source or download(args.name, out / f"{args.name}.zip")
     events, items = read_movielens(args.name, source)
     out.mkdir(parents=True, exist_ok=True)
-    events.write_parquet(out / "events.parquet")
-    items.write_parquet(out / "items.parquet")
+    for table, name in ((items, "items.parquet"), (events, "events.parquet")):  # events last: they say that all is there
+        table.write_parquet(out / f"{name}.part")
+        (out / f"{name}.part").rename(out / name)
     print(f"{out}: {len(events)} events of {events['user_id'].n_unique()} users, {len(items)} items")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from app.bundle import Ranker, load_bundle, read_json
+from app.bundle import Ranker, load_bundle, read_json, versions
 from app.engine import Candidates
 from app.features import FIRST_ITEM, UNKNOWN_ITEM
 from app.schemas import RankRequest
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="default: the newest version under models/bundles/NAME")
     args = parser.parse_args()
     config, toml = read_config(args.toml)
-    versions = sorted((p for p in (Path("models/bundles") / config.name).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-    folder = args.bundle or versions[-1]
+    home = Path("models/bundles") / config.name
+    folder = args.bundle or home / str(max(versions(home), default=0))
     ranker, data = load_bundle(folder, 1), load_data(config, toml)
     source = toml.get("demo", toml["data"])
     events, _ = clean_events(read_table(Path(source["events"])), config.max_bad_share)

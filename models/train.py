@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import math
 import os
 import time
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from app.features import FIRST_ITEM, START_ITEM, UNKNOWN_ITEM, request_context, window_start
+from app.features import CONTEXT_SIZE, FIRST_ITEM, START_ITEM, UNKNOWN_ITEM, request_context, window_start
 from models.data import (
     Catalogue,
     DataConfig,
@@ -36,6 +37,7 @@ from models.data import (
     build_catalogue,
     build_sequences,
     clean_events,
+    clean_items,
     count_popularity,
     from_table,
     read_config,
@@ -76,9 +78,11 @@ class Data:
 
 def load_data(config: DataConfig, toml: dict) -> Data:
     events, bad_rows = clean_events(read_table(Path(toml["data"]["events"])), config.max_bad_share)
+    items, bad_items = clean_items(read_table(Path(toml["data"]["items"])), config)
+    bad_rows |= bad_items
     if bad_rows:
-        print(f"unusable rows, left out: {bad_rows}")
-    catalogue = build_catalogue(read_table(Path(toml["data"]["items"])), events, config)
+        print(f"unusable, left out: {bad_rows}")
+    catalogue = build_catalogue(items, events, config)
     sequences = build_sequences(events, catalogue.vocabulary, config)
     split = split_sequences(sequences, config)
     if not split.train_lengths.any():
@@ -131,7 +135,7 @@ def make_batch(sequences: Sequences, windows: list[tuple[int, int, int]]) -> Bat
     shape = (len(windows), longest + 1)
     items, actions, gaps = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
-    contexts = np.zeros((*shape, 4), np.float32)
+    contexts = np.zeros((*shape, CONTEXT_SIZE), np.float32)
     items[:, 0] = START_ITEM
     for row, (user, first, last) in enumerate(windows):
         n = last - first
@@ -318,7 +322,7 @@ class Trainer:
                     logits = logits + self.model.point_logits(self.model.hidden(table[None, FIRST_ITEM:], state, position, None, fused))
                 scores = logits[0, :, self.next_heads[0]].clone()
                 mine = scores[target - FIRST_ITEM].clone()
-                scores[torch.from_numpy(seen) - FIRST_ITEM] = -torch.inf
+                scores[torch.from_numpy(seen[seen != target]) - FIRST_ITEM] = -torch.inf
                 ranks[name].append(int((scores > mine).sum()))
         result = {}
         for name, found in ranks.items():
@@ -327,13 +331,28 @@ class Trainer:
             result[f"{name}_ndcg10"] = float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean())
         return result
 
+    def identity(self) -> str:
+        """A digest of what a checkpoint must share with whoever goes on from it: vocabulary, split, heads and shape."""
+        data = self.data
+        parts = (data.catalogue.vocabulary, data.config.heads, data.sequences.users, data.split.train_lengths.tolist(), self.model.config)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
-        state = {"model": self.model.state_dict(), "meta": self.meta.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch}
+        state = {
+            "identity": self.identity(),
+            "model": self.model.state_dict(),
+            "meta": self.meta.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+        }
         torch.save(state, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
 
     def load(self, path: Path) -> None:
+        """Raises ValueError where the checkpoint belongs to other data, another split or another shape of ranker."""
         state = torch.load(path, weights_only=True)
+        if state["identity"] != self.identity():
+            raise ValueError(f"{path} was trained on other data, another split or another [model]: remove it or name another --folder")
         self.model.load_state_dict(state["model"])
         self.meta.load_state_dict(state["meta"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -402,10 +421,10 @@ def main() -> None:
         data_config, toml = read_config(args.toml)
         config = from_table(TrainConfig, toml.get("train", {}), "train")
         data = load_data(data_config, toml)
+        print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(data.catalogue.vocabulary.items)} items")
+        train(data, toml.get("model", {}), config, args.folder or Path("build/train") / data_config.name)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(data.catalogue.vocabulary.items)} items")
-    train(data, toml.get("model", {}), config, args.folder or Path("build/train") / data_config.name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import uvicorn
 
-from app.bundle import Ranker, load_bundle
+from app.bundle import Ranker, load_bundle, load_rankers
 from app.main import create_app
 from app.settings import Settings
 
@@ -79,7 +79,8 @@ def free_port() -> int:
 def serve(settings: Settings) -> Iterator[httpx.Client]:
     """The application behind a real uvicorn on a real socket; a client of it, without the environment's proxies."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="error", access_log=False))
+    app = create_app(settings, load_rankers(settings.bundles))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     try:

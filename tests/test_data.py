@@ -18,10 +18,12 @@ from models.data import (
     build_catalogue,
     build_sequences,
     clean_events,
+    clean_items,
     count_popularity,
     read_config,
     read_table,
     split_sequences,
+    values_of,
 )
 from models.train import Data, load_data
 
@@ -44,7 +46,6 @@ ITEMS = pl.DataFrame(
 def same_data(one: Data, other: Data) -> None:
     assert one.sequences.users == other.sequences.users
     assert one.catalogue.vocabulary == other.catalogue.vocabulary
-    assert one.catalogue.titles == other.catalogue.titles
     assert one.bad_rows == other.bad_rows
     for name in ("offsets", "items", "actions", "timestamps", "labels"):
         np.testing.assert_array_equal(getattr(one.sequences, name), getattr(other.sequences, name))
@@ -154,14 +155,36 @@ def test_catalogue_folds_many_values_and_takes_items_that_only_events_name() -> 
     np.testing.assert_array_equal(catalogue.field_values["genres"], [[0, 0], [0, 0], [1, 2], [0, 0], [2, 0], [0, 0]])
     np.testing.assert_array_equal(catalogue.numeric[FIRST_ITEM:, 1], np.array([3.5, np.nan, np.nan, np.nan], np.float32))
     assert np.isnan(catalogue.numeric[:FIRST_ITEM]).all()
-    assert catalogue.titles == ["A", None, "C", None]
 
 
 def test_an_item_listed_twice_counts_once_and_one_without_id_not_at_all() -> None:
     items = pl.DataFrame({"item_id": ["a", None, "a", ""], "title": ["first", "none", "second", "empty"], "genres": ["x", "y", "z", "y"]})
-    catalogue = build_catalogue(items, make_events([]), DataConfig("shop", HEADS, categorical=("genres",)))
-    assert (catalogue.vocabulary.items, catalogue.titles) == (["a"], ["first"])
-    assert catalogue.vocabulary.fields == {"genres": ["x"]}
+    config = DataConfig("shop", HEADS, categorical=("genres",))
+    clean, bad = clean_items(items, config)
+    assert bad == {"items: missing item_id": 2, "items: duplicate item_id": 1}
+    vocabulary = build_catalogue(clean, make_events([]), config).vocabulary
+    assert vocabulary.items == ["a"] and vocabulary.fields == {"genres": ["x"]}
+
+
+def test_numbers_of_items_that_are_none_are_counted_and_missing() -> None:
+    config = DataConfig("shop", HEADS, numeric=("price", "popularity"))
+    items, bad = clean_items(pl.DataFrame({"item_id": ["a", "b", "c"], "price": ["1.5", "cheap", None]}), config)
+    assert bad == {"items: price is not a number": 1}
+    numeric = build_catalogue(items, make_events([]), config).numeric[FIRST_ITEM:, 0]
+    np.testing.assert_array_equal(numeric, np.array([1.5, np.nan, np.nan], np.float32))
+    with pytest.raises(ValueError, match="no column price"):
+        clean_items(pl.DataFrame({"item_id": ["a"]}), config)
+
+
+def test_list_columns_and_separated_text_hold_the_same_values() -> None:
+    lists = pl.Series("genres", [["x", "y"], None, [], ["y"]], dtype=pl.List(pl.String))
+    assert values_of(lists) == values_of(pl.Series("genres", ["x|y", None, "", "y"])) == [["x", "y"], [], [], ["y"]]
+
+
+def test_actions_may_be_numbers() -> None:
+    events = pl.DataFrame({"user_id": [1], "item_id": ["a"], "timestamp": [1.0], "action": [7]})
+    clean, _ = clean_events(events, 0.0)
+    assert build_catalogue(ITEMS, clean, CONFIG).vocabulary.actions == ["7"]
 
 
 def test_unknown_items_and_actions_keep_their_event() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from app.bundle import Ranker
 from app.engine import Candidates, History, PointScores
 from app.features import FIRST_ITEM, gap_buckets, request_context, window_start
-from models.data import DataConfig, Head, build_catalogue, build_sequences, clean_events, count_popularity, split_sequences
+from models.data import DataConfig, Head, build_catalogue, build_sequences, clean_events, count_popularity, split_sequences, training_events
 from models.evaluate import (
     BINS,
     as_markdown,
@@ -25,13 +25,13 @@ from models.evaluate import (
     interval,
     item_knn,
     leave_one_out,
+    make_baselines,
     ndcg,
     next_cases,
     popularity,
     rank_of,
     slate_cases,
     slates,
-    training_events,
 )
 from models.train import Data
 from tests.conftest import Tiny
@@ -49,7 +49,7 @@ def make_data(histories: dict[str, list[str]], items: list[str], **split: Any) -
     config = DataConfig("shop", (Head("watch", "next", 1.0), Head("like", "label", 0.5)), numeric=("popularity",), **split)
     rows = [(user, item, 1000.0 * k, float(k % 2 == 0)) for user, sequence in histories.items() for k, item in enumerate(sequence)]
     events, bad = clean_events(pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "label_like"], orient="row"), 0.0)
-    catalogue = build_catalogue(pl.DataFrame({"item_id": items}), events, config)
+    catalogue = build_catalogue(pl.DataFrame({"item_id": items}, schema={"item_id": pl.String}), events, config)
     sequences = build_sequences(events, catalogue.vocabulary, config)
     division = split_sequences(sequences, config)
     count_popularity(catalogue, sequences, division, config)
@@ -164,7 +164,7 @@ def test_leave_one_out_never_ranks_an_item_of_the_history() -> None:
     worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
     worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # better than everything: only what u and v have seen matters
     engine = FakeEngine(worth)
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3))  # type: ignore[arg-type]
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
     # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
     expected = [144 - 1, 148]
     for exit in ("dot", "point", "set"):
@@ -175,7 +175,7 @@ def test_leave_one_out_never_ranks_an_item_of_the_history() -> None:
 def test_leave_one_out_of_a_small_catalogue_never_ranks_an_item_of_the_history_at_set_either() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1))  # type: ignore[arg-type]
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [0]
     assert ranks["set"].tolist() == [0]
 
@@ -186,7 +186,7 @@ def test_leave_one_out_reranks_the_best_of_point_and_keeps_the_rank_of_the_rest(
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
     reverse = lambda point: -point.probabilities  # noqa: E731
     engine.set = reverse  # type: ignore[method-assign]
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2))  # type: ignore[arg-type]
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [48, 293]
     assert ranks["set"].tolist() == [99 - 48, 293]
 
@@ -196,7 +196,7 @@ def test_leave_one_out_knows_neither_the_target_nor_its_time() -> None:
     engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
     (case,) = next_cases(data, np.array([0]))
     assert case.time == 7000.0 and case.upcoming.tolist() == [data.sequences.items[8]]
-    leave_one_out(engine, data, 0, np.zeros(0), np.arange(1))  # type: ignore[arg-type]
+    leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
     assert engine.asked
     for history, candidates in engine.asked:
         assert history.items.tolist() == data.sequences.items[:8].tolist()
@@ -240,7 +240,7 @@ def test_slates_leave_out_events_without_a_label() -> None:
     data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
     data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
     engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
-    found = slates(engine, data, 1, np.zeros(0))  # type: ignore[arg-type]
+    found = slates(engine, data, 1, np.zeros(0), make_baselines(data))  # type: ignore[arg-type]
     for name in ("dot", "point", "set", "popularity", "item-kNN"):
         assert [len(scores) for scores, _ in found[name]] == [len(labels) for _, labels in found[name]] == [3, 4, 4]
         assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
@@ -248,7 +248,7 @@ def test_slates_leave_out_events_without_a_label() -> None:
 
 def test_training_events_and_popularity_stop_before_what_is_held_out() -> None:
     data = make_data({"u": ["a", "b", "c"], "v": ["b", "b", "a"], "w": ["c"]}, list("abcd"))
-    users, items = training_events(data)
+    users, items = training_events(data.sequences, data.split)
     assert users.tolist() == [0, 0, 1, 1]
     assert [data.catalogue.vocabulary.items[i - FIRST_ITEM] for i in items] == ["a", "b", "b", "b"]
     (case, *_) = next_cases(data, np.array([0]))

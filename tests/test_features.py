@@ -90,12 +90,13 @@ def test_gaps_do_not_depend_on_when_the_clock_began(timestamps: list[int | None]
 
 
 def slow_window_start(offset: int, length: int, longest: int) -> int:
-    """Event by event: the first readable one at a multiple of 64; the first readable one where that leaves less than half."""
+    """Event by event: the first readable one at a multiple of 64 that leaves half; else of 32, of 16, ..."""
     readable = [k for k in range(length) if length - k <= longest]
-    for k in readable:
-        if (offset + k) % 64 == 0:
-            return k if 2 * (length - k) >= len(readable) else readable[0]
-    return readable[0] if readable else 0
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        for k in readable:
+            if (offset + k) % step == 0 and 2 * (length - k) >= len(readable):
+                return k
+    return 0
 
 
 offsets, lengths, longests = st.integers(0, 1_000) | st.integers(0, 2**31), st.integers(0, 700), st.integers(1, 600)
@@ -129,6 +130,12 @@ def test_a_sliding_window_keeps_its_start_until_it_moves_by_64(longest: int, len
     moves = [after - before for before, after in itertools.pairwise(starts) if after != before]
     assert set(moves) == {64}
     assert len(moves) in (3, 4)  # of 199 steps, 64 apart
+
+
+@given(st.integers(8, 125), st.integers(0, 5_000))
+def test_a_short_sliding_window_moves_by_steps_of_a_quarter_at_least(length: int, begin: int) -> None:
+    starts = [begin + k + window_start(begin + k, length, 256) for k in range(300)]
+    assert len(set(starts)) <= 300 / (length / 4) + 2
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 1_000))

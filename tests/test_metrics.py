@@ -79,7 +79,7 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
     [
         ("slatewise_stage_duration_seconds_count", "stage", STAGES),
         ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
-        ("slatewise_rejected_total", "reason", ("in_flight", "queue")),
+        ("slatewise_rejected_total", "reason", ("in_flight", "tokens")),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
         ("slatewise_embedding_lookups_total", "result", ("hit", "miss", "stale", "corrupt", "error")),
     ],

@@ -32,7 +32,8 @@ def run(ranker: Ranker, work: Callable[[Pipeline], Awaitable[T]], *, threads: in
 
     async def main() -> T:
         async with Workers(threads) as workers:
-            given = {"max_candidates": 3000, "max_history": 1000, "max_queued_tokens": 1_000_000, "default_deadline_ms": 0.0, "store": EmbeddedStore()} | limits
+            given: dict[str, Any] = {"max_candidates": 3000, "max_history": 1000, "max_outstanding_tokens": 10**6, "default_deadline_ms": 0.0}
+            given |= {"store": EmbeddedStore()} | limits
             pipeline = Pipeline({ranker.name: ranker}, given.pop("store"), HistoryCache(given.pop("cache_bytes", 50_000_000)), workers, **given)
             return await work(pipeline)
 
@@ -270,23 +271,23 @@ def test_under_load_the_exit_gives_way_first_then_the_answer(ranker: Ranker) -> 
     request = draw_request(ranker, 0, 100, 8)
 
     async def ask(pipeline: Pipeline, waiting: int, request: RankRequest = request) -> Call:
-        pipeline.workers.queued_tokens += waiting  # as if this much work were waiting
+        pipeline.outstanding_tokens += waiting  # as if this much work were waiting
         try:
             return await rank(pipeline, request)
         finally:
-            pipeline.workers.queued_tokens -= waiting
+            pipeline.outstanding_tokens -= waiting
 
-    exits = {waiting: run(ranker, lambda p, w=waiting: ask(p, w), max_queued_tokens=1000) for waiting in (0, 300, 500, 800, 1000)}
+    exits = {waiting: run(ranker, lambda p, w=waiting: ask(p, w), max_outstanding_tokens=1000) for waiting in (0, 300, 500, 800, 1000)}
     assert [call.exit for call in exits.values()] == ["set", "set", "point", "dot", "input_order"]
     assert [call.degraded for call in exits.values()] == [set(), set(), {"overload", "exit"}, {"overload", "exit"}, {"overload"}]
     strict = request.model_copy(update={"allow_degraded": False})
-    assert run(ranker, lambda p: ask(p, 800, strict), max_queued_tokens=1000).exit == "set"
+    assert run(ranker, lambda p: ask(p, 800, strict), max_outstanding_tokens=1000).exit == "set"
     with pytest.raises(OverloadedUndegraded):
-        run(ranker, lambda p: ask(p, 1000, strict), max_queued_tokens=1000)
+        run(ranker, lambda p: ask(p, 1000, strict), max_outstanding_tokens=1000)
 
 
 def test_a_large_request_is_served_when_nothing_waits(ranker: Ranker) -> None:
-    call = run(ranker, lambda p: rank(p, draw_request(ranker, 0, 500, 9)), max_queued_tokens=100)
+    call = run(ranker, lambda p: rank(p, draw_request(ranker, 0, 500, 9)), max_outstanding_tokens=100)
     assert call.exit == "set" and not call.degraded
 
 

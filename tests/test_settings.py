@@ -60,7 +60,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "max_body_bytes": ("9", 9),
     "body_timeout_s": ("1.5", 1.5),
     "max_in_flight": ("10", 10),
-    "max_queued_tokens": ("11", 11),
+    "max_outstanding_tokens": ("11", 11),
 }
 
 
@@ -89,7 +89,7 @@ def test_keys_that_are_blank_are_no_keys(keys: str) -> None:
 
 WRONG = [
     ("port", "-1"), ("port", "65536"), ("port", "http"), ("threads", "-1"), ("redis_timeout_ms", "0"), ("history_cache_mb", "-1"), ("deadline_ms", "-1"),
-    ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_queued_tokens", "0"),
+    ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_outstanding_tokens", "0"),
     ("redis_timeout_ms", "nan"), ("body_timeout_s", "nan"), ("deadline_ms", "nan"), ("history_cache_mb", "nan"), ("history_cache_mb", "inf"),
 ]  # fmt: skip
 
