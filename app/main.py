@@ -5,14 +5,18 @@ The rankers are loaded before the port is opened; `open_pipeline` lists the othe
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import os
 import re
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -86,7 +90,7 @@ class Gate:
     def admits(self, headers: Headers) -> bool:
         """Every key is compared, in constant time."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self.keys]
+        matches = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self.keys]  # the bytes as they came
         return scheme.lower() == "bearer" and any(matches)
 
 
@@ -143,9 +147,10 @@ def create_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
         description="Ranks candidates for a user.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers={RankingError: on_ranking_error, HTTPException: on_http_exception, Exception: on_any_error},
     )
-    app.state.settings, app.state.in_flight, app.state.pipeline = settings, 0, None
+    app.state.settings, app.state.in_flight, app.state.pipeline, app.state.draining = settings, 0, None, False
     app.include_router(routes)
     app.add_middleware(Gate, keys=settings.keys())
     describe_request(app)
@@ -169,8 +174,29 @@ def describe_request(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+class Server(uvicorn.Server):
+    """SIGTERM drains: /readyz says no, requests are served on for a while, then those in flight end, and the exit status is 0.
+
+    A second SIGTERM skips the wait; SIGINT stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.app, self.drain_seconds = app, drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGTERM:
+            super().handle_exit(sig, frame)
+        elif self.app.state.draining or not self.started:
+            self.should_exit = True
+        else:
+            self.app.state.draining = True
+            asyncio.get_running_loop().call_later(self.drain_seconds, setattr, self, "should_exit", True)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the rankers load
     try:
         settings = Settings()
         begin = time.perf_counter()
@@ -184,7 +210,10 @@ def main() -> None:
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     log.info("listening on http://%s:%d", settings.host, settings.port)
     app = create_app(settings, rankers)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False
+    )
+    Server(config, app, settings.drain_seconds).run()
 
 
 if __name__ == "__main__":

@@ -135,19 +135,21 @@ class RedisStore:
             await self.poll()
 
     async def poll(self) -> None:
-        try:
-            keys = [pointer_key(r.name, r.manifest.space) for r in self.rankers]
-            found = [await self.command("get", self.client.get(key)) for key in keys]
-            self.generations = {
-                r.name: [g for g in (value or b"").decode("ascii").split(",") if g.isdigit()] for r, value in zip(self.rankers, found, strict=True)
-            }
-            if self.healthy is not True:
-                log.info("redis: answers, live generations %s", self.generations)
-            self.healthy = True
-        except Exception as error:
-            if self.healthy is not False:
-                log.warning("redis: no answer (%s), meta-embeddings fall back to the default vector", type(error).__name__)
-            self.healthy = False
+        """Read the pointers; the store counts as gone once two tries in a row have failed."""
+        for last in (False, True):
+            try:
+                found = [await self.command("get", self.client.get(pointer_key(r.name, r.manifest.space))) for r in self.rankers]
+                self.generations = {
+                    r.name: [g for g in (value or b"").decode("ascii").split(",") if g.isdigit()] for r, value in zip(self.rankers, found, strict=True)
+                }
+                if self.healthy is not True:
+                    log.info("redis: answers, live generations %s", self.generations)
+                self.healthy = True
+                return
+            except Exception as error:  # also what redis-py makes of bytes that are no Redis
+                if last and self.healthy is not False:
+                    log.warning("redis: no answer (%s), meta-embeddings fall back to the default vector", type(error).__name__)
+        self.healthy = False
 
     async def command(self, name: str, call: Any) -> Any:
         begin = time.perf_counter()

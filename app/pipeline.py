@@ -89,8 +89,9 @@ class Pipeline:
         deadline = call.entered + deadline_ms / 1e3 if deadline_ms else None
         self.outstanding_tokens += tokens
         try:
+            if deadline is not None and time.perf_counter() >= deadline:
+                raise TimeoutError
             async with asyncio.timeout(None if deadline is None else deadline - time.perf_counter()):
-                await asyncio.sleep(0)  # a deadline that has passed already ends here
                 looking = asyncio.ensure_future(self.look_up(ranker, call.user))
                 try:
                     state = await self.encode(call, ranker, variant, history)

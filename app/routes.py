@@ -48,14 +48,14 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RankRequest"}}}}}
 
 
-def pipeline_of(request: Request) -> Pipeline:
+async def pipeline_of(request: Request) -> Pipeline:
     pipeline: Pipeline | None = getattr(request.app.state, "pipeline", None)
     if pipeline is None:
         raise NotReady("the models are not loaded yet, or the server is stopping")
     return pipeline
 
 
-def settings_of(request: Request) -> Settings:
+async def settings_of(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
@@ -74,13 +74,18 @@ async def livez() -> dict[str, str]:
 
 
 @routes.get("/readyz", response_model=Health, responses={503: PROBLEMS[503]})
-async def readyz(_: PipelineDep) -> dict[str, str]:
-    """The models are loaded and warm. Redis is not asked: without it the service degrades and serves."""
+async def readyz(request: Request, _: PipelineDep) -> dict[str, str]:
+    """The models are loaded and warm, and the server is not draining. Redis is not asked: without it the service degrades and serves."""
+    if request.app.state.draining:
+        raise NotReady("the server is draining")
     return {"status": "ready"}
 
 
 @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def prometheus_metrics() -> Response:
+async def prometheus_metrics(request: Request) -> Response:
+    if pipeline := request.app.state.pipeline:
+        metrics.OUTSTANDING_TOKENS.set(pipeline.outstanding_tokens)
+        metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -167,8 +172,6 @@ async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by
         state.in_flight -= 1
         metrics.IN_FLIGHT.dec()
         count(call, timings, endpoint, code, time.perf_counter() - entered)
-        metrics.OUTSTANDING_TOKENS.set(pipeline.outstanding_tokens)
-        metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
 
 
 def parse(body: bytes, request: Request) -> RankRequest:

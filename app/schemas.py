@@ -23,6 +23,9 @@ T = TypeVar("T")
 Column = Annotated[list[T], Field(fail_fast=True)]  # one fault says enough of a column of thousands
 
 
+Values = Annotated[list[Text], Field(fail_fast=True, max_length=64)]
+
+
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +44,7 @@ class Candidates(Wire):
 
     item_ids: Column[Id] = Field(min_length=1)
     features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
-    fields: dict[Text, Column[list[Text] | Text | None]] = Field(default_factory=dict)
+    fields: dict[Text, Column[Values | Text | None]] = Field(default_factory=dict)
 
 
 class RankRequest(Wire):

@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     max_history: int = Field(4096, ge=1, description="Most history events of one request; the ranker reads the newest `history_used`.")
     max_body_bytes: int = Field(1_000_000, ge=1, description="Longest request body, also after it is inflated.")
     body_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a request body.")
+    drain_seconds: float = Field(2.0, ge=0, le=3_600, description="After SIGTERM, how long to serve on while /readyz already says no.")
     max_in_flight: int = Field(256, ge=1, description="Requests in flight, above which new ones are refused before their body is read (429).")
     max_outstanding_tokens: int = Field(
         50_000, ge=1, description="Events and candidates at work, above which answers are the input order (or 503); above half of it the exit gives way."

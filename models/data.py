@@ -41,6 +41,8 @@ class DataConfig:
     categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     history_length: int = 256
+    kind: str = "leave-one-out"  # or "time"
+    test_from: float = 0.0  # unix seconds, of the kind "time"
     slate_size: int = 20  # a slate is the next this many events of a user
     slate_users: int = 0  # users whose last slate is held out of training
     validation_users: int = 0  # further users whose last training event is held out, to watch the training
@@ -74,6 +76,8 @@ def read_config(path: Path) -> tuple[DataConfig, dict]:
         categorical=tuple(items.get("categorical", ())),
         numeric=tuple(items.get("numeric", ())),
     )
+    if config.kind not in ("leave-one-out", "time"):
+        raise ValueError(f"{path}: [split] kind must be 'leave-one-out' or 'time', not {config.kind!r}")
     return config, toml
 
 
@@ -233,28 +237,39 @@ def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataCo
 
 @dataclass(frozen=True)
 class Split:
-    """How many of a user's first events training may see, and who is held out.
+    """How many of a user's first events training may see, where the test event stands, and who is held out further.
 
-    Test is each user's last event (leave-one-out). `slate_users` keep their last slate out of training, too, and
-    `validation_users` one more event: on these the training is watched and the calibration fitted.
+    `slate_users` have a whole slate right behind their training events that training does not see; so have
+    `validation_users`, before the test event: on these the training is watched and the calibration fitted.
     """
 
     train_lengths: np.ndarray  # (U,) int64
+    test_lengths: np.ndarray  # (U,) int64, events before the one to predict; 0: the user has none
     slate_users: np.ndarray  # (S,) int64
     validation_users: np.ndarray  # (V,) int64
 
 
 def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Leave-one-out with held-out slates; users too short for a slate and five events before it are passed over."""
+    """Who is held out, drawn with the config's seed; users too short for a slate and five events before it are passed over.
+
+    `leave-one-out`: the test event is a user's last, the slate the last `slate_size`. `time`: training ends at
+    `test_from`; the test event is a user's first from then on, the slate the first `slate_size`.
+    """
     lengths = np.diff(sequences.offsets)
-    train_lengths = np.maximum(lengths - 1, 0)
-    long_enough = np.flatnonzero(lengths >= config.slate_size + 6)
-    drawn = np.random.default_rng(config.seed).permutation(long_enough)
-    slate_users = np.sort(drawn[: config.slate_users])
-    validation_users = np.sort(drawn[config.slate_users : config.slate_users + config.validation_users])
-    train_lengths[slate_users] = lengths[slate_users] - config.slate_size
-    train_lengths[validation_users] = lengths[validation_users] - 1 - config.slate_size
-    return Split(train_lengths, slate_users, validation_users)
+    if config.kind == "time":
+        users = np.repeat(np.arange(len(sequences)), lengths)
+        known = np.bincount(users[sequences.timestamps < config.test_from], minlength=len(sequences))
+        test_lengths, slate_starts = np.where(known < lengths, known, 0), known
+    else:
+        known = np.maximum(lengths - 1, 0)
+        test_lengths, slate_starts = known, lengths - config.slate_size
+    train_lengths = known.copy()
+    drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(known >= config.slate_size + 5))
+    slated = drawn[(lengths - slate_starts >= config.slate_size)[drawn]][: config.slate_users]
+    slate_users, validation_users = np.sort(slated), np.sort(drawn[~np.isin(drawn, slated)][: config.validation_users])
+    train_lengths[slate_users] = slate_starts[slate_users]
+    train_lengths[validation_users] = known[validation_users] - config.slate_size
+    return Split(train_lengths, test_lengths, slate_users, validation_users)
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:

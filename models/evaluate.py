@@ -47,10 +47,10 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
 
 
 def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
-    lengths = np.diff(data.sequences.offsets)
+    """One a user who has a test event and something before it."""
     for user in users:
-        if lengths[user] >= 2:
-            yield make_case(data, int(user), int(lengths[user]) - 1, 1)
+        if length := int(data.split.test_lengths[user]):
+            yield make_case(data, int(user), length, 1)
 
 
 def slate_cases(data: Data, users: np.ndarray) -> list[Case]:

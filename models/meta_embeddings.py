@@ -24,7 +24,8 @@ def known_events(sequences: Sequences) -> Sequences:
 def fit_meta_embeddings(model: Ligr, data: Data, sequences: Sequences, epochs: int = 4) -> np.ndarray:
     """(users, M) float32 vectors for the users of `sequences`, from all of their events."""
     sequences = known_events(sequences)
-    split = Split(np.diff(sequences.offsets), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    lengths, nobody = np.diff(sequences.offsets), np.zeros(0, np.int64)
+    split = Split(lengths, np.zeros_like(lengths), nobody, nobody)
     trainer = Trainer(Data(data.config, data.catalogue, sequences, split, {}), {}, TrainConfig(id_dropout=0.0), model=model)
     with torch.no_grad():
         trainer.meta.weight.copy_(model.default_meta.expand_as(trainer.meta.weight))

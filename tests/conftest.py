@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 
 from app.bundle import Ranker, load_bundle, load_rankers
 from app.main import create_app
 from app.settings import Settings
+
+hypothesis.settings.register_profile("ci", derandomize=True)  # the same drawn cases every time; by hand they are new ones
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "models" / "bundles"

@@ -244,6 +244,22 @@ def test_nothing_held_out_is_in_training(lengths: list[int], size: int, slate_us
             assert split.train_lengths[user] >= 5, "a held-out slate leaves a history"
 
 
+@given(times=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=40), min_size=1, max_size=8), split_at=st.integers(0, 41), size=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_split_by_time_trains_on_what_was_before_and_tests_what_came_next(times: list[list[int]], split_at: int, size: int) -> None:
+    config = DataConfig("shop", HEADS, kind="time", test_from=split_at, slate_size=size, slate_users=2, validation_users=2)
+    events = make_events([(f"u{u}", "a", float(t), None, None) for u, column in enumerate(times) for t in column])
+    sequences = build_sequences(events, build_catalogue(ITEMS, events, CONFIG).vocabulary, CONFIG)
+    split = split_sequences(sequences, config)
+    for user in range(len(sequences)):
+        mine = sequences.timestamps[sequences.offsets[user] : sequences.offsets[user + 1]]
+        before = int((mine < split_at).sum())
+        assert split.test_lengths[user] == (before if before < len(mine) else 0)
+        assert split.train_lengths[user] == before - (size if user in split.validation_users else 0) >= 0
+        if user in split.slate_users:
+            assert len(mine) - before >= size, "a whole slate comes after"
+
+
 def test_held_out_users_are_drawn_by_the_seed() -> None:
     sequences = make_sequences([30] * 40)
     drawn = [split_sequences(sequences, DataConfig("shop", HEADS, slate_users=5, validation_users=5, seed=seed)) for seed in (0, 0, 1)]

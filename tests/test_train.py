@@ -33,7 +33,7 @@ def few(tiny: Tiny) -> Data:
     data = tiny.trainer.data
     lengths = data.split.train_lengths.copy()
     lengths[8:] = 0
-    return dataclasses.replace(data, split=Split(lengths, data.split.slate_users, data.split.validation_users[:3]))
+    return dataclasses.replace(data, split=Split(lengths, data.split.test_lengths, data.split.slate_users, data.split.validation_users[:3]))
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
