@@ -591,3 +591,17 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
             assert store.poller.done()
 
     asyncio.run(main())
+
+
+def test_a_generation_that_was_rolled_back_never_comes_back_under_its_number(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    """Pushed, found bad, rolled back; the next push of fewer users must not bring the bad vectors back."""
+    users, good = drawn(2, ranker, seed=1)
+    bad, new = drawn(2, ranker, seed=2)[1], drawn(2, ranker, seed=3)[1]
+    assert push_to(client, ranker, users, good) == 1
+    assert push_to(client, ranker, users, bad) == 2
+    client.set(pointer_key(ranker.name, ranker.manifest.space), "1")
+    assert push_to(client, ranker, users[:1], new[:1]) == 3
+    first, second = look_up(redis_port, ranker, *users)
+    np.testing.assert_array_equal(first.vector, new[0])
+    np.testing.assert_array_equal(second.vector, good[1])
+    assert client.hkeys(user_key(ranker.name, ranker.manifest.space, users[0])) == [b"1", b"3"], "what is dead goes at the next write"
