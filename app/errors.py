@@ -72,7 +72,7 @@ class Invalid(RankingError):
 
     @classmethod
     def at(cls, pointer: str, detail: str) -> "Invalid":
-        return cls(f"{pointer}: {detail}", (Fault(pointer, detail),))
+        return cls(f"{pointer or '/'}: {detail}", (Fault(pointer, detail),))
 
 
 class Overloaded(RankingError):

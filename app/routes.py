@@ -144,7 +144,7 @@ async def score(request: Request, pipeline: PipelineDep, settings: SettingsDep) 
 
 async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by_score: bool) -> Response:
     """From the first door to the last byte; whatever happens, the request is counted once."""
-    entered = request.scope.get("slatewise.entered") or time.perf_counter()
+    entered: float = request.scope["slatewise.entered"]
     state, endpoint = request.app.state, request.url.path
     call, timings, code = None, Timings(), 500
     state.in_flight += 1
