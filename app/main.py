@@ -27,7 +27,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import metrics
+from app import VERSION, metrics
 from app.bundle import Ranker, load_rankers
 from app.errors import NotFound, RankingError, Unauthorized
 from app.history_cache import HistoryCache
@@ -143,7 +143,7 @@ def create_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
 
     app = FastAPIOffline(
         title="Slatewise",
-        version="0.1.0",
+        version=VERSION,
         description="Ranks candidates for a user.",
         lifespan=lifespan,
         redoc_url=None,

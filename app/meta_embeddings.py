@@ -89,7 +89,7 @@ class EmbeddedStore:
         if row is None:
             metrics.EMBEDDINGS.labels("miss").inc()
             return MetaEmbedding(ranker.default_meta, "default")
-        metrics.EMBEDDINGS.labels("hit").inc()
+        metrics.EMBEDDINGS.labels("hit_local").inc()
         age = max(0.0, time.time() - ranker.manifest.created.timestamp())
         return MetaEmbedding(ranker.embedded_meta[row], "hit", str(ranker.manifest.version), round(age, 1))
 
@@ -195,7 +195,7 @@ class RedisStore:
                 metrics.EMBEDDINGS.labels("corrupt").inc()
                 continue
             age = max(0.0, time.time() - created_at)
-            metrics.EMBEDDINGS.labels("hit").inc()
+            metrics.EMBEDDINGS.labels("hit_redis").inc()
             metrics.EMBEDDING_AGE.observe(age)
             return MetaEmbedding(vector, "hit", field, round(age, 1))
         metrics.EMBEDDINGS.labels("miss").inc()

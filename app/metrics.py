@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from app import VERSION
+
 # A 50 ms service: fine below, and the objective on an edge (seconds).
 BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 SIZE_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
@@ -23,6 +25,8 @@ DURATION = Histogram(
 STAGE = Histogram("slatewise_stage_duration_seconds", "Time of one stage of a request.", ["stage"], buckets=BUCKETS)
 IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that have entered and not ended.")
 OUTSTANDING_TOKENS = Gauge("slatewise_outstanding_tokens", "Events and candidates of the requests that are admitted and not answered.")
+QUEUE_LENGTH = Gauge("slatewise_queue_length", "Quanta that wait for a thread.")
+DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that went away before their answer.")
 REJECTED = Counter("slatewise_rejected_total", "Requests refused for overload, by door.", ["reason"])
 DEGRADED = Counter("slatewise_degraded_total", "Answers that were degraded, by reason; an answer may have several.", ["reason"])
 DEADLINE_EXCEEDED = Counter("slatewise_deadline_exceeded_total", "Requests whose deadline passed.")
@@ -42,7 +46,9 @@ REDIS_DURATION = Histogram("slatewise_redis_command_duration_seconds", "Time of 
 REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
+BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
 
+BUILD_INFO.labels(VERSION).set(1)
 for _stage in STAGES:
     STAGE.labels(_stage)
 for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
@@ -51,7 +57,7 @@ for _reason in ("in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _result in ("hit", "extended", "miss", "none"):
     HISTORY_CACHE.labels(_result)
-for _result in ("hit", "miss", "stale", "corrupt", "error"):
+for _result in ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error"):
     EMBEDDINGS.labels(_result)
 
 

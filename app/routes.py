@@ -85,6 +85,7 @@ async def readyz(request: Request, _: PipelineDep) -> dict[str, str]:
 async def prometheus_metrics(request: Request) -> Response:
     if pipeline := request.app.state.pipeline:
         metrics.OUTSTANDING_TOKENS.set(pipeline.outstanding_tokens)
+        metrics.QUEUE_LENGTH.set(len(pipeline.workers.queue))
         metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -167,6 +168,7 @@ async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by
         raise
     except ClientDisconnect:
         code = CLIENT_GONE
+        metrics.DISCONNECTS.inc()
         return Response(status_code=CLIENT_GONE)  # nobody reads it
     finally:
         state.in_flight -= 1

@@ -214,6 +214,14 @@ def test_bodies_are_bounded_as_sent_and_inflated(client: httpx.Client, example: 
     assert_problem(client.post("/score", content=body, headers={"Content-Type": "text/plain"}), 415)
 
 
+def test_a_request_to_upgrade_is_told_to_stay_with_http_1(client: httpx.Client, example: dict[str, Any]) -> None:
+    """As Java's HttpClient asks by default; the HTTP parser drops the body then."""
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    problem = assert_problem(client.post("/score", json=example, headers=headers), 400)
+    assert "Upgrade" in problem["detail"]
+    ask(client, example)
+
+
 def test_paths_and_methods_that_do_not_exist_are_problems_too(client: httpx.Client) -> None:
     assert_problem(client.get("/no-such-path"), 404)
     assert_problem(client.get("/rerank"), 405)

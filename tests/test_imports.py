@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from app import VERSION
+
 ROOT = Path(__file__).parent.parent
 SERVER = sorted((ROOT / "app").glob("*.py"))
 OFFLINE = ("torch", "models", "polars", "pandas", "onnx", "matplotlib", "tqdm", "sklearn", "ray", "tests")
@@ -85,3 +87,7 @@ def test_no_file_names_a_folder_of_the_machine_it_was_made_on() -> None:
     texts = repository_texts()
     assert "pyproject.toml" in texts
     assert not {name: found[0] for name, text in texts.items() if (found := folder.search(text))}
+
+
+def test_the_version_is_the_packages() -> None:
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text()

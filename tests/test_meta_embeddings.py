@@ -109,7 +109,7 @@ class Counts:
         self.before = self.now()
 
     def now(self) -> dict[str, float]:
-        return {r: counted("slatewise_embedding_lookups_total", result=r) for r in ("hit", "miss", "stale", "corrupt", "error")}
+        return {r: counted("slatewise_embedding_lookups_total", result=r) for r in ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error")}
 
     def __call__(self) -> dict[str, float]:
         return {result: n - self.before[result] for result, n in self.now().items() if n != self.before[result]}
@@ -127,7 +127,7 @@ def test_the_embedded_store_serves_the_bundles_vectors(ranker: Ranker) -> None:
             assert (found.status, found.version) == ("hit", str(ranker.manifest.version))
             assert found.age_seconds is not None
             assert 0 <= found.age_seconds < 3_600
-        assert counts() == {"hit": len(ranker.embedded_users)}
+        assert counts() == {"hit_local": len(ranker.embedded_users)}
 
     assert ranker.embedded_users
     asyncio.run(main())
@@ -190,7 +190,7 @@ def test_what_was_pushed_is_found_with_version_and_age(client: redis.Redis, redi
         assert (found.status, found.version) == ("hit", "1")
         assert found.age_seconds is not None
         assert 0 <= found.age_seconds < PATIENCE
-    assert counts() == {"hit": 10}
+    assert counts() == {"hit_redis": 10}
 
 
 def test_the_age_is_that_of_the_vector(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
@@ -320,7 +320,7 @@ def test_behind_an_unreadable_value_an_older_one_is_served(client: redis.Redis, 
     (found,) = look_up(redis_port, ranker, *users)
     assert (found.status, found.version) == ("hit", "1")
     np.testing.assert_array_equal(found.vector, sent[0])
-    assert counts() == {"corrupt": 1, "hit": 1}
+    assert counts() == {"corrupt": 1, "hit_redis": 1}
 
 
 def test_a_user_key_of_another_type_is_counted_and_takes_nothing_from_others(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
