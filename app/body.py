@@ -8,7 +8,7 @@ import zlib
 
 from starlette.requests import Request
 
-from app.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType
+from app.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType, UpgradeRefused
 
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
@@ -42,7 +42,7 @@ async def read_body(request: Request, limit: int, timeout_seconds: float) -> byt
         raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} seconds") from None
     body = b"".join(chunks)
     if not body and "upgrade" in request.headers:  # uvicorn's parser takes what follows for another protocol
-        raise NotJson("the body is lost to the Upgrade header: send plain HTTP/1.1 without it")
+        raise UpgradeRefused("the body is lost to the Upgrade header: send plain HTTP/1.1 without it")
     return body if coding == "identity" else inflate(body, coding, limit)
 
 

@@ -5,7 +5,7 @@
            |         |               |            +-- DeadlineExceeded 504, Overloaded 429 or 503
            |         |               +--------------- NotFound 404, Invalid 422
            |         +------------------------------- Invalid 422
-           +----------------------------------------- NotJson 400, TooLarge 413, UnsupportedType 415, BodyTimeout 408
+           +----------------------------------------- NotJson, UpgradeRefused 400, TooLarge 413, UnsupportedType 415, BodyTimeout 408
 
 Unauthorized 401 comes before all of these, NotReady 503 before the model. Each class is one row of RFC 9457's problem
 types; `main.py` turns them into answers. The detail reaches the client: it names limits, never values.
@@ -45,6 +45,12 @@ class RankingError(Exception):
 
 class NotJson(RankingError):
     status, title = 400, "Not JSON"
+
+
+class UpgradeRefused(RankingError):
+    """The client asked for another protocol; the HTTP parser is lost to this connection."""
+
+    status, title, headers = 400, "Upgrade refused", {"Connection": "close"}
 
 
 class Unauthorized(RankingError):
