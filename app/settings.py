@@ -13,7 +13,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
-    bundles: Path = Field(Path("models/bundles"), description="Root folder of the bundles: <root>/<ranker>/<version>/.")
+    bundles: Path = Field(Path("models/bundles"), description="Root folder of the bundles: `<root>/<ranker>/<version>/`.")
     redis_url: SecretStr = Field(SecretStr(""), description="Store of the meta-embeddings; empty: the ones in the bundle (the embedded store).")
     redis_timeout_ms: float = Field(10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector.")
     api_keys: SecretStr = Field(SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for.")
