@@ -4,7 +4,7 @@
     slatewise:<ranker>:<space>:emb:{<user>}      hash; field = generation, value = header + vector
 
 A miss and a fault take the same path, the un-adapted default vector; a fault says so. The pointer is polled off the
-request path, and its poll is the health check: after a failed one, requests do not ask Redis until one succeeds.
+request path, and its poll is the health check: after two failed tries in a row, requests do not ask Redis until one succeeds.
 Before: `models/` made the vectors, `push.py` filled Redis. After: `pipeline.py` feeds the vector to late fusion.
 """
 

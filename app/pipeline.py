@@ -181,10 +181,10 @@ class Pipeline:
             return MetaEmbedding(ranker.default_meta, "off")
         return await self.store.look_up(ranker, user)
 
-    async def run(self, call: Call, stage: str, work: Callable[[], Any], tokens: int) -> Any:
+    async def run(self, call: Call, stage: str, work: Callable[[], Any]) -> Any:
         """One quantum in a worker thread: the wait counts as `queue`, the rest as its stage."""
         begin = time.perf_counter()
-        result, waited = await self.workers.run(work, tokens, call.request.priority)
+        result, waited = await self.workers.run(work, call.request.priority)
         call.timings.add("queue", waited)
         call.timings.add(stage, time.perf_counter() - begin - waited)
         return result
@@ -219,24 +219,24 @@ class Pipeline:
         for first in range(0, len(events), HISTORY_QUANTUM):
             rows = slice(first, first + HISTORY_QUANTUM)
             chunk = History(events.items[rows], events.actions[rows], events.gaps[rows])
-            state = await self.run(call, "encode", partial(engine.extend, state, chunk), len(chunk))
+            state = await self.run(call, "encode", partial(engine.extend, state, chunk))
             metrics.HISTORY_ENCODED.inc(len(chunk))
         return state
 
     async def climb(self, call: Call, engine: Engine, candidates: Candidates, state: HistoryState, meta: Float32, wanted: str, *, insured: bool) -> None:
         """Up the ladder to the exit that is wanted; under a deadline each rung is an answer as soon as it is complete."""
         if wanted == "dot" or insured:
-            call.probabilities, call.exit = await self.run(call, "score", partial(engine.dot, candidates, state), len(candidates)), "dot"
+            call.probabilities, call.exit = await self.run(call, "score", partial(engine.dot, candidates, state)), "dot"
         if wanted == "dot":
             return
         chunks = []
         for first in range(0, len(candidates), CANDIDATE_QUANTUM):
             rows = slice(first, first + CANDIDATE_QUANTUM)
-            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows), min(CANDIDATE_QUANTUM, len(candidates) - first)))
+            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows)))
         point = join(chunks)
         call.probabilities, call.exit = point.probabilities, "point"
         if wanted == "set":
-            call.probabilities, call.exit = await self.run(call, "score", partial(engine.set, point), len(candidates)), "set"
+            call.probabilities, call.exit = await self.run(call, "score", partial(engine.set, point)), "set"
 
 
 def order(call: Call, by_score: bool) -> tuple[Int64, Float64]:

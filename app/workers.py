@@ -2,7 +2,7 @@
 
 A quantum is one call of one graph, bounded in size (engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM), and the unit of
 scheduling and cancellation: the queue is served in the order of priority, then arrival, so a large request takes turns
-with the small ones, and what nobody waits for any more is not run. Knows callables and tokens, nothing of ranking.
+with the small ones, and what nobody waits for any more is not run. Knows callables, nothing of ranking.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Job:
     priority: int
     number: int
     call: Callable[[], Any] = field(compare=False)
-    tokens: int = field(compare=False)
     future: asyncio.Future[Any] = field(compare=False)
     loop: asyncio.AbstractEventLoop = field(compare=False)
     queued_at: float = field(compare=False)
@@ -35,7 +34,6 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self.queue: list[Job] = []
-        self.queued_tokens = 0  # work waiting, in events and candidates
         self.number = 0
         self.stopping = False
         self.changed = threading.Condition()
@@ -52,25 +50,23 @@ class Workers:
             for job in self.queue:
                 job.future.cancel()
             self.queue.clear()
-            self.queued_tokens = 0
             self.changed.notify_all()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
 
-    async def run(self, call: Callable[[], Result], tokens: int, priority: int = 0) -> tuple[Result, float]:
+    async def run(self, call: Callable[[], Result], priority: int = 0) -> tuple[Result, float]:
         """The result of `call`, run in a worker thread, and the seconds it waited for one.
 
         Raises what it raises. A caller that is cancelled while its job waits takes the job out of the queue.
         """
         loop = asyncio.get_running_loop()
-        job = Job(priority, 0, call, tokens, loop.create_future(), loop, time.perf_counter())
+        job = Job(priority, 0, call, loop.create_future(), loop, time.perf_counter())
         with self.changed:
             if self.stopping:
                 raise asyncio.CancelledError
             self.number += 1
             job.number = self.number
             heapq.heappush(self.queue, job)
-            self.queued_tokens += tokens
             self.changed.notify()
         try:
             result: tuple[Result, float] = await job.future
@@ -84,7 +80,6 @@ class Workers:
             if job in self.queue:
                 self.queue.remove(job)
                 heapq.heapify(self.queue)
-                self.queued_tokens -= job.tokens
 
     def work(self) -> None:
         while True:
@@ -93,7 +88,6 @@ class Workers:
                 if self.stopping:
                     return
                 job = heapq.heappop(self.queue)
-                self.queued_tokens -= job.tokens
             waited = time.perf_counter() - job.queued_at
             try:
                 answer: tuple[Any, BaseException | None] = ((job.call(), waited), None)

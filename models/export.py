@@ -27,7 +27,7 @@ from app.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Var
 from app.schemas import RankRequest
 from models import invariance
 from models.calibrate import fit_calibration
-from models.data import MULTI_VALUE_SEPARATOR, Sequences, build_sequences, clean_events, from_table, read_config, read_table
+from models.data import Sequences, build_sequences, clean_events, from_table, read_config, read_table, values_of
 from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import EXITS, Ligr
@@ -62,12 +62,11 @@ def what_to_show(trainer: Trainer, toml: dict) -> Shown:
         sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
         users = [demo.get("user_prefix", "") + user for user in sequences.users]
         vectors = fit_meta_embeddings(trainer.model, data, sequences)
+    columns = {c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical}
     known, titles = set(data.catalogue.vocabulary.items), {}
-    for row in items.iter_rows(named=True):
+    for k, row in enumerate(items.iter_rows(named=True)):
         if str(row["item_id"]) in known:
-            shown = {"title": row.get(data.config.title)}
-            shown |= {c: [v for v in str(row.get(c) or "").split(MULTI_VALUE_SEPARATOR) if v] for c in data.config.categorical}
-            titles[str(row["item_id"])] = shown
+            titles[str(row["item_id"])] = {"title": row.get(data.config.title)} | {c: values[k] for c, values in columns.items()}
     return Shown(sequences, users, vectors, titles)
 
 
