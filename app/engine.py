@@ -31,13 +31,13 @@ class EngineError(RuntimeError):
 class HistoryState:
     """An encoded history: what candidates read, and what new events extend. Immutable, shared between requests."""
 
-    keys: tuple[Float32, ...]  # per block (1, H, K, D), K = events + 1 for the start token
+    keys: tuple[Float32, ...]  # per block (1, K, d), K = events + 1 for the start token
     values: tuple[Float32, ...]
     user: Float32  # (1, d) the newest event's hidden state; (1, 0) where it is not known, of a `prefix`
 
     @property
     def events(self) -> int:
-        return int(self.keys[0].shape[2]) - 1
+        return int(self.keys[0].shape[1]) - 1
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +110,7 @@ class Engine:
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
         past = [i for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_key_")]
         self.blocks = len(past)
-        _, heads, _, head_size = past[0].shape
-        nothing = np.zeros((1, heads, 0, head_size), np.float32)
+        nothing = np.zeros((1, 0, past[0].shape[-1]), np.float32)
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
         nowhere = HistoryState((nothing,) * self.blocks, (nothing,) * self.blocks, np.zeros((1, 0), np.float32))
         self.start = self.extend(nowhere, start)  # the state of an empty history
@@ -133,20 +132,17 @@ class Engine:
         for i in range(self.blocks):
             feeds[f"past_key_{i}"], feeds[f"past_value_{i}"] = state.keys[i], state.values[i]
         new = self.run("encode", feeds)
-        return HistoryState(
-            tuple(np.concatenate([state.keys[i], new[f"key_{i}"]], axis=2) for i in range(self.blocks)),
-            tuple(np.concatenate([state.values[i], new[f"value_{i}"]], axis=2) for i in range(self.blocks)),
-            new["user"],
-        )
+        blocks = range(self.blocks)
+        return HistoryState(tuple(new[f"key_{i}"] for i in blocks), tuple(new[f"value_{i}"] for i in blocks), new["user"])
 
     def prefix(self, state: HistoryState, events: int) -> HistoryState:
-        """The keys and values of a state's first events. To be extended only: its user vector is not known."""
+        """The keys and values of a state's first events, not copied. To be extended only: its user vector is not known."""
         if events == state.events:
             return state
         if events == 0:
             return self.start
-        cut = lambda array: np.ascontiguousarray(array[:, :, : events + 1])  # noqa: E731
-        return HistoryState(tuple(map(cut, state.keys)), tuple(map(cut, state.values)), state.user[:, :0])
+        first = slice(events + 1)
+        return HistoryState(tuple(k[:, first] for k in state.keys), tuple(v[:, first] for v in state.values), state.user[:, :0])
 
     def dot(self, candidates: Candidates, state: HistoryState) -> Float64:
         """(N, heads) probabilities of the exit `dot`."""

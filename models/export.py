@@ -11,6 +11,8 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,11 +72,11 @@ def what_to_show(trainer: Trainer, toml: dict) -> Shown:
     return Shown(sequences, users, vectors, titles)
 
 
-def tabulate_fields(model: Ligr, data: Data) -> tuple[np.ndarray, dict[str, Column]]:
+def tabulate_fields(content: Content) -> tuple[np.ndarray, dict[str, Column]]:
     """fields.npy and the manifest's description of it."""
-    tables, fields, offset = [np.zeros((0, model.config.width), np.float32)], {}, 0
-    for name, values in data.catalogue.vocabulary.fields.items():
-        table = model.field[name].weight.detach().numpy()
+    tables, fields, offset = [np.zeros((0, content.model.config.width), np.float32)], {}, 0
+    for name, values in content.fields.items():
+        table = content.model.field[name].weight.detach().numpy()
         fields[name] = Column(offset=offset, values=values)
         tables.append(table)
         offset += len(table)
@@ -181,11 +183,10 @@ def make_request(shown: Shown, data: Data, user: int, name: str, events: int, ca
     }
 
 
-def warmup_requests(example: dict[str, Any], data: Data, rng: np.random.Generator) -> list[dict[str, Any]]:
+def warmup_requests(example: dict[str, Any], ids: list[str], longest_history: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Smallest and largest shapes, so that memory has its size before the first client comes."""
-    ids = data.catalogue.vocabulary.items
     result = []
-    for events, n in ((0, 1), (1, 20), (data.config.history_length, CANDIDATE_QUANTUM), (HISTORY_QUANTUM, SET_WISE_LIMIT)):
+    for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_QUANTUM), (HISTORY_QUANTUM, SET_WISE_LIMIT)):
         history, slate = rng.integers(0, len(ids), events), rng.integers(0, len(ids), n)
         result.append(
             {"history": {"item_ids": [ids[k] for k in history]}, "candidates": {"item_ids": [ids[k] for k in slate]}, "request_time": example["request_time"]}
@@ -221,71 +222,141 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     """The published bundle's folder. Raises ValueError where a measured bound is missed."""
     data, model = trainer.data, trainer.model.eval()
     config, rng = data.config, np.random.default_rng(0)
-    target = root / config.name / str(version)
-    if target.exists():
-        raise ValueError(f"{target} exists: a published version does not change")
-    stage = root / config.name / f".staging-{version}"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    items = model.item_table().detach().numpy()
-    field_vectors, fields = tabulate_fields(model, data)
     default_meta = model.default_meta.detach().numpy()
     shown = what_to_show(trainer, toml)
-    np.save(stage / "items.npy", items)
-    np.save(stage / "fields.npy", field_vectors)
-    np.save(stage / "default_meta.npy", default_meta)
-    np.save(stage / "meta_embeddings.npy", shown.vectors)
-    write_json(stage / "ids.json", data.catalogue.vocabulary.items)
-    write_json(stage / "users.json", shown.users)
-    write_json(stage / "display.json", shown.titles)
-
-    exits = list(EXITS) if model.config.set_blocks else list(EXITS[:2])
-    identity = {exit: [Calibration.identity() for _ in config.heads] for exit in exits}
-    longest = max(config.history_length, HISTORY_QUANTUM)
-    write_graphs(stage / "variants/draft", LigrGraphs(model, identity, longest).all())
-    calibrations = fit_calibrations(Engine(stage / "variants/draft", items, exits, 2), data, default_meta)
-    shutil.rmtree(stage / "variants/draft")
-    graphs = write_graphs(stage / "variants/fp32", LigrGraphs(model, calibrations, longest).all())
-
     lengths = np.diff(shown.sequences.offsets)
     example_user = int(np.flatnonzero(lengths >= 100)[0]) if (lengths >= 100).any() else int(lengths.argmax())
     example = make_request(shown, data, example_user, shown.users[example_user], EXAMPLE_EVENTS, EXAMPLE_CANDIDATES, rng)
-    (stage / "warmup.jsonl").write_text("".join(json.dumps(r) + "\n" for r in warmup_requests(example, data, rng)))
+    content = Content(
+        ranker=config.name,
+        trained_on=toml["data"].get("trained_on", ""),
+        model=model,
+        ids=data.catalogue.vocabulary.items,
+        actions=data.catalogue.vocabulary.actions,
+        features=list(config.numeric),
+        fields=data.catalogue.vocabulary.fields,
+        heads={head.name: head.weight for head in config.heads},
+        history_used=config.history_length,
+        users=shown.users,
+        vectors=shown.vectors,
+        titles=shown.titles,
+        example=example,
+        warmup=warmup_requests(example, data.catalogue.vocabulary.items, config.history_length, rng),
+    )
+    with staging(root / config.name, version) as stage:
+        write_content(stage, content)
+        write_graphs(stage / "draft", LigrGraphs(model, content.identity, content.longest_call).all())
+        calibrations = fit_calibrations(Engine(stage / "draft", np.load(stage / "items.npy"), content.exits, 2), data, default_meta)
+        shutil.rmtree(stage / "draft")
+
+        def report_quality(engine: Engine) -> dict[str, Any]:
+            report = evaluate(engine, data, default_meta, most_users)
+            report["bad_rows"] = data.bad_rows
+            write_json(stage / "report.json", report)
+            plot_report(report, stage / "report.png")
+            print(as_markdown(report))
+            return report
+
+        publish(stage, content, calibrations, version, report_quality, toml.get("export", {}).get("default_exit"))
+    return root / config.name / str(version)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a bundle holds before anything is measured."""
+
+    ranker: str
+    trained_on: str
+    model: Ligr
+    ids: list[str]  # of the item table's rows from FIRST_ITEM on
+    actions: list[str]
+    features: list[str]
+    fields: dict[str, list[str]]
+    heads: dict[str, float]
+    history_used: int
+    users: list[str]
+    vectors: np.ndarray  # (users, M)
+    titles: dict[str, dict[str, Any]]
+    example: dict[str, Any]
+    warmup: list[dict[str, Any]]
+
+    @property
+    def exits(self) -> list[str]:
+        return list(EXITS) if self.model.config.set_blocks else list(EXITS[:2])
+
+    @property
+    def identity(self) -> dict[str, list[Calibration]]:
+        return {exit: [Calibration.identity() for _ in self.heads] for exit in self.exits}
+
+    @property
+    def longest_call(self) -> int:
+        """Positions that the rotary tables need."""
+        return max(self.history_used, HISTORY_QUANTUM)
+
+
+@contextmanager
+def staging(folder: Path, version: int) -> Iterator[Path]:
+    """A folder beside the target, renamed to it at the end: a bundle is there whole or not at all."""
+    target, stage = folder / str(version), folder / f".staging-{version}"
+    if target.exists():
+        raise ValueError(f"{target} exists: a published version does not change")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    yield stage
+    stage.rename(target)
+
+
+def write_content(stage: Path, content: Content) -> None:
+    """The files that all variants share."""
+    np.save(stage / "items.npy", content.model.item_table().detach().numpy())
+    np.save(stage / "fields.npy", tabulate_fields(content)[0])
+    np.save(stage / "default_meta.npy", content.model.default_meta.detach().numpy())
+    np.save(stage / "meta_embeddings.npy", content.vectors)
+    write_json(stage / "ids.json", content.ids)
+    write_json(stage / "users.json", content.users)
+    write_json(stage / "display.json", content.titles)
+    (stage / "warmup.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content.warmup))
+
+
+def publish(
+    stage: Path, content: Content, calibrations: dict[str, list[Calibration]], version: int, report_quality: Callable[[Engine], dict], default_exit: str | None
+) -> None:
+    """Graphs, what is measured on them, and last the manifest. Raises ValueError where a measured bound is missed."""
+    model, exits, items = content.model, content.exits, np.load(stage / "items.npy")
+    graphs = LigrGraphs(model, calibrations, content.longest_call)
+    described = write_graphs(stage / "variants/fp32", graphs.all())
+    write_graphs(stage / "variants/fp32", {"rank": graphs.rank(items, list(content.heads.values()))})
     manifest = Manifest(
         format=FORMAT,
-        ranker=config.name,
+        ranker=content.ranker,
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),
-        trained_on=toml["data"].get("trained_on", ""),
-        space=f"{config.name}-{version}",
+        trained_on=content.trained_on,
+        space=f"{content.ranker}-{version}",
         width=model.config.width,
-        heads={head.name: head.weight for head in config.heads},
+        heads=content.heads,
         exits=exits,
         default_exit=exits[-1],  # until the held-out results are there
         default_variant="fp32",
-        actions=data.catalogue.vocabulary.actions,
-        features=list(config.numeric),
-        fields=fields,
+        actions=content.actions,
+        features=content.features,
+        fields=tabulate_fields(content)[1],
         meta_size=model.config.meta_size,
-        limits=BundleLimits(history_used=config.history_length, set_wise=SET_WISE_LIMIT if "set" in exits else 0),
-        graphs=graphs,
+        limits=BundleLimits(history_used=content.history_used, set_wise=SET_WISE_LIMIT if "set" in exits else 0),
+        graphs=described,
         variants={},
         files={},
-        example=example,
+        example=content.example,
     )
     engine = Engine(stage / "variants/fp32", items, exits, 1)
     measured = invariance.measure(engine, manifest, model, calibrations)
     print(measured)
     if failed := {name: value for name, value in measured.items() if not value <= FP32_BOUND}:
         raise ValueError(f"above the bound {FP32_BOUND}: {failed}")
-    report = evaluate(Engine(stage / "variants/fp32", items, exits, 2), data, default_meta, most_users)
-    report["bad_rows"] = data.bad_rows
-    write_json(stage / "report.json", report)
-    plot_report(report, stage / "report.png")
-    print(as_markdown(report))
-    manifest = manifest.model_copy(update={"default_exit": toml.get("export", {}).get("default_exit") or best_exit(report, exits)})
+    report = report_quality(Engine(stage / "variants/fp32", items, exits, 2))
+    manifest = manifest.model_copy(update={"default_exit": default_exit or best_exit(report, exits)})
     variant = Variant(
-        bytes=sum(path.stat().st_size for path in (stage / "variants/fp32").iterdir()),
+        bytes=sum((stage / "variants/fp32" / f"{graph}.onnx").stat().st_size for graph in described),
         bound=FP32_BOUND,
         invariance={name: float(f"{value:.2e}") for name, value in measured.items()},
         quality=quality_rows(report, exits),
@@ -296,8 +367,6 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     manifest = manifest.model_copy(update={"variants": {"fp32": variant}, "files": files})
     (stage / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     load_bundle(stage, 1)  # as the server will: digests, schema, golden request
-    stage.rename(target)
-    return target
 
 
 def best_exit(report: dict, exits: list[str]) -> str:
@@ -308,7 +377,7 @@ def best_exit(report: dict, exits: list[str]) -> str:
 
 def quality_rows(report: dict, exits: list[str]) -> dict[str, dict[str, Any]]:
     """Per exit, what the manifest says of it."""
-    return {exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report[table]} for exit in exits}
+    return {exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report.get(table, {})} for exit in exits}
 
 
 def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:

@@ -1,10 +1,10 @@
 """The serving graphs, written operator by operator: the equations of `ligr.py` as ONNX, with a batch axis B.
 
-    encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> past_value_<i> (B,H,P,D)
-             -> key_<i> value_<i> (B,H,T,D) of the new events, user (B,d)
+    encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> past_value_<i> (B,P,d)
+             -> key_<i> value_<i> (B,P+T,d), user (B,d)
     dot      candidates (B,N,d) user (B,d)                                          -> probabilities (B,N,heads)
     point    candidates numeric (B,N,F) meta (B,M) context (B,4) user
-             key_<i> value_<i> (B,H,K,D) history_length (B,)                        -> probabilities, logits, hidden (B,N,d)
+             key_<i> value_<i> (B,K,d) history_length (B,)                        -> probabilities, logits, hidden (B,N,d)
     set      hidden (B,N,d) logits (B,N,heads) set_length (B,)                      -> probabilities
 
 Rows of a batch are padded on the right and `length`, `history_length`, `set_length` say how much of each is real: a
@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from app.features import CONTEXT_SIZE
+from app.features import CONTEXT_SIZE, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
 from models.ligr import Ligr
 
 OPSET, IR_VERSION = 24, 11
@@ -63,9 +63,13 @@ class Graph:
         self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def output(self, name: str, value: str, shape: Sequence[int | str], dtype: int = FLOAT) -> None:
-        self.nodes.append(helper.make_node("Identity", [value], [name]))
+    def output(self, name: str, value: str, shape: Sequence[int | str], dtype: int = FLOAT) -> str:
+        """Gives a value its name as an output, in place: an Identity would copy it."""
+        for node in self.nodes:
+            node.input[:] = [name if v == value else v for v in node.input]
+            node.output[:] = [name if v == value else v for v in node.output]
         self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
 
     def weight(self, name: str, array: np.ndarray) -> str:
         if name not in self.weights:
@@ -75,12 +79,10 @@ class Graph:
     def ints(self, *values: int) -> str:
         return self.weight("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def op(self, kind: str, *inputs: str, unused: int = 0, **attributes: object) -> str:
-        """`unused`: how many more outputs the operator must have, though nobody reads them."""
+    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
         self.count += 1
         name = f"{kind}_{self.count}"
-        outputs = [name, *(f"{name}_unused_{k}" for k in range(unused))]
-        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, **attributes))
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
     def model(self) -> onnx.ModelProto:
@@ -94,8 +96,16 @@ Linear = Callable[[Graph, str, str, np.ndarray, np.ndarray], str]
 
 
 def linear(g: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str:
-    """x (..., in) -> (..., out); weight (out, in) as torch keeps it."""
-    return g.op("Add", g.op("MatMul", x, g.weight(f"{name}.weight", weight.T)), g.weight(f"{name}.bias", bias))
+    """x (rows, in) -> (rows, out); weight (out, in) as torch keeps it. One GEMM, the bias in it."""
+    return g.op("Gemm", x, g.weight(f"{name}.weight", weight.T), g.weight(f"{name}.bias", bias))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens on their way through the blocks: rows (B * N, d), so that a dense layer is one GEMM, and their shape (B, N, d)."""
+
+    rows: str
+    shape: str
 
 
 class LigrGraphs:
@@ -111,6 +121,10 @@ class LigrGraphs:
         angle = np.arange(longest_history + 2)[:, None] * 10_000.0 ** (-np.arange(half, dtype=np.float32) / half)
         self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
+    def stream(self, g: Graph, x: str) -> Stream:
+        """x (B, N, d)"""
+        return Stream(g.op("Reshape", x, g.ints(-1, self.config.width)), g.op("Shape", x))
+
     def layer(self, g: Graph, x: str, name: str) -> str:
         return self.dense(g, x, name, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
@@ -118,36 +132,36 @@ class LigrGraphs:
         scale, bias = (g.weight(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
         return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-5)
 
-    def split(self, g: Graph, x: str) -> str:
-        """(B, T, d) -> (B, H, T, D)"""
-        return g.op("Transpose", g.op("Reshape", x, g.ints(0, 0, self.heads, self.head_size)), perm=[0, 2, 1, 3])
-
     def rotate(self, g: Graph, x: str, positions: str) -> str:
-        """x (B, H, T, D), positions (B, T)"""
-        return g.op("RotaryEmbedding", x, g.weight("rotary.cos", self.cos), g.weight("rotary.sin", self.sin), positions)
+        """x (B, T, d) of H heads, positions (B, T)"""
+        return g.op("RotaryEmbedding", x, *self.rotary(g), positions, num_heads=self.heads)
 
-    def keys_values(self, g: Graph, x: str, block: str, positions: str | None) -> tuple[str, str]:
-        normed = self.norm(g, x, f"{block}.attention_norm")
-        key, value = self.split(g, self.layer(g, normed, f"{block}.key")), self.split(g, self.layer(g, normed, f"{block}.value"))
+    def rotate_alike(self, g: Graph, x: str, shape: str, position: str) -> str:
+        """x (B, N, d), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
+        heads = g.op("Reshape", x, g.ints(0, -1, 1, self.head_size))  # (B, N * H, 1, D)
+        return g.op("Reshape", g.op("RotaryEmbedding", heads, *self.rotary(g), position), shape)
+
+    def rotary(self, g: Graph) -> tuple[str, str]:
+        return g.weight("rotary.cos", self.cos), g.weight("rotary.sin", self.sin)
+
+    def keys_values(self, g: Graph, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
+        """(B, N, d) each"""
+        normed = self.norm(g, x.rows, f"{block}.attention_norm")
+        key, value = (g.op("Reshape", self.layer(g, normed, f"{block}.{part}"), x.shape) for part in ("key", "value"))
         return (key if positions is None else self.rotate(g, key, positions)), value
 
-    def split_rotated(self, g: Graph, x: str, position: str) -> str:
-        """(B, N, d) -> (B, H, N, D), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
-        x = self.rotate(g, g.op("Reshape", x, g.ints(0, -1, 1, self.head_size)), position)
-        return g.op("Transpose", g.op("Reshape", x, g.ints(0, -1, self.heads, self.head_size)), perm=[0, 2, 1, 3])
+    def attention(self, g: Graph, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
+        """query (B, N, d) reads the first `length` (B,) of key and value (B, K, d); causal: the last of N reads all of them, the one before all but one, ..."""
+        heads = {"q_num_heads": self.heads, "kv_num_heads": self.heads}
+        return g.op("Attention", query, key, value, "", "", "", length, is_causal=int(causal), **heads)
 
-    def block(self, g: Graph, x: str, block: str, position: str | None, positions: str | None, attend: Callable[[str], str]) -> str:
-        """A gated block; `attend` reads keys and values for a query (B, H, N, D).
-
-        `position` (B, 1) stands all of x at one place, `positions` (B, N) each at its own, neither of them nowhere.
-        """
-        query = self.layer(g, self.norm(g, x, f"{block}.attention_norm"), f"{block}.query")
-        query = self.split(g, query) if position is None else self.split_rotated(g, query, position)
-        read = attend(query if positions is None else self.rotate(g, query, positions))
-        read = g.op("Reshape", g.op("Transpose", read, perm=[0, 2, 1, 3]), g.ints(0, 0, self.config.width))
-        x = self.gated(g, x, self.layer(g, read, f"{block}.out"), f"{block}.attention_gate")
-        fed = g.op("Gelu", self.layer(g, self.norm(g, x, f"{block}.feed_forward_norm"), f"{block}.up"))
-        return self.gated(g, x, self.layer(g, fed, f"{block}.down"), f"{block}.feed_forward_gate")
+    def block(self, g: Graph, x: Stream, block: str, turn: Callable[[str], str], read: Callable[[str], str]) -> Stream:
+        """A gated block; `turn` gives queries (B, N, d) their positions, `read` has them read keys and values."""
+        query = turn(g.op("Reshape", self.layer(g, self.norm(g, x.rows, f"{block}.attention_norm"), f"{block}.query"), x.shape))
+        attended = self.layer(g, g.op("Reshape", read(query), g.ints(-1, self.config.width)), f"{block}.out")
+        rows = self.gated(g, x.rows, attended, f"{block}.attention_gate")
+        fed = g.op("Gelu", self.layer(g, self.norm(g, rows, f"{block}.feed_forward_norm"), f"{block}.up"))
+        return Stream(self.gated(g, rows, self.layer(g, fed, f"{block}.down"), f"{block}.feed_forward_gate"), x.shape)
 
     def gated(self, g: Graph, x: str, change: str, gate: str) -> str:
         return g.op("Add", x, g.op("Mul", change, g.op("Sigmoid", self.layer(g, x, gate))))
@@ -166,93 +180,143 @@ class LigrGraphs:
             columns.append(straight)
         return g.op("Sigmoid", g.op("Concat", *columns, axis=-1))
 
-    def finish(self, g: Graph, logits: str, exit: str) -> onnx.ModelProto:
-        g.output("probabilities", self.probabilities(g, logits, exit), ["B", "N", self.config.heads], DOUBLE)
-        return g.model()
-
     def dot_logits(self, g: Graph, candidates: str, user: str) -> str:
+        """candidates (B, N, d), user (B, d) -> (B, N, heads)"""
         column = g.op("MatMul", candidates, g.op("Unsqueeze", user, g.ints(2)))  # (B, N, 1)
         scale, bias = (g.weight(name, self.state[name]) for name in ("dot_scale", "dot_bias"))
         return g.op("Add", g.op("Mul", column, scale), bias)
 
+    def write_history(self, g: Graph, x: str, actions: str, gaps: str, length: str, past: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], str]:
+        """Events' vectors x (B, T, d) behind `past` (B, P, d) a block, or behind nothing -> keys and values (B, P + T, d), user (B, d)."""
+        x = g.op("Add", x, g.op("Gather", g.weight("action", self.state["action.weight"]), actions))
+        x = g.op("Add", x, g.op("Gather", g.weight("gap", self.state["gap.weight"]), gaps))
+        first = g.op("Shape", past[0][0], start=1, end=2) if past else g.ints(0)  # (1,): P
+        steps = g.op("Squeeze", g.op("Shape", actions, start=1, end=2))  # T
+        steps = g.op("Range", g.weight("zero", np.array(0, np.int64)), steps, g.weight("one", np.array(1, np.int64)))
+        positions = g.op("Expand", g.op("Add", first, steps), g.op("Shape", actions))  # (B, T)
+        written = g.op("Add", first, g.op("Shape", actions, start=1, end=2))  # (1,): P + T, padding too: causality leaves it unread
+        written = g.op("Expand", written, g.op("Shape", length))  # (B,)
+        tokens, state = self.stream(g, x), []
+        for i in range(self.blocks):
+            name = f"blocks.{i}"
+            key, value = self.keys_values(g, tokens, name, positions)
+            if past:
+                key, value = (g.op("Concat", old, new, axis=1) for old, new in zip(past[i], (key, value), strict=True))
+            state.append((key, value))
+            if i + 1 < self.blocks:
+                tokens = self.block(g, tokens, name, lambda q: self.rotate(g, q, positions), lambda q: self.attention(g, q, key, value, written, causal=True))  # noqa: B023
+        # only the newest position of the last block is used for more than its key and value
+        last = g.op("Unsqueeze", g.op("Sub", length, g.ints(1)), g.ints(1))  # (B, 1)
+        newest = g.op("GatherND", g.op("Reshape", tokens.rows, tokens.shape), g.op("Unsqueeze", last, g.ints(2)), batch_dims=1)  # (B, 1, d)
+        readable = g.op("Add", first, length)
+        position = g.op("Add", first, last)  # (B, 1)
+        x = self.block(g, self.stream(g, newest), name, lambda q: self.rotate(g, q, position), lambda q: self.attention(g, q, key, value, readable)).rows
+        return state, self.norm(g, x, "user_norm")
+
+    def read_history(self, g: Graph, candidates: str, fused: str, user: str, state: list[tuple[str, str]], length: str) -> tuple[str, Stream]:
+        """Candidates' vectors (B, N, d) read keys and values (B, K, d), the first `length` (B,) -> logits (B, N, heads) of the exit `point`, hidden."""
+        x = self.stream(g, candidates)
+        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all stand right after the history
+        for i, (key, value) in enumerate(state):
+            turn = lambda q: self.rotate_alike(g, q, x.shape, position)  # noqa: B023, E731
+            x = self.block(g, x, f"blocks.{i}", turn, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
+        hidden = Stream(g.op("Add", x.rows, fused), x.shape)
+        f = self.layer(g, g.op("Gelu", self.layer(g, self.norm(g, hidden.rows, "point_norm"), "point_up")), "point_down")
+        return g.op("Add", self.dot_logits(g, candidates, user), self.by_candidate(g, f, x.shape)), hidden
+
+    def by_candidate(self, g: Graph, rows: str, shape: str) -> str:
+        """(B * N, heads) -> (B, N, heads)"""
+        return g.op("Reshape", rows, g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(2)), g.ints(self.config.heads), axis=0))
+
+    def fused(self, g: Graph, candidates: str) -> str:
+        """Late fusion, (B * N, d): the request's part once a request, the candidates' part once a candidate."""
+        f, m, d = self.config.numeric, self.config.meta_size, self.config.width
+        weight, bias = self.state["fusion.weight"], self.state["fusion.bias"]  # columns: scaled, missing, meta, context
+        request = g.op("Concat", g.input("meta", ["B", m]), g.input("context", ["B", CONTEXT_SIZE]), axis=1)
+        request = g.op("Unsqueeze", self.dense(g, request, "fusion.request", weight[:, 2 * f :], bias), g.ints(1))  # (B, 1, d)
+        if f:
+            numeric = g.input("numeric", ["B", "N", f])
+            missing = g.op("IsNaN", numeric)
+            scaled = g.op("Div", g.op("Sub", numeric, g.weight("numeric_mean", self.state["numeric_mean"])), g.weight("numeric_std", self.state["numeric_std"]))
+            scaled = g.op("Where", missing, g.weight("nought", np.array(0, np.float32)), scaled)
+            scaled = g.op("Clip", scaled, g.weight("lowest", np.array(-10, np.float32)), g.weight("highest", np.array(10, np.float32)))
+            each = g.op("Reshape", g.op("Concat", scaled, g.op("Cast", missing, to=FLOAT), axis=-1), g.ints(-1, 2 * f))
+            each = self.dense(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias))
+            request = g.op("Add", g.op("Reshape", each, g.op("Shape", candidates)), request)
+        else:
+            request = g.op("Expand", request, g.op("Shape", candidates))
+        return g.op("Reshape", request, g.ints(-1, d))
+
+    def read_slate(self, g: Graph, x: Stream, logits: str, length: str) -> str:
+        """The candidates of a slate read each other, the first `length` (B,) of them -> logits (B, N, heads) of the exit `set`."""
+        for i in range(self.set_blocks):
+            key, value = self.keys_values(g, x, f"set_blocks.{i}", None)
+            x = self.block(g, x, f"set_blocks.{i}", lambda q: q, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
+        out = self.layer(g, self.norm(g, x.rows, "set_norm"), "set_out")
+        return g.op("Add", logits, self.by_candidate(g, out, x.shape))
+
     def encode(self) -> onnx.ModelProto:
-        g, d, cache = Graph("encode"), self.config.width, ["B", self.heads, "P", self.head_size]
+        g, d = Graph("encode"), self.config.width
         x = g.input("items", ["B", "T", d])
         actions, gaps = g.input("actions", ["B", "T"], INT), g.input("gaps", ["B", "T"], INT)
         length = g.input("length", ["B"], INT)
-        past = [(g.input(f"past_key_{i}", cache), g.input(f"past_value_{i}", cache)) for i in range(self.blocks)]
-        x = g.op("Add", x, g.op("Gather", g.weight("action", self.state["action.weight"]), actions))
-        x = g.op("Add", x, g.op("Gather", g.weight("gap", self.state["gap.weight"]), gaps))
-        first = g.op("Shape", past[0][0], start=2, end=3)  # (1,): P
-        one = g.weight("one", np.array(1, np.int64))
-        steps = g.op("Range", g.weight("zero", np.array(0, np.int64)), g.op("Squeeze", g.op("Shape", actions, start=1, end=2)), one)
-        positions = g.op("Expand", g.op("Add", first, steps), g.op("Shape", actions))  # (B, T)
-        last = g.op("Sub", length, g.ints(1))  # (B,)
-        for i, (past_key, past_value) in enumerate(past):
-            name = f"blocks.{i}"
-            key, value = self.keys_values(g, x, name, positions)
-            g.output(f"key_{i}", key, ["B", self.heads, "T", self.head_size])
-            g.output(f"value_{i}", value, ["B", self.heads, "T", self.head_size])
-            if i + 1 < self.blocks:
-                x = self.block(g, x, name, None, positions, lambda q: g.op("Attention", q, key, value, "", past_key, past_value, unused=2, is_causal=1))  # noqa: B023
-                continue
-            # only the newest position of the last block is used for more than its key and value
-            at = g.op("Unsqueeze", last, g.ints(1))  # (B, 1)
-            x = g.op("GatherND", x, g.op("Unsqueeze", at, g.ints(2)), batch_dims=1)  # (B, 1, d)
-            key, value = g.op("Concat", past_key, key, axis=2), g.op("Concat", past_value, value, axis=2)
-            readable = g.op("Add", first, length)
-            x = self.block(g, x, name, g.op("Add", first, at), None, lambda q: g.op("Attention", q, key, value, "", "", "", readable))  # noqa: B023
-        user = g.op("Squeeze", self.norm(g, x, "user_norm"), g.ints(1))
+        past = [(g.input(f"past_key_{i}", ["B", "P", d]), g.input(f"past_value_{i}", ["B", "P", d])) for i in range(self.blocks)]
+        state, user = self.write_history(g, x, actions, gaps, length, past)
+        for i, (key, value) in enumerate(state):
+            g.output(f"key_{i}", key, ["B", "K", d])
+            g.output(f"value_{i}", value, ["B", "K", d])
         g.output("user", user, ["B", d])
         return g.model()
 
     def dot(self) -> onnx.ModelProto:
-        g = Graph("dot")
-        candidates, user = g.input("candidates", ["B", "N", self.config.width]), g.input("user", ["B", self.config.width])
-        return self.finish(g, self.dot_logits(g, candidates, user), "dot")
+        g, d = Graph("dot"), self.config.width
+        logits = self.dot_logits(g, g.input("candidates", ["B", "N", d]), g.input("user", ["B", d]))
+        g.output("probabilities", self.probabilities(g, logits, "dot"), ["B", "N", self.config.heads], DOUBLE)
+        return g.model()
 
     def point(self) -> onnx.ModelProto:
-        g, d, cache = Graph("point"), self.config.width, ["B", self.heads, "K", self.head_size]
-        x = candidates = g.input("candidates", ["B", "N", d])
-        fused = self.fused(g)
-        user = g.input("user", ["B", d])
-        state = [(g.input(f"key_{i}", cache), g.input(f"value_{i}", cache)) for i in range(self.blocks)]
-        length = g.input("history_length", ["B"], INT)
-        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all stand right after the history
-        for i, (key, value) in enumerate(state):
-            x = self.block(g, x, f"blocks.{i}", position, None, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
-        hidden = g.op("Add", x, fused)
-        f = g.op("Gelu", self.layer(g, self.norm(g, hidden, "point_norm"), "point_up"))
-        logits = g.op("Add", self.dot_logits(g, candidates, user), self.layer(g, f, "point_down"))
-        g.output("logits", logits, ["B", "N", self.config.heads])
-        g.output("hidden", hidden, ["B", "N", d])
-        return self.finish(g, logits, "point")
-
-    def fused(self, g: Graph) -> str:
-        """Late fusion: the request's part once a request, the candidates' part once a candidate."""
-        f, m = self.config.numeric, self.config.meta_size
-        weight, bias = self.state["fusion.weight"], self.state["fusion.bias"]  # columns: scaled, missing, meta, context
-        request = g.op("Concat", g.input("meta", ["B", m]), g.input("context", ["B", CONTEXT_SIZE]), axis=1)
-        request = g.op("Unsqueeze", self.dense(g, request, "fusion.request", weight[:, 2 * f :], bias), g.ints(1))  # (B, 1, d)
-        if not f:
-            return request
-        numeric = g.input("numeric", ["B", "N", f])
-        missing = g.op("IsNaN", numeric)
-        scaled = g.op("Div", g.op("Sub", numeric, g.weight("numeric_mean", self.state["numeric_mean"])), g.weight("numeric_std", self.state["numeric_std"]))
-        scaled = g.op("Where", missing, g.weight("nought", np.array(0, np.float32)), scaled)
-        scaled = g.op("Clip", scaled, g.weight("lowest", np.array(-10, np.float32)), g.weight("highest", np.array(10, np.float32)))
-        each = g.op("Concat", scaled, g.op("Cast", missing, to=FLOAT), axis=-1)
-        return g.op("Add", self.dense(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias)), request)
+        g, d, heads = Graph("point"), self.config.width, self.config.heads
+        candidates = g.input("candidates", ["B", "N", d])
+        fused, user = self.fused(g, candidates), g.input("user", ["B", d])
+        state = [(g.input(f"key_{i}", ["B", "K", d]), g.input(f"value_{i}", ["B", "K", d])) for i in range(self.blocks)]
+        logits, hidden = self.read_history(g, candidates, fused, user, state, g.input("history_length", ["B"], INT))
+        logits = g.output("logits", logits, ["B", "N", heads])
+        g.output("hidden", g.op("Reshape", hidden.rows, hidden.shape), ["B", "N", d])
+        g.output("probabilities", self.probabilities(g, logits, "point"), ["B", "N", heads], DOUBLE)
+        return g.model()
 
     def set(self) -> onnx.ModelProto:
-        g, d = Graph("set"), self.config.width
-        x, logits = g.input("hidden", ["B", "N", d]), g.input("logits", ["B", "N", self.config.heads])
-        length = g.input("set_length", ["B"], INT)
-        for i in range(self.set_blocks):
-            key, value = self.keys_values(g, x, f"set_blocks.{i}", None)
-            x = self.block(g, x, f"set_blocks.{i}", None, None, lambda q: g.op("Attention", q, key, value, "", "", "", length))  # noqa: B023
-        logits = g.op("Add", logits, self.layer(g, self.norm(g, x, "set_norm"), "set_out"))
-        return self.finish(g, logits, "set")
+        g, d, heads = Graph("set"), self.config.width, self.config.heads
+        hidden, logits = g.input("hidden", ["B", "N", d]), g.input("logits", ["B", "N", heads])
+        logits = self.read_slate(g, self.stream(g, hidden), logits, g.input("set_length", ["B"], INT))
+        g.output("probabilities", self.probabilities(g, logits, "set"), ["B", "N", heads], DOUBLE)
+        return g.model()
+
+    def rank(self, items: np.ndarray, head_weights: Sequence[float]) -> onnx.ModelProto:
+        """All of it in one graph, for those who serve it elsewhere: rows of events and candidates in, scores out.
+
+        history actions gaps (B,L) candidates (B,N) rows, numeric (B,N,F) with NaN for missing, meta (B,M), context (B,4)
+        -> probabilities (B,N,heads) of the highest exit, scores (B,N)
+        """
+        g, exit = Graph("rank"), "set" if self.set_blocks else "point"
+        events = [g.input(name, ["B", "L"], INT) for name in ("history", "actions", "gaps")]
+        candidates = g.op("Gather", g.weight("items", items), g.input("candidates", ["B", "N"], INT))
+        batch = g.op("Concat", g.op("Shape", events[0], start=0, end=1), g.ints(1), axis=0)
+        history, actions, gaps = (  # the start token first
+            g.op("Concat", g.op("Expand", g.weight(f"start_{k}", np.array([[row]])), batch), column, axis=1)
+            for k, (row, column) in enumerate(zip((START_ITEM, UNKNOWN_ACTION, GAP_MISSING), events, strict=True))
+        )
+        length = g.op("Expand", g.op("Shape", history, start=1, end=2), g.op("Shape", history, start=0, end=1))  # (B,)
+        fused = self.fused(g, candidates)
+        state, user = self.write_history(g, g.op("Gather", "items", history), actions, gaps, length, [])
+        logits, hidden = self.read_history(g, candidates, fused, user, state, length)
+        if self.set_blocks:
+            slate = g.op("Expand", g.op("Shape", candidates, start=1, end=2), g.op("Shape", candidates, start=0, end=1))
+            logits = self.read_slate(g, hidden, logits, slate)
+        probabilities = g.output("probabilities", self.probabilities(g, logits, exit), ["B", "N", self.config.heads], DOUBLE)
+        weighted = g.op("MatMul", probabilities, g.weight("head_weights", np.array(head_weights, np.float64)))
+        g.output("scores", weighted, ["B", "N"], DOUBLE)
+        return g.model()
 
     def all(self) -> dict[str, onnx.ModelProto]:
         graphs = {"encode": self.encode(), "dot": self.dot(), "point": self.point()}

@@ -93,8 +93,9 @@ def one_pass(draw: Requests) -> float:
     for length in draw.histories:
         for n in SLATES:
             history, candidates, meta = draw.history(length), draw.candidates(n), draw.meta()
-            whole = draw.engine.score(history, candidates, meta, "point")
-            alone = [draw.engine.score(history, pick(candidates, np.array([k])), meta, "point") for k in range(n)]
+            state = draw.state(history)
+            whole = draw.engine.point(candidates, meta, state).probabilities
+            alone = [draw.engine.point(pick(candidates, np.array([k])), meta, state).probabilities for k in range(n)]
             result = max(result, worst(whole, np.concatenate(alone)))
     return result
 
@@ -148,9 +149,9 @@ def padding(draw: Requests) -> float:
     engine, lengths, sizes = draw.engine, (3, 40, 17), (5, 64, 1)
     histories, slates, metas = [draw.history(n) for n in lengths], [draw.candidates(n) for n in sizes], [draw.meta() for _ in sizes]
 
-    def pad(arrays: list[np.ndarray], axis: int = 0) -> np.ndarray:
-        longest = max(a.shape[axis] for a in arrays)
-        widths = [[(0, longest - a.shape[axis]) if k == axis else (0, 0) for k in range(a.ndim)] for a in arrays]
+    def pad(arrays: list[np.ndarray]) -> np.ndarray:
+        longest = max(len(a) for a in arrays)
+        widths = [[(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)] for a in arrays]
         return np.stack([np.pad(a, w, constant_values=1 if a.dtype == np.float32 else 0) for a, w in zip(arrays, widths, strict=True)])
 
     feeds = {"items": pad([engine.items[h.items] for h in histories]), "length": np.array(lengths)}
@@ -166,7 +167,7 @@ def padding(draw: Requests) -> float:
         feeds["numeric"] = pad([c.numeric for c in slates])
     feeds |= {"user": encoded["user"], "history_length": np.array([s.events + 1 for s in states])}
     for i in range(engine.blocks):
-        feeds[f"key_{i}"], feeds[f"value_{i}"] = pad([s.keys[i][0] for s in states], 1), pad([s.values[i][0] for s in states], 1)
+        feeds[f"key_{i}"], feeds[f"value_{i}"] = pad([s.keys[i][0] for s in states]), pad([s.values[i][0] for s in states])
     batch = engine.run("point", feeds)
     for row, (candidates, meta, state) in enumerate(zip(slates, metas, states, strict=True)):
         alone = engine.point(candidates, meta, state)
