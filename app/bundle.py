@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -34,6 +33,8 @@ from app.manifest import Manifest, ManifestError, read_manifest
 from app.schemas import RankRequest
 
 log = logging.getLogger("slatewise")
+
+LARGEST = 3e38  # of a numeric feature: float32 has no more
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,25 @@ class Ranker:
         """The manifest's, or the first that is served where that one was refused."""
         return self.manifest.default_variant if self.manifest.default_variant in self.engines else next(iter(self.engines))
 
-    def item_rows(self, ids: list[Any]) -> Int64:
-        """(N,) rows, 0 for an id that the bundle does not know."""
-        return rows_of(self.vocabulary.items, map(str, ids), len(ids))
-
     def history(self, request: RankRequest) -> tuple[History, int]:
         """The events to read, as rows, and how many of the oldest are passed over."""
         sent = request.history
         first = window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
-        items = self.item_rows(sent.item_ids[first:])
-        n = len(items)
-        actions = np.full(n, UNKNOWN_ACTION, np.int64)
-        if sent.actions is not None:
-            actions = rows_of(self.vocabulary.actions, sent.actions[first:], n)
-        times = sent.timestamps[first:] if sent.timestamps is not None else [None] * n
-        gaps = gap_buckets(np.array(times, np.float64))
-        return History(items, actions, gaps), first
+        items = rows_of(self.vocabulary.items, sent.item_ids[first:])
+        actions = np.full(len(items), UNKNOWN_ACTION, np.int64) if sent.actions is None else rows_of(self.vocabulary.actions, sent.actions[first:])
+        times = np.full(len(items), np.nan) if sent.timestamps is None else np.array(sent.timestamps[first:], np.float64)
+        return History(items, actions, gap_buckets(times)), first
 
     def candidates(self, request: RankRequest, request_time: float) -> tuple[Candidates, Int64]:
         """The candidates as arrays, and the positions of those the bundle does not know."""
         sent, n = request.candidates, len(request.candidates.item_ids)
-        rows = self.item_rows(sent.item_ids)
-        vectors, unknown = self.items[rows], np.flatnonzero(rows == UNKNOWN_ITEM)
+        rows = rows_of(self.vocabulary.items, sent.item_ids)
+        vectors, unknown = self.items.take(rows, axis=0), np.flatnonzero(rows == UNKNOWN_ITEM)
         if sent.fields and len(unknown):
             vectors[unknown] += self.field_change(sent.fields, unknown)
-        numeric = np.full((n, len(self.manifest.features)), np.nan, np.float32)
-        for k, name in enumerate(self.manifest.features):
-            if name in sent.features:
-                numeric[:, k] = np.clip(np.array(sent.features[name], np.float64), -3e38, 3e38)
+        missing = [None] * n
+        columns = np.array([sent.features.get(name, missing) for name in self.manifest.features], np.float64).reshape(-1, n)
+        numeric = np.clip(columns, -LARGEST, LARGEST).T.astype(np.float32, order="C")
         return Candidates(vectors, numeric, request_context(request_time)[None]), unknown
 
     def field_change(self, fields: dict[str, Any], positions: Int64) -> Float32:
@@ -125,9 +117,9 @@ class Ranker:
         return self.default_meta if row is None else self.embedded_meta[row]
 
 
-def rows_of(vocabulary: dict[str, int], names: Iterable[Any], n: int) -> Int64:
+def rows_of(vocabulary: dict[str, int], names: list[Any]) -> Int64:
     """(n,) rows of names, 0 (unknown) for those that the vocabulary lacks: one loop, in C."""
-    return np.fromiter(map(vocabulary.get, names, repeat(0)), np.int64, n)
+    return np.fromiter(map(vocabulary.get, names, repeat(0)), np.int64, len(names))
 
 
 def sha256(path: Path) -> str:
@@ -193,14 +185,14 @@ def score_request(ranker: Ranker, engine: Engine, request: RankRequest) -> dict[
     """(N, heads) probabilities by exit, the slow, obvious way, with the embedded store's vector."""
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
-    meta = ranker.embedded_meta_of(None if request.user is None else str(request.user))
+    meta = ranker.embedded_meta_of(request.user)
     return {exit: engine.score(history, candidates, meta, exit) for exit in ranker.manifest.exits}
 
 
 def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
     """The bundle without its variants. Raises ManifestError where an array is not what the manifest says."""
     try:
-        items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
+        items = np.asarray(np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False))  # the map, without np.memmap's slow indexing
         ids = read_json(folder / "ids.json")
         field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
         default_meta = np.load(folder / "default_meta.npy", allow_pickle=False)

@@ -25,18 +25,19 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 
+GAP_EDGES = np.append(2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf)  # seconds from which the buckets 3, 4, ... begin
+GAP_OF_EDGES = np.append(np.arange(2, GAP_BUCKETS), GAP_MISSING)  # by how many edges are passed; NaN sorts behind infinity
+
+
 def gap_buckets(timestamps: Float64) -> Int64:
-    """Seconds since the event before, as bucket ids.
+    """Seconds since the event before, as bucket ids: 2 + floor(log2(gap + 1)), clamped.
 
     timestamps: (L,) float64 unix seconds, NaN where missing, of the *kept* events, oldest first. Returns (L,) int64.
     The gap is clamped at 0, so a clock that went backwards is a gap of nothing.
     """
-    gaps = np.diff(timestamps, prepend=np.nan)
-    known = ~np.isnan(gaps)
-    buckets = np.full(gaps.shape, GAP_MISSING, dtype=np.int64)
-    seconds = np.maximum(gaps[known], 0.0)
-    buckets[known] = np.minimum(2 + np.floor(np.log2(seconds + 1.0)).astype(np.int64), GAP_BUCKETS - 1)
+    buckets = np.empty(len(timestamps), np.int64)
     buckets[:1] = GAP_FIRST
+    buckets[1:] = GAP_OF_EDGES[GAP_EDGES.searchsorted(timestamps[1:] - timestamps[:-1], "right")]
     return buckets
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from app.engine import History, HistoryState
+from app.engine import History, KeptState
+from app.workers import Job
 
 ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around an entry's arrays, rounded up
 
@@ -22,7 +22,7 @@ ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around an entry's arrays, 
 @dataclass(frozen=True)
 class Entry:
     history: History
-    state: HistoryState
+    state: KeptState
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +34,7 @@ class Encoding:
     """One that runs, and how many wait for it."""
 
     history: History
-    task: asyncio.Task[HistoryState]
+    job: Job[KeptState]
     waiters: int = 0
 
 
@@ -69,8 +69,8 @@ class HistoryCache:
         if entry is not None:
             self.nbytes -= entry.nbytes
 
-    async def once(self, key: Hashable, history: History, encode: Callable[[], Coroutine[Any, Any, HistoryState]]) -> tuple[HistoryState, bool]:
-        """`encode()`, shared by all who ask for the same events of the same user while it runs; and whether this call began it.
+    async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> tuple[KeptState, float]:
+        """`encode()`, shared by all who ask for the same events of the same user while it runs; and the seconds this caller's job was queued.
 
         It goes on while anybody waits for it: one caller's cancellation does not take it from the others, the last
         one's stops it.
@@ -79,23 +79,24 @@ class HistoryCache:
         encoding = next((other for other in running if other.history.equals(history)), None)
         led = encoding is None
         if encoding is None:
-            encoding = Encoding(history, asyncio.ensure_future(encode()))
-            encoding.task.add_done_callback(partial(self.end, key, encoding))
+            encoding = Encoding(history, encode())
+            encoding.job.add_done_callback(partial(self.end, key, encoding))
             running.append(encoding)
         encoding.waiters += 1
         try:
-            return await asyncio.shield(encoding.task), led
+            state = await asyncio.shield(encoding.job)
+            return state, encoding.job.queued if led else 0.0
         finally:
             encoding.waiters -= 1
-            if not encoding.waiters and not encoding.task.done():
-                self.end(key, encoding, encoding.task)  # at once: nobody may join what is being cancelled
-                encoding.task.cancel()
+            if not encoding.waiters and not encoding.job.done():
+                self.end(key, encoding, encoding.job)  # at once: nobody may join what is being cancelled
+                encoding.job.cancel()
 
-    def end(self, key: Hashable, encoding: Encoding, task: asyncio.Task[HistoryState]) -> None:
+    def end(self, key: Hashable, encoding: Encoding, job: Job[KeptState]) -> None:
         rest = [other for other in self.encoding.get(key, ()) if other is not encoding]
         if rest:
             self.encoding[key] = rest
         else:
             self.encoding.pop(key, None)
-        if task.done() and not task.cancelled():
-            task.exception()  # seen, also where every waiter has gone
+        if job.done() and not job.cancelled():
+            job.exception()  # seen, also where every waiter has gone

@@ -34,7 +34,7 @@ from app.history_cache import HistoryCache
 from app.manifest import ManifestError
 from app.meta_embeddings import EmbeddedStore, RedisStore, Store
 from app.pipeline import Pipeline
-from app.routes import routes
+from app.routes import rerank, routes, score
 from app.schemas import REQUEST_ID, Problem, RankRequest
 from app.settings import Settings
 from app.workers import Workers
@@ -68,24 +68,37 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             max_history=settings.max_history,
             max_outstanding_tokens=settings.max_outstanding_tokens,
             default_deadline_ms=settings.deadline_ms,
+            pack_history=settings.history_cache_dtype == "int8",
         )
 
 
 class Gate:
-    """Outermost: notes when a request entered the application, where its deadline starts, and asks for a key where keys are set."""
+    """Before the routes: notes when a request entered, where its deadline starts, and asks for a key where keys are set.
+
+    The ranking endpoints are called from here: what FastAPI does around an endpoint (matching, dependencies, exit stacks)
+    costs more than reading the request does (docs/performance.md), and they use none of it.
+    """
 
     OPEN = ("/livez", "/readyz", "/metrics")
+    RANKING = {"/rerank": rerank, "/score": score}
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
         scope["slatewise.entered"] = time.perf_counter()
-        if scope["type"] == "http" and self.keys and scope["path"] not in self.OPEN and not self.admits(Headers(scope=scope)):
-            error = Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
-            await problem(Request(scope), error)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        request, endpoint = Request(scope, receive), self.RANKING.get(scope["path"])
+        try:
+            if self.keys and scope["path"] not in self.OPEN and not self.admits(request.headers):
+                raise Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
+            if endpoint is None or scope["method"] != "POST":
+                return await self.app(scope, receive, send)
+            response = await endpoint(request)
+        except RankingError as error:
+            response = problem(request, error)
+        await response(scope, receive, send)
 
     def admits(self, headers: Headers) -> bool:
         """Every key is compared, in constant time."""
@@ -211,7 +224,14 @@ def main() -> None:
     log.info("listening on http://%s:%d", settings.host, settings.port)
     app = create_app(settings, rankers)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30, server_header=False
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # nobody reads the client's address
+        timeout_graceful_shutdown=30,
+        server_header=False,
     )
     Server(config, app, settings.drain_seconds).run()
 

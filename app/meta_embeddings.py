@@ -16,7 +16,7 @@ import logging
 import struct
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -48,7 +48,8 @@ class MetaEmbedding:
 
 
 class Store(Protocol):
-    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding: ...
+    def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
+        """Begins at once; whoever goes away without awaiting it leaves nothing behind."""
 
 
 def pack(vector: Float32, generation: int, created_at: float) -> bytes:
@@ -84,7 +85,12 @@ def user_key(ranker: str, space: str, user: str) -> str:
 class EmbeddedStore:
     """The vectors that the bundle brings, memory-mapped."""
 
-    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding:
+    def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
+        found: asyncio.Future[MetaEmbedding] = asyncio.get_running_loop().create_future()
+        found.set_result(self.find(ranker, user))
+        return found
+
+    def find(self, ranker: Ranker, user: str) -> MetaEmbedding:
         row = ranker.embedded_users.get(user)
         if row is None:
             metrics.EMBEDDINGS.labels("miss").inc()
@@ -162,12 +168,12 @@ class RedisStore:
         finally:
             metrics.REDIS_DURATION.labels(name).observe(time.perf_counter() - begin)
 
-    async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding:
+    def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
         """In a task of its own, so that a request that is cancelled never leaves half a reply in a connection."""
         task = asyncio.create_task(self.ask(ranker, user))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
-        return await asyncio.shield(task)
+        return asyncio.shield(task)
 
     async def ask(self, ranker: Ranker, user: str) -> MetaEmbedding:
         if not self.healthy:

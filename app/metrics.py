@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -49,8 +47,7 @@ MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and wa
 BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
 
 BUILD_INFO.labels(VERSION).set(1)
-for _stage in STAGES:
-    STAGE.labels(_stage)
+STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
     DEGRADED.labels(_reason)
 for _reason in ("in_flight", "tokens"):
@@ -62,23 +59,25 @@ for _result in ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error"):
 
 
 class Timings:
-    """Seconds by stage, of one request."""
+    """Seconds by stage, of one request. Every moment from the entry on belongs to a stage, so that the stages add up."""
 
-    def __init__(self) -> None:
+    def __init__(self, entered: float) -> None:
+        self.entered = self.marked = entered  # time.perf_counter()
         self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str, queued: float = 0.0) -> None:
+        """The time since the last lap goes to a stage, but for what of it was spent waiting for a thread."""
+        now = time.perf_counter()
+        queued = min(queued, now - self.marked)
+        if queued:
+            self.add("queue", queued)
+        self.add(stage, now - self.marked - queued)
+        self.marked = now
 
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - begin)
-
     def observe(self) -> None:
         """Into the histograms, once, when the request ends."""
         for stage, seconds in self.seconds.items():
-            STAGE.labels(stage).observe(seconds)
+            STAGES_BY_NAME[stage].observe(seconds)

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from app import metrics
 from app.bundle import Ranker
-from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Candidates, Engine, EngineError, History, HistoryState, join
+from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Candidates, Engine, EngineError, History, KeptState, join
 from app.errors import MOST_FAULTS, DeadlineExceeded, Fault, Invalid, NotFound, OverloadedUndegraded, RankingError, pointer
 from app.features import UNKNOWN_ITEM, Float32, Float64, Int64
 from app.history_cache import Entry, HistoryCache
 from app.meta_embeddings import MetaEmbedding, Store
 from app.metrics import Timings
 from app.schemas import RankRequest
-from app.workers import Workers
+from app.workers import Quanta, Workers
 
 LADDER = ("dot", "point", "set")
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,12 +35,10 @@ class Call:
     """One request on its way: what was asked, and what is known so far."""
 
     request: RankRequest
-    entered: float  # time.perf_counter()
-    timings: Timings = field(default_factory=Timings)
+    timings: Timings
     ranker: Ranker | None = None
     variant: str | None = None
-    exit: str = "input_order"  # of the scores below: the highest rung that is complete
-    probabilities: Float64 | None = None  # (N, heads)
+    rungs: list[tuple[str, Float64]] = field(default_factory=list)  # the exits that are complete, lowest first: name, (N, heads) probabilities
     history_used: int = 0
     history_dropped: int = 0
     history_unknown: int = 0
@@ -49,8 +48,12 @@ class Call:
     degraded: set[str] = field(default_factory=set)
 
     @property
-    def user(self) -> str | None:
-        return None if self.request.user is None else str(self.request.user)
+    def exit(self) -> str:
+        return self.rungs[-1][0] if self.rungs else "input_order"
+
+    @property
+    def probabilities(self) -> Float64 | None:
+        return self.rungs[-1][1] if self.rungs else None
 
 
 class Pipeline:
@@ -67,10 +70,11 @@ class Pipeline:
         max_history: int,
         max_outstanding_tokens: int,
         default_deadline_ms: float,
+        pack_history: bool = False,
     ) -> None:
         self.rankers, self.store, self.cache, self.workers = rankers, store, cache, workers
         self.max_candidates, self.max_history = max_candidates, max_history
-        self.max_outstanding_tokens, self.default_deadline_ms = max_outstanding_tokens, default_deadline_ms
+        self.max_outstanding_tokens, self.default_deadline_ms, self.pack_history = max_outstanding_tokens, default_deadline_ms, pack_history
         self.outstanding_tokens = 0  # events and candidates of the requests that are admitted and not answered
 
     async def rank(self, call: Call) -> Call:
@@ -78,38 +82,35 @@ class Pipeline:
         request = call.request
         ranker, variant, wanted = self.check(call)
         engine = ranker.engines[variant]
-        with call.timings.stage("features"):
-            history, call.history_dropped = ranker.history(request)
-            candidates, call.unknown = ranker.candidates(request, time.time() if request.request_time is None else request.request_time)
+        history, call.history_dropped = ranker.history(request)
+        candidates, call.unknown = ranker.candidates(request, time.time() if request.request_time is None else request.request_time)
+        call.timings.lap("features")
         tokens = len(history) + len(candidates)
         wanted = self.admit(call, wanted, tokens)
         if wanted == "input_order":
             return call
         deadline_ms = request.deadline_ms or self.default_deadline_ms
-        deadline = call.entered + deadline_ms / 1e3 if deadline_ms else None
+        remaining = call.timings.entered + deadline_ms / 1e3 - time.perf_counter() if deadline_ms else None
         self.outstanding_tokens += tokens
         try:
-            if deadline is not None and time.perf_counter() >= deadline:
+            if remaining is not None and remaining <= 0:
                 raise TimeoutError
-            async with asyncio.timeout(None if deadline is None else deadline - time.perf_counter()):
-                looking = asyncio.ensure_future(self.look_up(ranker, call.user))
-                try:
-                    state = await self.encode(call, ranker, variant, history)
-                    call.history_used, call.history_unknown = len(history), int((history.items == UNKNOWN_ITEM).sum())
-                    with call.timings.stage("embed"):  # the time waited for it beyond the encoding
-                        call.meta = await looking
-                finally:
-                    looking.cancel()
+            async with asyncio.timeout(remaining):
+                looking = None if request.user is None else self.store.look_up(ranker, request.user)  # begins at once
+                state = await self.encode(call, ranker, variant, history)
+                call.history_used, call.history_unknown = len(history), int(np.count_nonzero(history.items == UNKNOWN_ITEM))
+                call.meta = MetaEmbedding(ranker.default_meta, "off") if looking is None else await looking
+                call.timings.lap("embed")  # what was waited for it beyond the encoding
                 if call.meta.status == "error":
                     call.degraded.add("store_error")
-                await self.climb(call, engine, candidates, state, call.meta.vector, wanted, insured=deadline is not None)
+                quanta = climb(engine, candidates, state, call.meta.vector, wanted, remaining is not None, call.rungs)
+                await self.run(call, "score", quanta)
         except TimeoutError:
             metrics.DEADLINE_EXCEEDED.inc()
             if not request.allow_degraded:
                 raise DeadlineExceeded(f"not done within deadline_ms = {deadline_ms:g}") from None
-            call.degraded.add("deadline")
-            if call.probabilities is not None:
-                call.degraded.add("exit")
+            call.rungs = call.rungs[:]  # a quantum that still runs finds another list
+            call.degraded |= {"deadline", "exit"} if call.rungs else {"deadline"}
         except EngineError as error:
             raise RankingError("the model failed on this request") from error
         finally:
@@ -176,67 +177,72 @@ class Pipeline:
         call.degraded |= {"overload", "exit"}
         return allowed
 
-    async def look_up(self, ranker: Ranker, user: str | None) -> MetaEmbedding:
-        if user is None:
-            return MetaEmbedding(ranker.default_meta, "off")
-        return await self.store.look_up(ranker, user)
+    async def run(self, call: Call, stage: str, quanta: Quanta[T]) -> T:
+        """The generator's result, from a worker thread; the wait for one counts as `queue`, the rest as its stage."""
+        job = self.workers.submit(quanta, call.request.priority)
+        try:
+            return await job
+        finally:
+            job.cancel()
+            call.timings.lap(stage, job.queued)
 
-    async def run(self, call: Call, stage: str, work: Callable[[], Any]) -> Any:
-        """One quantum in a worker thread: the wait counts as `queue`, the rest as its stage."""
-        begin = time.perf_counter()
-        result, waited = await self.workers.run(work, call.request.priority)
-        call.timings.add("queue", waited)
-        call.timings.add(stage, time.perf_counter() - begin - waited)
-        return result
-
-    async def encode(self, call: Call, ranker: Ranker, variant: str, history: History) -> HistoryState:
+    async def encode(self, call: Call, ranker: Ranker, variant: str, history: History) -> KeptState:
         """The state of the history: kept, extended by what is new, or encoded; nothing is kept without a user."""
-        engine = ranker.engines[variant]
+        engine, user = ranker.engines[variant], call.request.user
         if not len(history):
             return engine.start
-        if call.user is None:
-            return await self.extend(call, engine, engine.start, history)
-        key = (ranker.name, ranker.manifest.version, variant, call.user)
+        if user is None:
+            return await self.run(call, "encode", extend(engine, engine.start, 0, history, False))
+        key = (ranker.name, ranker.manifest.version, variant, user)
         entry = self.cache.get(key)
         reused = 0 if entry is None else entry.history.common_prefix(history)
-        if entry is not None and entry.history.equals(history):
+        if entry is not None and reused == len(history) == len(entry.history):
             call.cache = "hit"
             metrics.HISTORY_REUSED.inc(reused)
             return entry.state
         reused = min(reused, len(history) - 1)  # the newest event is always read: its hidden state is the user vector
-        base = engine.start if entry is None else engine.prefix(entry.state, reused)
+        base = engine.start if entry is None else entry.state
         call.cache = "extended" if reused else "miss"
         metrics.HISTORY_REUSED.inc(reused)
-        rest = History(history.items[reused:], history.actions[reused:], history.gaps[reused:])
-        begin = time.perf_counter()
-        state, led = await self.cache.once(key, history, lambda: self.extend(call, engine, base, rest))
-        if not led:  # waited for the same encoding of another request
-            call.timings.add("encode", time.perf_counter() - begin)
+        quanta = partial(extend, engine, base, reused, history, self.pack_history)
+        state, queued = await self.cache.once(key, history, lambda: self.workers.submit(quanta(), call.request.priority))
+        call.timings.lap("encode", queued)
         self.cache.put(key, Entry(history, state))
         return state
 
-    async def extend(self, call: Call, engine: Engine, state: HistoryState, events: History) -> HistoryState:
-        for first in range(0, len(events), HISTORY_QUANTUM):
-            rows = slice(first, first + HISTORY_QUANTUM)
-            chunk = History(events.items[rows], events.actions[rows], events.gaps[rows])
-            state = await self.run(call, "encode", partial(engine.extend, state, chunk))
-            metrics.HISTORY_ENCODED.inc(len(chunk))
-        return state
 
-    async def climb(self, call: Call, engine: Engine, candidates: Candidates, state: HistoryState, meta: Float32, wanted: str, *, insured: bool) -> None:
-        """Up the ladder to the exit that is wanted; under a deadline each rung is an answer as soon as it is complete."""
-        if wanted == "dot" or insured:
-            call.probabilities, call.exit = await self.run(call, "score", partial(engine.dot, candidates, state)), "dot"
-        if wanted == "dot":
-            return
-        chunks = []
-        for first in range(0, len(candidates), CANDIDATE_QUANTUM):
-            rows = slice(first, first + CANDIDATE_QUANTUM)
-            chunks.append(await self.run(call, "score", partial(engine.point, candidates, meta, state, rows)))
-        point = join(chunks)
-        call.probabilities, call.exit = point.probabilities, "point"
-        if wanted == "set":
-            call.probabilities, call.exit = await self.run(call, "score", partial(engine.set, point)), "set"
+def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Quanta[KeptState]:
+    """The state of a history whose first `reused` events are those of `base`, a quantum at a time."""
+    state = None
+    for first in range(reused, len(history), HISTORY_QUANTUM):
+        chunk = history[first : first + HISTORY_QUANTUM]
+        yield len(chunk)
+        state = engine.extend(engine.prefix(base.unpacked(), reused) if state is None else state, chunk)
+        metrics.HISTORY_ENCODED.inc(len(chunk))
+    assert state is not None
+    return state.packed() if pack else state
+
+
+def climb(engine: Engine, candidates: Candidates, kept: KeptState, meta: Float32, wanted: str, insured: bool, rungs: list[tuple[str, Float64]]) -> Quanta[None]:
+    """Up the ladder to the exit that is wanted; `rungs` has each that is complete, an answer for a deadline that passes (`insured`: from `dot` on)."""
+    n, state = len(candidates), None
+    if wanted == "dot" or insured:
+        yield n
+        state = kept.unpacked()
+        rungs.append(("dot", engine.dot(candidates, state)))
+    if wanted == "dot":
+        return
+    chunks = []
+    for first in range(0, n, CANDIDATE_QUANTUM):
+        rows = slice(first, min(first + CANDIDATE_QUANTUM, n))
+        yield rows.stop - rows.start
+        state = state or kept.unpacked()
+        chunks.append(engine.point(candidates, meta, state, rows))
+    point = join(chunks)
+    rungs.append(("point", point.probabilities))
+    if wanted == "set":
+        yield n
+        rungs.append(("set", engine.set(point)))
 
 
 def order(call: Call, by_score: bool) -> tuple[Int64, Float64]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from collections.abc import Awaitable
+from typing import Any
 
 import pydantic_core
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
@@ -48,20 +49,11 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RankRequest"}}}}}
 
 
-async def pipeline_of(request: Request) -> Pipeline:
+def pipeline_of(request: Request) -> Pipeline:
     pipeline: Pipeline | None = getattr(request.app.state, "pipeline", None)
     if pipeline is None:
         raise NotReady("the models are not loaded yet, or the server is stopping")
     return pipeline
-
-
-async def settings_of(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
-PipelineDep = Annotated[Pipeline, Depends(pipeline_of)]
-SettingsDep = Annotated[Settings, Depends(settings_of)]
 
 
 routes = APIRouter()
@@ -74,8 +66,9 @@ async def livez() -> dict[str, str]:
 
 
 @routes.get("/readyz", response_model=Health, responses={503: PROBLEMS[503]})
-async def readyz(request: Request, _: PipelineDep) -> dict[str, str]:
+async def readyz(request: Request) -> dict[str, str]:
     """The models are loaded and warm, and the server is not draining. Redis is not asked: without it the service degrades and serves."""
+    pipeline_of(request)
     if request.app.state.draining:
         raise NotReady("the server is draining")
     return {"status": "ready"}
@@ -91,14 +84,15 @@ async def prometheus_metrics(request: Request) -> Response:
 
 
 @routes.get("/models", response_model=Models, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
-async def list_models(pipeline: PipelineDep) -> Models:
+async def list_models(request: Request) -> Models:
     """The rankers that are served."""
-    return Models(models=[ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines)) for r in pipeline.rankers.values()])
+    return Models(models=[ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines)) for r in pipeline_of(request).rankers.values()])
 
 
 @routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
-async def show_model(ranker: str, pipeline: PipelineDep) -> ModelCard:
+async def show_model(ranker: str, request: Request) -> ModelCard:
     """One ranker: limits, heads, quality and latency of its variants, and an example request."""
+    pipeline = pipeline_of(request)
     if ranker not in pipeline.rankers:
         raise NotFound(f"no such ranker; served: {', '.join(pipeline.rankers)}")
     return model_card(pipeline.rankers[ranker], pipeline)
@@ -132,22 +126,24 @@ def model_card(ranker: Ranker, pipeline: Pipeline) -> ModelCard:
 
 
 @routes.post("/rerank", response_model=RankResponse, responses=PROBLEMS, openapi_extra=BODY)
-async def rerank(request: Request, pipeline: PipelineDep, settings: SettingsDep) -> Response:
+async def rerank(request: Request) -> Response:
     """The candidates in the order this user will like, cut to `top_n`."""
-    return await answer(request, pipeline, settings, by_score=True)
+    return await answer(request, by_score=True)
 
 
 @routes.post("/score", response_model=RankResponse, responses=PROBLEMS, openapi_extra=BODY)
-async def score(request: Request, pipeline: PipelineDep, settings: SettingsDep) -> Response:
+async def score(request: Request) -> Response:
     """The same, with the results in input order; `top_n` is ignored."""
-    return await answer(request, pipeline, settings, by_score=False)
+    return await answer(request, by_score=False)
 
 
-async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by_score: bool) -> Response:
+async def answer(request: Request, *, by_score: bool) -> Response:
     """From the first door to the last byte; whatever happens, the request is counted once."""
+    pipeline = pipeline_of(request)
     entered: float = request.scope["slatewise.entered"]
-    state, endpoint = request.app.state, request.url.path
-    call, timings, code = None, Timings(), 500
+    state, endpoint = request.app.state, request.scope["path"]
+    settings: Settings = state.settings
+    call, timings, code = None, Timings(entered), 500
     state.in_flight += 1
     metrics.IN_FLIGHT.inc()
     try:
@@ -155,12 +151,12 @@ async def answer(request: Request, pipeline: Pipeline, settings: Settings, *, by
             metrics.REJECTED.labels("in_flight").inc()
             raise Overloaded(f"more than {settings.max_in_flight} requests are in flight")
         body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        with timings.stage("parse"):
-            call = Call(parse(body, request), entered, timings)
+        call = Call(parse(body, request), timings)
+        timings.lap("parse")
         request.state.request_id = call.request.id
         await while_connected(request, pipeline.rank(call))
-        with timings.stage("serialize"):
-            response = respond(call, by_score)
+        response = respond(call, by_score)
+        timings.lap("serialize")
         code = 200
         return response
     except RankingError as error:
@@ -185,7 +181,7 @@ def parse(body: bytes, request: Request) -> RankRequest:
     changes: dict[str, Any] = {}
     user, identifier = header_text(request, "x-user-id"), header_text(request, "x-request-id")
     if user is not None:
-        if parsed.user is not None and str(parsed.user) != user:
+        if parsed.user is not None and parsed.user != user:
             raise Invalid.at("/user", "differs from the header X-User-ID")
         changes["user"] = user
     if parsed.id is None and identifier is not None:
@@ -228,19 +224,29 @@ def refusal(error: ValidationError) -> RankingError:
     return Invalid(f"{first.pointer or '/'}: {first.detail}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""), tuple(faults.values()))
 
 
-async def while_connected(request: Request, work: Any) -> None:
-    """Await `work`, or cancel it when the client goes away."""
-    task = asyncio.ensure_future(work)
+async def while_connected(request: Request, work: Awaitable[Any]) -> None:
+    """Await `work`, or cancel it when the client goes away. Raises ClientDisconnect."""
+    task, gone = asyncio.current_task(), False
+    assert task is not None
     listener = asyncio.ensure_future(request.receive())  # after the body, the next message is the disconnect
-    try:
-        await asyncio.wait({task, listener}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        if task.cancelled():
-            raise NotReady("the server is stopping")
-        task.result()
-    finally:
+
+    def leave(_: object) -> None:
+        nonlocal gone
+        gone = True
         task.cancel()
+
+    listener.add_done_callback(leave)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if gone:
+            task.uncancel()
+            raise ClientDisconnect from None
+        if not task.cancelling():
+            raise NotReady("the server is stopping") from None
+        raise
+    finally:
+        listener.remove_done_callback(leave)
         listener.cancel()
 
 
@@ -249,19 +255,20 @@ def respond(call: Call, by_score: bool) -> Response:
     request, ranker = call.request, call.ranker
     assert ranker is not None
     index, scores = order(call, by_score)
-    ids = list(map(str, request.candidates.item_ids))
+    positions = index.tolist()
+    ids = request.candidates.item_ids
     ranked = call.probabilities is not None
     heads = {} if call.probabilities is None else {h: call.probabilities[index, k].tolist() for k, h in enumerate(ranker.manifest.heads)}
     meta = call.meta
     milliseconds = {stage: round(call.timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES[:-1]}  # `serialize` is not over
-    milliseconds["total"] = round((time.perf_counter() - call.entered) * 1e3, 3)
+    milliseconds["total"] = round((time.perf_counter() - call.timings.entered) * 1e3, 3)
     content = {
         "id": request.id,
         "ranker": ranker.name,
         "version": ranker.manifest.version,
         "variant": call.variant if ranked else None,
         "exit": call.exit,
-        "results": {"index": index.tolist(), "item_ids": [ids[i] for i in index.tolist()], "scores": scores.tolist(), "heads": heads},
+        "results": {"index": positions, "item_ids": list(map(ids.__getitem__, positions)), "scores": scores.tolist(), "heads": heads},
         "unknown_candidates": call.unknown.tolist(),
         "history": {"used": call.history_used, "dropped": call.history_dropped, "unknown": call.history_unknown, "cache": call.cache},
         "meta_embedding": {

@@ -3,16 +3,16 @@
 Limits that settings or the bundle decide (candidates, history) are checked in `pipeline.py`.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_ID = 256
 
 Exit = Literal["auto", "dot", "point", "set"]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
-Id = Text | Integer  # an integer is taken as its decimal string
+Id = Annotated[Text | Integer, Field(union_mode="left_to_right")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=99_999_999_999)]
 REQUEST_ID = r"[!-~]{1,128}"
@@ -22,6 +22,20 @@ RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 T = TypeVar("T")
 Column = Annotated[list[T], Field(fail_fast=True)]  # one fault says enough of a column of thousands
 
+
+def as_text(ids: list[Any]) -> list[str]:
+    """An integer is taken as its decimal string; most columns hold none, which one loop in C tells."""
+    return ids if set(map(type, ids)) <= {str} else list(map(str, ids))
+
+
+if TYPE_CHECKING:  # what validation makes of them
+    User: TypeAlias = str
+    Ids: TypeAlias = list[str]
+    SomeIds: TypeAlias = list[str]
+else:
+    User = Annotated[Id, AfterValidator(str)]
+    Ids = Annotated[Column[Id], AfterValidator(as_text)]
+    SomeIds = Annotated[Column[Id], Field(min_length=1), AfterValidator(as_text)]
 
 Values = Annotated[list[Text], Field(fail_fast=True, max_length=64)]
 
@@ -33,7 +47,7 @@ class Wire(BaseModel):
 class History(Wire):
     """What the user did, oldest first. A null time or action is a missing one."""
 
-    item_ids: Column[Id] = Field(default_factory=list)
+    item_ids: Ids = Field(default_factory=list)
     actions: Column[Text | None] | None = None
     timestamps: Column[UnixSeconds | None] | None = None
     offset: int = Field(0, ge=0, le=2**31, strict=True, description="Index, in the user's whole history, of the first event sent.")
@@ -42,7 +56,7 @@ class History(Wire):
 class Candidates(Wire):
     """What to rank, in first-stage order. A null feature is a missing one; `fields` describe items the ranker may not know."""
 
-    item_ids: Column[Id] = Field(min_length=1)
+    item_ids: SomeIds
     features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
     fields: dict[Text, Column[Values | Text | None]] = Field(default_factory=dict)
 
@@ -52,7 +66,7 @@ class RankRequest(Wire):
     ranker: Text | None = Field(None, description="Name of the ranker; may be left out where only one is served.")
     variant: Text = "auto"
     exit: Exit = "auto"
-    user: Id | None = None
+    user: User | None = None
     history: History = Field(default_factory=History)
     candidates: Candidates
     request_time: UnixSeconds | None = Field(None, description="Unix seconds; default: now.")

@@ -1,8 +1,11 @@
 """Threads that run the model, a quantum at a time.
 
-A quantum is one call of one graph, bounded in size (engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM), and the unit of
-scheduling and cancellation: the queue is served in the order of priority, then arrival, so a large request takes turns
-with the small ones, and what nobody waits for any more is not run. Knows callables, nothing of ranking.
+A job is a generator of quanta: each `yield` says what the next one costs (rows through the model). A quantum is bounded in
+size (engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with
+a job as long as nobody has a better claim, and what nobody waits for any more is not run. Among jobs of a priority the
+claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
+quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row, a new
+one starts level with what is at work, and none starves. Knows generators, nothing of ranking.
 """
 
 from __future__ import annotations
@@ -11,32 +14,54 @@ import asyncio
 import heapq
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Quanta = Generator[int, None, Result]
 
 
-@dataclass(order=True)
-class Job:
-    priority: int
-    number: int
-    call: Callable[[], Any] = field(compare=False)
-    future: asyncio.Future[Any] = field(compare=False)
-    loop: asyncio.AbstractEventLoop = field(compare=False)
-    queued_at: float = field(compare=False)
+class Job(asyncio.Future[Result]):
+    """The result of a generator's return, or what it raises; cancelled, it is not run any further."""
+
+    def __init__(self, quanta: Quanta[Result], priority: int, virtual_start: float, number: int) -> None:
+        super().__init__()
+        self.quanta, self.priority, self.number = quanta, priority, number
+        self.virtual_start = virtual_start  # of its next quantum, in rows
+        self.cost = 0  # of its next quantum, in rows
+        self.queued_at: float | None = time.perf_counter()  # None while it runs
+        self.waited = 0.0
+
+    def __lt__(self, other: Job[Any]) -> bool:
+        """Which has the better claim to a thread."""
+        return (self.priority, self.virtual_start, self.number) < (other.priority, other.virtual_start, other.number)
+
+    @property
+    def queued(self) -> float:
+        """Seconds in the queue, so far."""
+        since = self.queued_at
+        return self.waited + (0.0 if since is None else time.perf_counter() - since)
+
+    def run_quantum(self) -> None:
+        """Raises StopIteration, with the result, after the last."""
+        self.waited, self.queued_at = self.queued, None
+        self.virtual_start += self.cost
+        self.cost = next(self.quanta)
+        self.queued_at = time.perf_counter()
 
 
 class Workers:
     """`async with Workers(threads)`; at the end queued jobs are cancelled and running ones waited for."""
 
     def __init__(self, threads: int) -> None:
-        self.queue: list[Job] = []
+        self.queue: list[Job[Any]] = []
+        self.lock = threading.Lock()
+        self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
         self.number = 0
+        self.virtual_time = 0.0  # the virtual start of the quantum that was last begun, in rows
         self.stopping = False
-        self.changed = threading.Condition()
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
 
     async def __aenter__(self) -> Workers:
@@ -45,65 +70,66 @@ class Workers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with self.changed:
+        with self.lock:
             self.stopping = True
             for job in self.queue:
-                job.future.cancel()
+                job.cancel()
             self.queue.clear()
-            self.changed.notify_all()
+        for _thread in self.threads:
+            self.tickets.put(None)
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
 
-    async def run(self, call: Callable[[], Result], priority: int = 0) -> tuple[Result, float]:
-        """The result of `call`, run in a worker thread, and the seconds it waited for one.
-
-        Raises what it raises. A caller that is cancelled while its job waits takes the job out of the queue.
-        """
-        loop = asyncio.get_running_loop()
-        job = Job(priority, 0, call, loop.create_future(), loop, time.perf_counter())
-        with self.changed:
-            if self.stopping:
-                raise asyncio.CancelledError
+    def submit(self, quanta: Quanta[Result], priority: int = 0) -> Job[Result]:
+        """The job that runs the generator in a thread; its first cost is taken here, so nothing heavy may come before that."""
+        with self.lock:
             self.number += 1
-            job.number = self.number
+            job = Job(quanta, priority, self.virtual_time, self.number)
+            if self.stopping:
+                job.cancel()
+                return job
+            job.cost = next(quanta)
             heapq.heappush(self.queue, job)
-            self.changed.notify()
-        try:
-            result: tuple[Result, float] = await job.future
-        finally:
-            if job.future.cancelled():
-                self.forget(job)
-        return result
-
-    def forget(self, job: Job) -> None:
-        with self.changed:
-            if job in self.queue:
-                self.queue.remove(job)
-                heapq.heapify(self.queue)
+        self.tickets.put(None)
+        return job
 
     def work(self) -> None:
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.queue or self.stopping)
+            self.tickets.get()
+            with self.lock:
                 if self.stopping:
                     return
-                job = heapq.heappop(self.queue)
-            waited = time.perf_counter() - job.queued_at
-            try:
-                answer: tuple[Any, BaseException | None] = ((job.call(), waited), None)
-            except BaseException as error:  # every accepted call is answered, with what it raised if need be
-                answer = (None, error)
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
-                job.loop.call_soon_threadsafe(settle, job.future, *answer)
-            del job, answer  # an idle thread keeps no request alive
+                job: Job[Any] | None = heapq.heappop(self.queue)
+            while job is not None:
+                job = self.take_turn(job)  # an idle thread keeps no request alive
+
+    def take_turn(self, job: Job[Any]) -> Job[Any] | None:
+        """Runs one quantum of a job; what this thread goes on with, None where the job is done."""
+        if job.cancelled():
+            job.quanta.close()
+            return None
+        self.virtual_time = job.virtual_start
+        try:
+            job.run_quantum()
+        except StopIteration as end:
+            answer: tuple[Any, BaseException | None] = (end.value, None)
+        except BaseException as error:  # every accepted job is answered, with what it raised if need be
+            answer = (None, error)
+        else:
+            with self.lock:
+                if self.stopping:
+                    answer = (None, asyncio.CancelledError())
+                else:
+                    return heapq.heappushpop(self.queue, job)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            job.get_loop().call_soon_threadsafe(settle, job, *answer)
+        return None
 
 
-def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
+def settle(job: Job[Any], result: Any, error: BaseException | None) -> None:
+    if job.done():
         return
-    if isinstance(error, StopIteration):  # a future refuses it
-        future.set_exception(RuntimeError(f"a job raised {error!r}"))
-    elif error is not None:
-        future.set_exception(error)
+    if error is not None:
+        job.set_exception(error)
     else:
-        future.set_result(result)
+        job.set_result(result)

@@ -16,6 +16,7 @@ from app.manifest import Manifest
 from models.ligr import Ligr
 
 SLATES = (1, 2, 37, 512)
+OPTIONS = ("int8_history_state",)  # what a server may be set to, with a bound of its own
 
 
 class Requests:
@@ -180,8 +181,19 @@ def padding(draw: Requests) -> float:
     return result
 
 
+def int8_history_state(draw: Requests) -> float:
+    """Exit `point` on a kept history in int8 against fp32."""
+    result = 0.0
+    for length in draw.histories:
+        for n in SLATES:
+            state, candidates, meta = draw.state(draw.history(length)), draw.candidates(n), draw.meta()
+            packed = draw.engine.point(candidates, meta, state.packed().unpacked())
+            result = max(result, worst(packed.probabilities, draw.engine.point(candidates, meta, state).probabilities))
+    return result
+
+
 def measure(engine: Engine, manifest: Manifest, model: Ligr, calibrations: dict) -> dict[str, float]:
-    """All of them, by name."""
+    """All of them, by name; those of OPTIONS have bounds of their own."""
     measures = {
         "onnx_against_torch": lambda draw: against_torch(draw, model, calibrations),
         "one_pass_against_n_passes": one_pass,
@@ -189,6 +201,7 @@ def measure(engine: Engine, manifest: Manifest, model: Ligr, calibrations: dict)
         "chunks_against_whole": candidate_chunks,
         "permutation": permutation,
         "padding": padding,
+        "int8_history_state": int8_history_state,
     }
     named = tqdm(measures.items(), desc="what must not change a score", mininterval=2)
     return {name: measured(Requests(engine, manifest, seed)) for seed, (name, measured) in enumerate(named, start=1)}

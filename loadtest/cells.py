@@ -1,0 +1,192 @@
+"""The cells of the matrix: requests of one kind, sent in one way, and what came of them as a row (a dict of plain values).
+
+    w            history 256, candidates 200, every user new
+    neighbours   other histories and other numbers of candidates, every user new
+    returning    users whose history the server has met: the same again, grown, or slid
+    mixed        cheap requests alone, and beside connections that only send expensive ones
+    open         w at shares of its own closed-loop rate, measured just before
+
+Before: `workload.py` (bodies), `client.py` (sends them), `server.py`. After: `report.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
+
+from loadtest.client import Outcome, closed_loop, lasting, open_loop, post
+from loadtest.server import Running, Server, machine_cpu_seconds
+from loadtest.workload import Shape, W, Workload
+
+Row = dict[str, Any]
+Result = TypeVar("Result")
+
+CONNECTIONS = (1, 4)
+HISTORIES, CANDIDATES = (50, 1_024, 2_048), (20, 512, 1_024, 4_096)  # W itself is a group of its own
+LOADS, OPEN_CONNECTIONS = (0.5, 0.8, 1.2), 64
+CHEAP, EXPENSIVE = Shape(50, 20), Shape(256, 4_096)
+CHEAP_CONNECTIONS, EXPENSIVE_CONNECTIONS = 2, (1, 2)
+MOST_USERS = 50  # that return in one cell: about a megabyte of state each
+
+STAGE = re.compile(r'^slatewise_stage_duration_seconds_sum{stage="(\w+)"} (\S+)$', re.MULTILINE)
+REQUEST = re.compile(r"^slatewise_request_duration_seconds_(sum|count){.*} (\S+)$", re.MULTILINE)
+
+
+def durations(text: str) -> dict[str, float]:
+    """Of `/metrics`: seconds by stage, and `sum` and `count` of whole requests."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for name, value in STAGE.findall(text) + REQUEST.findall(text):
+        found[name] += float(value)
+    return found
+
+
+def breakdown(before: dict[str, float], after: dict[str, float]) -> Row:
+    """Mean milliseconds a request by stage, and the share of the requests' time that their stages explain."""
+    spent = {name: after[name] - before.get(name, 0.0) for name in after}
+    whole, count = spent.pop("sum"), spent.pop("count")
+    means = {name: round(seconds / count * 1e3, 3) for name, seconds in spent.items()}
+    return {"stage_means_ms": means | {"request": round(whole / count * 1e3, 3)}, "stages_share": round(sum(spent.values()) / whole, 3)}
+
+
+def of_answers(bodies: list[bytes]) -> Row:
+    """What the answers say of themselves."""
+    answers = [json.loads(body) for body in bodies]
+    if not answers:
+        return {}
+    timings = [answer["timings_ms"] for answer in answers]
+    return {
+        "degraded_share": round(sum(bool(answer["degraded"]) for answer in answers) / len(answers), 3),
+        "exits": dict(Counter(answer["exit"] for answer in answers)),
+        "cache": dict(Counter(answer["history"]["cache"] for answer in answers)),
+        "stage_medians_ms": {stage: round(statistics.median(one[stage] for one in timings), 3) for stage in timings[0]},
+    }
+
+
+class Bench:
+    """A server, and the requests for it."""
+
+    def __init__(self, server: Running, workload: Workload, requests: int) -> None:
+        self.server, self.workload, self.requests = server, workload, requests
+
+    def count(self, shape: Shape) -> int:
+        """Requests of a cell: fewer where each is larger than W."""
+        scaled = self.requests * (W.history + W.candidates) // (shape.history + shape.candidates)
+        return max(4, self.requests // 10, min(self.requests, scaled))
+
+    def new(self, shape: Shape, count: int) -> list[bytes]:
+        return requests_of(self.workload.distinct(shape, count))
+
+    def warm_up(self, shape: Shape, connections: int) -> None:
+        closed_loop(self.server.port, self.new(shape, 2 * connections), connections)
+
+    def closed(self, requests: Iterable[bytes], connections: int) -> Outcome:
+        return closed_loop(self.server.port, requests, connections, keep_bodies=True)
+
+    def side_by_side(self, seconds: float, requests: list[list[bytes]], connections: list[int]) -> list[Outcome]:
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(lambda sent, n: self.closed(lasting(seconds, sent), n), requests, connections))
+
+    def metered(self, run: Callable[[], Result]) -> tuple[Result, Row]:
+        """What `run` returns, and what it cost the server in all."""
+        before, spent = durations(self.server.get("/metrics")[1]), self.spent()
+        result = run()
+        cost = breakdown(before, durations(self.server.get("/metrics")[1]))
+        if isinstance(self.server, Server):
+            seconds, server, client, machine = (after - before for before, after in zip(spent, self.spent()))
+            others = max(0.0, machine - server - client) / seconds
+            cost |= {"cpu_seconds": server, "other_cores": round(others, 2), "resident_mb": round(self.server.resident_mb(), 1)}
+        return result, cost
+
+    def spent(self) -> tuple[float, ...]:
+        """Seconds so far: on the clock, and of CPU by the server, by the client and by the whole machine; of a server of our own."""
+        if not isinstance(self.server, Server):
+            return ()
+        return time.perf_counter(), self.server.cpu_seconds(), time.process_time(), machine_cpu_seconds()
+
+    def row(self, group: str, users: str, shape: Shape, connections: int, run: Callable[[], Outcome], loop: str = "closed", **more: Any) -> Row:
+        outcome, cost = self.metered(run)
+        if "cpu_seconds" in cost:
+            cost["cpu_ms"] = round(cost.pop("cpu_seconds") / len(outcome.latencies) * 1e3, 2)
+        row = describe(group, users, shape, connections, loop)
+        return row | more | outcome.summary() | of_answers(outcome.bodies) | cost
+
+    def cold(self, group: str, shape: Shape, connections: int) -> Row:
+        requests = self.new(shape, self.count(shape))
+        self.warm_up(shape, connections)
+        return self.row(group, "new", shape, connections, partial(self.closed, requests, connections))
+
+
+def describe(group: str, users: str, shape: Shape, connections: int, loop: str) -> Row:
+    return {"group": group, "users": users, "history": shape.history, "candidates": shape.candidates, "loop": loop, "connections": connections}
+
+
+def requests_of(bodies: list[bytes]) -> list[bytes]:
+    return [post("/rerank", body) for body in bodies]
+
+
+def w(bench: Bench) -> Iterator[Row]:
+    for connections in CONNECTIONS:
+        yield bench.cold("w", W, connections)
+
+
+def neighbours(bench: Bench) -> Iterator[Row]:
+    for shape in chain((Shape(history, W.candidates) for history in HISTORIES), (Shape(W.history, n) for n in CANDIDATES)):
+        for connections in CONNECTIONS:
+            yield bench.cold("neighbours", shape, connections)
+
+
+def returning(bench: Bench) -> Iterator[Row]:
+    """The first requests, which make the users known, are not measured."""
+    workload = bench.workload
+    users = min(MOST_USERS, max(5, bench.requests // 4))
+    rounds = -(-bench.requests // users)
+    kinds: dict[str, Callable[[], tuple[list[bytes], list[bytes]]]] = {
+        "returning": lambda: workload.returning(W, users, rounds),
+        "growing": lambda: workload.growing(W, users, rounds),
+        "sliding with offset": lambda: workload.sliding(W, users, rounds, offset=True),
+        "sliding": lambda: workload.sliding(W, users, rounds, offset=False),
+    }
+    for kind, draw in kinds.items():
+        for connections in CONNECTIONS:
+            first, rest = map(requests_of, draw())
+            bench.closed(first, connections)
+            yield bench.row("returning", kind, W, connections, partial(bench.closed, rest, connections))
+
+
+def mixed(bench: Bench) -> Iterator[Row]:
+    """Side by side both last as long as the expensive ones took alone; `rate_share` is of the rate alone."""
+    cheap, alone = CHEAP_CONNECTIONS, {}
+    for shape, connections in ((CHEAP, cheap), *((EXPENSIVE, n) for n in EXPENSIVE_CONNECTIONS)):
+        row = bench.cold("mixed", shape, connections)
+        alone[shape, connections] = row
+        yield row | {"beside": "", "rate_share": 1.0}
+    for expensive in EXPENSIVE_CONNECTIONS:
+        parts = ((CHEAP, cheap, f"{expensive} x {EXPENSIVE.candidates}"), (EXPENSIVE, expensive, f"{cheap} x {CHEAP.candidates}"))
+        seconds = bench.count(EXPENSIVE) / alone[EXPENSIVE, expensive]["per_second"]
+        drawn = [bench.new(shape, int(1.5 * seconds * alone[shape, n]["per_second"]) + n) for shape, n, _ in parts]
+        outcomes, cost = bench.metered(partial(bench.side_by_side, seconds, drawn, [n for _, n, _ in parts]))
+        cost = {name: cost[name] for name in ("other_cores", "resident_mb") if name in cost}  # the rest is of both together
+        for (shape, n, beside), outcome in zip(parts, outcomes):
+            share = {"beside": beside, "rate_share": round(outcome.per_second / alone[shape, n]["per_second"], 3)}
+            yield describe("mixed", "new", shape, n, "closed") | share | outcome.summary() | of_answers(outcome.bodies) | cost
+
+
+def open_loops(bench: Bench) -> Iterator[Row]:
+    full = bench.cold("open", W, CONNECTIONS[-1])
+    yield full
+    for load in LOADS:
+        requests, rate = bench.new(W, bench.count(W)), load * full["per_second"]
+        offered = {"load": load, "offered_per_second": round(rate, 1)}
+        run = partial(open_loop, bench.server.port, requests, rate, OPEN_CONNECTIONS, keep_bodies=True)
+        yield bench.row("open", "new", W, OPEN_CONNECTIONS, run, loop="open", **offered)
+
+
+GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {"w": w, "neighbours": neighbours, "returning": returning, "mixed": mixed, "open": open_loops}

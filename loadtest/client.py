@@ -1,0 +1,142 @@
+"""A load generator that costs little beside the server on the same cores: raw sockets, requests made before the clock starts.
+
+    closed loop   each connection asks again as soon as it is answered
+    open loop     requests fall due at a rate, whatever the server does; their latency counts from when they fell due
+
+Before: `workload.py` (bodies). After: `cells.py` and `soak.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+TIMEOUT_SECONDS = 60.0
+
+
+@dataclass
+class Outcome:
+    """Of one run: seconds and status of each answer in the order of their end, the bodies if they were to be kept, and the seconds of the whole."""
+
+    latencies: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    bodies: list[bytes] = field(default_factory=list)  # of status 200
+    seconds: float = 0.0
+
+    def quantile(self, q: float) -> float:
+        values = sorted(self.latencies)
+        return values[min(len(values) - 1, int(q * len(values)))]
+
+    @property
+    def per_second(self) -> float:
+        return len(self.latencies) / self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "requests": len(self.latencies),
+            "statuses": dict(self.statuses),
+            "per_second": round(self.per_second, 1),
+            **{f"p{q}_ms": round(self.quantile(q / 100) * 1e3, 2) for q in (50, 95, 99)},
+        }
+
+
+def post(path: str, body: bytes) -> bytes:
+    """The bytes of an HTTP/1.1 request."""
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:
+    """Status and body of one answer. Raises OSError where the server does not keep to HTTP/1.1 with a Content-Length."""
+    connection.sendall(request)
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += receive(connection)
+    head, _, rest = data.partition(b"\r\n\r\n")
+    lines = head.lower().split(b"\r\n")
+    length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+    if length is None:
+        raise OSError("an answer without Content-Length")
+    parts, missing = [rest], length - len(rest)
+    while missing > 0:
+        parts.append(receive(connection))
+        missing -= len(parts[-1])
+    return int(lines[0].split()[1]), b"".join(parts)
+
+
+def receive(connection: socket.socket) -> bytes:
+    data = connection.recv(1 << 18)
+    if not data:
+        raise OSError("the server closed the connection")
+    return data
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def drive(port: int, turns: Iterable[tuple[float | None, bytes]], connections: int, keep_bodies: bool) -> Outcome:
+    """All requests, shared between the connections in order, each with the seconds from the start at which it falls due (None: at once)."""
+    sockets = [connect(port) for _ in range(connections)]
+    left, lock = iter(turns), threading.Lock()  # a generator may be asked by one thread at a time
+    answers: list[tuple[float, int, bytes]] = []
+    failures: list[Exception] = []
+
+    def work(connection: socket.socket) -> None:
+        try:
+            while not failures:
+                with lock:
+                    turn = next(left, None)
+                if turn is None:
+                    return
+                due, request = turn
+                asked = time.perf_counter() if due is None else begin + due
+                time.sleep(max(0.0, asked - time.perf_counter()))
+                status, body = ask(connection, request)
+                answers.append((time.perf_counter() - asked, status, body if keep_bodies and status == 200 else b""))
+        except Exception as error:  # of any kind: the caller hears of it
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(connection,)) for connection in sockets]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin
+    for connection in sockets:
+        connection.close()
+    if failures:
+        raise failures[0]
+    latencies, statuses, bodies = [list(column) for column in zip(*answers)] or [[], [], []]
+    return Outcome(latencies, Counter(statuses), list(filter(None, bodies)), seconds)
+
+
+def closed_loop(port: int, requests: Iterable[bytes], connections: int, keep_bodies: bool = False) -> Outcome:
+    return drive(port, ((None, request) for request in requests), connections, keep_bodies)
+
+
+def open_loop(port: int, requests: Iterable[bytes], per_second: float, connections: int = 64, seed: int = 0, keep_bodies: bool = False) -> Outcome:
+    """Poisson arrivals. With all connections busy a request waits here, and its latency says so."""
+    rng = random.Random(seed)
+    due = itertools.accumulate(rng.expovariate(per_second) for _ in itertools.count())
+    return drive(port, zip(due, requests), connections, keep_bodies)
+
+
+def lasting(seconds: float, requests: Iterable[bytes]) -> Iterator[bytes]:
+    """The requests until that long after the first one was taken."""
+    end = None
+    for request in requests:
+        now = time.perf_counter()
+        end = end or now + seconds
+        if now >= end:
+            return
+        yield request

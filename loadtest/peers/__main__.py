@@ -1,0 +1,120 @@
+"""Our server and textbook servers of the same ranker, side by side: python -m loadtest.peers
+
+    check       every peer, on every graph, gives our scores
+    choice      each peer's best number of workers and of threads, by short runs: req/s at 4 connections, p50 at 1
+    measurement all contenders, each started anew in every round, in an order drawn for the round
+
+Before: nothing; `environments.py` makes what is missing. After: build/peers/report/ with report.md, report.png, cells.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+
+from loadtest.peers.contenders import OURS, PEERS, Setup
+from loadtest.peers.environments import BUILD, GRAPHS, prepare
+from loadtest.peers.measurements import BOUND, Cell, Entry, measure_distinct, measure_known, our_scores, sample_bodies, worst_difference
+from loadtest.peers.report import Cells, choices, plot, ratios, side_by_side
+
+CHOICE_RUNS = 2  # of each set-up, the better of which counts
+
+
+class Run:
+    """One side by side: its cells as they come, on the screen and in a file."""
+
+    def __init__(self, out: Path, peers: Sequence[str]) -> None:
+        self.out, self.peers = out, peers
+        self.entries = [Entry(name, graph) for graph in GRAPHS for name in peers]
+        self.cells: list[Cell] = []
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / "cells.jsonl", *out.glob("*.log")):
+            path.unlink(missing_ok=True)
+
+    def add(self, cells: Sequence[Cell]) -> None:
+        self.cells += cells
+        with (self.out / "cells.jsonl").open("a") as file:
+            for cell in cells:
+                print(cell.line(), flush=True)
+                print(cell.line(), file=file)
+
+    def check(self) -> None:
+        bodies = sample_bodies()
+        expected = our_scores(bodies, self.out)
+        for entry in self.entries:
+            worst = worst_difference(entry, bodies, expected, self.out)
+            print(f"{entry.title}, {entry.graph}: scores within {worst:.1e} of ours over {len(bodies)} requests", flush=True)
+            if not worst <= BOUND:
+                raise SystemExit(f"the bound is {BOUND:.0e}")
+
+    def choose(self, count: int, quick: bool) -> dict[tuple[Entry, int], Setup]:
+        """By entry and connections."""
+        chosen: dict[tuple[Entry, int], Setup] = {}
+        for entry in self.entries:
+            setups = PEERS[entry.name].setups()[: 1 if quick else None]
+            rates, waits = dict.fromkeys(setups, 0.0), dict.fromkeys(setups, float("inf"))
+            for turn in range(1 if quick else CHOICE_RUNS):
+                for setup in setups:
+                    cells = list(measure_distinct(entry, setup, (4, 1), count, self.out, "choice", turn))
+                    rates[setup], waits[setup] = max(rates[setup], cells[0].per_second), min(waits[setup], cells[1].p50_ms)
+                    self.add(cells)
+            chosen[entry, 4], chosen[entry, 1] = max(setups, key=rates.__getitem__), min(setups, key=waits.__getitem__)
+        return chosen
+
+    def measure(self, chosen: dict[tuple[Entry, int], Setup], count: int, turn: int) -> None:
+        """One round."""
+        ours = Entry(OURS)
+        order = [ours, *self.entries]
+        random.Random(turn).shuffle(order)
+        for entry in order:
+            if entry == ours:
+                self.add(list(measure_distinct(ours, None, (4, 1), count, self.out, "measurement", turn)))
+                self.add(list(measure_known(ours, count, self.out, turn)))
+            elif chosen[entry, 4] == chosen[entry, 1]:
+                self.add(list(measure_distinct(entry, chosen[entry, 4], (4, 1), count, self.out, "measurement", turn)))
+            else:
+                for connections in (4, 1):
+                    self.add(list(measure_distinct(entry, chosen[entry, connections], (connections,), count, self.out, "measurement", turn)))
+
+    def report(self) -> None:
+        cells = Cells(self.cells, [Entry(OURS), *self.entries])
+        versions = ", ".join(f"{PEERS[name].title} {version(name)}" for name in self.peers)
+        text = "\n\n".join([versions, side_by_side(cells), ratios(cells), choices(self.cells), "![side by side](report.png)"])
+        (self.out / "report.md").write_text(text + "\n")
+        plot(cells, self.out / "report.png")
+        print(text)
+
+
+def version(peer: str) -> str:
+    return next(d.version for d in distributions(name=peer, path=[str(BUILD / peer / "lib/python3.11/site-packages")]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our server and textbook servers of the same ranker, side by side.")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas (%(default)s)")
+    parser.add_argument("--requests", type=int, help="a cell (400, or 40 with --quick)")
+    parser.add_argument("--rounds", type=int, help="medians are over these (5, or 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one set-up a peer")
+    parser.add_argument("--out", type=Path, default=BUILD / "report")
+    options = parser.parse_args()
+    peers = options.peers.split(",")
+    if unknown := set(peers) - PEERS.keys():
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    for name in [name for name in os.environ if name.startswith("SLATEWISE_")]:  # our server at its defaults
+        del os.environ[name]
+    count, rounds = options.requests or (40 if options.quick else 400), options.rounds or (1 if options.quick else 5)
+    prepare(peers)
+    run = Run(options.out, peers)
+    run.check()
+    chosen = run.choose(max(40, count // 4), options.quick)
+    for turn in range(rounds):
+        run.measure(chosen, count, turn)
+    run.report()
+
+
+if __name__ == "__main__":
+    main()

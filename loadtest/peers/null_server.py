@@ -1,0 +1,45 @@
+"""The cheapest server: reads a POST and answers a fixed body, to load the machine with the same generator and no model.
+
+    python -m loadtest.peers.null_server PORT BYTES
+
+Before: nothing. After: `client.py` asks it; GET anything is 200 as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import uvloop
+
+
+class Fixed(asyncio.Protocol):
+    """One connection; requests one after the other, each with a Content-Length or without a body."""
+
+    def __init__(self, body: bytes) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.answer, self.received = head.encode() + body, bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        while (end := self.received.find(b"\r\n\r\n")) >= 0:
+            lines = bytes(self.received[:end]).lower().split(b"\r\n")
+            length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
+            if len(self.received) < end + 4 + length:
+                return
+            del self.received[: end + 4 + length]
+            self.transport.write(self.answer)
+
+
+async def serve(port: int, size: int) -> None:
+    body = b'"' + b"0" * (size - 2) + b'"'
+    server = await asyncio.get_running_loop().create_server(lambda: Fixed(body), "127.0.0.1", port)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
