@@ -3,13 +3,14 @@
 # make lint     format, lint and types alone
 # make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
 # make lock     renew the locked versions
+# make reference-bundle   the shape that speed is measured with, seeded weights, below build/bundles/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SERVE := .venv-serve
 TEST := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: python-version serve test lint format train lock clean
+.PHONY: python-version serve test lint format train reference-bundle lock clean
 
 serve: $(SERVE)/installed
 	$(SERVE)/bin/python -m app.main
@@ -32,6 +33,9 @@ train: $(TEST)/installed
 	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m models.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
 	$(TEST)/bin/python -m models.train models/movielens.toml
 	$(TEST)/bin/python -m models.export models/movielens.toml
+
+reference-bundle: $(TEST)/installed
+	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference
 
 python-version:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "Python 3.11 is needed; name it with make PYTHON=..."; exit 1; }

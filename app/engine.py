@@ -126,21 +126,18 @@ class PointScores:
 
 
 class Engine:
-    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the bundle's item table (rows, d)."""
+    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the bundle's item table (rows, d).
+
+    Each call takes one thread, so that requests do not wait for each other's; a call may be `wide` and take all of
+    `threads`, for a request that has the machine to itself.
+    """
 
     def __init__(self, folder: Path, items: Float32, exits: list[str], threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the event loop shares these cores
-        options.enable_mem_pattern = False  # shapes differ from request to request
-        options.enable_cpu_mem_arena = False  # it never shrinks, and costs as much time as malloc (docs/performance.md)
-        options.log_severity_level = 3
         self.items = items
+        graphs = ("encode", *exits)
         try:
-            self.sessions = {
-                name: ort.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]) for name in ("encode", *exits)
-            }
+            self.sessions = {name: open_session(folder / f"{name}.onnx", 1) for name in graphs}
+            self.wide = {name: open_session(folder / f"{name}.onnx", threads) for name in graphs if name != "dot"} if threads > 1 else {}
         except Exception as error:  # onnxruntime has no common base class for what it raises
             raise ManifestError(f"{folder}: onnxruntime refuses it: {error}") from error
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
@@ -151,13 +148,14 @@ class Engine:
         nowhere = HistoryState((nothing,) * self.blocks, (nothing,) * self.blocks, np.zeros((1, 0), np.float32))
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
-    def run(self, graph: str, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, graph: str, feeds: dict[str, NDArray[Any]], wide: bool = False) -> dict[str, NDArray[Any]]:
+        session = self.wide.get(graph, self.sessions[graph]) if wide else self.sessions[graph]
         try:
-            return dict(zip(self.outputs[graph], self.sessions[graph].run(None, feeds), strict=True))
+            return dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
         except Exception as error:
             raise EngineError(f"graph {graph} failed: {error}") from error
 
-    def extend(self, state: HistoryState, events: History) -> HistoryState:
+    def extend(self, state: HistoryState, events: History, wide: bool = False) -> HistoryState:
         """The state after more events (at least one); `state` itself stays as it is."""
         feeds: dict[str, NDArray[Any]] = {
             "items": self.items.take(events.items, axis=0)[None],  # (1, T, d)
@@ -167,7 +165,7 @@ class Engine:
         }
         for i in range(self.blocks):
             feeds[f"past_key_{i}"], feeds[f"past_value_{i}"] = state.keys[i], state.values[i]
-        new = self.run("encode", feeds)
+        new = self.run("encode", feeds, wide)
         blocks = range(self.blocks)
         return HistoryState(tuple(new[f"key_{i}"] for i in blocks), tuple(new[f"value_{i}"] for i in blocks), new["user"])
 
@@ -184,7 +182,7 @@ class Engine:
         """(N, heads) probabilities of the exit `dot`."""
         return self.probabilities(self.run("dot", {"candidates": candidates.vectors[None], "user": state.user}))
 
-    def point(self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None)) -> PointScores:
+    def point(self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None), wide: bool = False) -> PointScores:
         """Exit `point` of some of the candidates; meta is (M,). Exact in chunks: no candidate sees another."""
         feeds: dict[str, NDArray[Any]] = {
             "candidates": candidates.vectors[None, rows],
@@ -197,13 +195,13 @@ class Engine:
             feeds["numeric"] = candidates.numeric[None, rows]
         for i in range(self.blocks):
             feeds[f"key_{i}"], feeds[f"value_{i}"] = state.keys[i], state.values[i]
-        out = self.run("point", feeds)
+        out = self.run("point", feeds, wide)
         return PointScores(self.probabilities(out), out["logits"][0], out["hidden"][0])
 
-    def set(self, point: PointScores) -> Float64:
+    def set(self, point: PointScores, wide: bool = False) -> Float64:
         """(N, heads) probabilities of the exit `set`: the candidates see each other."""
         feeds = {"hidden": point.hidden[None], "logits": point.logits[None], "set_length": np.array([len(point.hidden)])}
-        return self.probabilities(self.run("set", feeds))
+        return self.probabilities(self.run("set", feeds, wide))
 
     def probabilities(self, out: dict[str, NDArray[Any]]) -> Float64:
         result: Float64 = out["probabilities"][0]
@@ -218,6 +216,19 @@ class Engine:
             return self.dot(candidates, state)
         point = self.point(candidates, meta, state)
         return point.probabilities if exit == "point" else self.set(point)
+
+
+def open_session(graph: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # the threads of a call may spin, or waking them costs more than they save; between calls the cores are others'
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_mem_pattern = False  # shapes differ from request to request
+    options.enable_cpu_mem_arena = False  # it never shrinks, and costs as much time as malloc (docs/performance.md)
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 def join(chunks: list[PointScores]) -> PointScores:

@@ -213,7 +213,7 @@ def main() -> None:
     try:
         settings = Settings()
         begin = time.perf_counter()
-        rankers = load_rankers(settings.bundles)
+        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota())
     except (ValidationError, ManifestError) as error:
         raise SystemExit(str(error)) from None
     for ranker in rankers.values():

@@ -216,8 +216,8 @@ def extend(engine: Engine, base: KeptState, reused: int, history: History, pack:
     state = None
     for first in range(reused, len(history), HISTORY_QUANTUM):
         chunk = history[first : first + HISTORY_QUANTUM]
-        yield len(chunk)
-        state = engine.extend(engine.prefix(base.unpacked(), reused) if state is None else state, chunk)
+        alone = yield len(chunk)
+        state = engine.extend(engine.prefix(base.unpacked(), reused) if state is None else state, chunk, wide=alone)
         metrics.HISTORY_ENCODED.inc(len(chunk))
     assert state is not None
     return state.packed() if pack else state
@@ -235,14 +235,14 @@ def climb(engine: Engine, candidates: Candidates, kept: KeptState, meta: Float32
     chunks = []
     for first in range(0, n, CANDIDATE_QUANTUM):
         rows = slice(first, min(first + CANDIDATE_QUANTUM, n))
-        yield rows.stop - rows.start
+        alone = yield rows.stop - rows.start
         state = state or kept.unpacked()
-        chunks.append(engine.point(candidates, meta, state, rows))
+        chunks.append(engine.point(candidates, meta, state, rows, wide=alone))
     point = join(chunks)
     rungs.append(("point", point.probabilities))
     if wanted == "set":
-        yield n
-        rungs.append(("set", engine.set(point)))
+        alone = yield n
+        rungs.append(("set", engine.set(point, wide=alone)))
 
 
 def order(call: Call, by_score: bool) -> tuple[Int64, Float64]:

@@ -21,8 +21,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, description="Threads that run the model; 0: as many as the cgroup's CPU quota allows.")
     history_cache_mb: float = Field(256.0, ge=0, allow_inf_nan=False, description="Bound of the kept history state, in MiB; 0 keeps none.")
     history_cache_dtype: Literal["float32", "int8"] = Field(
-        "float32",
-        description="How histories are kept: `int8` takes about a quarter of the bytes; `int8_history_state` of a variant's invariance bounds the scores' change.",
+        "float32", description="How histories are kept; `int8` takes about a quarter of the bytes, its bound is in a variant's `invariance`."
     )
     deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that bring none; 0: none.")
     max_candidates: int = Field(4096, ge=1, description="Most candidates of one request.")

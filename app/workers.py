@@ -1,8 +1,9 @@
 """Threads that run the model, a quantum at a time.
 
-A job is a generator of quanta: each `yield` says what the next one costs (rows through the model). A quantum is bounded in
-size (engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with
-a job as long as nobody has a better claim, and what nobody waits for any more is not run. Among jobs of a priority the
+A job is a generator of quanta: each `yield` says what the next one costs (rows through the model), and is answered, when
+its turn has come, with whether all other threads are idle. A quantum is bounded in size (engine.HISTORY_QUANTUM,
+engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a job as long as nobody has a
+better claim, and what nobody waits for any more is not run. Among jobs of a priority the
 claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
 quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row, a new
 one starts level with what is at work, and none starves. Knows generators, nothing of ranking.
@@ -20,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-Quanta = Generator[int, None, Result]
+Quanta = Generator[int, bool, Result]
 
 
 class Job(asyncio.Future[Result]):
@@ -44,11 +45,11 @@ class Job(asyncio.Future[Result]):
         since = self.queued_at
         return self.waited + (0.0 if since is None else time.perf_counter() - since)
 
-    def run_quantum(self) -> None:
+    def run_quantum(self, alone: bool) -> None:
         """Raises StopIteration, with the result, after the last."""
         self.waited, self.queued_at = self.queued, None
         self.virtual_start += self.cost
-        self.cost = next(self.quanta)
+        self.cost = self.quanta.send(alone)
         self.queued_at = time.perf_counter()
 
 
@@ -60,6 +61,7 @@ class Workers:
         self.lock = threading.Lock()
         self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
         self.number = 0
+        self.busy = 0  # threads that have a job
         self.virtual_time = 0.0  # the virtual start of the quantum that was last begun, in rows
         self.stopping = False
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
@@ -88,7 +90,11 @@ class Workers:
             if self.stopping:
                 job.cancel()
                 return job
-            job.cost = next(quanta)
+            try:
+                job.cost = next(quanta)
+            except StopIteration as end:  # nothing to run
+                job.set_result(end.value)
+                return job
             heapq.heappush(self.queue, job)
         self.tickets.put(None)
         return job
@@ -100,8 +106,11 @@ class Workers:
                 if self.stopping:
                     return
                 job: Job[Any] | None = heapq.heappop(self.queue)
+                self.busy += 1
             while job is not None:
                 job = self.take_turn(job)  # an idle thread keeps no request alive
+            with self.lock:
+                self.busy -= 1
 
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
         """Runs one quantum of a job; what this thread goes on with, None where the job is done."""
@@ -110,7 +119,7 @@ class Workers:
             return None
         self.virtual_time = job.virtual_start
         try:
-            job.run_quantum()
+            job.run_quantum(alone=self.busy == 1 and not self.queue)
         except StopIteration as end:
             answer: tuple[Any, BaseException | None] = (end.value, None)
         except BaseException as error:  # every accepted job is answered, with what it raised if need be

@@ -246,7 +246,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     with staging(root / config.name, version) as stage:
         write_content(stage, content)
         write_graphs(stage / "draft", LigrGraphs(model, content.identity, content.longest_call).all())
-        calibrations = fit_calibrations(Engine(stage / "draft", np.load(stage / "items.npy"), content.exits, 2), data, default_meta)
+        calibrations = fit_calibrations(Engine(stage / "draft", np.load(stage / "items.npy"), content.exits, 1), data, default_meta)
         shutil.rmtree(stage / "draft")
 
         def report_quality(engine: Engine) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def publish(
     print(measured)
     if failed := {name: value for name, value in measured.items() if name not in invariance.OPTIONS and not value <= FP32_BOUND}:
         raise ValueError(f"above the bound {FP32_BOUND}: {failed}")
-    report = report_quality(Engine(stage / "variants/fp32", items, exits, 2))
+    report = report_quality(Engine(stage / "variants/fp32", items, exits, 1))
     manifest = manifest.model_copy(update={"default_exit": default_exit or best_exit(report, exits)})
     variant = Variant(
         bytes=sum((stage / "variants/fp32" / f"{graph}.onnx").stat().st_size for graph in described),

@@ -46,10 +46,6 @@ class Requests:
         return self.engine.extend(self.engine.start, history) if len(history) else self.engine.start
 
 
-def take(history: History, rows: slice) -> History:
-    return History(history.items[rows], history.actions[rows], history.gaps[rows])
-
-
 def pick(candidates: Candidates, rows: np.ndarray) -> Candidates:
     return Candidates(candidates.vectors[rows], candidates.numeric[rows], candidates.context)
 
@@ -109,10 +105,10 @@ def extended(draw: Requests) -> float:
         history = draw.history(longest if steps[-1] > 19 else 20)
         state = draw.engine.start
         for first, last in zip([0, *steps], [*steps, len(history)], strict=True):
-            state = draw.engine.extend(state, take(history, slice(first, last)))
+            state = draw.engine.extend(state, history[first:last])
         fresh = draw.state(history)
         cut = draw.engine.prefix(fresh, steps[0])
-        again = draw.engine.extend(cut, take(history, slice(steps[0], None)))
+        again = draw.engine.extend(cut, history[steps[0] :])
         for other in (state, again):
             result = max(result, worst(other.user, fresh.user), *(worst(a, b) for a, b in zip(other.keys, fresh.keys, strict=True)))
             result = max(result, worst(draw.engine.point(candidates, meta, other).probabilities, draw.engine.point(candidates, meta, fresh).probabilities))
@@ -182,13 +178,16 @@ def padding(draw: Requests) -> float:
 
 
 def int8_history_state(draw: Requests) -> float:
-    """Exit `point` on a kept history in int8 against fp32."""
+    """Exit `point` on a kept history in int8, whole and extended from its middle, against fp32."""
     result = 0.0
     for length in draw.histories:
         for n in SLATES:
-            state, candidates, meta = draw.state(draw.history(length)), draw.candidates(n), draw.meta()
-            packed = draw.engine.point(candidates, meta, state.packed().unpacked())
-            result = max(result, worst(packed.probabilities, draw.engine.point(candidates, meta, state).probabilities))
+            history, candidates, meta = draw.history(length), draw.candidates(n), draw.meta()
+            state, half = draw.state(history), draw.state(history[: length // 2]).packed().unpacked()
+            extended = draw.engine.extend(half, history[length // 2 :]) if length else state
+            exact = draw.engine.point(candidates, meta, state).probabilities
+            for packed in (state.packed().unpacked(), extended.packed().unpacked()):
+                result = max(result, worst(draw.engine.point(candidates, meta, packed).probabilities, exact))
     return result
 
 
