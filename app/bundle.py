@@ -177,16 +177,17 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     if not worst <= golden.bound:
         raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {golden.bound:.0e}")
     for request in ranker.warmup:  # so that the first client finds memory at its size
-        score_request(ranker, engine, request)
+        for wide in (False, True):
+            score_request(ranker, engine, request, wide)
     return engine
 
 
-def score_request(ranker: Ranker, engine: Engine, request: RankRequest) -> dict[str, Float64]:
+def score_request(ranker: Ranker, engine: Engine, request: RankRequest, wide: bool = False) -> dict[str, Float64]:
     """(N, heads) probabilities by exit, the slow, obvious way, with the embedded store's vector."""
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(request.user)
-    return {exit: engine.score(history, candidates, meta, exit) for exit in ranker.manifest.exits}
+    return {exit: engine.score(history, candidates, meta, exit, wide) for exit in ranker.manifest.exits}
 
 
 def make_ranker(folder: Path, manifest: Manifest) -> Ranker:

@@ -209,13 +209,13 @@ class Engine:
             raise EngineError("a score is not finite")
         return result
 
-    def score(self, history: History, candidates: Candidates, meta: Float32, exit: str) -> Float64:
+    def score(self, history: History, candidates: Candidates, meta: Float32, exit: str, wide: bool = False) -> Float64:
         """The slow, obvious way, and the reference of `pipeline.py`: nothing kept, nothing in chunks."""
-        state = self.extend(self.start, history) if len(history) else self.start
+        state = self.extend(self.start, history, wide) if len(history) else self.start
         if exit == "dot":
             return self.dot(candidates, state)
-        point = self.point(candidates, meta, state)
-        return point.probabilities if exit == "point" else self.set(point)
+        point = self.point(candidates, meta, state, wide=wide)
+        return point.probabilities if exit == "point" else self.set(point, wide)
 
 
 def open_session(graph: Path, threads: int) -> ort.InferenceSession:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
+import sys
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -104,6 +106,7 @@ def main() -> None:
     peers = options.peers.split(",")
     if unknown := set(peers) - PEERS.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the contender that runs ends with it
     for name in [name for name in os.environ if name.startswith("SLATEWISE_")]:  # our server at its defaults
         del os.environ[name]
     count, rounds = options.requests or (40 if options.quick else 400), options.rounds or (1 if options.quick else 5)

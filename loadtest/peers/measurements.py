@@ -20,7 +20,7 @@ from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server,
 from loadtest.peers.environments import BUNDLES, RANKER
 from loadtest.workload import Shape, W, Workload
 
-WARM_UP, RETURNING_USERS, BOUND = 20, 40, 1e-5
+WARM_UP, STEADY, RETURNING_USERS, BOUND = 20, 300, 40, 1e-5  # after STEADY requests our history cache is full, as it is in use
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Entry:
         return "Slatewise" if self.name == OURS else PEERS[self.name].title
 
     @contextmanager
-    def serving(self, setup: Setup | None, logs: Path) -> Iterator[Contender]:
+    def serving(self, setup: Setup | None, logs: Path, warm_up: int = WARM_UP) -> Iterator[Contender]:
         """Ready and warm."""
         log = logs / f"{self.name}.log"
         if self.name == OURS:
@@ -44,7 +44,7 @@ class Entry:
             assert self.graph is not None and setup is not None
             contender = peer_server(PEERS[self.name], self.graph, setup, log)
         with contender:
-            closed_loop(contender.port, self.requests(Workload(BUNDLES, RANKER, seed=-1).distinct(W, WARM_UP)), 4)
+            closed_loop(contender.port, self.requests(Workload(BUNDLES, RANKER, seed=-1).distinct(W, warm_up)), 4)
             yield contender
 
     def requests(self, bodies: Sequence[bytes]) -> list[bytes]:
@@ -93,7 +93,7 @@ def measure(contender: Contender, requests: Sequence[bytes], connections: int, *
 
 def measure_distinct(entry: Entry, setup: Setup | None, connections: Sequence[int], count: int, logs: Path, phase: str, turn: int) -> Iterator[Cell]:
     """`count` requests at 4 connections, half of that at 1, none of whose users the server knows."""
-    with entry.serving(setup, logs) as contender:
+    with entry.serving(setup, logs, STEADY if phase == "measurement" else WARM_UP) as contender:
         for k in connections:
             bodies = Workload(BUNDLES, RANKER, seed=10 * turn + k).distinct(W, count if k > 1 else ceil(count / 2))
             labels = {"phase": phase, "round": turn, "name": entry.name, "graph": entry.graph, "setup": str(setup) if setup else None}
@@ -102,7 +102,7 @@ def measure_distinct(entry: Entry, setup: Setup | None, connections: Sequence[in
 
 def measure_known(entry: Entry, count: int, logs: Path, turn: int) -> Iterator[Cell]:
     """Users whose histories the server has encoded before, at 4 connections: with new candidates, then with one event more."""
-    with entry.serving(None, logs) as contender:
+    with entry.serving(None, logs, STEADY) as contender:
         for users in ("returning", "growing"):
             workload = Workload(BUNDLES, RANKER, seed=10 * turn + len(users))
             first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(count / RETURNING_USERS))

@@ -1,0 +1,131 @@
+"""Where the engine's time goes, operator by operator, and how far from the processor's limit: python -m loadtest.operators
+
+Runs the graphs of a variant's folder on W (256 events behind the start token, 200 candidates), one thread, under ONNX Runtime's
+profiler. The limit is the rate of its own GEMM at 256 x 128 x 512, the shape that has most of the work; the matrix products are
+counted from the shapes that the profiler reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from app.engine import processor
+
+EVENTS, CANDIDATES = 256, 200
+REPEATS = 200
+
+
+def session(model: str | bytes, profile: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
+    """Drawn inputs of W for a graph, by the names of its dimensions: T events behind P, K keys, L events, N candidates."""
+    rng, sizes = np.random.default_rng(0), {"B": 1, "T": EVENTS, "P": 1, "K": EVENTS + 1, "L": EVENTS, "N": CANDIDATES}
+    lengths = {"length": EVENTS, "history_length": EVENTS + 1, "set_length": CANDIDATES}
+    result = {}
+    for value in inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
+        if value.name in lengths:
+            result[value.name] = np.full(shape, lengths[value.name])
+        elif value.type == "tensor(int64)":
+            result[value.name] = rng.integers(2, 9, shape)
+        else:
+            result[value.name] = rng.normal(size=shape).astype(np.float32)
+    return result
+
+
+def flop(event: dict[str, Any]) -> int:
+    """Of one call of an operator that multiplies matrices, from its shapes; 0 of any other."""
+    kind = event["args"]["op_name"]
+    (x, *others), (y, *_) = ([next(iter(tensor.values())) for tensor in event["args"][f"{way}_type_shape"]] for way in ("input", "output"))
+    if kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul"):
+        return 2 * prod(y) * x[-1]
+    if kind == "Attention":  # (B, N, d) on (B, K, d): the scores, then the values; a causal one computes the masked half as well
+        return 4 * prod(x) * others[0][1]
+    return 0
+
+
+def gemm_rate() -> float:
+    """FLOP/s of one thread."""
+    rows, inner, columns = EVENTS, 128, 512
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(inner, columns)).astype(np.float32), "w")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name, width in (("x", inner), ("y", columns)))
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "gemm", [x], [y], [weight])
+    model = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11).SerializeToString())
+    given, seconds = {"x": np.ones((rows, inner), np.float32)}, []
+    for _ in range(2_000):
+        begin = time.perf_counter()
+        model.run(None, given)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * rows * inner * columns / median(seconds)
+
+
+def profile(graph: Path) -> tuple[dict[str, float], dict[str, int], int, float]:
+    """(microseconds by operator, calls by operator, floating-point operations, microseconds of a run without the profiler): medians."""
+    plain = session(str(graph))
+    given, seconds = feeds(plain.get_inputs()), []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        plain.run(None, given)
+        seconds.append(time.perf_counter() - begin)
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = session(str(graph), Path(folder) / "profile")
+        for _ in range(REPEATS):
+            profiled.run(None, given)
+        events = json.loads(Path(profiled.end_profiling()).read_text())
+    nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes[event["name"]].append(event)
+    times: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for found in nodes.values():
+        kind = found[0]["args"]["op_name"]
+        times[kind] += median(event["dur"] for event in found)
+        calls[kind] += 1
+    return times, calls, sum(flop(found[0]) for found in nodes.values()), median(seconds) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/bundles/reference/1/variants/fp32"))
+    args = parser.parse_args()
+    profiles = {name: profile(args.folder / f"{name}.onnx") for name in ("encode", "point", "set")}
+    rate = gemm_rate()
+    kinds = sorted({kind for times, *_ in profiles.values() for kind in times}, key=lambda kind: -sum(p[0].get(kind, 0) for p in profiles.values()))
+    print(f"{args.folder}, {processor()}, one thread, medians of {REPEATS} runs; microseconds (calls)\n")
+    print("| operator | encode | point | set | all |\n| --- | --- | --- | --- | --- |")
+    for kind in kinds:
+        cells = [f"{p[0][kind]:.0f} ({p[1][kind]})" if kind in p[0] else "" for p in profiles.values()]
+        print(f"| {kind} | {' | '.join(cells)} | {sum(p[0].get(kind, 0) for p in profiles.values()):.0f} |")
+    totals = {"sum under the profiler": lambda p: sum(p[0].values()), "a run": lambda p: p[3], "matrix products at the limit": lambda p: p[2] / rate * 1e6}
+    for title, of in totals.items():
+        values = [of(p) for p in profiles.values()]
+        print(f"| **{title}** | {' | '.join(f'{v:.0f}' for v in values)} | {sum(values):.0f} |")
+    work = sum(p[2] for p in profiles.values())
+    share = work / rate * 1e6 / sum(p[3] for p in profiles.values())
+    print(f"\n{work / 1e9:.2f} GFLOP of matrix products; the limit, {rate / 1e9:.0f} GFLOP/s; the runs are at {share:.0%} of it.")
+    print(json.dumps({"machine": processor(), "gflop": work / 1e9, "gflops": rate / 1e9, "share": share, "us": {n: p[3] for n, p in profiles.items()}}))
+
+
+if __name__ == "__main__":
+    main()
