@@ -69,23 +69,20 @@ class HistoryCache:
         if entry is not None:
             self.nbytes -= entry.nbytes
 
-    async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> tuple[KeptState, float]:
-        """`encode()`, shared by all who ask for the same events of the same user while it runs; and the seconds this caller's job was queued.
+    async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> KeptState:
+        """`encode()`, shared by all who ask for the same events of the same user while it runs.
 
         It goes on while anybody waits for it: one caller's cancellation does not take it from the others, the last
         one's stops it.
         """
-        running = self.encoding.setdefault(key, [])
-        encoding = next((other for other in running if other.history.equals(history)), None)
-        led = encoding is None
+        encoding = next((other for other in self.encoding.get(key, ()) if other.history.equals(history)), None)
         if encoding is None:
             encoding = Encoding(history, encode())
             encoding.job.add_done_callback(partial(self.end, key, encoding))
-            running.append(encoding)
+            self.encoding.setdefault(key, []).append(encoding)
         encoding.waiters += 1
         try:
-            state = await asyncio.shield(encoding.job)
-            return state, encoding.job.queued if led else 0.0
+            return await asyncio.shield(encoding.job)
         finally:
             encoding.waiters -= 1
             if not encoding.waiters and not encoding.job.done():

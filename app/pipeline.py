@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from app.history_cache import Entry, HistoryCache
 from app.meta_embeddings import MetaEmbedding, Store
 from app.metrics import Timings
 from app.schemas import RankRequest
-from app.workers import Quanta, Workers
+from app.workers import Job, Quanta, Workers
 
 LADDER = ("dot", "point", "set")
 T = TypeVar("T")
@@ -188,7 +187,7 @@ class Pipeline:
 
     async def encode(self, call: Call, ranker: Ranker, variant: str, history: History) -> KeptState:
         """The state of the history: kept, extended by what is new, or encoded; nothing is kept without a user."""
-        engine, user = ranker.engines[variant], call.request.user
+        engine, request, user = ranker.engines[variant], call.request, call.request.user
         if not len(history):
             return engine.start
         if user is None:
@@ -204,9 +203,17 @@ class Pipeline:
         base = engine.start if entry is None else entry.state
         call.cache = "extended" if reused else "miss"
         metrics.HISTORY_REUSED.inc(reused)
-        quanta = partial(extend, engine, base, reused, history, self.pack_history)
-        state, queued = await self.cache.once(key, history, lambda: self.workers.submit(quanta(), call.request.priority))
-        call.timings.lap("encode", queued)
+        job: Job[KeptState] | None = None  # none where another request's is awaited
+
+        def submit() -> Job[KeptState]:
+            nonlocal job
+            job = self.workers.submit(extend(engine, base, reused, history, self.pack_history), request.priority)
+            return job
+
+        try:
+            state = await self.cache.once(key, history, submit)
+        finally:
+            call.timings.lap("encode", 0.0 if job is None else job.queued)
         self.cache.put(key, Entry(history, state))
         return state
 

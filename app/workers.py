@@ -5,8 +5,9 @@ its turn has come, with whether all other threads are idle. A quantum is bounded
 engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a job as long as nobody has a
 better claim, and what nobody waits for any more is not run. Among jobs of a priority the
 claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
-quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row, a new
-one starts level with what is at work, and none starves. Knows generators, nothing of ranking.
+quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row. A new
+job starts at the time that all are at, which advances by each quantum's cost over the number of jobs (as in WF2Q+,
+Bennett and Zhang 1997), so that no endless row of small new ones holds up a large one. Knows generators, nothing of ranking.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Workers:
         self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
-        self.virtual_time = 0.0  # the virtual start of the quantum that was last begun, in rows
+        self.virtual_time = 0.0  # rows that each of the jobs at work has had, had they all been served at once
         self.stopping = False
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
 
@@ -115,23 +116,23 @@ class Workers:
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
         """Runs one quantum of a job; what this thread goes on with, None where the job is done."""
         if job.cancelled():
-            job.quanta.close()
+            with suppress(Exception):  # nobody waits for what it says
+                job.quanta.close()
             return None
-        self.virtual_time = job.virtual_start
+        begun, cost = job.virtual_start, job.cost
+        answer: tuple[Any, BaseException | None] | None = None
         try:
             job.run_quantum(alone=self.busy == 1 and not self.queue)
         except StopIteration as end:
-            answer: tuple[Any, BaseException | None] = (end.value, None)
+            answer = (end.value, None)
         except BaseException as error:  # every accepted job is answered, with what it raised if need be
             answer = (None, error)
-        else:
-            with self.lock:
-                if self.stopping:
-                    answer = (None, asyncio.CancelledError())
-                else:
-                    return heapq.heappushpop(self.queue, job)
+        with self.lock:
+            self.virtual_time = max(self.virtual_time, begun) + cost / (self.busy + len(self.queue))
+            if answer is None and not self.stopping:
+                return heapq.heappushpop(self.queue, job)
         with suppress(RuntimeError):  # the loop is closed: nobody waits
-            job.get_loop().call_soon_threadsafe(settle, job, *answer)
+            job.get_loop().call_soon_threadsafe(settle, job, *(answer or (None, asyncio.CancelledError())))
         return None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,7 +23,10 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from app.bundle import Ranker
+from app.engine import Engine
 from app.errors import RankingError
+from app.main import create_app
 from app.routes import PROBLEMS
 from app.schemas import Problem, RankResponse
 from app.settings import Settings
@@ -86,6 +91,9 @@ def test_ids_may_be_integers_beyond_64_bits_only_as_strings(client: httpx.Client
     assert by_item(ask(client, example)) == by_item(ask(client, example, candidates=example["candidates"] | {"item_ids": ids}))
     assert ask(client, example, candidates={"item_ids": [2**63, -1, 0, 18446744073709551615]})["unknown_candidates"] == [0, 1, 2, 3]
     assert_problem(client.post("/score", json=example | {"candidates": {"item_ids": [2**70]}}), 422)
+    mixed: list[Any] = [str(i) if k % 2 else i for k, i in enumerate(ids)]
+    found = ask(client, example, candidates=example["candidates"] | {"item_ids": mixed})["results"]
+    assert found["item_ids"] == example["candidates"]["item_ids"], "the answer has them as text"
 
 
 def test_unknown_items_are_flagged_ranked_and_described_by_fields(client: httpx.Client, example: dict[str, Any]) -> None:
@@ -136,6 +144,8 @@ def test_ids_of_request_and_user_come_either_way(client: httpx.Client, example: 
     answer = client.post("/score", json=without, headers={"X-User-ID": example["user"]})
     assert answer.json()["meta_embedding"]["status"] == "hit"
     assert_problem(client.post("/score", json=example, headers={"X-User-ID": "another"}), 422)
+    number = client.post("/score", json=without | {"user": 6040}, headers={"X-User-ID": "6040"})
+    assert number.status_code == 200, "an integer is its decimal string, in the body as in the header"
     problem = assert_problem(client.post("/score", json=example | {"id": "r-3", "ranker": "none"}), 404)
     assert problem["request_id"] == "r-3"
     assert_problem(client.post("/score", json=example, headers={"X-Request-ID": "x" * 300}), 422)
@@ -295,6 +305,129 @@ def test_metrics_count_requests_once_and_stages(client: httpx.Client, example: d
     client.post("/rerank", json={})
     assert value(refused) - count == 1
     assert value("slatewise_requests_in_flight") == 0
+
+
+SHAPES = [
+    (0, 1, None, "dot"),
+    (10, 24, None, "point"),
+    (50, 24, "new", "set"),
+    (40, 200, "kept", "set"),
+    (128, 1000, None, "set"),
+    (128, 2000, "kept", "point"),
+]
+
+
+def shaped(example: dict[str, Any], events: int, n: int, user: str | None, exit: str) -> dict[str, Any]:
+    """A request of another size, of what the example has."""
+    history = {name: (column * 4)[:events] for name, column in example["history"].items()} | {"timestamps": list(range(10**9, 10**9 + events))}
+    ids = (example["candidates"]["item_ids"] * 100)[:n]
+    body = {name: value for name, value in example.items() if name != "user"} | {"history": history, "candidates": {"item_ids": ids}, "exit": exit}
+    return body if user is None else body | {"user": user}
+
+
+@pytest.mark.parametrize(("events", "n", "user", "exit"), SHAPES)
+def test_the_stages_of_an_answer_add_up_to_its_total(client: httpx.Client, example: dict[str, Any], events: int, n: int, user: str | None, exit: str) -> None:
+    """Within 5 %, of which a request that the machine paused between its last lap and its total is allowed to miss some."""
+    missing = []
+    for k in range(15):
+        answer = ask(client, shaped(example, events, n, f"adds-up-{events}-{k}" if user == "new" else user, exit))
+        timings = answer["timings_ms"]
+        total = timings.pop("total")
+        assert min(timings.values()) >= 0 and answer["exit"] == exit
+        assert sum(timings.values()) <= total + 0.001 * len(timings)  # each is rounded
+        missing.append(1 - sum(timings.values()) / total)
+    assert statistics.median(missing) <= 0.05
+
+
+def sums(client: httpx.Client, *names: str) -> list[float]:
+    """Over all labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)) for name in names]
+
+
+def test_the_stage_histograms_add_up_to_the_duration_histogram(client: httpx.Client, example: dict[str, Any]) -> None:
+    names = ("slatewise_stage_duration_seconds_sum", "slatewise_request_duration_seconds_sum", "slatewise_request_duration_seconds_count")
+    before = sums(client, *names)
+    for k in range(5):
+        for events, n, user, exit in SHAPES:
+            ask(client, shaped(example, events, n, f"histograms-{k}" if user == "new" else user, exit))
+    stages, durations, count = (after - old for after, old in zip(sums(client, *names), before, strict=True))
+    assert count == 5 * len(SHAPES)
+    assert 0.95 * durations <= stages <= durations * (1 + 1e-9)
+
+
+class Stop:
+    """In place of a method of Engine: counts its calls, holds each until told."""
+
+    def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
+        original = getattr(Engine, method)
+
+        def held(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            self.begun.set()
+            assert self.may_end.wait(30)
+            return original(engine, *arguments, **options)
+
+        monkeypatch.setattr(Engine, method, held)
+
+
+def wait_for(client: httpx.Client, name: str, value: float) -> None:
+    give_up = time.monotonic() + 30
+    while sums(client, name) != [value]:
+        assert time.monotonic() < give_up, f"{name} is {sums(client, name)}, not {value}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", ["extend", "point"])
+def test_a_client_that_leaves_between_quanta_has_the_rest_not_run(tiny: Tiny, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """It is counted as one that left; a quantum that runs is finished, and the next request is served."""
+    with serve(Settings(bundles=tiny.root, threads=1)) as client:
+        body = json.dumps(shaped(example, 40, 1500, "leaves", "point") if method == "point" else shaped(example, 128, 600, "leaves", "set")).encode()
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        gone = ("slatewise_client_disconnects_total", 'slatewise_requests_total{code="499"')
+        before = sums(client, *gone)
+        stop, scored = Stop(method, monkeypatch), Stop("point", monkeypatch) if method == "extend" else None
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+            connection.sendall(head + body)
+            assert stop.begun.wait(30)
+        wait_for(client, gone[0], before[0] + 1)
+        wait_for(client, "slatewise_requests_in_flight", 0)
+        assert sums(client, *gone) == [count + 1 for count in before]
+        assert sums(client, "slatewise_outstanding_tokens") == [0], "its room is free before its quantum has ended"
+        stop.may_end.set()
+        wait_for(client, "slatewise_queue_length", 0)
+        assert ask(client, {"candidates": {"item_ids": ["1"]}}, exit="dot")["exit"] == "dot"  # by the one thread: what was before it has had its turn
+        assert stop.calls == 1 and (scored is None or scored.calls == 0)
+
+
+def test_a_server_that_stops_between_quanta_answers_503(tiny: Tiny, example: dict[str, Any], ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a request outlives the grace: what runs and what waits is told so, and so is who comes later."""
+    app = create_app(Settings(bundles=tiny.root, threads=1), {"tiny": ranker})
+    stop = Stop("point", monkeypatch)
+
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            async with app.router.lifespan_context(app):
+                running = asyncio.create_task(client.post("/score", json=shaped(example, 0, 1500, None, "point")))
+                assert await asyncio.to_thread(stop.begun.wait, 30)
+                workers = app.state.pipeline.workers
+                waiting = [asyncio.create_task(client.post("/score", json=shaped(example, 5, 10, user, "set"))) for user in (None, "u", "u")]
+                while len(workers.queue) < 2:  # the two of one user share an encoding  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                end = asyncio.create_task(workers.__aexit__())
+                while not workers.stopping:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                stop.may_end.set()
+                answers = await asyncio.wait_for(asyncio.gather(running, *waiting), 30)
+                await end
+                answers.append(await client.post("/score", json=example))
+            answers.append(await client.post("/score", json=example))
+        return answers
+
+    for answer in asyncio.run(main()):
+        assert "stopping" in assert_problem(answer, 503)["detail"]
+    assert stop.calls == 1 and app.state.in_flight == 0
 
 
 def test_a_client_that_leaves_takes_its_work_with_it(tiny: Tiny, example: dict[str, Any]) -> None:

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from pydantic import ValidationError
 
-from app.bundle import Ranker, load_bundle, load_rankers
+from app.bundle import Ranker, load_bundle, load_rankers, rows_of
 from app.features import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
 from app.manifest import ManifestError
+from app.routes import refusal
 from app.schemas import RankRequest
 
 if TYPE_CHECKING:
@@ -391,17 +393,70 @@ def request_of(candidates: dict[str, Any], **members: Any) -> RankRequest:
 
 
 def test_ids_become_their_rows_and_unknown_ones_row_0(ranker: Ranker) -> None:
-    ids = list(ranker.vocabulary.items)
-    rows = ranker.item_rows([ids[0], "never seen", ids[-1], ids[0], ""])
-    assert rows.tolist() == [FIRST_ITEM, UNKNOWN_ITEM, FIRST_ITEM + len(ids) - 1, FIRST_ITEM, UNKNOWN_ITEM]
-    assert ranker.item_rows([]).tolist() == []
+    ids, vocabulary = list(ranker.vocabulary.items), ranker.vocabulary.items
+    rows = rows_of(vocabulary, [ids[0], "never seen", ids[-1], ids[0], "", None])
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [FIRST_ITEM, UNKNOWN_ITEM, FIRST_ITEM + len(ids) - 1, FIRST_ITEM, UNKNOWN_ITEM, UNKNOWN_ITEM]
+    assert rows_of(vocabulary, []).tolist() == []
+
+
+@given(st.lists(st.integers(0, 9).map(str) | st.none() | st.text(max_size=2), max_size=20))
+def test_rows_of_names_equal_the_reference(names: list[str | None]) -> None:
+    even = {str(k): 100 + k for k in range(0, 10, 2)}
+    assert rows_of(even, names).tolist() == [100 + int(name) if name in ("0", "2", "4", "6", "8") else UNKNOWN_ITEM for name in names]
+
+
+# Integers that are ids
+
+
+ids_on_the_wire = st.integers(-(2**63), 2**64 - 1) | st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
+
+
+@given(st.lists(ids_on_the_wire, max_size=12), st.lists(ids_on_the_wire, min_size=1, max_size=12), st.none() | ids_on_the_wire)
+def test_integers_become_their_decimal_strings_in_columns_and_user(events: list[int | str], candidates: list[int | str], user: int | str | None) -> None:
+    """Mixed columns too, by either way in: as JSON and as Python values."""
+    body = {"user": user, "history": {"item_ids": events}, "candidates": {"item_ids": candidates}}
+    for request in (RankRequest.model_validate(body), RankRequest.model_validate_json(json.dumps(body))):
+        assert request.history.item_ids == [str(i) for i in events]
+        assert request.candidates.item_ids == [str(i) for i in candidates]
+        assert request.user == (None if user is None else str(user))
+        assert {type(i) for i in (*request.history.item_ids, *request.candidates.item_ids)} == {str}
 
 
 @given(st.data())
 def test_an_integer_id_is_its_decimal_string(ranker: Ranker, data: st.DataObject) -> None:
     numbers = st.sampled_from([int(i) for i in ranker.vocabulary.items]) | st.integers(-(2**63), 2**64 - 1)
-    ids = data.draw(st.lists(numbers, max_size=10))
-    np.testing.assert_array_equal(ranker.item_rows(ids), ranker.item_rows([str(i) for i in ids]))
+    ids = data.draw(st.lists(numbers, min_size=1, max_size=10))
+    as_numbers, as_strings = (request_of({"item_ids": column}, history={"item_ids": column}) for column in (ids, [str(i) for i in ids]))
+    assert as_numbers == as_strings
+    (one, unknown), (other, also) = (ranker.candidates(request, 0.0) for request in (as_numbers, as_strings))
+    np.testing.assert_array_equal(one.vectors, other.vectors)
+    assert unknown.tolist() == also.tolist() == [k for k, i in enumerate(ids) if str(i) not in ranker.vocabulary.items]
+    np.testing.assert_array_equal(ranker.history(as_numbers)[0].items, ranker.history(as_strings)[0].items)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, 1.5, None, "", "x" * 257, [], {}, 2**64, -(2**63) - 1], ids=repr)
+def test_what_is_no_id_is_refused_where_it_stands(wrong: object) -> None:
+    """By the place of the member, in a column by the index of its first fault; in a column of numbers and strings as in one of strings."""
+    for before in (["1", "2"], ["1", 2]):
+        for body, place in (
+            ({"candidates": {"item_ids": [*before, wrong, wrong]}}, ("candidates", "item_ids", 2)),
+            ({"candidates": {"item_ids": ["1"]}, "history": {"item_ids": [*before, wrong, wrong]}}, ("history", "item_ids", 2)),
+            ({"candidates": {"item_ids": ["1"]}, "user": wrong}, ("user",)),
+        ):
+            if place == ("user",) and wrong is None:
+                continue  # no user
+            with pytest.raises(ValidationError) as refused:
+                RankRequest.model_validate(body)
+            assert {found["loc"][: len(place)] for found in refused.value.errors()} == {place}
+            assert refusal(refused.value).faults[0].pointer == "/" + "/".join(map(str, place))
+            assert len(refusal(refused.value).faults) == 1
+
+
+def test_an_empty_column_of_events_is_well_and_one_of_candidates_is_not() -> None:
+    assert request_of({"item_ids": ["1"]}, history={"item_ids": []}).history.item_ids == []
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        request_of({"item_ids": []})
 
 
 def test_the_two_reserved_rows_belong_to_no_id(ranker: Ranker) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,22 +12,24 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import polars as pl
 import pytest
 import torch
 
-from app.bundle import Ranker, load_bundle, load_rankers
-from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM
+from app.bundle import Ranker, load_bundle, load_rankers, rows_of
+from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Candidates, Engine, History
 from app.features import FIRST_ITEM, request_context
 from app.manifest import ManifestError, read_manifest
 from app.schemas import RankRequest
 from models import export as exporting
 from models import invariance
 from models.data import DataConfig, Head, read_table
-from models.export import FP32_BOUND, export, fit_calibrations, make_request, what_to_show
+from models.export import FP32_BOUND, export, fit_calibrations, make_request, staging, what_to_show, write_content, write_graphs
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import EXITS
 from models.meta_embeddings import fit_meta_embeddings
+from models.reference import reference_content
 from models.train import TrainConfig, build_model, load_data, train
 from tests.conftest import Tiny
 
@@ -35,11 +38,11 @@ def test_bundle_holds_exactly_the_files_of_the_manifest_with_their_digests(tiny:
     found = {str(path.relative_to(tiny.folder)): path for path in tiny.folder.rglob("*") if path.is_file()}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name != "manifest.json"}
     assert digests == read_manifest(tiny.folder).files
-    assert {f"variants/fp32/{graph}.onnx" for graph in ("encode", *EXITS)} <= digests.keys()
+    assert {f"variants/fp32/{graph}.onnx" for graph in ("encode", *EXITS, "rank")} == {name for name in digests if name.endswith(".onnx")}
     assert [path.name for path in tiny.folder.parent.iterdir()] == ["1"], "nothing staged is left"
 
 
-@pytest.mark.parametrize("name", ["items.npy", "display.json", "variants/fp32/set.onnx"])
+@pytest.mark.parametrize("name", ["items.npy", "display.json", "variants/fp32/set.onnx", "variants/fp32/rank.onnx"])
 def test_a_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "1"
     shutil.copytree(tiny.folder, folder)
@@ -65,6 +68,29 @@ def test_a_missed_bound_publishes_nothing(tiny: Tiny, tmp_path: Path, monkeypatc
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
+
+
+def test_what_a_server_may_be_set_to_has_no_bound_here(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured, and said in the manifest."""
+    monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(invariance, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
+    ranker = load_bundle(export(tiny.trainer, tiny.toml, tmp_path, 1, most_users=2), 1)
+    assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
+
+
+def test_a_bundle_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An export that fails leaves no version; the next clears what it left and begins anew."""
+    with pytest.raises(ValueError, match="half way"), staging(tmp_path / "shop", 1) as stage:
+        (stage / "items.npy").touch()
+        raise ValueError("half way")
+    assert not (tmp_path / "shop" / "1").exists()
+    with staging(tmp_path / "shop", 1) as stage:
+        assert not list(stage.iterdir())
+        (stage / "whole").touch()
+        assert not (tmp_path / "shop" / "1").exists()
+    assert [path.name for path in (tmp_path / "shop").rglob("*")] == ["1", "whole"]
+    with pytest.raises(ValueError, match="exists"), staging(tmp_path / "shop", 1):
+        pytest.fail("a published version does not change")
 
 
 def test_second_version_stands_beside_the_first_and_is_served(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +130,26 @@ def test_graphs_are_what_the_manifest_says(ranker: Ranker, tiny: Tiny) -> None:
             assert {n: kinds[t.dtype] for n, t in described.items()} == {v.name: v.type for v in found}
         graph = onnx.load(tiny.folder / "variants" / "fp32" / f"{name}.onnx")
         assert all(len(ranker.items) not in weight.dims for weight in graph.graph.initializer), "one item table for all graphs"
-    files = (tiny.folder / "variants" / "fp32").iterdir()
-    assert ranker.manifest.variants["fp32"].bytes == sum(path.stat().st_size for path in files)
+    served = [tiny.folder / "variants" / "fp32" / f"{name}.onnx" for name in ("encode", *EXITS)]
+    assert set(ranker.manifest.graphs) == {path.stem for path in served}
+    assert ranker.manifest.variants["fp32"].bytes == sum(path.stat().st_size for path in served)
+
+
+def test_rank_in_the_bundle_gives_the_golden_scores_in_one_graph(ranker: Ranker, tiny: Tiny) -> None:
+    """With the bundle's item table, calibrations and head weights, where the default exit is the highest."""
+    request = RankRequest.model_validate(ranker.manifest.example)
+    history, _ = ranker.history(request)
+    candidates, _ = ranker.candidates(request, request.request_time or 0.0)
+    rows = rows_of(ranker.vocabulary.items, request.candidates.item_ids)
+    meta = ranker.embedded_meta_of(request.user)
+    session = ort.InferenceSession(str(tiny.folder / "variants" / "fp32" / "rank.onnx"), providers=["CPUExecutionProvider"])
+    feeds = {"history": history.items, "actions": history.actions, "gaps": history.gaps, "candidates": rows, "numeric": candidates.numeric, "meta": meta}
+    probabilities, scores = session.run(["probabilities", "scores"], {name: a[None] for name, a in feeds.items()} | {"context": candidates.context})
+    expected = ranker.engines["fp32"].score(history, candidates, meta, ranker.manifest.exits[-1])
+    np.testing.assert_allclose(probabilities[0], expected, rtol=0, atol=FP32_BOUND)
+    np.testing.assert_allclose(scores[0], expected @ ranker.score_weights(None), rtol=0, atol=2 * FP32_BOUND)
+    if ranker.manifest.default_exit == ranker.manifest.exits[-1]:
+        np.testing.assert_allclose(scores[0], ranker.manifest.variants["fp32"].golden_scores, rtol=0, atol=2 * FP32_BOUND)
 
 
 def test_fields_of_the_bundle_describe_an_unknown_item_as_training_did(ranker: Ranker, tiny: Tiny) -> None:
@@ -304,3 +348,77 @@ def test_bring_your_own_small_catalogue(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(invariance, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, DataConfig("shop", (NEXT, BUY), **HELD_OUT), items=12)
     assert len(ranker.manifest.example["candidates"]["item_ids"]) >= 20, "duplicates are allowed"
+
+
+# The reference bundle
+
+
+def test_the_reference_has_the_shape_that_is_documented() -> None:
+    content = reference_content()
+    config = content.model.config
+    assert (config.width, config.blocks, config.attention_heads, config.feed_forward, config.set_blocks) == (128, 4, 4, 4, 1)
+    assert (config.heads, config.numeric, config.meta_size, config.fields) == (2, 4, 64, {})
+    assert (len(content.model.blocks), len(content.model.set_blocks)) == (4, 1)
+    assert content.model.blocks[0].up.weight.shape == (512, 128) and content.model.set_out.weight.shape == (2, 128)
+    assert content.ids == [str(k) for k in range(5_000)]
+    assert content.model.item_table().shape == (5_000 + FIRST_ITEM, 128)
+    assert len(content.actions) == config.actions - 1 and len(content.features) == 4 and len(content.heads) == 2
+    assert content.vectors.shape == (len(content.users), 64) and content.vectors.dtype == np.float32
+    assert content.exits == list(EXITS) and content.history_used == 2_048
+    assert not content.model.training
+
+
+def test_the_reference_is_the_same_twice() -> None:
+    """Weights, vectors and requests, whatever was drawn before."""
+    one = reference_content()
+    torch.manual_seed(123)
+    np.random.default_rng().normal()
+    other = reference_content()
+    first, second = (content.model.state_dict() for content in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+    np.testing.assert_array_equal(one.vectors, other.vectors)
+    for name in ("ids", "actions", "features", "fields", "heads", "users", "titles", "example", "warmup"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+def test_the_references_weights_set_every_exit_and_head_apart() -> None:
+    """Nothing that training would move is left at zero, where a part of the work would change nothing."""
+    model = reference_content().model
+    for name in ("point_down.weight", "set_out.weight", "default_meta", "fusion.weight"):
+        assert (model.state_dict()[name].abs() > 0).float().mean() > 0.99, name
+
+
+def test_the_references_example_and_warmup_are_requests_of_its_own() -> None:
+    content = reference_content()
+    request = RankRequest.model_validate(content.example)
+    assert request.user in content.users and request.request_time is not None
+    assert len(request.candidates.item_ids) >= 20 and len(request.history.item_ids) >= 10
+    assert set(request.candidates.item_ids) | set(request.history.item_ids) <= set(content.ids)
+    assert request.history.actions is not None and set(request.history.actions) <= set(content.actions)
+    assert request.history.timestamps is not None and None not in request.history.timestamps
+    assert len(request.history.actions) == len(request.history.timestamps) == len(request.history.item_ids)
+    assert request.history.timestamps == sorted(t for t in request.history.timestamps if t is not None)
+    assert set(request.candidates.features) == set(content.features)
+    assert all(len(column) == len(request.candidates.item_ids) for column in request.candidates.features.values())
+    shapes = [(len(r.history.item_ids), len(r.candidates.item_ids)) for r in map(RankRequest.model_validate, content.warmup)]
+    assert shapes == [(0, 1), (1, 20), (2_048, CANDIDATE_QUANTUM), (HISTORY_QUANTUM, 1_024)]
+    json.dumps([content.example, content.warmup])
+
+
+def test_the_references_content_is_a_bundle_that_ranks_its_example(tmp_path: Path) -> None:
+    """Written as it is published, but for what is measured on it."""
+    content = reference_content()
+    write_content(tmp_path, content)
+    items = np.load(tmp_path / "items.npy")
+    write_graphs(tmp_path, LigrGraphs(content.model, content.identity, content.longest_call).all())
+    engine, request = Engine(tmp_path, items, content.exits, 1), RankRequest.model_validate(content.example)
+    rows = [content.ids.index(i) + FIRST_ITEM for i in request.history.item_ids]
+    slate = items[[content.ids.index(i) + FIRST_ITEM for i in request.candidates.item_ids]]
+    numeric = np.array([request.candidates.features[name] for name in content.features], np.float32).T
+    candidates = Candidates(slate, np.ascontiguousarray(numeric), request_context(request.request_time or 0.0)[None])
+    history = History(np.array(rows), np.ones(len(rows), np.int64), np.full(len(rows), 5))
+    found = [engine.score(history, candidates, content.vectors[0], exit) for exit in content.exits]
+    assert all(p.shape == (len(slate), 2) and (p > 0).all() and (p < 1).all() and (np.ptp(p, axis=0) > 1e-4).all() for p in found)
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(found, 2)), "three exits, not one"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ quarters = st.integers(0, 4 * 99_999_999_999)
 times = st.lists(st.none() | quarters, max_size=80)
 
 
-def buckets_of(timestamps: list[float | None]) -> list[int]:
+def buckets_of(timestamps: Sequence[float | None]) -> list[int]:
     result = gap_buckets(np.array(timestamps, np.float64))
     assert result.dtype == np.int64
     return result.tolist()
@@ -53,6 +55,47 @@ def test_gap_buckets_equal_the_reference(timestamps: list[int | None]) -> None:
 def test_gap_buckets_equal_the_reference_at_powers_of_two(power: int, aside: int) -> None:
     gap = max(0, 4 * 2**power + aside - 4)
     assert buckets_of([0.0, gap / 4])[1] == slow_bucket(gap)
+
+
+def formula(timestamps: list[float]) -> list[int]:
+    """2 + floor(log2(gap + 1)), clamped, by exact fractions; NaN is a missing time."""
+    result = [GAP_FIRST][: len(timestamps)]
+    for before, now in itertools.pairwise(timestamps):
+        if math.isnan(before) or math.isnan(now):
+            result.append(GAP_MISSING)
+            continue
+        left, power = Fraction(max(0.0, now - before)) + 1, 0
+        while left >= 2 ** (power + 1):
+            power += 1
+        result.append(min(2 + power, GAP_BUCKETS - 1))
+    return result
+
+
+near_powers = st.builds(  # of two, less one: where a bucket begins, and the floats on either side
+    lambda power, aside: float(np.nextafter(2.0**power - 1, aside)), st.integers(0, 40), st.sampled_from([-math.inf, math.inf])
+) | st.integers(0, 40).map(lambda power: 2.0**power - 1)
+gap_sizes = near_powers | near_powers.map(lambda gap: gap + 1) | st.floats(0, 1e10) | st.just(0.0)
+
+
+@given(st.lists(st.just(math.nan) | st.floats(-1e11, 1e11), max_size=60))
+def test_gap_buckets_equal_the_formula_over_drawn_times(timestamps: list[float]) -> None:
+    assert buckets_of(timestamps) == formula(timestamps)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["gap", "gap", "gap", "back", "missing"]), gap_sizes), max_size=60))
+def test_gap_buckets_equal_the_formula_at_the_edges_of_the_buckets(steps: list[tuple[str, float]]) -> None:
+    """Each step from 0, where the difference of two times is the gap to the last bit."""
+    timestamps = [0.0]
+    for kind, gap in steps:
+        timestamps += {"gap": [gap, 0.0], "back": [-gap, 0.0], "missing": [math.nan, gap, 0.0]}[kind]
+    assert buckets_of(timestamps) == formula(timestamps)
+
+
+@pytest.mark.parametrize("power", range(1, 33))
+def test_a_bucket_begins_at_a_power_of_two_less_one_and_not_before(power: int) -> None:
+    """Also where gap + 1 would be rounded up to the power."""
+    edge = 2.0**power - 1
+    assert buckets_of([0.0, edge, 0.0, float(np.nextafter(edge, 0))])[1::2] == [min(2 + power, GAP_BUCKETS - 1), min(1 + power, GAP_BUCKETS - 1)]
 
 
 @pytest.mark.parametrize(("gap", "bucket"), [(0, 2), (0.5, 2), (1, 3), (2, 3), (3, 4), (59, 7), (3_600, 13), (86_400, 18), (2**31 - 2, 32), (2**31 - 1, 33)])

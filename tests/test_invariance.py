@@ -37,9 +37,10 @@ def test_manifest_holds_every_measure_and_what_was_found(ranker: Ranker, tiny: T
     found = ranker.manifest.variants["fp32"].invariance
     identity = {exit: [Calibration.identity()] * 2 for exit in ranker.manifest.exits}
     assert found.keys() == invariance.measure(ranker.engines["fp32"], ranker.manifest, tiny.trainer.model, identity).keys()
-    assert len(found) == len(MEASURES) + 1
-    assert all(0 <= value <= FP32_BOUND for value in found.values())
-    assert any(found.values()), "nothing at all was compared"
+    assert len(found) == len(MEASURES) + 1 + len(invariance.OPTIONS)
+    assert all(0 <= value <= FP32_BOUND for name, value in found.items() if name not in invariance.OPTIONS)
+    assert any(value for name, value in found.items() if name not in invariance.OPTIONS), "nothing at all was compared"
+    assert 0 < found["int8_history_state"] < 0.01
 
 
 def test_against_torch_notices_another_calibration(ranker: Ranker, tiny: Tiny) -> None:
@@ -50,8 +51,8 @@ def test_against_torch_notices_another_calibration(ranker: Ranker, tiny: Tiny) -
 def test_one_pass_notices_candidates_that_see_each_other(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     run = broken.run
 
-    def crowded(graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
-        return run(graph, feeds | ({"candidates": feeds["candidates"] + 0.1 * feeds["candidates"].mean(1, keepdims=True)} if graph == "point" else {}))
+    def crowded(graph: str, feeds: dict[str, Any], wide: bool = False) -> dict[str, Any]:
+        return run(graph, feeds | ({"candidates": feeds["candidates"] + 0.1 * feeds["candidates"].mean(1, keepdims=True)} if graph == "point" else {}), wide)
 
     monkeypatch.setattr(broken, "run", crowded)
     draw = Requests(broken, ranker.manifest, 2)
@@ -70,7 +71,7 @@ def test_extended_notices_a_past_whose_positions_are_shifted(ranker: Ranker, bro
     extend = broken.extend
 
     def shifted(state: HistoryState, events: Any) -> HistoryState:
-        return extend(replace(state, keys=tuple(np.roll(k, 1, axis=2) for k in state.keys)), events)
+        return extend(replace(state, keys=tuple(np.roll(k, 1, axis=1) for k in state.keys)), events)
 
     monkeypatch.setattr(broken, "extend", shifted)
     assert invariance.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
@@ -78,7 +79,7 @@ def test_extended_notices_a_past_whose_positions_are_shifted(ranker: Ranker, bro
 
 def test_extended_notices_a_prefix_that_keeps_the_wrong_end(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def tail(state: HistoryState, events: int) -> HistoryState:
-        return HistoryState(tuple(k[:, :, -events - 1 :] for k in state.keys), tuple(v[:, :, -events - 1 :] for v in state.values), state.user)
+        return HistoryState(tuple(k[:, -events - 1 :] for k in state.keys), tuple(v[:, -events - 1 :] for v in state.values), state.user)
 
     monkeypatch.setattr(broken, "prefix", tail)
     assert invariance.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
@@ -87,8 +88,8 @@ def test_extended_notices_a_prefix_that_keeps_the_wrong_end(ranker: Ranker, brok
 def test_permutation_notices_an_order_in_the_set(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     score_set = broken.set
 
-    def ordered(point: PointScores) -> np.ndarray:
-        return score_set(replace(point, hidden=point.hidden + 0.1 * np.arange(len(point.hidden), dtype=np.float32)[:, None] * point.hidden))
+    def ordered(point: PointScores, wide: bool = False) -> np.ndarray:
+        return score_set(replace(point, hidden=point.hidden + 0.1 * np.arange(len(point.hidden), dtype=np.float32)[:, None] * point.hidden), wide)
 
     monkeypatch.setattr(broken, "set", ordered)
     assert invariance.permutation(Requests(broken, ranker.manifest, 5)) > FP32_BOUND
@@ -109,8 +110,36 @@ def test_chunks_notice_a_set_that_depends_on_more_than_its_candidates(ranker: Ra
 def test_padding_notices_a_length_that_counts_the_padding(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch, length: str) -> None:
     run = broken.run
 
-    def padded(graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
-        return run(graph, feeds | ({length: np.full_like(feeds[length], feeds[length].max())} if length in feeds else {}))
+    def padded(graph: str, feeds: dict[str, Any], wide: bool = False) -> dict[str, Any]:
+        return run(graph, feeds | ({length: np.full_like(feeds[length], feeds[length].max())} if length in feeds else {}), wide)
 
     monkeypatch.setattr(broken, "run", padded)
     assert invariance.padding(Requests(broken, ranker.manifest, 6)) > FP32_BOUND
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_a_history_kept_as_int8_moves_a_score_by_what_its_rounding_explains(ranker: Ranker, seed: int) -> None:
+    """Near what the manifest says of it, which is of other draws; and more than nothing."""
+    said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
+    assert said / 5 <= invariance.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, seed)) <= 5 * said
+
+
+def test_int8_notices_scales_that_are_of_another_row(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = HistoryState.packed
+    monkeypatch.setattr(HistoryState, "packed", lambda state: replace(packed(state), scales=np.roll(packed(state).scales, 1, axis=1)))
+    said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
+    assert invariance.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, 7)) > 5 * said
+
+
+def test_a_wide_call_gives_the_scores_of_a_narrow_one(ranker: Ranker, tiny: Tiny) -> None:
+    """All threads on one call: another order of adding up at most."""
+    engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
+    assert set(engine.wide) == {"encode", "point", "set"}
+    draw = Requests(engine, ranker.manifest, 8)
+    for events, n in ((1, 1), (128, 600), (40, 37)):
+        history, candidates, meta = draw.history(events), draw.candidates(n), draw.meta()
+        states = [engine.extend(engine.start, history, wide) for wide in (False, True)]
+        points = [engine.point(candidates, meta, state, wide=wide) for state, wide in zip(states, (False, True), strict=True)]
+        sets = [engine.set(point, wide) for point, wide in zip(points, (False, True), strict=True)]
+        for one, other in ((points[0].probabilities, points[1].probabilities), sets, *zip(states[0].keys, states[1].keys, strict=True)):
+            np.testing.assert_allclose(one, other, rtol=0, atol=FP32_BOUND)

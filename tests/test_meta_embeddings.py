@@ -135,9 +135,27 @@ def test_the_embedded_store_serves_the_bundles_vectors(ranker: Ranker) -> None:
 
 @pytest.mark.parametrize("user", ["nobody", "0", "1\n", " 1", "{1}", "\N{SNOWMAN}"])
 def test_a_user_that_the_bundle_does_not_know_gets_the_default(ranker: Ranker, user: str) -> None:
+    async def main() -> MetaEmbedding:
+        return await EmbeddedStore().look_up(ranker, user)
+
     counts = Counts()
-    assert_default(asyncio.run(EmbeddedStore().look_up(ranker, user)), ranker, "default")
+    assert_default(asyncio.run(main()), ranker, "default")
     assert counts() == {"miss": 1}
+
+
+def test_a_look_up_in_the_bundle_is_done_where_it_begins(ranker: Ranker) -> None:
+    """Without a turn of the loop; who goes away without awaiting it leaves nothing behind."""
+
+    async def main() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        found = EmbeddedStore().look_up(ranker, next(iter(ranker.embedded_users)))
+        assert isinstance(found, asyncio.Future) and found.done() and found.result().status == "hit"
+        EmbeddedStore().look_up(ranker, "nobody")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert not complaints
+
+    asyncio.run(main())
 
 
 def assert_default(found: MetaEmbedding, ranker: Ranker, status: str) -> None:
@@ -552,7 +570,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
             store.healthy, store.generations = True, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
             for _ in range(40):
                 rows = [chance.randrange(len(users)) for _ in range(20)]
-                tasks = [asyncio.create_task(store.look_up(ranker, users[row])) for row in rows]
+                tasks = [asyncio.ensure_future(store.look_up(ranker, users[row])) for row in rows]
                 for task in tasks:
                     if chance.random() < 0.5:
                         asyncio.get_running_loop().call_later(chance.choice((0, 0.001, 0.003, 0.006)), task.cancel)
@@ -573,6 +591,26 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
     assert hits > 100 or timeout_seconds < 1
 
 
+def test_a_look_up_that_nobody_awaits_ends_by_itself_and_leaves_nothing_behind(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
+    users, sent = drawn(8, ranker)
+    push_to(client, ranker, users, sent)
+
+    async def main() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        async with RedisStore(url(redis_port), GENEROUS, [ranker]) as store:
+            counts = Counts()
+            for user in users:
+                store.look_up(ranker, user)
+            assert len(store.running) == len(users), "each has begun"
+            await until(lambda: asyncio.sleep(0, not store.running))
+            assert counts() == {"hit_redis": len(users)}
+            np.testing.assert_array_equal((await store.look_up(ranker, users[3])).vector, sent[3])
+        assert not complaints
+
+    asyncio.run(main())
+
+
 def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
     users, sent = drawn(8, ranker)
     push_to(client, ranker, users, sent)
@@ -580,7 +618,7 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
     async def main() -> None:
         async with proxied(redis_port, lambda: 0.01) as (_, port):
             async with RedisStore(url(port), GENEROUS, [ranker]) as store:
-                tasks = [asyncio.create_task(store.look_up(ranker, user)) for user in users]
+                tasks = [asyncio.ensure_future(store.look_up(ranker, user)) for user in users]
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
                 for task in tasks:

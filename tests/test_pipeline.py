@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -13,14 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.bundle import Ranker
-from app.engine import Engine, HistoryState
+from app.engine import Engine, HistoryState, PackedState
 from app.errors import DeadlineExceeded, Invalid, NotFound, OverloadedUndegraded
 from app.features import Float64
-from app.history_cache import HistoryCache
+from app.history_cache import ENTRY_OVERHEAD, HistoryCache
+from app.manifest import BundleLimits
 from app.meta_embeddings import EmbeddedStore, MetaEmbedding
+from app.metrics import Timings
 from app.pipeline import Call, Pipeline, order
 from app.schemas import RankRequest
 from app.workers import Workers
+from tests.conftest import Tiny
 
 BOUND = 1e-5
 ACTIONS = ["love", "like", "view", "dislike", "hate", "something else", None]
@@ -63,11 +68,11 @@ def draw_request(ranker: Ranker, events: int, candidates: int, seed: int, **more
 def reference(ranker: Ranker, request: RankRequest, exit: str) -> Float64:
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0)
-    return ranker.engines["fp32"].score(history, candidates, ranker.embedded_meta_of(None if request.user is None else str(request.user)), exit)
+    return ranker.engines["fp32"].score(history, candidates, ranker.embedded_meta_of(request.user), exit)
 
 
 async def rank(pipeline: Pipeline, request: RankRequest) -> Call:
-    return await pipeline.rank(Call(request, time.perf_counter()))
+    return await pipeline.rank(Call(request, Timings(time.perf_counter())))
 
 
 def worst(call: Call, expected: Float64) -> float:
@@ -154,10 +159,10 @@ def test_equal_misses_of_one_user_share_one_encoding(ranker: Ranker, monkeypatch
     calls = []
     extend = Engine.extend
 
-    def counted(self: Engine, state: HistoryState, events: Any) -> HistoryState:
+    def counted(self: Engine, state: HistoryState, events: Any, wide: bool = False) -> HistoryState:
         calls.append(len(events))
         time.sleep(0.05)
-        return extend(self, state, events)
+        return extend(self, state, events, wide)
 
     monkeypatch.setattr(Engine, "extend", counted)
     request = draw_request(ranker, 50, 5, 3, user="u")
@@ -232,10 +237,10 @@ def test_a_past_deadline_gives_the_input_order_or_504(ranker: Ranker) -> None:
 def test_at_the_deadline_the_highest_complete_exit_answers(ranker: Ranker, monkeypatch: pytest.MonkeyPatch, slow: str, answered: str) -> None:
     engine_run = Engine.run
 
-    def run_slowly(self: Engine, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
+    def run_slowly(self: Engine, graph: str, feeds: dict[str, Any], wide: bool = False) -> dict[str, Any]:
         if graph == slow:
             time.sleep(0.6)
-        return engine_run(self, graph, feeds)
+        return engine_run(self, graph, feeds, wide)
 
     monkeypatch.setattr(Engine, "run", run_slowly)
     request = draw_request(ranker, 20, 30, 6, deadline_ms=300, user="u")
@@ -250,10 +255,10 @@ def test_after_the_deadline_no_further_quantum_is_run(ranker: Ranker, monkeypatc
     chunks = []
     point = Engine.point
 
-    def slow(self: Engine, *arguments: Any) -> Any:
+    def slow(self: Engine, *arguments: Any, **options: Any) -> Any:
         chunks.append(1)
         time.sleep(0.15)
-        return point(self, *arguments)
+        return point(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "point", slow)
     request = draw_request(ranker, 5, 2900, 7, deadline_ms=200)  # six chunks
@@ -314,3 +319,277 @@ def test_scores_are_the_weighted_sum_of_heads_and_ties_keep_input_order(ranker: 
         assert index.tolist() == sorted(range(40), key=lambda k: (-call.probabilities[k, like], k))  # type: ignore[index]
     index, _ = order(call, by_score=False)
     assert index.tolist() == list(range(40))
+
+
+# Histories kept as int8
+
+
+def cut(request: RankRequest, events: int) -> RankRequest:
+    """The same with its first events alone."""
+    history = request.history.model_copy(update={k: getattr(request.history, k)[:events] for k in ("item_ids", "actions", "timestamps")})
+    return request.model_copy(update={"history": history})
+
+
+def packed_bound(ranker: Ranker) -> float:
+    """Of a kept history in int8: what the manifest found, of other draws and for its exit `point`, and as much again."""
+    return 2 * ranker.manifest.variants["fp32"].invariance["int8_history_state"]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.integers(0, 128), second=st.integers(0, 128), n=st.integers(1, 50), exit=st.sampled_from(["dot", "point", "set"]), seed=st.integers(0, 99))
+def test_a_history_kept_as_int8_scores_within_its_bound_whatever_came_before(ranker: Ranker, first: int, second: int, n: int, exit: str, seed: int) -> None:
+    whole = draw_request(ranker, 128, n, seed, user="u", exit=exit)
+
+    async def thrice(pipeline: Pipeline) -> tuple[Call, Call, Call]:
+        return await rank(pipeline, cut(whole, first)), await rank(pipeline, cut(whole, second)), await rank(pipeline, cut(whole, second))
+
+    one, two, three = run(ranker, thrice, pack_history=True)
+    for call, events in ((one, first), (two, second), (three, second)):
+        assert worst(call, reference(ranker, cut(whole, events), exit)) <= packed_bound(ranker)
+    expected = "none" if second == 0 else "hit" if first == second else "extended" if min(first, second - 1) else "miss"
+    assert two.cache == expected
+    if second >= first and second:  # else the longer one stays
+        assert three.cache == "hit"
+        np.testing.assert_array_equal(three.probabilities, two.probabilities)
+
+
+@pytest.mark.parametrize("exit", ["dot", "point", "set"])
+@pytest.mark.parametrize("pack_history", [False, True])
+def test_a_hit_answers_exactly_as_the_miss_before_it(ranker: Ranker, exit: str, pack_history: bool) -> None:
+    request = draw_request(ranker, 100, 60, 12, user="u", exit=exit)
+
+    async def twice(pipeline: Pipeline) -> tuple[Call, Call]:
+        return await rank(pipeline, request), await rank(pipeline, request)
+
+    miss, hit = run(ranker, twice, pack_history=pack_history)
+    assert (miss.cache, hit.cache) == ("miss", "hit")
+    np.testing.assert_array_equal(hit.probabilities, miss.probabilities)
+
+
+def test_a_packed_history_is_extended_step_by_step_without_drifting(ranker: Ranker) -> None:
+    """Forty requests of one user, an event more each: the last is as near to the reference as any."""
+    whole = draw_request(ranker, 128, 20, 13, user="u")
+
+    async def walk(pipeline: Pipeline) -> list[Call]:
+        return [await rank(pipeline, cut(whole, events)) for events in range(88, 129)]
+
+    calls = run(ranker, walk, pack_history=True)
+    assert [call.cache for call in calls] == ["miss", *["extended"] * 40]
+    for events, call in enumerate(calls, start=88):
+        assert worst(call, reference(ranker, cut(whole, events), "set")) <= packed_bound(ranker)
+
+
+def test_packed_histories_are_counted_in_the_bytes_that_they_hold(ranker: Ranker) -> None:
+    """At a tiny width the scales weigh more than at a real one; test_engine.py has the quarter."""
+
+    async def some(pipeline: Pipeline) -> tuple[int, list[Any]]:
+        for k in range(5):
+            await rank(pipeline, draw_request(ranker, 100, 2, k, user=f"u{k}"))
+        return pipeline.cache.nbytes, list(pipeline.cache.entries.values())
+
+    (packed_bytes, packed), (bytes_, whole) = (run(ranker, some, pack_history=pack) for pack in (True, False))
+    assert [type(entry.state) for entry in packed + whole] == [PackedState] * 5 + [HistoryState] * 5
+    for entries, total in ((packed, packed_bytes), (whole, bytes_)):
+        arrays = [a for e in entries for a in (e.history.items, e.history.actions, e.history.gaps)]
+        arrays += [a for e in packed for a in (e.state.rows, e.state.scales, e.state.user)] if entries is packed else []
+        arrays += [a for e in whole for a in (*e.state.keys, *e.state.values, e.state.user)] if entries is whole else []
+        assert total == sum(a.nbytes for a in arrays) + 5 * ENTRY_OVERHEAD
+    rows = 101 * ranker.manifest.width * 2 * 2  # tokens, width, keys and values, blocks
+    assert sum(e.state.nbytes for e in whole) - sum(e.state.nbytes for e in packed) == 5 * (3 * rows - 4 * rows // ranker.manifest.width)
+
+
+def test_the_cache_of_packed_histories_stays_below_its_bound_with_more_of_them(ranker: Ranker) -> None:
+    async def many(pipeline: Pipeline) -> tuple[int, int, int]:
+        for k in range(30):
+            await rank(pipeline, draw_request(ranker, 100, 2, k, user=f"u{k}"))
+        return pipeline.cache.nbytes, len(pipeline.cache.entries), sum(e.nbytes for e in pipeline.cache.entries.values())
+
+    (nbytes, entries, counted), (_, entries_whole, _) = (run(ranker, many, cache_bytes=200_000, pack_history=pack) for pack in (True, False))
+    assert 0 < nbytes == counted <= 200_000
+    assert entries_whole < entries < 30
+
+
+def test_without_a_user_nothing_is_packed(ranker: Ranker) -> None:
+    request = draw_request(ranker, 100, 30, 14)
+    call = run(ranker, lambda p: rank(p, request), pack_history=True)
+    assert worst(call, reference(ranker, request, "set")) <= BOUND
+
+
+# Quanta
+
+
+class Stop:
+    """In place of a method of Engine: counts its calls, holds the first until told."""
+
+    def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
+        original = getattr(Engine, method)
+
+        def held(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            self.begun.set()
+            assert self.may_end.wait(30)
+            return original(engine, *arguments, **options)
+
+        monkeypatch.setattr(Engine, method, held)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in threads
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("method", "user"), [("point", None), ("point", "u"), ("extend", None), ("extend", "u")])
+def test_a_request_that_is_cancelled_between_quanta_is_not_run_further(ranker: Ranker, monkeypatch: pytest.MonkeyPatch, method: str, user: str | None) -> None:
+    long = dataclasses.replace(ranker, manifest=ranker.manifest.model_copy(update={"limits": BundleLimits(history_used=900, set_wise=1024)}))
+    request = draw_request(ranker, 600 if method == "extend" else 5, 2900, 15, user=user, exit="point")  # three chunks of events, or six of candidates
+    stop = Stop(method, monkeypatch)
+
+    async def leave(pipeline: Pipeline) -> tuple[int, int]:
+        task = asyncio.create_task(rank(pipeline, request))
+        await until(stop.begun.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert pipeline.outstanding_tokens == 0
+        stop.may_end.set()
+        await until(lambda: not pipeline.workers.busy and not pipeline.workers.queue)
+        assert stop.calls == 1
+        monkeypatch.undo()
+        call = await rank(pipeline, draw_request(ranker, 5, 10, 16, user=user))
+        return len(call.rungs), len(pipeline.cache.encoding)
+
+    assert run(long, leave, threads=1) == (2, 0)
+
+
+def test_closing_the_workers_between_quanta_cancels_the_request(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = draw_request(ranker, 5, 2900, 17, exit="point")
+    stop = Stop("point", monkeypatch)
+
+    async def close(pipeline: Pipeline) -> None:
+        task = asyncio.create_task(rank(pipeline, request))
+        await until(stop.begun.is_set)
+        end = asyncio.create_task(pipeline.workers.__aexit__())
+        await until(lambda: pipeline.workers.stopping)
+        stop.may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await end
+        assert (stop.calls, pipeline.outstanding_tokens) == (1, 0)
+
+    run(ranker, close, threads=1)
+
+
+def test_a_request_that_is_alone_takes_all_threads_and_scores_the_same(ranker: Ranker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
+    wide = dataclasses.replace(ranker, engines={"fp32": engine})
+    ways: list[tuple[str, bool]] = []
+    engine_run = Engine.run
+
+    def noted(self: Engine, graph: str, feeds: dict[str, Any], wide: bool = False) -> dict[str, Any]:
+        ways.append((graph, wide))
+        return engine_run(self, graph, feeds, wide)
+
+    request = draw_request(ranker, 100, 700, 18, exit="set")
+    monkeypatch.setattr(Engine, "run", noted)
+    alone = run(wide, lambda p: rank(p, request))
+    assert ways == [("encode", True), ("point", True), ("point", True), ("set", True)]
+
+    async def beside(pipeline: Pipeline) -> Call:
+        begun, may_end = threading.Event(), threading.Event()
+
+        def other() -> Any:
+            yield 1
+            begun.set()
+            assert may_end.wait(30)
+
+        held = pipeline.workers.submit(other())
+        await until(begun.is_set)
+        call = await rank(pipeline, request)
+        may_end.set()
+        await held
+        return call
+
+    ways.clear()
+    crowded = run(wide, beside)
+    assert ways == [("encode", False), ("point", False), ("point", False), ("set", False)]
+    monkeypatch.undo()
+    for call in (alone, crowded):
+        assert worst(call, reference(ranker, request, "set")) <= BOUND
+
+
+# Where the time went
+
+
+def spent(call: Call) -> float:
+    return sum(call.timings.seconds.values())
+
+
+@pytest.mark.parametrize(("events", "n", "user", "exit"), [(0, 1, None, "dot"), (50, 30, "u", "set"), (128, 2900, "u", "point"), (128, 900, None, "set")])
+def test_the_stages_of_a_request_add_up_to_the_last_of_its_laps_exactly(ranker: Ranker, events: int, n: int, user: str | None, exit: str) -> None:
+    request = draw_request(ranker, events, n, 19, user=user, exit=exit)
+
+    async def ask(pipeline: Pipeline) -> tuple[Call, float]:
+        call = await rank(pipeline, request)
+        return call, time.perf_counter()
+
+    call, end = run(ranker, ask)
+    assert spent(call) == pytest.approx(call.timings.marked - call.timings.entered, rel=1e-9)
+    assert call.timings.marked <= end
+    assert set(call.timings.seconds) <= {"features", "embed", "queue", "encode", "score"}
+    assert ("encode" in call.timings.seconds) == (events > 0)
+
+
+@pytest.mark.parametrize(("slow", "stage"), [("encode", "encode"), ("dot", "score"), ("point", "score"), ("set", "score")])
+@pytest.mark.parametrize("user", [None, "u"])
+def test_at_the_deadline_the_time_until_then_is_in_its_stage(ranker: Ranker, monkeypatch: pytest.MonkeyPatch, slow: str, stage: str, user: str | None) -> None:
+    engine_run, may_end = Engine.run, threading.Event()
+
+    def held(self: Engine, graph: str, feeds: dict[str, Any], wide: bool = False) -> dict[str, Any]:
+        assert graph != slow or may_end.wait(30)
+        return engine_run(self, graph, feeds, wide)
+
+    monkeypatch.setattr(Engine, "run", held)
+    request = draw_request(ranker, 20, 30, 20, deadline_ms=300, user=user, exit="set")
+
+    async def ask(pipeline: Pipeline) -> tuple[Call, float]:
+        call = await rank(pipeline, request)
+        total = time.perf_counter() - call.timings.entered
+        may_end.set()
+        return call, total
+
+    call, total = run(ranker, ask)
+    assert "deadline" in call.degraded and total >= 0.3
+    assert spent(call) == pytest.approx(total, rel=0.05)
+    assert call.timings.seconds[stage] >= 0.2
+
+
+def test_waiting_for_a_thread_is_queue_and_not_its_stage(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the one thread is held, all that passes is `queue`, for the encoding and, where the history is kept, for the scores."""
+    request = draw_request(ranker, 20, 30, 21, user="u")
+
+    async def ask(pipeline: Pipeline) -> list[Call]:
+        calls = []
+        for _ in range(2):  # a miss, then a hit
+            begun, may_end = threading.Event(), threading.Event()
+
+            def other(begun: threading.Event = begun, may_end: threading.Event = may_end) -> Any:
+                yield 1
+                begun.set()
+                assert may_end.wait(30)
+
+            held = pipeline.workers.submit(other())
+            await until(begun.is_set)
+            task = asyncio.create_task(rank(pipeline, request))
+            await until(lambda: pipeline.workers.queue)
+            await asyncio.sleep(0.2)
+            may_end.set()
+            calls.append(await task)
+            await held
+        return calls
+
+    for call, cache in zip(run(ranker, ask, threads=1), ("miss", "hit"), strict=True):
+        assert call.cache == cache
+        assert call.timings.seconds["queue"] >= 0.2
+        assert spent(call) - call.timings.seconds["queue"] < 0.2

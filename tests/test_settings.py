@@ -44,6 +44,7 @@ def test_every_setting_has_a_default_that_is_valid() -> None:
     defaults = Settings()
     assert Settings.model_validate(defaults.model_dump()) == defaults
     assert (defaults.history_cache_mb, defaults.max_body_bytes, defaults.deadline_ms) == (256, 1_000_000, 0)
+    assert defaults.history_cache_dtype == "float32"
     assert (defaults.redis_url.get_secret_value(), defaults.keys()) == ("", ())
 
 
@@ -54,6 +55,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "redis_timeout_ms": ("2.5", 2.5),
     "threads": ("3", 3),
     "history_cache_mb": ("0.5", 0.5),
+    "history_cache_dtype": ("int8", "int8"),
     "deadline_ms": ("50", 50.0),
     "max_candidates": ("7", 7),
     "max_history": ("8", 8),
@@ -91,11 +93,12 @@ WRONG = [
     ("port", "-1"), ("port", "65536"), ("port", "http"), ("threads", "-1"), ("redis_timeout_ms", "0"), ("history_cache_mb", "-1"), ("deadline_ms", "-1"),
     ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_outstanding_tokens", "0"),
     ("redis_timeout_ms", "nan"), ("body_timeout_s", "nan"), ("deadline_ms", "nan"), ("history_cache_mb", "nan"), ("history_cache_mb", "inf"),
+    ("history_cache_dtype", "float16"), ("history_cache_dtype", "INT8"), ("history_cache_dtype", ""),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "text"), WRONG)
-def test_a_number_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+def test_a_value_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     monkeypatch.setenv(f"SLATEWISE_{name.upper()}", text)
     with pytest.raises(ValidationError, match=name):
         Settings()

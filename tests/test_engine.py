@@ -1,0 +1,126 @@
+"""States of a history: what packing them costs and saves, and what a prefix shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.bundle import Ranker
+from app.engine import Engine, History, HistoryState
+from models.invariance import Requests
+
+sizes = st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e30, -1e30, 1e-30, 1e-45])
+
+
+@st.composite
+def states(draw: st.DrawFn) -> HistoryState:
+    blocks, tokens, width = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    shape = (2 * blocks, tokens, width)
+    rows = np.array(draw(st.lists(sizes, min_size=int(np.prod(shape)), max_size=int(np.prod(shape)))), np.float32).reshape(shape)
+    rows[draw(st.integers(0, 2 * blocks - 1)), draw(st.integers(0, tokens - 1))] *= draw(st.sampled_from([0, 1]))  # a row of nothing, at times
+    arrays = [rows[i : i + 1] for i in range(2 * blocks)]
+    user = np.array([draw(st.lists(sizes, min_size=width, max_size=width))], np.float32)
+    return HistoryState(tuple(arrays[:blocks]), tuple(arrays[blocks:]), user)
+
+
+@given(states())
+def test_a_packed_state_comes_back_with_each_number_within_half_a_step_of_its_row(state: HistoryState) -> None:
+    packed = state.packed()
+    found = packed.unpacked()
+    assert found.events == state.events
+    np.testing.assert_array_equal(found.user, state.user)
+    for before, after in zip((*state.keys, *state.values), (*found.keys, *found.values), strict=True):
+        assert after.shape == before.shape and after.dtype == np.float32
+        largest = np.abs(before.astype(np.float64)).max(axis=2, keepdims=True)
+        step = np.maximum(largest, np.finfo(np.float32).tiny) / 127
+        error = np.abs(after.astype(np.float64) - before)
+        assert (error <= step * (0.5 + 1e-4)).all(), "beyond half a step, but for the rounding of the scale itself"
+        assert (after[np.broadcast_to(largest == 0, after.shape)] == 0).all(), "a row of nothing stays one"
+        np.testing.assert_allclose(np.abs(after).max(axis=2, keepdims=True), largest, rtol=1e-6, atol=1e-37)  # the largest is kept
+
+
+@given(states())
+def test_packing_again_changes_nothing(state: HistoryState) -> None:
+    """So a state that is extended many times does not drift: its old rows are rounded once."""
+    packed = state.packed()
+    assert packed.packed() is packed
+    assert state.unpacked() is state
+    again = packed.unpacked().packed()
+    np.testing.assert_array_equal(again.rows, packed.rows)
+    np.testing.assert_allclose(again.scales, packed.scales, rtol=1e-6)
+
+
+@given(states())
+def test_packed_rows_are_symmetric_int8_the_keys_first(state: HistoryState) -> None:
+    packed = state.packed()
+    blocks, tokens, width = len(state.keys), state.events + 1, state.keys[0].shape[2]
+    assert (packed.rows.shape, packed.rows.dtype) == ((2 * blocks, tokens, width), np.int8)
+    assert (packed.scales.shape, packed.scales.dtype) == ((2 * blocks, tokens, 1), np.float32)
+    assert packed.rows.min() >= -127
+    for k, array in enumerate((*state.keys, *state.values)):
+        assert (np.sign(packed.rows[k]) * np.sign(array[0]) >= 0).all()
+        largest, found = np.abs(array[0]).max(axis=1), np.abs(packed.rows[k]).max(axis=1)
+        assert (found[largest >= np.finfo(np.float32).tiny] == 127).all(), "the whole range is used"
+        assert (found[largest == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("blocks", "tokens", "width"), [(4, 2049, 128), (2, 129, 64), (1, 1, 128)])
+def test_a_packed_state_takes_about_a_quarter_of_the_bytes(blocks: int, tokens: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    keys, values = (tuple(rng.normal(size=(1, tokens, width)).astype(np.float32) for _ in range(blocks)) for _ in range(2))
+    state = HistoryState(keys, values, np.zeros((1, 0), np.float32))
+    packed = state.packed()
+    assert state.nbytes == 2 * blocks * tokens * width * 4
+    assert packed.nbytes == packed.rows.nbytes + packed.scales.nbytes == 2 * blocks * tokens * (width + 4)
+    assert 0.25 < packed.nbytes / state.nbytes <= 0.27
+    assert HistoryState(keys, values, np.ones((1, width), np.float32)).packed().nbytes == packed.nbytes + 4 * width, "the user vector is kept as it is"
+
+
+def test_a_packed_state_shares_no_memory_with_what_it_was_made_of(ranker: Ranker) -> None:
+    """Else the bytes that the cache counts would not be those it holds."""
+    engine = ranker.engines["fp32"]
+    state = engine.extend(engine.start, Requests(engine, ranker.manifest).history(20))
+    packed = state.packed()
+    assert not any(np.shares_memory(array, packed.rows) or np.shares_memory(array, packed.scales) for array in (*state.keys, *state.values))
+    assert packed.rows.base is None and packed.scales.base is None
+
+
+@pytest.mark.parametrize("events", [1, 40, 128])
+def test_a_packed_state_is_extended_as_the_whole_one(ranker: Ranker, events: int) -> None:
+    """By the events that are new: the user vector moves by what the old ones' rounding explains, the old rows not at all."""
+    engine = ranker.engines["fp32"]
+    draw = Requests(engine, ranker.manifest, 5)
+    history = draw.history(events + 7)
+    old = engine.extend(engine.start, history[:events]).packed()
+    extended, fresh = engine.extend(old.unpacked(), history[events:]), engine.extend(engine.start, history)
+    assert extended.events == fresh.events == events + 7
+    for kept, whole, half in zip((*extended.keys, *extended.values), (*fresh.keys, *fresh.values), (*old.unpacked().keys, *old.unpacked().values), strict=True):
+        np.testing.assert_array_equal(kept[:, : events + 1], half)
+        np.testing.assert_allclose(kept, whole, rtol=0, atol=0.05 * np.abs(whole).max())
+    assert 0 < np.abs(extended.user - fresh.user).max() < 0.05 * np.abs(fresh.user).max()
+    repacked = extended.packed()
+    np.testing.assert_array_equal(repacked.rows[:, : events + 1], old.rows)
+
+
+def test_a_prefix_shares_the_keys_and_values_and_has_no_user_vector(ranker: Ranker) -> None:
+    engine: Engine = ranker.engines["fp32"]
+    state = engine.extend(engine.start, Requests(engine, ranker.manifest).history(20))
+    assert engine.prefix(state, 20) is state
+    assert engine.prefix(state, 0) is engine.start
+    prefix = engine.prefix(state, 7)
+    assert (prefix.events, prefix.user.shape) == (7, (1, 0))
+    for part, whole in zip((*prefix.keys, *prefix.values), (*state.keys, *state.values), strict=True):
+        assert np.shares_memory(part, whole)
+        np.testing.assert_array_equal(part, whole[:, :8])
+
+
+@given(st.integers(0, 12), st.integers(0, 14), st.integers(0, 14))
+def test_rows_of_a_history_are_cut_as_those_of_its_columns(length: int, first: int, last: int) -> None:
+    history = History(np.arange(length), np.arange(length) * 10, np.arange(length) * 100)
+    cut: dict[str, Any] = {name: getattr(history[first:last], name).tolist() for name in ("items", "actions", "gaps")}
+    assert cut == {name: getattr(history, name).tolist()[first:last] for name in ("items", "actions", "gaps")}
+    assert len(history[first:last]) == len(cut["items"])
