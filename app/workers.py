@@ -1,7 +1,7 @@
 """Threads that run the model, a quantum at a time.
 
 A job is a generator of quanta: each `yield` says what the next one costs (rows through the model), and is answered, when
-its turn has come, with whether all other threads are idle. A quantum is bounded in size (engine.HISTORY_QUANTUM,
+its turn has come, with whether the other threads are idle and have been for a while. A quantum is bounded in size (engine.HISTORY_QUANTUM,
 engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a job as long as nobody has a
 better claim, and what nobody waits for any more is not run. Among jobs of a priority the
 claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
@@ -18,8 +18,11 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import suppress
+from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+QUIET_SECONDS = 0.1  # after two jobs were at work at once, until one counts as alone again
 
 Result = TypeVar("Result")
 Quanta = Generator[int, bool, Result]
@@ -63,6 +66,7 @@ class Workers:
         self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
+        self.crowded_at = -inf  # when a job last came while another was at work
         self.virtual_time = 0.0  # rows that each of the jobs at work has had, had they all been served at once
         self.stopping = False
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
@@ -96,6 +100,8 @@ class Workers:
             except StopIteration as end:  # nothing to run
                 job.set_result(end.value)
                 return job
+            if self.busy or self.queue:
+                self.crowded_at = time.perf_counter()
             heapq.heappush(self.queue, job)
         self.tickets.put(None)
         return job
@@ -110,19 +116,19 @@ class Workers:
                 self.busy += 1
             while job is not None:
                 job = self.take_turn(job)  # an idle thread keeps no request alive
-            with self.lock:
-                self.busy -= 1
 
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
-        """Runs one quantum of a job; what this thread goes on with, None where the job is done."""
+        """Runs one quantum of a job; what this thread goes on with, None where the job is done and the thread no longer busy."""
         if job.cancelled():
             with suppress(Exception):  # nobody waits for what it says
                 job.quanta.close()
+            with self.lock:
+                self.busy -= 1
             return None
         begun, cost = job.virtual_start, job.cost
         answer: tuple[Any, BaseException | None] | None = None
         try:
-            job.run_quantum(alone=self.busy == 1 and not self.queue)
+            job.run_quantum(alone=self.busy == 1 and not self.queue and time.perf_counter() > self.crowded_at + QUIET_SECONDS)
         except StopIteration as end:
             answer = (end.value, None)
         except BaseException as error:  # every accepted job is answered, with what it raised if need be
@@ -131,6 +137,7 @@ class Workers:
             self.virtual_time = max(self.virtual_time, begun) + cost / (self.busy + len(self.queue))
             if answer is None and not self.stopping:
                 return heapq.heappushpop(self.queue, job)
+            self.busy -= 1  # before anybody hears of the end: the next job of the same request does not find this one at work
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             job.get_loop().call_soon_threadsafe(settle, job, *(answer or (None, asyncio.CancelledError())))
         return None
