@@ -1,8 +1,8 @@
 """The cheapest server: reads a POST and answers a fixed body, to load the machine with the same generator and no model.
 
-    python -m loadtest.peers.null_server PORT BYTES
+    python -m loadtest.null_server PORT BYTES
 
-Before: nothing. After: `client.py` asks it; GET anything is 200 as well.
+Before: nothing. After: `ceiling.py` has it asked; GET anything is 200 as well.
 """
 
 from __future__ import annotations

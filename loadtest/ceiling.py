@@ -1,0 +1,96 @@
+"""What the server adds to its engine: python -m loadtest.ceiling
+
+In turns: the server at 4 connections on W, all users distinct; and the engine alone, a process of one thread for each core,
+while the same generator asks a null server, which answers as many bytes, at the rate that the server reached. What is left between
+the two is HTTP, JSON, ids and scheduling. One JSON line a round, then medians.
+
+Before: `make reference-bundle`. After: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from itertools import cycle
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+from app.bundle import load_rankers
+from app.engine import processor
+from app.schemas import RankRequest
+from loadtest.client import closed_loop, lasting, open_loop, post
+from loadtest.server import Server, free_port
+from loadtest.workload import W, Workload
+
+CONNECTIONS, INPUTS = 4, 40
+STEADY = 300  # requests until our history cache is full, as it is in use
+
+
+def engine(bundles: Path, orders: Connection) -> None:
+    """Scores W's requests for as many seconds as it is told, one thread; answers (requests, CPU seconds) each time."""
+    ranker = next(iter(load_rankers(bundles, 1).values()))
+    engine = ranker.engines[ranker.default_variant]
+    requests = [RankRequest.model_validate_json(body) for body in Workload(bundles).distinct(W, INPUTS)]
+    inputs = cycle([(ranker.history(r)[0], ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])
+    orders.send(None)
+    while seconds := orders.recv():
+        end, cpu, done = time.perf_counter() + seconds, time.process_time(), 0
+        while time.perf_counter() < end:
+            engine.score(*next(inputs), ranker.default_meta, ranker.manifest.default_exit)
+            done += 1
+        orders.send((done, time.process_time() - cpu))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundles", type=Path, default=Path("build/bundles"))
+    parser.add_argument("--requests", type=int, default=400, help="of the server in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    context, engines = multiprocessing.get_context("spawn"), []
+    for _ in os.sched_getaffinity(0):
+        ours, theirs = context.Pipe()
+        context.Process(target=engine, args=(args.bundles, theirs), daemon=True).start()
+        ours.recv()
+        engines.append(ours)
+
+    def posts(seed: int, number: int) -> list[bytes]:
+        return [post("/rerank", body) for body in Workload(args.bundles, seed=seed).distinct(W, number)]
+
+    rounds: list[dict[str, float]] = []
+    with Server({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
+        size = len(closed_loop(server.port, posts(-1, STEADY), CONNECTIONS, keep_bodies=True).bodies[-1])
+        port = free_port()
+        with Server(command=[sys.executable, "-m", "loadtest.null_server", str(port), str(size)], port=port, ready="/") as null:
+            for turn in range(args.rounds):
+                requests = posts(turn, args.requests)
+                cpu = server.cpu_seconds()
+                served = closed_loop(server.port, requests, CONNECTIONS)
+                server_cpu = (server.cpu_seconds() - cpu) / len(requests)
+                for orders in engines:
+                    orders.send(served.seconds)
+                open_loop(null.port, lasting(served.seconds, cycle(requests)), served.per_second, CONNECTIONS)
+                results = [orders.recv() for orders in engines]
+                done = sum(number for number, _ in results)
+                rounds.append(
+                    {
+                        "server_per_second": served.per_second,
+                        "engine_per_second": done / served.seconds,
+                        "share": served.per_second * served.seconds / done,
+                        "server_cpu_ms": server_cpu * 1e3,
+                        "engine_cpu_ms": sum(seconds for _, seconds in results) / done * 1e3,
+                    }
+                )
+                print(json.dumps({"round": turn} | {name: round(value, 3) for name, value in rounds[-1].items()}), flush=True)
+    for orders in engines:
+        orders.send(0)
+    print(json.dumps({"machine": processor()} | {name: round(median(r[name] for r in rounds), 3) for name in rounds[0]}))
+
+
+if __name__ == "__main__":
+    main()
