@@ -6,6 +6,7 @@ The rankers are loaded before the port is opened; `open_pipeline` lists the othe
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hmac
 import logging
 import os
@@ -40,6 +41,9 @@ from app.settings import Settings
 from app.workers import Workers
 
 log = logging.getLogger("slatewise")
+
+LARGE_BLOCK = 2 << 20  # bytes: no tensor of an ordinary request is larger
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def cpu_quota() -> int:
@@ -207,11 +211,23 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_later(self.drain_seconds, setattr, self, "should_exit", True)
 
 
+def bound_malloc() -> None:
+    """Where the C library is glibc: blocks above LARGE_BLOCK go back to the system when they are freed, and so does the end of the heap.
+
+    By itself glibc keeps them, and a server grows with the largest requests that ever came together (docs/performance.md).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the rankers load
     try:
         settings = Settings()
+        bound_malloc()
         begin = time.perf_counter()
         rankers = load_rankers(settings.bundles, settings.threads or cpu_quota())
     except (ValidationError, ManifestError) as error:

@@ -1,0 +1,211 @@
+"""Low rank: a dense layer becomes two thin ones, out of what is known of its weights or of its outputs.
+
+    svd     the best approximation of the weights (Eckart and Young 1936)
+    fwsvd   of the weights, each row weighed by its Fisher information (FWSVD, arXiv 2207.00112)
+    afm     of the outputs: their principal components, the mean carried in the bias (AFM, arXiv 2405.18146)
+
+All end as one runtime form, `y = second (first x) + bias`. `allocate` shares a budget among layers so that the largest
+relative error is least (ALDS, arXiv 2107.11442). Before: a trained `Ligr`, and `see` on calibration data. After: `compress.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration data shows of a dense layer, float64."""
+
+    mean: Tensor  # (out,) of its outputs
+    covariance: Tensor  # (out, out)
+    fisher: Tensor  # (out,) a row's squared gradients of the loss, summed; means over batches
+
+
+@dataclass(frozen=True)
+class Factors:
+    """y = second (first x) + bias"""
+
+    first: Tensor  # (rank, in)
+    second: Tensor  # (out, rank)
+    bias: Tensor  # (out,)
+
+
+Method = Callable[[Tensor, Tensor, Seen, int], Factors]
+
+
+def svd(weight: Tensor, bias: Tensor, seen: Seen, rank: int) -> Factors:
+    """weight (out, in), bias (out,), float64."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
+
+
+def fwsvd(weight: Tensor, bias: Tensor, seen: Seen, rank: int) -> Factors:
+    importance = row_importance(seen)
+    factors = svd(importance[:, None] * weight, bias, seen, rank)
+    return Factors(factors.first, factors.second / importance[:, None], bias)
+
+
+def afm(weight: Tensor, bias: Tensor, seen: Seen, rank: int) -> Factors:
+    """U U' (W x + b) + (I - U U') mean, U the outputs' first principal components: no other map of this rank is closer to the outputs seen."""
+    u = torch.linalg.eigh(seen.covariance).eigenvectors.flip(1)[:, :rank]  # descending
+    return Factors(u.T @ weight, u, seen.mean + u @ (u.T @ (bias - seen.mean)))
+
+
+METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
+
+
+def row_importance(seen: Seen) -> Tensor:
+    """(out,) square roots of the rows' Fisher information; a row that the loss never felt counts as a millionth of the largest."""
+    return seen.fisher.clamp(min=1e-12 * float(seen.fisher.max()) or 1.0).sqrt()
+
+
+def spectrum(method: str, weight: Tensor, seen: Seen) -> Tensor:
+    """(ranks,) what each direction contributes, descending: entry r is the error, in the method's own norm, of rank r."""
+    if method == "afm":
+        return torch.linalg.eigvalsh(seen.covariance).flip(0).clamp(min=0).sqrt()
+    return torch.linalg.svdvals(weight if method == "svd" else row_importance(seen)[:, None] * weight)
+
+
+class LowRank(nn.Module):
+    """Two linears in place of one."""
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        rank, size = factors.first.shape
+        self.first, self.second = nn.Linear(size, rank, bias=False), nn.Linear(rank, len(factors.second))
+        with torch.no_grad():
+            self.first.weight.copy_(factors.first)
+            self.second.weight.copy_(factors.second)
+            self.second.bias.copy_(factors.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def dense_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may be factored, by name: those of the blocks, where the work is."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: layer for name, layer in found.items() if "blocks." in name}
+
+
+def see(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> dict[str, Seen]:
+    """Means, covariances and Fisher information of every dense layer over the batches that `losses` runs through the model."""
+    layers = dense_layers(model)
+    count = dict.fromkeys(layers, 0)
+    total = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+    square = {name: torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+    fisher = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+
+    def gather(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = output.detach().flatten(0, -2).double()
+            count[name] += len(rows)
+            total[name] += rows.sum(0)
+            square[name] += rows.T @ rows
+
+        return hook
+
+    hooks = [layer.register_forward_hook(gather(name)) for name, layer in layers.items()]
+    batches = 0
+    try:
+        for loss in losses():
+            model.zero_grad()
+            loss.backward()
+            batches += 1
+            for name, layer in layers.items():
+                if layer.weight.grad is not None:
+                    fisher[name] += layer.weight.grad.double().square().sum(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    seen = {}
+    for name in layers:
+        mean = total[name] / count[name]
+        seen[name] = Seen(mean, square[name] / count[name] - torch.outer(mean, mean), fisher[name] / batches)
+    return seen
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the allocator knows of a layer."""
+
+    errors: list[float]  # relative, of rank 0, 1, ...: descending, the first is 1
+    costs: list[float]  # of rank 0, 1, ...: ascending
+    whole: float  # cost of the layer as it is; its error is 0
+
+    def rank(self, error: float) -> int | None:
+        """The least rank, at least 1, whose error is not above this one; None where the layer as it is costs no more."""
+        rank = max(1, sum(e > error for e in self.errors))
+        return None if rank >= len(self.costs) or self.costs[rank] >= self.whole else rank
+
+    def cost(self, rank: int | None) -> float:
+        return self.whole if rank is None else self.costs[rank]
+
+    def error(self, rank: int | None) -> float:
+        return 0.0 if rank is None or rank >= len(self.errors) else self.errors[rank]
+
+
+def layer_of(spectrum: Tensor, weight: Tensor) -> Layer:
+    """Costs are parameters, without the bias."""
+    size = sum(weight.shape)
+    errors = [float(value) for value in spectrum / spectrum[0]]
+    return Layer(errors, [float(rank * size) for rank in range(len(errors))], float(weight.numel()))
+
+
+def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
+    """Ranks (None: left alone) within the budget whose largest relative error is least. Raises ValueError where even rank 1 costs more."""
+    levels = sorted({0.0, 1.0, *(error for layer in layers.values() for error in layer.errors)})
+
+    def ranks(level: float) -> dict[str, int | None]:
+        return {name: layer.rank(level) for name, layer in layers.items()}
+
+    def fits(level: float) -> bool:
+        return sum(layers[name].cost(rank) for name, rank in ranks(level).items()) <= budget
+
+    if not fits(levels[-1]):
+        raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
+    low, high = 0, len(levels) - 1  # the least level that fits is at most `high`
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(levels[middle]) else (middle + 1, high)
+    return ranks(levels[low])
+
+
+def uniform(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
+    """The same share of every layer's largest saving rank, as large as the budget allows: what `allocate` is held against."""
+
+    def ranks(share: float) -> dict[str, int | None]:
+        most = {name: sum(cost < layer.whole for cost in layer.costs[1:]) for name, layer in layers.items()}
+        return {name: max(1, round(share * most[name])) if most[name] else None for name in layers}
+
+    for percent in range(100, -1, -1):
+        found = ranks(percent / 100)
+        if sum(layers[name].cost(rank) for name, rank in found.items()) <= budget:
+            return found
+    raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
+
+
+def factor(model: nn.Module, seen: Mapping[str, Seen], method: str, ranks: Mapping[str, int | None]) -> nn.Module:
+    """A copy of the model with each of these layers at its rank."""
+    result = copy.deepcopy(model)
+    for name, layer in dense_layers(model).items():
+        if (rank := ranks.get(name)) is not None:
+            weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+            owner, _, part = name.rpartition(".")
+            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
+    return result
+
+
+def parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Numbers in each dense layer or pair of them, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, sum(p.numel() for p in module.parameters())
