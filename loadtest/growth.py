@@ -1,0 +1,98 @@
+"""How the engine's time grows with a request, in quanta as it is served: python -m loadtest.growth
+
+One thread, medians of interleaved runs: encoding by events, the exit `point` and the set-wise part by candidates, one event
+more by the events before it. Then the share of a causal attention that is computed for nothing. One JSON line at the end.
+
+Before: `make reference-bundle`. After: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from app.bundle import load_rankers
+from app.engine import HISTORY_QUANTUM, Candidates, Engine, History, KeptState, processor
+from app.pipeline import climb, extend
+from app.workers import Quanta
+
+EVENTS, CANDIDATES, SLATES = (256, 512, 1_024, 2_048), (200, 512, 1_024, 2_048, 4_096), (200, 512, 1_024)
+
+
+def finish(quanta: Quanta[Any]) -> Any:
+    """What the generator returns, all quanta in this thread."""
+    try:
+        next(quanta)
+        while True:
+            quanta.send(False)
+    except StopIteration as end:
+        return end.value
+
+
+def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: round(median(times) * 1e3, 3) for name, times in seconds.items()}
+
+
+def computed_for_nothing(events: int) -> float:
+    """The share of a causal attention's products that its mask throws away, in chunks of HISTORY_QUANTUM behind the start token."""
+    rows = np.arange(events)
+    computed = np.minimum((rows // HISTORY_QUANTUM + 1) * HISTORY_QUANTUM, events) + 1
+    return float(1 - (rows + 2).sum() / computed.sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundles", type=Path, default=Path("build/bundles"))
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    ranker = next(iter(load_rankers(args.bundles, 1).values()))
+    engine, meta, rng = ranker.engines[ranker.default_variant], ranker.default_meta, np.random.default_rng(0)
+
+    def history(n: int) -> History:
+        return History(rng.integers(2, len(engine.items), n), rng.integers(0, len(ranker.manifest.actions), n), rng.integers(2, 9, n))
+
+    def candidates(n: int) -> Candidates:
+        vectors = engine.items.take(rng.integers(2, len(engine.items), n), axis=0)
+        numeric = rng.normal(size=(n, len(ranker.manifest.features))).astype(np.float32)
+        return Candidates(vectors, numeric, np.zeros((1, 4), np.float32))
+
+    def encode(of: Engine, events: History) -> KeptState:
+        return finish(extend(of, of.start, 0, events, pack=False))
+
+    histories, slates = {n: history(n) for n in EVENTS}, {n: candidates(n) for n in CANDIDATES}
+    states = {n: encode(engine, events) for n, events in histories.items()}
+    state, more = states[256], history(1)
+    runs: dict[str, Callable[[], object]] = {f"encode {n}": lambda n=n: encode(engine, histories[n]) for n in EVENTS}  # type: ignore[misc]
+    runs |= {f"one event after {n}": lambda n=n: engine.extend(states[n].unpacked(), more) for n in EVENTS}  # type: ignore[misc]
+    runs |= {f"point {n}": lambda n=n: finish(climb(engine, slates[n], state, meta, "point", False, [])) for n in CANDIDATES}  # type: ignore[misc]
+    points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
+    runs |= {f"set-wise part {n}": lambda n=n: engine.set(points[n]) for n in SLATES}  # type: ignore[misc]
+    found = milliseconds(runs, args.repeats)
+    print(f"{processor()}, one thread, medians of {args.repeats} runs\n\n| work | ms |\n| --- | --- |")
+    for name, ms in found.items():
+        print(f"| {name} | {ms:.2f} |")
+    ratios = {
+        "encode 2,048 / 256": found["encode 2048"] / found["encode 256"],
+        "point 4,096 / 512": found["point 4096"] / found["point 512"],
+        "set-wise part 1,024 / 512": found["set-wise part 1024"] / found["set-wise part 512"],
+        "causal attention for nothing, 256": computed_for_nothing(256),
+        "causal attention for nothing, 2,048": computed_for_nothing(2_048),
+    }
+    print(json.dumps({"machine": processor(), "ms": found} | {name: round(value, 3) for name, value in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()
