@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,7 @@ def measure(args: argparse.Namespace, workload: Workload) -> Iterator[Row]:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server ends with it
     args.out.mkdir(parents=True, exist_ok=True)
     workload = Workload(args.bundles, seed=int(time.time()) if args.port else 0)  # a server that runs on has met the users of seed 0
     about = [

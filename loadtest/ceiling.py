@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from itertools import cycle
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400, help="of the server in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server ends with it
     context, engines = multiprocessing.get_context("spawn"), []
     for _ in os.sched_getaffinity(0):
         ours, theirs = context.Pipe()
