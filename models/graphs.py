@@ -12,7 +12,8 @@ request alone is never padded. The rows of one `encode` call share the length of
 rest. A fresh history is an extension of the start token's state, which the engine makes once (item row 1, action 0,
 gap 0, no past). Attention is one operator throughout (`Attention`, opset 24) and never sees a mask.
 
-Every dense layer goes through `linear`, so a compressed variant is another `linear`. Probabilities are float64: the
+Every dense layer is one `Gemm` of `linear`, two where the model holds a `low_rank.LowRank`; `quantize.py` finds them by that
+and makes them integers. Probabilities are float64: the
 calibration is strictly increasing and, in double precision, stays so through the sigmoid.
 Before: `ligr.py`. After: `export.py` checks them against torch and writes the bundle.
 """
@@ -92,12 +93,9 @@ class Graph:
         return model
 
 
-Linear = Callable[[Graph, str, str, np.ndarray, np.ndarray], str]
-
-
-def linear(g: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str:
+def linear(g: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
     """x (rows, in) -> (rows, out); weight (out, in) as torch keeps it. One GEMM, the bias in it."""
-    return g.op("Gemm", x, g.weight(f"{name}.weight", weight.T), g.weight(f"{name}.bias", bias))
+    return g.op("Gemm", x, g.weight(f"{name}.weight", weight.T), *([] if bias is None else [g.weight(f"{name}.bias", bias)]))
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ class Stream:
 class LigrGraphs:
     """Writes the graphs of one ranker. `calibrations[exit][head]`."""
 
-    def __init__(self, model: Ligr, calibrations: dict[str, list[Calibration]], longest_history: int, dense: Linear = linear) -> None:
-        self.config, self.calibrations, self.dense = model.config, calibrations, dense
+    def __init__(self, model: Ligr, calibrations: dict[str, list[Calibration]], longest_history: int) -> None:
+        self.config, self.calibrations = model.config, calibrations
         self.state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         self.blocks, self.set_blocks = len(model.blocks), len(model.set_blocks)
         d, self.heads = model.config.width, model.config.attention_heads
@@ -126,7 +124,9 @@ class LigrGraphs:
         return Stream(g.op("Reshape", x, g.ints(-1, self.config.width)), g.op("Shape", x))
 
     def layer(self, g: Graph, x: str, name: str) -> str:
-        return self.dense(g, x, name, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+        if f"{name}.first.weight" in self.state:
+            x, name = linear(g, x, f"{name}.first", self.state[f"{name}.first.weight"], None), f"{name}.second"
+        return linear(g, x, name, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
     def norm(self, g: Graph, x: str, name: str) -> str:
         scale, bias = (g.weight(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
@@ -233,7 +233,7 @@ class LigrGraphs:
         f, m, d = self.config.numeric, self.config.meta_size, self.config.width
         weight, bias = self.state["fusion.weight"], self.state["fusion.bias"]  # columns: scaled, missing, meta, context
         request = g.op("Concat", g.input("meta", ["B", m]), g.input("context", ["B", CONTEXT_SIZE]), axis=1)
-        request = g.op("Unsqueeze", self.dense(g, request, "fusion.request", weight[:, 2 * f :], bias), g.ints(1))  # (B, 1, d)
+        request = g.op("Unsqueeze", linear(g, request, "fusion.request", weight[:, 2 * f :], bias), g.ints(1))  # (B, 1, d)
         if f:
             numeric = g.input("numeric", ["B", "N", f])
             missing = g.op("IsNaN", numeric)
@@ -241,7 +241,7 @@ class LigrGraphs:
             scaled = g.op("Where", missing, g.weight("nought", np.array(0, np.float32)), scaled)
             scaled = g.op("Clip", scaled, g.weight("lowest", np.array(-10, np.float32)), g.weight("highest", np.array(10, np.float32)))
             each = g.op("Reshape", g.op("Concat", scaled, g.op("Cast", missing, to=FLOAT), axis=-1), g.ints(-1, 2 * f))
-            each = self.dense(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias))
+            each = linear(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias))
             request = g.op("Add", g.op("Reshape", each, g.op("Shape", candidates)), request)
         else:
             request = g.op("Expand", request, g.op("Shape", candidates))
