@@ -44,12 +44,11 @@ def run(graph: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 
 def slow(graph: onnx.ModelProto, x: np.ndarray, bits: int) -> np.ndarray:
     """The first layer in exact integers."""
-    weight, bias = (numpy_helper.to_array(graph.graph.initializer[k]).astype(np.float64) for k in range(2))
-    most = 2 ** (bits - 1) - 1
-    scales = np.abs(weight).max(axis=0) / most
+    weight, bias = (numpy_helper.to_array(graph.graph.initializer[k]) for k in range(2))
+    weights, scales = (value.astype(np.float64) for value in quantize_weight(weight, bits))
     scale, zero = input_scale(*RANGES["x"])
     codes = np.clip(np.rint(x / scale).astype(np.float64) + int(zero), 0, 255) - int(zero)
-    return codes @ np.rint(weight / scales) * float(scale) * scales + bias
+    return codes @ weights * float(scale) * scales + bias
 
 
 @given(rows=st.integers(0, 40), inner=st.integers(32, 80), out=st.integers(32, 80), seed=st.integers(0, 99))
