@@ -17,6 +17,7 @@ from tqdm import tqdm
 from app.engine import Candidates, Engine, History
 from app.features import FIRST_ITEM, gap_buckets, request_context, window_start
 from models.data import training_events
+from models.ligr import EXITS
 from models.train import Data
 
 RERANKED = 100  # in (a), the exit `set` orders the best of `point`: a slate of the whole catalogue is none
@@ -174,38 +175,71 @@ def slates(engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: B
     return result
 
 
-def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None) -> dict:
-    """The tables (a), (b) and (c) of one variant. `most_users` bounds (a), for tests."""
+@dataclass(frozen=True)
+class Outcome:
+    """What one variant did with each case, by exit and baseline."""
+
+    ranks: dict[str, np.ndarray]  # (users,) of the last event among the catalogue; empty without a head of kind `next`
+    slates: dict[str, list[tuple[np.ndarray, np.ndarray]]]  # (scores, labels) of each held-out slate; empty without a head of kind `label`
+    label: str | None  # that head's name
+
+    def gains(self, name: str) -> np.ndarray:
+        """(users,) NDCG@10 of one relevant item."""
+        return np.where(self.ranks[name] < 10, 1 / np.log2(self.ranks[name] + 2), 0.0)
+
+    def per_slate(self, name: str) -> np.ndarray:
+        """(slates, 2) NDCG@10 and AUC, NaN where a slate has one label only."""
+        return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]])
+
+
+def run_cases(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None, *, baselines: bool = True) -> Outcome:
+    """`most_users` bounds (a), for tests."""
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
-    baselines = make_baselines(data)
-    report: dict = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": heads[labelled].name if labelled is not None else None}
-    if following is not None:
-        ranks = leave_one_out(engine, data, following, meta, np.arange(len(data.sequences))[:most_users], baselines)
-        for name, found in ranks.items():
-            hits, gains = (found < 10).astype(float), np.where(found < 10, 1 / np.log2(found + 2), 0.0)
-            report["leave_one_out"][name] = {"users": len(found), "hr10": interval(hits), "ndcg10": interval(gains)}
-            if name == "point" and "set" in ranks:
-                others = ranks["set"]
-                report["set_against_point"]["leave_one_out_ndcg10"] = interval(np.where(others < 10, 1 / np.log2(others + 2), 0.0) - gains)
-    if labelled is not None and len(data.split.slate_users):
-        found = slates(engine, data, labelled, meta, baselines)
-        per_slate = {name: np.array([[ndcg(*case), auc(*case)] for case in cases]) for name, cases in found.items()}
-        for name, cases in found.items():
-            scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
-            rated = ~np.isnan(per_slate[name][:, 0])
-            row = {"slates": int(rated.sum()), "ndcg10": interval(per_slate[name][rated, 0]), "auc_in_slate": interval(per_slate[name][rated, 1])}
-            row["auc"] = round(auc(scores, labels), 4)
-            if name in engine.sessions:
-                row["calibration_error"] = round(calibration_error(scores, labels), 4)
-            report["slates"][name] = row
-        if "set" in per_slate:
-            difference = per_slate["set"] - per_slate["point"]
-            rated = ~np.isnan(difference[:, 0])
-            report["set_against_point"]["slate_ndcg10"] = interval(difference[rated, 0])
-            report["set_against_point"]["slate_auc"] = interval(difference[rated, 1])
+    others = make_baselines(data) if baselines else {}
+    users = np.arange(len(data.sequences))[:most_users]
+    return Outcome(
+        {} if following is None else leave_one_out(engine, data, following, meta, users, others),
+        slates(engine, data, labelled, meta, others) if labelled is not None and len(data.split.slate_users) else {},
+        None if labelled is None else heads[labelled].name,
+    )
+
+
+def tabulate(outcome: Outcome) -> dict:
+    """The tables (a), (b) and (c)."""
+    report: dict = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": outcome.label}
+    for name, ranks in outcome.ranks.items():
+        row = {"users": len(ranks), "hr10": interval((ranks < 10).astype(float)), "ndcg10": interval(outcome.gains(name))}
+        report["leave_one_out"][name] = row
+    for name, cases in outcome.slates.items():
+        scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
+        per_slate = outcome.per_slate(name)
+        rated = ~np.isnan(per_slate[:, 0])
+        row = {"slates": int(rated.sum()), "ndcg10": interval(per_slate[rated, 0]), "auc_in_slate": interval(per_slate[rated, 1])}
+        row["auc"] = round(auc(scores, labels), 4)
+        if name in EXITS:
+            row["calibration_error"] = round(calibration_error(scores, labels), 4)
+        report["slates"][name] = row
+    report["set_against_point"] = {} if "set" not in (*outcome.ranks, *outcome.slates) else difference(outcome, outcome, "set", "point")
     return report
+
+
+def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None = None) -> dict[str, list[float]]:
+    """Paired by user and by slate: one exit of an outcome minus the same, or another, of an outcome of the same cases."""
+    against, found = other_exit or exit, {}
+    if exit in one.ranks:
+        found["leave_one_out_ndcg10"] = interval(one.gains(exit) - other.gains(against))
+    if exit in one.slates:
+        per_slate = one.per_slate(exit) - other.per_slate(against)
+        rated = ~np.isnan(per_slate[:, 0])
+        found |= {"slate_ndcg10": interval(per_slate[rated, 0]), "slate_auc": interval(per_slate[rated, 1])}
+    return found
+
+
+def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None) -> dict:
+    """The tables of one variant, baselines beside it."""
+    return tabulate(run_cases(engine, data, meta, most_users))
 
 
 def as_markdown(report: dict) -> str:

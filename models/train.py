@@ -270,6 +270,17 @@ class Trainer:
                     loss = loss + F.binary_cross_entropy_with_logits(logits[..., h][known], target[known])
         return loss
 
+    def loss(self, batch: Batch, ladder: bool) -> Tensor:
+        """Of the exit `dot`, and with `ladder` of all exits."""
+        table = self.model.item_table()
+        twins = self.model.unknown_twin(table)
+        state, users = self.model.encode(self.model.tokens(self.hide_ids(batch.items, table, twins), batch.actions, batch.gaps))
+        loss = self.dot_loss(batch, users, table)
+        if ladder:
+            rows = torch.randperm(len(batch.users))[: self.config.ladder_windows]
+            loss = loss + self.ladder_loss(batch.take(rows), [(key[rows], value[rows]) for key, value in state], users[rows], table, twins)
+        return loss
+
     def run_epoch(self, ladder: bool) -> float:
         """One pass over the training events; the mean loss."""
         rng = np.random.default_rng([self.config.seed, self.epoch])
@@ -281,15 +292,8 @@ class Trainer:
             progress = (self.epoch + k / len(batches)) / self.config.epochs
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(progress, self.epoch * len(batches) + k)
-            batch = make_batch(self.data.sequences, windows)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                table = self.model.item_table()
-                twins = self.model.unknown_twin(table)
-                state, users = self.model.encode(self.model.tokens(self.hide_ids(batch.items, table, twins), batch.actions, batch.gaps))
-                loss = self.dot_loss(batch, users, table)
-                if ladder:
-                    rows = torch.randperm(len(batch.users))[: self.config.ladder_windows]
-                    loss = loss + self.ladder_loss(batch.take(rows), [(key[rows], value[rows]) for key, value in state], users[rows], table, twins)
+                loss = self.loss(make_batch(self.data.sequences, windows), ladder)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
