@@ -157,17 +157,19 @@ class Engine:
 
     def extend(self, state: HistoryState, events: History, wide: bool = False) -> HistoryState:
         """The state after more events (at least one); `state` itself stays as it is."""
+        count = len(events)
+        items, actions, gaps = (in_company(column) for column in (events.items, events.actions, events.gaps))
         feeds: dict[str, NDArray[Any]] = {
-            "items": self.items.take(events.items, axis=0)[None],  # (1, T, d)
-            "actions": events.actions[None],
-            "gaps": events.gaps[None],
-            "length": np.array([len(events)]),
+            "items": self.items.take(items, axis=0)[None],  # (1, T, d)
+            "actions": actions[None],
+            "gaps": gaps[None],
+            "length": np.array([count]),
         }
         for i in range(self.blocks):
             feeds[f"past_key_{i}"], feeds[f"past_value_{i}"] = state.keys[i], state.values[i]
         new = self.run("encode", feeds, wide)
-        blocks = range(self.blocks)
-        return HistoryState(tuple(new[f"key_{i}"] for i in blocks), tuple(new[f"value_{i}"] for i in blocks), new["user"])
+        blocks, real = range(self.blocks), slice(state.keys[0].shape[1] + count)
+        return HistoryState(tuple(new[f"key_{i}"][:, real] for i in blocks), tuple(new[f"value_{i}"][:, real] for i in blocks), new["user"])
 
     def prefix(self, state: HistoryState, events: int) -> HistoryState:
         """The keys and values of a state's first events, not copied. To be extended only: its user vector is not known."""
@@ -184,19 +186,21 @@ class Engine:
 
     def point(self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None), wide: bool = False) -> PointScores:
         """Exit `point` of some of the candidates; meta is (M,). Exact in chunks: no candidate sees another."""
+        vectors = candidates.vectors[rows]
         feeds: dict[str, NDArray[Any]] = {
-            "candidates": candidates.vectors[None, rows],
+            "candidates": in_company(vectors)[None],
             "meta": meta[None],
             "context": candidates.context,
             "user": state.user,
             "history_length": np.array([state.events + 1]),
         }
         if candidates.numeric.shape[1]:
-            feeds["numeric"] = candidates.numeric[None, rows]
+            feeds["numeric"] = in_company(candidates.numeric[rows])[None]
         for i in range(self.blocks):
             feeds[f"key_{i}"], feeds[f"value_{i}"] = state.keys[i], state.values[i]
         out = self.run("point", feeds, wide)
-        return PointScores(self.probabilities(out), out["logits"][0], out["hidden"][0])
+        real = slice(len(vectors))
+        return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
     def set(self, point: PointScores, wide: bool = False) -> Float64:
         """(N, heads) probabilities of the exit `set`: the candidates see each other."""
@@ -216,6 +220,15 @@ class Engine:
             return self.dot(candidates, state)
         point = self.point(candidates, meta, state, wide=wide)
         return point.probabilities if exit == "point" else self.set(point, wide)
+
+
+def in_company(rows: NDArray[Any]) -> NDArray[Any]:
+    """One row twice, more as they are: matrix products of a single row go another way in ONNX Runtime and round otherwise.
+
+    From two rows on, a row's hidden state does not depend on how many there are, to the last bit: an extended history is
+    the fresh one, and no rounding step of an int8 variant is taken to the other side by a chunk.
+    """
+    return rows.repeat(2, axis=0) if len(rows) == 1 else rows
 
 
 def open_session(graph: Path, threads: int) -> ort.InferenceSession:
