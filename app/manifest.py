@@ -54,9 +54,7 @@ class Variant(Part):
     invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
     quality: dict[str, dict[str, Any]] = Field(description="Per exit, on held-out data.")
     latency_ms: dict[str, Any]
-    agreement: dict[str, float] = Field(
-        default={}, description="With fp32, on held-out requests: Kendall's tau, overlap of the first ten, largest difference of a score."
-    )
+    agreement: dict[str, float] = Field(default={}, description="With fp32: Kendall's tau, overlap of the first ten, largest difference of a score.")
     difference: dict[str, list[float]] = Field(default={}, description="Quality minus fp32's, paired, with a 95 % interval.")
     resident_bytes: int | None = Field(default=None, description="What loading it adds to a process, one thread.")
     golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
