@@ -2,6 +2,7 @@
 # make test     everything: format, lint, types, tests (a real Redis included)
 # make lint     format, lint and types alone
 # make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
+# make compress the newest version of the demo to one with int8 and low-rank variants, each measured
 # make lock     renew the locked versions
 # make reference-bundle   the shape that speed is measured with, seeded weights, below build/bundles/
 
@@ -10,7 +11,7 @@ SERVE := .venv-serve
 TEST := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: python-version serve test lint format train reference-bundle lock clean
+.PHONY: python-version serve test lint format movielens train compress reference-bundle lock clean
 
 serve: $(SERVE)/installed
 	$(SERVE)/bin/python -m app.main
@@ -28,11 +29,16 @@ format: $(TEST)/installed
 	$(TEST)/bin/ruff check --fix .
 
 # ML1M and ML_SMALL may name a local zip or folder; without them both are downloaded from GroupLens.
-train: $(TEST)/installed
+movielens: $(TEST)/installed
 	test -f build/data/ml-1m/events.parquet || $(TEST)/bin/python -m models.movielens ml-1m $(if $(ML1M),--source $(ML1M))
 	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m models.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
+
+train: movielens
 	$(TEST)/bin/python -m models.train models/movielens.toml
 	$(TEST)/bin/python -m models.export models/movielens.toml
+
+compress: movielens
+	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml
 
 reference-bundle: $(TEST)/installed
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference

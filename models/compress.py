@@ -1,8 +1,8 @@
 """A bundle becomes its next version with more variants: python -m models.compress models/bundles/movielens models/movielens.toml
 
 Each variant is made from the bundle's own weights (low rank in torch, integers on the graphs), calibrated anew, measured against
-fp32 on the same held-out cases and held to its bound; one below the quality gate is not published. Without a TOML, which names the data, nothing is known of quality:
-the calibration is fp32's, nothing is gated, and size and time are what there is to see.
+fp32 on the same held-out cases and held to its bound; one below the quality gate is not published. Without a TOML, which names
+the data, nothing is known of quality: the calibration is fp32's, nothing is gated, and size and time are what there is to see.
 
 Before: `export.py` or `reference.py` published fp32. After: `app/bundle.py` loads what was published; the default variant is the fastest within the gate.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from app.bundle import load_bundle, sha256, versions
 from app.engine import HISTORY_QUANTUM, Candidates, Engine, History, processor
-from app.features import FIRST_ITEM
+from app.features import FIRST_ITEM, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
 from app.manifest import Variant, read_manifest
 from models import invariance
 from models.data import from_table, read_config
@@ -131,9 +131,8 @@ class Source:
 
 def logits_of(model: Ligr, history: History, candidates: Candidates, meta: np.ndarray) -> tuple[Tensor, Tensor]:
     """Of the exits `point` and `set`, with gradients."""
-    rows, actions, gaps = (
-        torch.from_numpy(np.concatenate([[first], column]))[None] for first, column in ((1, history.items), (0, history.actions), (0, history.gaps))
-    )
+    columns = ((START_ITEM, history.items), (UNKNOWN_ACTION, history.actions), (GAP_MISSING, history.gaps))  # the start token first
+    rows, actions, gaps = (torch.from_numpy(np.concatenate([[first], column]))[None] for first, column in columns)
     state, users = model.encode(model.tokens(model.item_table()[rows], actions, gaps))
     vectors = torch.from_numpy(candidates.vectors)[None]
     fused = model.fuse(torch.from_numpy(candidates.numeric)[None], torch.from_numpy(meta)[None, None], torch.from_numpy(candidates.context)[:, None])
@@ -259,13 +258,11 @@ def compress(source: Source, root: Path, recipes: dict[str, Recipe], force: bool
     manifest = source.manifest
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
     with staging(root / manifest.ranker, version) as stage:
-        shutil.copytree(
-            source.folder, stage, dirs_exist_ok=True, ignore=lambda folder, names: [n for n in names if folder.endswith("variants") and n != "fp32"]
-        )
-        exact = manifest.variants["fp32"]
-        variants = {"fp32": exact.model_copy(update={"latency_ms": measure_latency(source.exact, manifest), "agreement": {}, "difference": {}})}
-        variants["fp32"] = variants["fp32"].model_copy(update={"resident_bytes": resident_bytes(source.folder / "variants/fp32", list(manifest.graphs))})
-        ranks, refused = {}, []
+        shutil.copytree(source.folder, stage, dirs_exist_ok=True)
+        for other in manifest.variants.keys() - {"fp32"}:
+            shutil.rmtree(stage / "variants" / other)
+        now = {"latency_ms": measure_latency(source.exact, manifest), "resident_bytes": resident_bytes(stage / "variants/fp32", list(manifest.graphs))}
+        variants, ranks, refused = {"fp32": manifest.variants["fp32"].model_copy(update=now)}, {}, []
         for name, recipe in recipes.items():
             made = draft(source, recipe, stage / "draft")
             variants[name], good = measure(source, stage, name, recipe, made)
@@ -280,10 +277,8 @@ def compress(source: Source, root: Path, recipes: dict[str, Recipe], force: bool
             shutil.rmtree(stage / "variants" / name)
         published = {name: variant for name, variant in variants.items() if name not in refused}
         report = json.loads((stage / "report.json").read_text()) if (stage / "report.json").exists() else {}
-        report["variants"] = {
-            name: variant.model_dump(exclude={"golden_scores"}) | {"ranks": ranks.get(name, {}), "published": name in published}
-            for name, variant in variants.items()
-        }
+        rows = {name: variant.model_dump(exclude={"golden_scores"}) for name, variant in variants.items()}
+        report["variants"] = {name: row | {"ranks": ranks.get(name, {}), "published": name in published} for name, row in rows.items()}
         write_json(stage / "report.json", report)
         (stage / "variants.md").write_text(table + "\n")
         plot(variants, manifest.default_exit, stage / "variants.png")
