@@ -76,7 +76,8 @@ def main() -> None:
     states = {n: encode(engine, events) for n, events in histories.items()}
     state, more = states[256], history(1)
     runs: dict[str, Callable[[], object]] = {f"encode {n}": lambda n=n: encode(engine, histories[n]) for n in EVENTS}  # type: ignore[misc]
-    runs |= {f"one event after {n}": lambda n=n: engine.extend(states[n].unpacked(), more) for n in EVENTS}  # type: ignore[misc]
+    kept = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
+    runs |= {f"one event after {n - 1}": lambda n=n: engine.extend(kept[n], more) for n in EVENTS}  # type: ignore[misc]
     runs |= {f"point {n}": lambda n=n: finish(climb(engine, slates[n], state, meta, "point", False, [])) for n in CANDIDATES}  # type: ignore[misc]
     points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
     runs |= {f"set-wise part {n}": lambda n=n: engine.set(points[n]) for n in SLATES}  # type: ignore[misc]
