@@ -124,3 +124,20 @@ def test_rows_of_a_history_are_cut_as_those_of_its_columns(length: int, first: i
     cut: dict[str, Any] = {name: getattr(history[first:last], name).tolist() for name in ("items", "actions", "gaps")}
     assert cut == {name: getattr(history, name).tolist()[first:last] for name in ("items", "actions", "gaps")}
     assert len(history[first:last]) == len(cut["items"])
+
+
+def test_a_row_alone_goes_in_company_and_comes_back_alone(ranker: Ranker) -> None:
+    """One event and one candidate have the results of one, equal to those among others within far less than the bound."""
+    engine, draw = ranker.engines["fp32"], Requests(ranker.engines["fp32"], ranker.manifest, 5)
+    history, candidates, meta = draw.history(20), draw.candidates(9), draw.meta()
+    fresh, grown = engine.extend(engine.start, history), engine.start
+    for k in range(20):
+        grown = engine.extend(grown, history[k : k + 1])
+        assert grown.events == k + 1 and grown.keys[0].shape == grown.values[-1].shape == (1, k + 2, ranker.manifest.width)
+    for one, other in zip((*grown.keys, *grown.values, grown.user), (*fresh.keys, *fresh.values, fresh.user), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+    whole = engine.point(candidates, meta, fresh)
+    for k in range(9):
+        alone = engine.point(candidates, meta, fresh, slice(k, k + 1))
+        assert len(alone.hidden) == len(alone.logits) == len(alone.probabilities) == 1
+        np.testing.assert_allclose(alone.hidden[0], whole.hidden[k], atol=2e-6)
