@@ -1,13 +1,14 @@
 """Threads that run the model, a quantum at a time.
 
 A job is a generator of quanta: each `yield` says what the next one costs (rows through the model), and is answered, when
-its turn has come, with whether the other threads are idle and have been for a while. A quantum is bounded in size (engine.HISTORY_QUANTUM,
-engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a job as long as nobody has a
-better claim, and what nobody waits for any more is not run. Among jobs of a priority the
+its turn has come, with whether the other threads are idle and have been for a while. A quantum is bounded in size
+(engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a
+job as long as nobody has a better claim, and what nobody waits for any more is not run. Among jobs of a priority the
 claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
 quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row. A new
 job starts at the time that all are at, which advances by each quantum's cost over the number of jobs (as in WF2Q+,
-Bennett and Zhang 1997), so that no endless row of small new ones holds up a large one. Knows generators, nothing of ranking.
+Bennett and Zhang 1997), so that no endless row of small new ones holds up a large one. Knows generators, nothing of
+ranking.
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ from app.engine import processor
 from app.schemas import RankRequest
 from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
-from loadtest.workload import W, Workload
+from loadtest.workload import STEADY, W, Workload
 
 CONNECTIONS, INPUTS = 4, 40
-STEADY = 300  # requests until our history cache is full, as it is in use
 
 
 def engine(bundles: Path, orders: Connection) -> None:

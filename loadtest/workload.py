@@ -23,6 +23,7 @@ class Shape:
 
 
 W = Shape()
+STEADY = 300  # requests of W until our history cache is full at its default, as it is in use
 
 
 class Workload:

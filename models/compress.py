@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,7 @@ from models.evaluate import Outcome, candidates_of, difference, run_cases, slate
 from models.export import FP32_BOUND, fit_calibrations, golden_scores, measure_latency, quality_rows, staging, write_graphs, write_json
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import Ligr
-from models.low_rank import allocate, dense_layers, factor, layer_of, see, spectrum
+from models.low_rank import Seen, allocate, dense_layers, factor, layer_of, see, spectrum
 from models.quantize import observe, quantize
 from models.restore import restore
 from models.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
@@ -115,6 +116,10 @@ class Source:
         assert self.data is not None
         return run_cases(engine, self.data, self.meta, self.most_users, baselines=False)
 
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
+        return see(self.model, self.losses)
+
     def losses(self) -> Iterator[Tensor]:
         """What low rank looks at: the training loss where there is data, else the size of the logits on drawn requests."""
         torch.manual_seed(0)
@@ -155,7 +160,7 @@ def draft(source: Source, recipe: Recipe, stage: Path) -> Draft:
     """Weights, integers, then a calibration of its own; `stage` is scratch."""
     model, ranks = source.model, {}
     if recipe.method is not None:
-        layers, seen = dense_layers(model), see(model, source.losses)
+        layers, seen = dense_layers(model), source.seen
         known = {name: layer.weight.detach().double() for name, layer in layers.items()}
         shapes = {name: layer_of(spectrum(recipe.method, weight, seen[name]), weight) for name, weight in known.items()}
         ranks = allocate(shapes, recipe.share * sum(layer.whole for layer in shapes.values()))
@@ -163,9 +168,9 @@ def draft(source: Source, recipe: Recipe, stage: Path) -> Draft:
     longest = max(source.manifest.limits.history_used, HISTORY_QUANTUM)
     identity = {exit: [Calibration.identity() for _ in source.manifest.heads] for exit in source.manifest.exits}
     plain = LigrGraphs(model, identity, longest).all()
-    write_graphs(stage, plain)
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
     if recipe.integers:
+        write_graphs(stage, plain)
         recorder = Recorder(stage, source.items, source.manifest.exits, 1)
         for history, candidates, meta in source.samples:
             recorder.score(history, candidates, meta, source.manifest.exits[-1])
@@ -174,8 +179,10 @@ def draft(source: Source, recipe: Recipe, stage: Path) -> Draft:
     def finish(graphs: dict[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
         return {name: quantize(graph, ranges[name]) if name in ranges else graph for name, graph in graphs.items()}
 
-    write_graphs(stage, finish(plain))
-    calibrations = source.calibrations if source.data is None else fit_calibrations(source.engine(stage), source.data, source.meta)
+    calibrations = source.calibrations
+    if source.data is not None:
+        write_graphs(stage, finish(plain))
+        calibrations = fit_calibrations(source.engine(stage), source.data, source.meta)
     return Draft(model, calibrations, finish(LigrGraphs(model, calibrations, longest).all()), ranks)
 
 

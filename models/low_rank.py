@@ -11,7 +11,7 @@ relative error is least (ALDS, arXiv 2107.11442). Before: a trained `Ligr`, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -202,10 +202,3 @@ def factor(model: nn.Module, seen: Mapping[str, Seen], method: str, ranks: Mappi
             owner, _, part = name.rpartition(".")
             setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
     return result
-
-
-def parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Numbers in each dense layer or pair of them, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, sum(p.numel() for p in module.parameters())

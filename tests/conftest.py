@@ -24,6 +24,7 @@ import pytest
 import uvicorn
 
 from app.bundle import Ranker, load_bundle, load_rankers
+from app.engine import Engine
 from app.main import create_app
 from app.settings import Settings
 
@@ -158,3 +159,19 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def start_redis(tmp_path: Path) -> Callable[[int | None], AbstractContextManager[int]]:
     """For tests that stop it: `with start_redis(port) as port`."""
     return lambda port=None: run_redis(tmp_path, port)
+
+
+class Stop:
+    """In place of a method of Engine: counts its calls, holds each until told."""
+
+    def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
+        original = getattr(Engine, method)
+
+        def held(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            self.begun.set()
+            assert self.may_end.wait(30)
+            return original(engine, *arguments, **options)
+
+        monkeypatch.setattr(Engine, method, held)

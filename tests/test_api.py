@@ -24,13 +24,12 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from app.bundle import Ranker
-from app.engine import Engine
 from app.errors import RankingError
 from app.main import create_app
 from app.routes import PROBLEMS
 from app.schemas import Problem, RankResponse
 from app.settings import Settings
-from tests.conftest import DEMO, Tiny, free_port, serve
+from tests.conftest import DEMO, Stop, Tiny, free_port, serve
 
 BOUND = 1e-5
 
@@ -354,22 +353,6 @@ def test_the_stage_histograms_add_up_to_the_duration_histogram(client: httpx.Cli
     stages, durations, count = (after - old for after, old in zip(sums(client, *names), before, strict=True))
     assert count == 5 * len(SHAPES)
     assert 0.95 * durations <= stages <= durations * (1 + 1e-9)
-
-
-class Stop:
-    """In place of a method of Engine: counts its calls, holds each until told."""
-
-    def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
-        original = getattr(Engine, method)
-
-        def held(engine: Engine, *arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            self.begun.set()
-            assert self.may_end.wait(30)
-            return original(engine, *arguments, **options)
-
-        monkeypatch.setattr(Engine, method, held)
 
 
 def wait_for(client: httpx.Client, name: str, value: float) -> None:

@@ -25,7 +25,7 @@ from app.metrics import Timings
 from app.pipeline import Call, Pipeline, order
 from app.schemas import RankRequest
 from app.workers import Workers
-from tests.conftest import Tiny
+from tests.conftest import Stop, Tiny
 
 BOUND = 1e-5
 ACTIONS = ["love", "like", "view", "dislike", "hate", "something else", None]
@@ -416,22 +416,6 @@ def test_without_a_user_nothing_is_packed(ranker: Ranker) -> None:
 
 
 # Quanta
-
-
-class Stop:
-    """In place of a method of Engine: counts its calls, holds the first until told."""
-
-    def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
-        original = getattr(Engine, method)
-
-        def held(engine: Engine, *arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            self.begun.set()
-            assert self.may_end.wait(30)
-            return original(engine, *arguments, **options)
-
-        monkeypatch.setattr(Engine, method, held)
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 from loadtest.client import ask, closed_loop, connect, post
 from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server, peer_server
 from loadtest.peers.environments import BUNDLES, RANKER
-from loadtest.workload import Shape, W, Workload
+from loadtest.workload import STEADY, Shape, W, Workload
 
-WARM_UP, STEADY, RETURNING_USERS, BOUND = 20, 300, 40, 1e-5  # after STEADY requests our history cache is full, as it is in use
+WARM_UP, RETURNING_USERS, BOUND = 20, 40, 1e-5
 
 
 @dataclass(frozen=True)
