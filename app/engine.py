@@ -31,8 +31,8 @@ class EngineError(RuntimeError):
 class HistoryState:
     """An encoded history: what candidates read, and what new events extend. Immutable, shared between requests."""
 
-    keys: tuple[Float32, ...]  # per block (1, K, d), K = events + 1 for the start token
-    values: tuple[Float32, ...]
+    keys: tuple[Float32, ...]  # per block (1, K, key width), K = events + 1 for the start token
+    values: tuple[Float32, ...]  # per block (1, K, value width)
     user: Float32  # (1, d) the newest event's hidden state; (1, 0) where it is not known, of a `prefix`
 
     @property
@@ -47,27 +47,33 @@ class HistoryState:
         return self
 
     def packed(self) -> PackedState:
-        rows = np.concatenate([*self.keys, *self.values])  # (2 blocks, K, d)
-        scales = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
-        return PackedState(np.rint(rows / scales).astype(np.int8), scales, self.user)
+        return PackedState(pack(self.keys), pack(self.values), self.user)
+
+
+Packed = tuple[NDArray[np.int8], Float32]  # codes (blocks, K, width), scales (blocks, K, 1)
+
+
+def pack(arrays: tuple[Float32, ...]) -> Packed:
+    rows = np.concatenate(arrays)
+    scales = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
+    return np.rint(rows / scales).astype(np.int8), scales
 
 
 @dataclass(frozen=True)
 class PackedState:
     """The same in about a quarter of the bytes: int8 with a scale for each token, symmetric."""
 
-    rows: NDArray[np.int8]  # (2 blocks, K, d), the keys first
-    scales: Float32  # (2 blocks, K, 1)
+    keys: Packed
+    values: Packed
     user: Float32
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.scales.nbytes + self.user.nbytes
+        return sum(a.nbytes for a in (*self.keys, *self.values, self.user))
 
     def unpacked(self) -> HistoryState:
-        rows = np.multiply(self.rows, self.scales, dtype=np.float32)
-        blocks = len(rows) // 2
-        return HistoryState(tuple(rows[i : i + 1] for i in range(blocks)), tuple(rows[blocks + i :][:1] for i in range(blocks)), self.user)
+        keys, values = (np.multiply(codes, scales, dtype=np.float32) for codes, scales in (self.keys, self.values))
+        return HistoryState(tuple(keys[:, None]), tuple(values[:, None]), self.user)
 
     def packed(self) -> PackedState:
         return self
@@ -141,11 +147,11 @@ class Engine:
         except Exception as error:  # onnxruntime has no common base class for what it raises
             raise ManifestError(f"{folder}: onnxruntime refuses it: {error}") from error
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
-        past = [i for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_key_")]
-        self.blocks = len(past)
-        nothing = np.zeros((1, 0, past[0].shape[-1]), np.float32)
+        nothing = {i.name: np.zeros((1, 0, i.shape[-1]), np.float32) for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
+        self.blocks = len(nothing) // 2
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
-        nowhere = HistoryState((nothing,) * self.blocks, (nothing,) * self.blocks, np.zeros((1, 0), np.float32))
+        keys, values = (tuple(nothing[f"past_{part}_{i}"] for i in range(self.blocks)) for part in ("key", "value"))
+        nowhere = HistoryState(keys, values, np.zeros((1, 0), np.float32))
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
     def run(self, graph: str, feeds: dict[str, NDArray[Any]], wide: bool = False) -> dict[str, NDArray[Any]]:

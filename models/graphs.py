@@ -1,10 +1,10 @@
 """The serving graphs, written operator by operator: the equations of `ligr.py` as ONNX, with a batch axis B.
 
-    encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> past_value_<i> (B,P,d)
-             -> key_<i> value_<i> (B,P+T,d), user (B,d)
+    encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> (B,P,key width) past_value_<i> (B,P,value width)
+             -> key_<i> value_<i> (B,P+T,...), user (B,d)
     dot      candidates (B,N,d) user (B,d)                                          -> probabilities (B,N,heads)
     point    candidates numeric (B,N,F) meta (B,M) context (B,4) user
-             key_<i> value_<i> (B,K,d) history_length (B,)                        -> probabilities, logits, hidden (B,N,d)
+             key_<i> value_<i> (B,K,...) history_length (B,)                      -> probabilities, logits, hidden (B,N,d)
     set      hidden (B,N,d) logits (B,N,heads) set_length (B,)                      -> probabilities
 
 Rows of a batch are padded on the right and `length`, `history_length`, `set_length` say how much of each is real: a
@@ -113,9 +113,9 @@ class LigrGraphs:
         self.config, self.calibrations = model.config, calibrations
         self.state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         self.blocks, self.set_blocks = len(model.blocks), len(model.set_blocks)
-        d, self.heads = model.config.width, model.config.attention_heads
-        self.head_size = d // self.heads
-        half = self.head_size // 2
+        self.heads, self.key_heads = model.config.attention_heads, model.config.key_heads or model.config.attention_heads
+        self.query_size = model.config.query_width // self.heads  # of a head of queries and keys
+        half = self.query_size // 2
         angle = np.arange(longest_history + 2)[:, None] * 10_000.0 ** (-np.arange(half, dtype=np.float32) / half)
         self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
@@ -132,32 +132,41 @@ class LigrGraphs:
         scale, bias = (g.weight(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
         return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-5)
 
-    def rotate(self, g: Graph, x: str, positions: str) -> str:
-        """x (B, T, d) of H heads, positions (B, T)"""
-        return g.op("RotaryEmbedding", x, *self.rotary(g), positions, num_heads=self.heads)
+    def rotate(self, g: Graph, x: str, positions: str, heads: int) -> str:
+        """x (B, T, heads * D), positions (B, T)"""
+        return g.op("RotaryEmbedding", x, *self.rotary(g), positions, num_heads=heads)
 
     def rotate_alike(self, g: Graph, x: str, shape: str, position: str) -> str:
-        """x (B, N, d), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
-        heads = g.op("Reshape", x, g.ints(0, -1, 1, self.head_size))  # (B, N * H, 1, D)
-        return g.op("Reshape", g.op("RotaryEmbedding", heads, *self.rotary(g), position), shape)
+        """x (B, N, H * D), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
+        heads = g.op("Reshape", x, g.ints(0, -1, 1, self.query_size))  # (B, N * H, 1, D)
+        return self.unstacked(g, g.op("RotaryEmbedding", heads, *self.rotary(g), position), shape, self.config.query_width)
 
     def rotary(self, g: Graph) -> tuple[str, str]:
         return g.weight("rotary.cos", self.cos), g.weight("rotary.sin", self.sin)
 
     def keys_values(self, g: Graph, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
-        """(B, N, d) each"""
+        """(B, N, key width) and (B, N, value width)"""
         normed = self.norm(g, x.rows, f"{block}.attention_norm")
-        key, value = (g.op("Reshape", self.layer(g, normed, f"{block}.{part}"), x.shape) for part in ("key", "value"))
-        return (key if positions is None else self.rotate(g, key, positions)), value
+        widths = {"key": self.config.key_width, "value": self.config.value_width}
+        key, value = (self.unstacked(g, self.layer(g, normed, f"{block}.{part}"), x.shape, width) for part, width in widths.items())
+        return (key if positions is None else self.rotate(g, key, positions, self.key_heads)), value
+
+    def unstacked(self, g: Graph, rows: str, shape: str, width: int) -> str:
+        """rows of (B, N, width), whatever their shape was -> (B, N, width); `shape` is that of (B, N, d)"""
+        if width != self.config.width:
+            shape = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(2)), g.ints(width), axis=0)
+        return g.op("Reshape", rows, shape)
 
     def attention(self, g: Graph, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
-        """query (B, N, d) reads the first `length` (B,) of key and value (B, K, d); causal: the last of N reads all of them, the one before all but one, ..."""
-        heads = {"q_num_heads": self.heads, "kv_num_heads": self.heads}
+        """query (B, N, ...) reads the first `length` (B,) of key and value (B, K, ...) -> (B, N, d)
+
+        causal: the last of N reads all of them, the one before all but one, ..."""
+        heads = {"q_num_heads": self.heads, "kv_num_heads": self.key_heads}
         return g.op("Attention", query, key, value, "", "", "", length, is_causal=int(causal), **heads)
 
     def block(self, g: Graph, x: Stream, block: str, turn: Callable[[str], str], read: Callable[[str], str]) -> Stream:
         """A gated block; `turn` gives queries (B, N, d) their positions, `read` has them read keys and values."""
-        query = turn(g.op("Reshape", self.layer(g, self.norm(g, x.rows, f"{block}.attention_norm"), f"{block}.query"), x.shape))
+        query = turn(self.unstacked(g, self.layer(g, self.norm(g, x.rows, f"{block}.attention_norm"), f"{block}.query"), x.shape, self.config.query_width))
         attended = self.layer(g, g.op("Reshape", read(query), g.ints(-1, self.config.width)), f"{block}.out")
         rows = self.gated(g, x.rows, attended, f"{block}.attention_gate")
         fed = g.op("Gelu", self.layer(g, self.norm(g, rows, f"{block}.feed_forward_norm"), f"{block}.up"))
@@ -187,7 +196,7 @@ class LigrGraphs:
         return g.op("Add", g.op("Mul", column, scale), bias)
 
     def write_history(self, g: Graph, x: str, actions: str, gaps: str, length: str, past: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], str]:
-        """Events' vectors x (B, T, d) behind `past` (B, P, d) a block, or behind nothing -> keys and values (B, P + T, d), user (B, d)."""
+        """Events' vectors x (B, T, d) behind `past` (B, P, ...) a block, or behind nothing -> keys and values (B, P + T, ...), user (B, d)."""
         x = g.op("Add", x, g.op("Gather", g.weight("action", self.state["action.weight"]), actions))
         x = g.op("Add", x, g.op("Gather", g.weight("gap", self.state["gap.weight"]), gaps))
         first = g.op("Shape", past[0][0], start=1, end=2) if past else g.ints(0)  # (1,): P
@@ -204,17 +213,19 @@ class LigrGraphs:
                 key, value = (g.op("Concat", old, new, axis=1) for old, new in zip(past[i], (key, value), strict=True))
             state.append((key, value))
             if i + 1 < self.blocks:
-                tokens = self.block(g, tokens, name, lambda q: self.rotate(g, q, positions), lambda q: self.attention(g, q, key, value, written, causal=True))  # noqa: B023
+                turn = lambda q: self.rotate(g, q, positions, self.heads)  # noqa: E731
+                tokens = self.block(g, tokens, name, turn, lambda q: self.attention(g, q, key, value, written, causal=True))  # noqa: B023
         # only the newest position of the last block is used for more than its key and value
         last = g.op("Unsqueeze", g.op("Sub", length, g.ints(1)), g.ints(1))  # (B, 1)
         newest = g.op("GatherND", g.op("Reshape", tokens.rows, tokens.shape), g.op("Unsqueeze", last, g.ints(2)), batch_dims=1)  # (B, 1, d)
         readable = g.op("Add", first, length)
         position = g.op("Add", first, last)  # (B, 1)
-        x = self.block(g, self.stream(g, newest), name, lambda q: self.rotate(g, q, position), lambda q: self.attention(g, q, key, value, readable)).rows
-        return state, self.norm(g, x, "user_norm")
+        turn = lambda q: self.rotate(g, q, position, self.heads)  # noqa: E731
+        x = self.block(g, self.stream(g, newest), name, turn, lambda q: self.attention(g, q, key, value, readable))
+        return state, self.norm(g, x.rows, "user_norm")
 
     def read_history(self, g: Graph, candidates: str, fused: str, user: str, state: list[tuple[str, str]], length: str) -> tuple[str, Stream]:
-        """Candidates' vectors (B, N, d) read keys and values (B, K, d), the first `length` (B,) -> logits (B, N, heads) of the exit `point`, hidden."""
+        """Candidates' vectors (B, N, d) read keys and values (B, K, ...), the first `length` (B,) -> logits (B, N, heads) of the exit `point`, hidden."""
         x = self.stream(g, candidates)
         position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all stand right after the history
         for i, (key, value) in enumerate(state):
@@ -222,11 +233,7 @@ class LigrGraphs:
             x = self.block(g, x, f"blocks.{i}", turn, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
         hidden = Stream(g.op("Add", x.rows, fused), x.shape)
         f = self.layer(g, g.op("Gelu", self.layer(g, self.norm(g, hidden.rows, "point_norm"), "point_up")), "point_down")
-        return g.op("Add", self.dot_logits(g, candidates, user), self.by_candidate(g, f, x.shape)), hidden
-
-    def by_candidate(self, g: Graph, rows: str, shape: str) -> str:
-        """(B * N, heads) -> (B, N, heads)"""
-        return g.op("Reshape", rows, g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(2)), g.ints(self.config.heads), axis=0))
+        return g.op("Add", self.dot_logits(g, candidates, user), self.unstacked(g, f, x.shape, self.config.heads)), hidden
 
     def fused(self, g: Graph, candidates: str) -> str:
         """Late fusion, (B * N, d): the request's part once a request, the candidates' part once a candidate."""
@@ -253,18 +260,23 @@ class LigrGraphs:
             key, value = self.keys_values(g, x, f"set_blocks.{i}", None)
             x = self.block(g, x, f"set_blocks.{i}", lambda q: q, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
         out = self.layer(g, self.norm(g, x.rows, "set_norm"), "set_out")
-        return g.op("Add", logits, self.by_candidate(g, out, x.shape))
+        return g.op("Add", logits, self.unstacked(g, out, x.shape, self.config.heads))
+
+    def state_inputs(self, g: Graph, prefix: str, length: str) -> list[tuple[str, str]]:
+        """Keys and values, a pair a block."""
+        widths = {"key": self.config.key_width, "value": self.config.value_width}
+        return [tuple(g.input(f"{prefix}{part}_{i}", ["B", length, width]) for part, width in widths.items()) for i in range(self.blocks)]
 
     def encode(self) -> onnx.ModelProto:
         g, d = Graph("encode"), self.config.width
         x = g.input("items", ["B", "T", d])
         actions, gaps = g.input("actions", ["B", "T"], INT), g.input("gaps", ["B", "T"], INT)
         length = g.input("length", ["B"], INT)
-        past = [(g.input(f"past_key_{i}", ["B", "P", d]), g.input(f"past_value_{i}", ["B", "P", d])) for i in range(self.blocks)]
+        past = self.state_inputs(g, "past_", "P")
         state, user = self.write_history(g, x, actions, gaps, length, past)
         for i, (key, value) in enumerate(state):
-            g.output(f"key_{i}", key, ["B", "K", d])
-            g.output(f"value_{i}", value, ["B", "K", d])
+            g.output(f"key_{i}", key, ["B", "K", self.config.key_width])
+            g.output(f"value_{i}", value, ["B", "K", self.config.value_width])
         g.output("user", user, ["B", d])
         return g.model()
 
@@ -278,7 +290,7 @@ class LigrGraphs:
         g, d, heads = Graph("point"), self.config.width, self.config.heads
         candidates = g.input("candidates", ["B", "N", d])
         fused, user = self.fused(g, candidates), g.input("user", ["B", d])
-        state = [(g.input(f"key_{i}", ["B", "K", d]), g.input(f"value_{i}", ["B", "K", d])) for i in range(self.blocks)]
+        state = self.state_inputs(g, "", "K")
         logits, hidden = self.read_history(g, candidates, fused, user, state, g.input("history_length", ["B"], INT))
         logits = g.output("logits", logits, ["B", "N", heads])
         g.output("hidden", g.op("Reshape", hidden.rows, hidden.shape), ["B", "N", d])

@@ -35,6 +35,31 @@ class LigrConfig:
     feed_forward: int = 4  # times the width
     meta_size: int = 16
     dropout: float = 0.1
+    key_heads: int = 0  # of keys and values, each read by as many queries' heads (GQA, arXiv 2305.13245); 0: as many as those
+    key_size: int = 0  # of a head of queries and keys (DARE, arXiv 2410.02604: less than of values will do); 0: as of values
+
+    def __post_init__(self) -> None:
+        if self.width % self.attention_heads or (self.key_heads and self.attention_heads % self.key_heads):
+            raise ValueError(f"attention_heads = {self.attention_heads} must divide width = {self.width}, and key_heads = {self.key_heads} them")
+        if (self.key_size or self.value_size) % 2:
+            raise ValueError(f"key_size = {self.key_size or self.value_size} must be even: rotary positions turn pairs")
+
+    @property
+    def value_size(self) -> int:
+        """Of a head."""
+        return self.width // self.attention_heads
+
+    @property
+    def query_width(self) -> int:
+        return self.attention_heads * (self.key_size or self.value_size)
+
+    @property
+    def key_width(self) -> int:
+        return (self.key_heads or self.attention_heads) * (self.key_size or self.value_size)
+
+    @property
+    def value_width(self) -> int:
+        return (self.key_heads or self.attention_heads) * self.value_size
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -58,27 +83,28 @@ class Block(nn.Module):
     def __init__(self, config: LigrConfig) -> None:
         super().__init__()
         d = config.width
-        self.heads = config.attention_heads
+        self.heads, self.key_heads = config.attention_heads, config.key_heads or config.attention_heads
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.query, self.key, self.value = (nn.Linear(d, size) for size in (config.query_width, config.key_width, config.value_width))
+        self.out = nn.Linear(d, d)
         self.attention_gate, self.feed_forward_gate = nn.Linear(d, d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, config.feed_forward * d), nn.Linear(config.feed_forward * d, d)
         self.dropout = nn.Dropout(config.dropout)
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, d) -> (B, H, T, D)
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
 
     def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, H, T, D) each; without positions (set-wise) nothing is rotated."""
         x = self.attention_norm(x)
-        key, value = self.split(self.key(x)), self.split(self.value(x))
+        key, value = self.split(self.key(x), self.key_heads), self.split(self.value(x), self.key_heads)
         return (key if positions is None else rotate(key, positions)), value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False) -> Tensor:
         """x: (B, N, d) reads key and value (B, H, K, D); mask (B or 1, 1, N, K), True where it may read."""
-        query = self.split(self.query(self.attention_norm(x)))
+        query = self.split(self.query(self.attention_norm(x)), self.heads)
         query = query if positions is None else rotate(query, positions)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_heads)
         read = self.out(read.transpose(1, 2).flatten(2))
         x = x + self.dropout(read) * torch.sigmoid(self.attention_gate(x))
         fed = self.down(F.gelu(self.up(self.feed_forward_norm(x))))

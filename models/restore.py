@@ -28,7 +28,8 @@ def restore(folder: Path) -> tuple[Ligr, dict[str, list[Calibration]]]:
     manifest = read_manifest(folder)
     weights, items = read_weights(folder, manifest), np.load(folder / "items.npy")
     encode = onnx.load(folder / "variants/fp32/encode.onnx")
-    attention_heads = next(a.i for node in encode.graph.node if node.op_type == "Attention" for a in node.attribute if a.name == "q_num_heads")
+    attention = next(node for node in encode.graph.node if node.op_type == "Attention")
+    heads = {a.name: a.i for a in attention.attribute}
     numeric = len(manifest.features)
     config = LigrConfig(
         items=len(items),
@@ -38,7 +39,9 @@ def restore(folder: Path) -> tuple[Ligr, dict[str, list[Calibration]]]:
         heads=len(manifest.heads),
         width=manifest.width,
         blocks=count(weights, "blocks."),
-        attention_heads=attention_heads,
+        attention_heads=heads["q_num_heads"],
+        key_heads=heads["kv_num_heads"],
+        key_size=weights["blocks.0.key.weight"].shape[1] // heads["kv_num_heads"],
         set_blocks=count(weights, "set_blocks."),
         feed_forward=weights["blocks.0.up.weight"].shape[1] // manifest.width,
         meta_size=manifest.meta_size,

@@ -172,6 +172,33 @@ def epoch_windows(train_lengths: np.ndarray, longest: int, batch_events: int, rn
         yield batches[k]
 
 
+@dataclass(frozen=True)
+class Slates:
+    """What the exits `point` and `set` learn from: at S positions of each of B sequences C candidates, the next slate and then negatives."""
+
+    read: Tensor  # (B, S) int64, events that have happened; the next one exists
+    candidates: Tensor  # (B, S, C) int64
+    numeric: Tensor  # (B, S, C, F) float32, NaN is missing
+    context: Tensor  # (B, S, 4) float32
+    exists: Tensor  # (B, S, slate) bool, which of the next slate are real
+    labels: Tensor  # (B, S, slate, heads) float32, NaN where not known
+    log_rate: Tensor  # (B, S, C - slate) float32, at which each negative is drawn
+
+
+def read_slates(model: Ligr, slates: Slates, state: list[tuple[Tensor, Tensor]], users: Tensor, vectors: Tensor, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the exit `dot` and what `point` adds to them (B * S, C, heads), hidden (B * S, C, d).
+
+    state and users (B, T + 1, d) of the sequences, vectors (B, S, C, d) of the candidates, meta (B, S, M).
+    """
+    b, s, c = slates.candidates.shape
+    fused = model.fuse(slates.numeric, meta[:, :, None], slates.context[:, :, None])
+    positions = (slates.read + 1).repeat_interleave(c, dim=1)  # (B, S * C)
+    mask = torch.arange(users.shape[1]) <= slates.read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
+    hidden = model.hidden(vectors.flatten(1, 2), state, positions, mask[:, None], fused.flatten(1, 2)).view(b * s, c, -1)
+    now = users[torch.arange(b)[:, None], slates.read].view(b * s, 1, -1)
+    return model.dot_logits(now, vectors.view(b * s, c, -1)), model.point_logits(hidden), hidden
+
+
 class Trainer:
     """Model, the users' meta vectors, optimizer and epoch: all that a checkpoint holds."""
 
@@ -219,44 +246,41 @@ class Trainer:
             loss = loss + F.binary_cross_entropy_with_logits((positive * self.model.dot_scale[k] + self.model.dot_bias[k])[known], labels[known, k])
         return loss
 
-    def ladder_loss(self, batch: Batch, state: list[tuple[Tensor, Tensor]], users: Tensor, table: Tensor, twins: Tensor) -> Tensor:
-        """Exits `point` and `set` at S positions of each sequence; C candidates each: the next slate, then negatives."""
-        model, config = self.model, self.config
+    def draw_slates(self, batch: Batch, users: Tensor, table: Tensor) -> Slates:
+        """Half of the negatives uniform, half from the exit `dot` of these user vectors (B, T + 1, d)."""
+        config = self.config
         b, s, slate, k = len(batch.users), config.ladder_positions, self.data.config.slate_size, config.ladder_negatives
         rows = torch.arange(b)[:, None]
-        read = (torch.rand(b, s) * batch.lengths[:, None]).long()  # (B, S) events that have happened; the next one exists
-        with torch.no_grad():  # negatives (B, S, K) with the rate at which each is drawn
-            now = users[rows, read]  # (B, S, d)
-            share = torch.softmax(now @ table[FIRST_ITEM:].T, dim=-1)
+        read = (torch.rand(b, s) * batch.lengths[:, None]).long()
+        with torch.no_grad():
+            share = torch.softmax(users[rows, read] @ table[FIRST_ITEM:].T, dim=-1)
             share = 0.5 * share + 0.5 / share.shape[-1]
             drawn = torch.multinomial(share.flatten(0, 1), k, replacement=True).view(b, s, k)
             log_rate = torch.log(k * share.gather(2, drawn))
-            negatives = drawn + FIRST_ITEM
         ahead = read[..., None] + 1 + torch.arange(slate)  # (B, S, slate) columns of the next events
         exists = ahead <= batch.lengths[:, None, None]
         ahead = ahead.clamp(max=batch.items.shape[1] - 1)
         upcoming = batch.items[rows[..., None], ahead].masked_fill(~exists, UNKNOWN_ITEM)
-        labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)  # (B, S, slate, heads)
-        candidates = torch.cat([upcoming, negatives], dim=2)  # (B, S, C)
-        c = candidates.shape[2]
-        vectors = self.hide_ids(candidates, table, twins)
-        numeric = self.numeric[candidates]
-        numeric = numeric.masked_fill(torch.rand(b, s, 1, 1) < 0.3, torch.nan)
+        labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)
+        candidates = torch.cat([upcoming, drawn + FIRST_ITEM], dim=2)
+        numeric = self.numeric[candidates].masked_fill(torch.rand(b, s, 1, 1) < 0.3, torch.nan)
+        return Slates(read, candidates, numeric, batch.contexts[rows, read], exists, labels, log_rate)
+
+    def ladder_loss(self, batch: Batch, state: list[tuple[Tensor, Tensor]], users: Tensor, table: Tensor, twins: Tensor) -> Tensor:
+        """Exits `point` and `set` at S positions of each sequence."""
+        model, slates = self.model, self.draw_slates(batch, users, table)
+        b, s, c = slates.candidates.shape
+        slate = slates.exists.shape[2]
         meta = self.meta(batch.users)[:, None].expand(b, s, -1)
         meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
-        context = batch.contexts[rows, read]
-        fused = model.fuse(numeric, meta[:, :, None], context[:, :, None])
-        positions = (read + 1).repeat_interleave(c, dim=1)  # (B, S * C)
-        mask = torch.arange(users.shape[1]) <= read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
-        hidden = model.hidden(vectors.flatten(1, 2), state, positions, mask[:, None], fused.flatten(1, 2)).view(b * s, c, -1)
-        dot = model.dot_logits(now.view(b * s, 1, -1), vectors.view(b * s, c, -1))
-        point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has its own loss
+        dot, added, hidden = read_slates(model, slates, state, users, self.hide_ids(slates.candidates, table, twins), meta)
+        point = dot.detach() + added  # (B * S, C, heads); the exit `dot` has its own loss
         rated, among = hidden[:, :slate], torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)
-        readable = exists.view(b * s, 1, 1, slate)
+        readable = slates.exists.view(b * s, 1, 1, slate)
         set_rated = point[:, :slate] + model.set_logits(rated, readable)
         set_among = torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among)
-        same = (negatives == upcoming[..., :1]).view(b * s, k)
-        log_rate, labels = log_rate.view(b * s, k), labels.view(b * s, slate, -1)
+        same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
+        log_rate, labels = slates.log_rate.view(b * s, c - slate), slates.labels.view(b * s, slate, -1)
         loss = torch.zeros(())
         for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
             for h in self.next_heads:  # softmax over the catalogue, estimated from the sample

@@ -50,33 +50,35 @@ def test_packing_again_changes_nothing(state: HistoryState) -> None:
     assert packed.packed() is packed
     assert state.unpacked() is state
     again = packed.unpacked().packed()
-    np.testing.assert_array_equal(again.rows, packed.rows)
-    np.testing.assert_allclose(again.scales, packed.scales, rtol=1e-6)
+    for (codes, scales), (first_codes, first_scales) in ((again.keys, packed.keys), (again.values, packed.values)):
+        np.testing.assert_array_equal(codes, first_codes)
+        np.testing.assert_allclose(scales, first_scales, rtol=1e-6)
 
 
 @given(states())
-def test_packed_rows_are_symmetric_int8_the_keys_first(state: HistoryState) -> None:
+def test_packed_rows_are_symmetric_int8(state: HistoryState) -> None:
     packed = state.packed()
-    blocks, tokens, width = len(state.keys), state.events + 1, state.keys[0].shape[2]
-    assert (packed.rows.shape, packed.rows.dtype) == ((2 * blocks, tokens, width), np.int8)
-    assert (packed.scales.shape, packed.scales.dtype) == ((2 * blocks, tokens, 1), np.float32)
-    assert packed.rows.min() >= -127
-    for k, array in enumerate((*state.keys, *state.values)):
-        assert (np.sign(packed.rows[k]) * np.sign(array[0]) >= 0).all()
-        largest, found = np.abs(array[0]).max(axis=1), np.abs(packed.rows[k]).max(axis=1)
-        assert (found[largest >= np.finfo(np.float32).tiny] == 127).all(), "the whole range is used"
-        assert (found[largest == 0] == 0).all()
+    for (codes, scales), arrays in ((packed.keys, state.keys), (packed.values, state.values)):
+        assert (codes.shape, codes.dtype) == ((len(arrays), *arrays[0].shape[1:]), np.int8)
+        assert (scales.shape, scales.dtype) == ((len(arrays), state.events + 1, 1), np.float32)
+        assert codes.min() >= -127
+        for k, array in enumerate(arrays):
+            assert (np.sign(codes[k]) * np.sign(array[0]) >= 0).all()
+            largest, found = np.abs(array[0]).max(axis=1), np.abs(codes[k]).max(axis=1)
+            assert (found[largest >= np.finfo(np.float32).tiny] == 127).all(), "the whole range is used"
+            assert (found[largest == 0] == 0).all()
 
 
-@pytest.mark.parametrize(("blocks", "tokens", "width"), [(4, 2049, 128), (2, 129, 64), (1, 1, 128)])
-def test_a_packed_state_takes_about_a_quarter_of_the_bytes(blocks: int, tokens: int, width: int) -> None:
+@pytest.mark.parametrize(("blocks", "tokens", "width", "key_width"), [(4, 2049, 128, 128), (2, 129, 64, 32), (1, 1, 128, 64)])
+def test_a_packed_state_takes_about_a_quarter_of_the_bytes(blocks: int, tokens: int, width: int, key_width: int) -> None:
     rng = np.random.default_rng(0)
-    keys, values = (tuple(rng.normal(size=(1, tokens, width)).astype(np.float32) for _ in range(blocks)) for _ in range(2))
+    keys, values = (tuple(rng.normal(size=(1, tokens, size)).astype(np.float32) for _ in range(blocks)) for size in (key_width, width))
     state = HistoryState(keys, values, np.zeros((1, 0), np.float32))
     packed = state.packed()
-    assert state.nbytes == 2 * blocks * tokens * width * 4
-    assert packed.nbytes == packed.rows.nbytes + packed.scales.nbytes == 2 * blocks * tokens * (width + 4)
-    assert 0.25 < packed.nbytes / state.nbytes <= 0.27
+    assert state.nbytes == blocks * tokens * (width + key_width) * 4
+    assert packed.nbytes == blocks * tokens * (width + key_width + 8)
+    assert 0.25 < packed.nbytes / state.nbytes <= 0.275
+    assert [array.shape for array in packed.unpacked().keys] == [array.shape for array in keys]
     assert HistoryState(keys, values, np.ones((1, width), np.float32)).packed().nbytes == packed.nbytes + 4 * width, "the user vector is kept as it is"
 
 
@@ -85,8 +87,8 @@ def test_a_packed_state_shares_no_memory_with_what_it_was_made_of(ranker: Ranker
     engine = ranker.engines["fp32"]
     state = engine.extend(engine.start, Requests(engine, ranker.manifest).history(20))
     packed = state.packed()
-    assert not any(np.shares_memory(array, packed.rows) or np.shares_memory(array, packed.scales) for array in (*state.keys, *state.values))
-    assert packed.rows.base is None and packed.scales.base is None
+    for part in (*packed.keys, *packed.values):
+        assert part.base is None and not any(np.shares_memory(array, part) for array in (*state.keys, *state.values))
 
 
 @pytest.mark.parametrize("events", [1, 40, 128])
@@ -103,7 +105,8 @@ def test_a_packed_state_is_extended_as_the_whole_one(ranker: Ranker, events: int
         np.testing.assert_allclose(kept, whole, rtol=0, atol=0.05 * np.abs(whole).max())
     assert 0 < np.abs(extended.user - fresh.user).max() < 0.05 * np.abs(fresh.user).max()
     repacked = extended.packed()
-    np.testing.assert_array_equal(repacked.rows[:, : events + 1], old.rows)
+    np.testing.assert_array_equal(repacked.keys[0][:, : events + 1], old.keys[0])
+    np.testing.assert_array_equal(repacked.values[0][:, : events + 1], old.values[0])
 
 
 def test_a_prefix_shares_the_keys_and_values_and_has_no_user_vector(ranker: Ranker) -> None:

@@ -24,9 +24,14 @@ from tests.conftest import Tiny
 torch.set_num_threads(1)
 
 ITEMS, ACTIONS, WIDTH, META, LONGEST = 1009, 5, 8, 3, 130
-SHAPES = [(heads, set_blocks, numeric) for heads in (1, 2) for set_blocks in (0, 1, 2) for numeric in (0, 2)]
+ATTENTION = {  # of heads, by name
+    "one": {"attention_heads": 1},
+    "two": {"attention_heads": 2},
+    "grouped": {"attention_heads": 2, "key_heads": 1, "key_size": 2},  # queries share keys and values, and are half as wide as these
+}
+SHAPES = [(heads, set_blocks, numeric) for heads in ATTENTION for set_blocks in (0, 1, 2) for numeric in (0, 2)]
 HEAD_WEIGHTS = (1.0, -0.4)
-Shape = tuple[int, int, int]
+Shape = tuple[str, int, int]
 Built = dict[Shape, tuple[Ligr, dict[str, onnx.ModelProto], Engine]]
 
 
@@ -39,8 +44,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Rankers of every shape, with random weights, as torch, graphs and engine."""
     result = {}
     for heads, set_blocks, numeric in SHAPES:
-        torch.manual_seed(heads + set_blocks + numeric)
-        config = LigrConfig(ITEMS, ACTIONS, {"genre": 4}, numeric, 2, WIDTH, blocks=2, attention_heads=heads, set_blocks=set_blocks, meta_size=META)
+        torch.manual_seed(set_blocks + numeric)
+        config = LigrConfig(ITEMS, ACTIONS, {"genre": 4}, numeric, 2, WIDTH, blocks=2, set_blocks=set_blocks, meta_size=META, **ATTENTION[heads])
         values = torch.randint(0, 4, (ITEMS, 2))
         model = Ligr(config, {"genre": values}, torch.full((numeric,), 2.0), torch.full((numeric,), 1.5)).eval()
         with torch.no_grad():
@@ -112,7 +117,7 @@ def test_the_trained_bundle_has_the_order_of_the_torch_model_at_every_exit(tiny:
 @given(shape=st.sampled_from(SHAPES), past=st.integers(0, 60), new=st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
 def test_encode_gives_the_past_as_it_came_and_behind_it_the_new_events(built: Built, shape: Shape, past: int, new: int) -> None:
-    _, _, engine = built[shape]
+    model, _, engine = built[shape]
     history, _, _ = draw(engine, past, 1, 0, past)
     more, _, _ = draw(engine, new, 1, 0, new)
     state = engine.extend(engine.start, history) if past else engine.start
@@ -125,8 +130,9 @@ def test_encode_gives_the_past_as_it_came_and_behind_it_the_new_events(built: Bu
     assert out["user"].shape == (1, WIDTH)
     np.testing.assert_allclose(out["user"], fresh.user, rtol=0, atol=1e-5)
     for i in range(2):
+        widths = {"key": model.config.key_width, "value": model.config.value_width}
         for name, old, whole in (("key", state.keys[i], fresh.keys[i]), ("value", state.values[i], fresh.values[i])):
-            assert out[f"{name}_{i}"].shape == (1, 1 + past + new, WIDTH)
+            assert out[f"{name}_{i}"].shape == (1, 1 + past + new, widths[name])
             np.testing.assert_array_equal(out[f"{name}_{i}"][:, : 1 + past], old)
             np.testing.assert_allclose(out[f"{name}_{i}"], whole, rtol=0, atol=1e-5)
 
@@ -271,7 +277,7 @@ def test_item_table_is_not_inside_the_graphs(built: Built, shape: Shape) -> None
 @pytest.mark.parametrize(("batch", "past", "new"), [(1, 1, 9), (1, 4, 1), (3, 2, 5)])
 def test_last_block_of_the_history_works_for_the_newest_position_alone(built: Built, shape: Shape, batch: int, past: int, new: int) -> None:
     """By the rows that each dense layer is given: keys and values for every event, all else of the last block for one."""
-    _, graphs, engine = built[shape]
+    model, graphs, engine = built[shape]
     watched = onnx.ModelProto()
     watched.CopyFrom(graphs["encode"])
     dense = {node.input[1].removesuffix(".weight"): node.output[0] for node in watched.graph.node if node.op_type == "Gemm"}
@@ -281,7 +287,8 @@ def test_last_block_of_the_history_works_for_the_newest_position_alone(built: Bu
     rng = np.random.default_rng(0)
     feeds = {"items": rng.normal(size=(batch, new, WIDTH)).astype(np.float32), "length": np.full(batch, new)}
     feeds |= {name: np.zeros((batch, new), np.int64) for name in ("actions", "gaps")}
-    feeds |= {f"past_{name}_{i}": rng.normal(size=(batch, past, WIDTH)).astype(np.float32) for name in ("key", "value") for i in range(engine.blocks)}
+    for name, width in (("key", model.config.key_width), ("value", model.config.value_width)):
+        feeds |= {f"past_{name}_{i}": rng.normal(size=(batch, past, width)).astype(np.float32) for i in range(engine.blocks)}
     rows = dict(zip(dense, (len(array) for array in session.run(list(dense.values()), feeds)), strict=True))
     assert len(rows) == 16
     for layer, n in rows.items():

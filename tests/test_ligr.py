@@ -21,10 +21,12 @@ FIELD = torch.zeros(ITEMS, 3, dtype=torch.int64)  # 3 values: item 5 has one, it
 FIELD[5, 0], FIELD[6, :2], FIELD[7] = 2, torch.tensor([1, 3]), torch.tensor([1, 2, 3])
 
 
-def make_model(attention_heads: int = 2, set_blocks: int = 1) -> Ligr:
+def make_model(attention_heads: int = 2, set_blocks: int = 1, **shape: int) -> Ligr:
     """No weight is left at the zero or one where it starts."""
     torch.manual_seed(0)
-    config = LigrConfig(ITEMS, ACTIONS, {"genre": 4}, NUMERIC, HEADS, width=8, attention_heads=attention_heads, set_blocks=set_blocks, meta_size=3, dropout=0.5)
+    config = LigrConfig(
+        ITEMS, ACTIONS, {"genre": 4}, NUMERIC, HEADS, width=8, attention_heads=attention_heads, set_blocks=set_blocks, meta_size=3, dropout=0.5, **shape
+    )
     model = Ligr(config, {"genre": FIELD}, torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0]))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,12 +95,12 @@ def slow_block(block: Block, x: np.ndarray, key: np.ndarray, value: np.ndarray) 
     def sigmoid(x: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-x))
 
-    result, size = [], x.shape[1] // block.heads
+    result, size, shared = [], key.shape[-1], block.heads // len(key)
     for row in x:
         query, read = dense("query", norm("attention_norm", row)), []
         for h in range(block.heads):
-            weights = np.exp(key[h] @ query[h * size : (h + 1) * size] / np.sqrt(size))
-            read.append(weights @ value[h] / weights.sum())
+            weights = np.exp(key[h // shared] @ query[h * size : (h + 1) * size] / np.sqrt(size))
+            read.append(weights @ value[h // shared] / weights.sum())
         row = row + dense("out", np.concatenate(read)) * sigmoid(dense("attention_gate", row))
         up = dense("up", norm("feed_forward_norm", row))
         gelu = up * 0.5 * (1 + np.array([math.erf(v / math.sqrt(2)) for v in up]))
@@ -106,12 +108,12 @@ def slow_block(block: Block, x: np.ndarray, key: np.ndarray, value: np.ndarray) 
     return np.array(result)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "key_heads", "key_size"), [(1, 1, 8), (2, 2, 4), (4, 4, 2), (4, 2, 2), (2, 1, 2), (1, 1, 2)])
 @pytest.mark.parametrize(("n", "keys"), [(1, 1), (5, 3), (2, 9)])
-def test_block_is_its_equation_with_gates_that_read_the_stream_before_normalisation(heads: int, n: int, keys: int) -> None:
-    model = make_model(attention_heads=heads)
+def test_block_is_its_equation_with_gates_that_read_the_stream_before_normalisation(heads: int, key_heads: int, key_size: int, n: int, keys: int) -> None:
+    model = make_model(attention_heads=heads, key_heads=key_heads, key_size=key_size)
     torch.manual_seed(n)
-    x, key, value = 3 * torch.randn(1, n, 8) + 1, *torch.randn(2, 1, heads, keys, 8 // heads)
+    x, key, value = 3 * torch.randn(1, n, 8) + 1, torch.randn(1, key_heads, keys, key_size), torch.randn(1, key_heads, keys, 8 // heads)
     with torch.no_grad():
         found = model.blocks[0](x, key, value, None, None)[0]
     expected = slow_block(model.blocks[0], *(a[0].double().numpy() for a in (x, key, value)))

@@ -40,7 +40,9 @@ def test_the_demo() -> None:
     assert_written_again(DEMO / "movielens" / str(versions(DEMO / "movielens")[-1]))
 
 
-@pytest.mark.parametrize("change", [{"numeric": 0}, {"set_blocks": 0}, {"blocks": 1, "attention_heads": 1, "feed_forward": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"numeric": 0}, {"set_blocks": 0}, {"blocks": 1, "attention_heads": 1, "feed_forward": 2}, {"key_heads": 2, "key_size": 2}], ids=str
+)
 def test_other_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]) -> None:
     """Without numeric features, without a set-wise block, and shallow."""
     whole = reference_content()
