@@ -29,7 +29,9 @@ from app.features import (
     request_context,
     window_start,
 )
+from app.items import Int8Items, ItemTable, record
 from app.manifest import Manifest, ManifestError, read_manifest
+from app.operators import check_name
 from app.schemas import RankRequest
 
 log = logging.getLogger("slatewise")
@@ -67,8 +69,9 @@ class Ranker:
 
     @property
     def default_variant(self) -> str:
-        """The manifest's, or the first that is served where that one was refused."""
-        return self.manifest.default_variant if self.manifest.default_variant in self.engines else next(iter(self.engines))
+        """The manifest's, or where that one is not served the fastest that is, within the gate if any is."""
+        rows = self.manifest.variants
+        return min(self.engines, key=lambda name: (name != self.manifest.default_variant, rows[name].within_gate is False, rows[name].milliseconds))
 
     def history(self, request: RankRequest) -> tuple[History, int]:
         """The events to read, as rows, and how many of the oldest are passed over."""
@@ -79,11 +82,11 @@ class Ranker:
         times = np.full(len(items), np.nan) if sent.timestamps is None else np.array(sent.timestamps[first:], np.float64)
         return History(items, actions, gap_buckets(times)), first
 
-    def candidates(self, request: RankRequest, request_time: float) -> tuple[Candidates, Int64]:
-        """The candidates as arrays, and the positions of those the bundle does not know."""
+    def candidates(self, request: RankRequest, request_time: float, items: ItemTable | None = None) -> tuple[Candidates, Int64]:
+        """The candidates as arrays, and the positions of those the bundle does not know; `items` is a variant's table, else float32."""
         sent, n = request.candidates, len(request.candidates.item_ids)
         rows = rows_of(self.vocabulary.items, sent.item_ids)
-        vectors, unknown = self.items.take(rows, axis=0), np.flatnonzero(rows == UNKNOWN_ITEM)
+        vectors, unknown = (self.items if items is None else items).take(rows, axis=0), np.flatnonzero(rows == UNKNOWN_ITEM)
         if sent.fields and len(unknown):
             vectors[unknown] += self.field_change(sent.fields, unknown)
         missing = [None] * n
@@ -138,13 +141,14 @@ SHARED = (*REQUIRED, "users.json", "meta_embeddings.npy", "report.json", "warmup
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises ManifestError where a file of the manifest is missing, leads out of the bundle, or has another digest.
 
-    A variant's files are checked with the variant.
+    A variant's files are checked with the variant, its item table too where it is another than items.npy.
     """
+    tables = {variant.items for variant in manifest.variants.values()} - {"items.npy"}
     for name in SHARED:
         if name not in manifest.files and (name in REQUIRED or (folder / name).exists()):
             raise ManifestError(f"the manifest has no digest of {name}")
     for name, digest in manifest.files.items():
-        if not name.startswith("variants/"):
+        if not name.startswith("variants/") and name not in tables:
             check_file(folder, name, digest)
 
 
@@ -162,12 +166,17 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     """One variant, warm, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/")}
-    wanted = {f"variants/{name}/{graph}.onnx" for graph in ("encode", *manifest.exits)}
+    graphs, table = ["encode", *manifest.exits], manifest.variants[name].items
+    if table in manifest.files:
+        mine[table] = manifest.files[table]
+    wanted = {table, *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
     if missing := wanted - mine.keys():
         raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
     for path, digest in mine.items():
         check_file(folder, path, digest)
-    engine = Engine(folder / "variants" / name, ranker.items, manifest.exits, threads)
+    items = ranker.items if table == "items.npy" else load_int8_items(folder / table, ranker.items.shape)
+    check_name(name, folder / "variants" / name, graphs, isinstance(items, Int8Items))
+    engine = Engine(folder / "variants" / name, items, manifest.exits, threads)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))  # finite, or an EngineError
     for exit, probabilities in found.items():
         if probabilities.shape != (len(manifest.example["candidates"]["item_ids"]), len(manifest.heads)):
@@ -182,10 +191,22 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     return engine
 
 
+def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
+    try:
+        records = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+    if records.dtype != record(shape[1]) or records.shape != shape[:1]:
+        raise ManifestError(f"{path.name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}")
+    if not (np.isfinite(records["scale"]).all() and np.isfinite(records["middle"]).all()):
+        raise ManifestError(f"{path.name} holds a number that is not finite")
+    return Int8Items(records)
+
+
 def score_request(ranker: Ranker, engine: Engine, request: RankRequest, wide: bool = False) -> dict[str, Float64]:
     """(N, heads) probabilities by exit, the slow, obvious way, with the embedded store's vector."""
     history, _ = ranker.history(request)
-    candidates, _ = ranker.candidates(request, request.request_time or 0.0)
+    candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
     meta = ranker.embedded_meta_of(request.user)
     return {exit: engine.score(history, candidates, meta, exit, wide) for exit in ranker.manifest.exits}
 
@@ -237,12 +258,15 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
     )
 
 
-def load_bundle(folder: Path, threads: int) -> Ranker:
-    """Raises ManifestError where it cannot be trusted or none of its variants can be served."""
+def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> Ranker:
+    """With these of its variants, or all. Raises ManifestError where it cannot be trusted or none of them can be served."""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     ranker = make_ranker(folder, manifest)
-    for name in manifest.variants:
+    chosen = [name for name in manifest.variants if name in variants or not variants]
+    if not chosen:
+        raise ManifestError(f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}")
+    for name in chosen:
         try:
             ranker.engines[name] = load_variant(folder, ranker, name, threads)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
@@ -258,14 +282,14 @@ def versions(folder: Path) -> list[int]:
     return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
 
 
-def load_rankers(root: Path, threads: int = 1) -> dict[str, Ranker]:
-    """The newest version of each ranker that can be loaded. Raises ManifestError where there is none at all."""
+def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
+    """The newest version of each ranker that can be loaded, with these of its variants or all. Raises ManifestError where there is none at all."""
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
         for version in reversed(versions(folder)):
             try:
-                ranker = load_bundle(folder / str(version), threads)
+                ranker = load_bundle(folder / str(version), threads, variants)
                 if (ranker.name, ranker.manifest.version) != (folder.name, version):
                     raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
                 rankers[folder.name] = ranker

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from app.features import GAP_MISSING, START_ITEM, UNKNOWN_ACTION, Float32, Float64, Int64
+from app.items import ItemTable
 from app.manifest import ManifestError
 
 HISTORY_QUANTUM = 256  # events of one call
@@ -132,13 +133,13 @@ class PointScores:
 
 
 class Engine:
-    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the bundle's item table (rows, d).
+    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the variant's item table (rows, d).
 
     Each call takes one thread, so that requests do not wait for each other's; a call may be `wide` and take all of
     `threads`, for a request that has the machine to itself.
     """
 
-    def __init__(self, folder: Path, items: Float32, exits: list[str], threads: int) -> None:
+    def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
         self.items = items
         graphs = ("encode", *exits)
         try:

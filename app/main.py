@@ -229,7 +229,7 @@ def main() -> None:
         settings = Settings()
         bound_malloc()
         begin = time.perf_counter()
-        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota())
+        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
     except (ValidationError, ManifestError) as error:
         raise SystemExit(str(error)) from None
     for ranker in rankers.values():

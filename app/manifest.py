@@ -3,13 +3,15 @@
 <root>/<ranker>/<version>/
   manifest.json               this
   items.npy ids.json          item table (rows, d), row 0 the unknown item, row 1 the start token; ids of rows 2, 3, ...
+  items8.npy                  the same in int8, for the variants that name it (optional)
   display.json                titles and fields of the items that may show them (optional)
   fields.npy                  vectors of field values, for items that arrive with `candidates.fields`
   meta_embeddings.npy users.json   vectors of the embedded store (optional)
   default_meta.npy            the un-adapted vector
   warmup.jsonl                requests to warm up with
   report.json report.png      quality per exit, latency
-  variants/<name>/{encode,dot,point,set}.onnx
+  variants.md variants.png    what each variant costs and keeps (optional)
+  variants/<name>/{encode,dot,point,set}.onnx      what a name promises: `operators.py`
 """
 
 import json
@@ -49,15 +51,22 @@ class Column(Part):
 
 
 class Variant(Part):
-    bytes: int
+    items: str = Field(default="items.npy", description="Its item table: float32, or int8 records of `items.py`.")
+    bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
     invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
     quality: dict[str, dict[str, Any]] = Field(description="Per exit, on held-out data.")
     latency_ms: dict[str, Any]
     agreement: dict[str, float] = Field(default={}, description="With fp32: Kendall's tau, overlap of the first ten, largest difference of a score.")
     difference: dict[str, list[float]] = Field(default={}, description="Quality minus fp32's, paired, with a 95 % interval.")
-    resident_bytes: int | None = Field(default=None, description="What loading it adds to a process, one thread.")
+    within_gate: bool | None = Field(default=None, description="Of quality; None: not known. One outside is published where forced, and never the default.")
+    resident_bytes: int | None = Field(default=None, description="What loading it alone adds to a process, one thread.")
     golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
+
+    @property
+    def milliseconds(self) -> float:
+        """Encode and score, summed over the shapes that were measured."""
+        return float(sum(row["encode_p50"] + row["score_p50"] for row in self.latency_ms.get("rows", ())))
 
 
 class BundleLimits(Part):

@@ -82,7 +82,8 @@ class Pipeline:
         ranker, variant, wanted = self.check(call)
         engine = ranker.engines[variant]
         history, call.history_dropped = ranker.history(request)
-        candidates, call.unknown = ranker.candidates(request, time.time() if request.request_time is None else request.request_time)
+        request_time = time.time() if request.request_time is None else request.request_time
+        candidates, call.unknown = ranker.candidates(request, request_time, engine.items)
         call.timings.lap("features")
         tokens = len(history) + len(candidates)
         wanted = self.admit(call, wanted, tokens)

@@ -15,6 +15,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
     bundles: Path = Field(Path("models/bundles"), description="Root folder of the bundles: `<root>/<ranker>/<version>/`.")
+    variants: str = Field("", description="Comma-separated variants to load, of each ranker those it has; empty: all.")
     redis_url: SecretStr = Field(SecretStr(""), description="Store of the meta-embeddings; empty: the ones in the bundle (the embedded store).")
     redis_timeout_ms: float = Field(10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector.")
     api_keys: SecretStr = Field(SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for.")
@@ -42,4 +43,11 @@ class Settings(BaseSettings):
         return url
 
     def keys(self) -> tuple[str, ...]:
-        return tuple(key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip())
+        return listed(self.api_keys.get_secret_value())
+
+    def chosen_variants(self) -> tuple[str, ...]:
+        return listed(self.variants)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

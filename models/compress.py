@@ -1,10 +1,12 @@
 """A bundle becomes its next version with more variants: python -m models.compress models/bundles/movielens models/movielens.toml
 
-Each variant is made from the bundle's own weights (low rank in torch, integers on the graphs), calibrated anew, measured against
-fp32 on the same held-out cases and held to its bound; one below the quality gate is not published. Without a TOML, which names
-the data, nothing is known of quality: the calibration is fp32's, nothing is gated, and size and time are what there is to see.
+A variant's name says what it is: `lowrank` or `student`, then `int8`, then `tables8`, each or none. It is made of the bundle's own weights,
+learns from fp32 again where `--epochs` says so, is calibrated anew, measured against fp32 on the same held-out cases and held to its
+bound. Published is what is within the quality gate and on the front of quality, time and size; the report tells of all.
+Without a TOML, which names the data, nothing is known of quality: nobody learns, the calibration is fp32's, nothing is gated, and size
+and time are what there is to see.
 
-Before: `export.py` or `reference.py` published fp32. After: `app/bundle.py` loads what was published; the default variant is the fastest within the gate.
+Before: `export.py` or `reference.py` published fp32. After: `app/bundle.py` loads what was published; the default is the fastest.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -29,46 +31,83 @@ from torch import Tensor
 
 from app.bundle import load_bundle, sha256, versions
 from app.engine import HISTORY_QUANTUM, Candidates, Engine, History, processor
-from app.features import FIRST_ITEM, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from app.features import FIRST_ITEM, request_context
+from app.items import Int8Items, ItemTable
 from app.manifest import Variant, read_manifest
+from app.operators import PARTS
 from models import invariance
 from models.data import from_table, read_config
-from models.evaluate import Outcome, candidates_of, difference, run_cases, slate_cases, tabulate
+from models.distill import DistillConfig, distill
+from models.evaluate import Outcome, difference, run_cases, slate_cases, tabulate
 from models.export import FP32_BOUND, fit_calibrations, golden_scores, measure_latency, quality_rows, staging, write_graphs, write_json
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import Ligr
-from models.low_rank import Seen, allocate, dense_layers, factor, layer_of, see, spectrum
-from models.quantize import observe, quantize
+from models.low_rank import METHODS, Layer, Seen, allocate, dense_layers, factor, layer_of, see, spectrum, timed_layer
+from models.quantize import FULL_BITS, SAFE_BITS, observe, quantize
 from models.restore import restore
+from models.student import half, shrink
+from models.tables import middle_max
 from models.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
 
 INTEGER_BOUND = 2e-3  # a value beside a rounding step may take the other side where sums are done in another order
 SAMPLES, SLATE = 60, 200
 SEEN_BATCHES = 40
 GATE = 0.99  # of fp32's NDCG@10
+NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
-Sample = tuple[History, Candidates, np.ndarray]  # with the user's vector
 Calibrations = dict[str, list[Calibration]]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a variant is made of fp32."""
+class Options:
+    """How variants are made, whatever their names."""
 
-    method: str | None = None  # of low_rank.METHODS
-    share: float = 1.0  # of the dense layers' numbers that low rank may keep
-    integers: bool = False
+    method: str = "afm"  # of low rank
+    share: float = 0.5  # of the dense layers' cost that low rank may keep
+    budget: str = "size"  # what that cost is: numbers, or measured time
+    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `student.half`
+    distill: DistillConfig | None = None  # what `lowrank` and `student` learn from fp32; None: nothing
+    bits: int = SAFE_BITS  # of int8 weights
+    folder: Path = Path("build/compress")  # for checkpoints
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a variant's name says."""
+
+    base: str  # fp32, lowrank or student
+    integers: bool
+    int8_items: bool
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """Raises ValueError for what is no name of a variant."""
+        parts = name.split("-")
+        if parts != [part for part in PARTS if part in parts] or parts == ["fp32"] or {"lowrank", "student"} <= {*parts} or ("fp32" in parts):
+            raise ValueError(f"{name!r} is no variant: a name is lowrank or student, then int8, then tables8, each or none, joined by '-'")
+        return cls(parts[0] if parts[0] in ("lowrank", "student") else "fp32", "int8" in parts, "tables8" in parts)
 
     @property
     def bound(self) -> float:
         return INTEGER_BOUND if self.integers else FP32_BOUND
 
 
-RECIPES = {
-    "int8": Recipe(integers=True),
-    "lowrank": Recipe("afm", 0.5),
-    "lowrank-int8": Recipe("afm", 0.5, integers=True),
-}
+@dataclass(frozen=True)
+class Sample:
+    """A request to calibrate by."""
+
+    history: History
+    rows: np.ndarray  # of its candidates
+    numeric: np.ndarray
+    context: np.ndarray
+    meta: np.ndarray
+
+    def candidates(self, items: ItemTable) -> Candidates:
+        return Candidates(items.take(self.rows, axis=0), self.numeric, self.context)
+
+    def score(self, engine: Engine, exit: str) -> np.ndarray:
+        """(N, heads)"""
+        return engine.score(self.history, self.candidates(engine.items), self.meta, exit)
 
 
 class Recorder(Engine):
@@ -87,7 +126,7 @@ class Source:
     """The bundle that is compressed, and the data that says what a variant loses; `most_users` bounds leave-one-out, for tests."""
 
     def __init__(self, folder: Path, data: Data | None, train: TrainConfig | None = None, most_users: int | None = None) -> None:
-        self.folder, self.data, self.train, self.most_users = folder, data, train, most_users
+        self.folder, self.data, self.train, self.most_users = folder, data, train or TrainConfig(), most_users
         self.manifest, self.items = read_manifest(folder), np.load(folder / "items.npy")
         if data is not None and len(self.items) != len(data.catalogue.numeric):
             raise ValueError(f"{folder} has {len(self.items)} rows of items, the data {len(data.catalogue.numeric)}: other data than it was trained on")
@@ -95,26 +134,39 @@ class Source:
         self.meta, self.vectors = np.load(folder / "default_meta.npy"), np.load(folder / "meta_embeddings.npy")
         self.exact = self.engine(folder / "variants/fp32")
         self.samples = list(self.draw_samples())
-        self.outcome: Outcome | None = None if data is None else self.run_cases(self.exact)
 
-    def engine(self, folder: Path) -> Engine:
-        return Engine(folder, self.items, self.manifest.exits, 1)
+    def engine(self, folder: Path, items: ItemTable | None = None) -> Engine:
+        return Engine(folder, self.items if items is None else items, self.manifest.exits, 1)
 
     def draw_samples(self) -> Iterator[Sample]:
-        """Requests to calibrate by: of the validation users among random items where there is data, else drawn; vectors of the bundle's users."""
+        """Of the validation users among random items where there is data, else drawn; vectors of the bundle's users."""
         draw = invariance.Requests(self.exact, self.manifest, 0)
         metas = itertools.cycle([self.meta, *self.vectors[:SAMPLES]])
         if self.data is not None and len(self.data.split.validation_users):
             for case in slate_cases(self.data, self.data.split.validation_users)[:SAMPLES]:
                 among = draw.rng.integers(FIRST_ITEM, len(self.items), max(1, SLATE - len(case.upcoming)))
-                yield case.history, candidates_of(self.exact, self.data, np.concatenate([case.upcoming, among]), case.time), next(metas)
+                rows = np.concatenate([case.upcoming, among])
+                yield Sample(case.history, rows, self.data.catalogue.numeric[rows], request_context(case.time)[None], next(metas))
             return
         for length in draw.rng.integers(1, self.manifest.limits.history_used, SAMPLES // 3):
-            yield draw.history(min(int(length), 2 * HISTORY_QUANTUM)), draw.candidates(SLATE), next(metas)
+            history, rows, late = (
+                draw.history(min(int(length), 2 * HISTORY_QUANTUM)),
+                draw.rng.integers(FIRST_ITEM, len(self.items), SLATE),
+                draw.candidates(SLATE),
+            )
+            yield Sample(history, rows, late.numeric, late.context, next(metas))
 
-    def run_cases(self, engine: Engine) -> Outcome:
+    def run_cases(self, engine: Engine) -> Outcome | None:
+        return None if self.data is None else run_cases(engine, self.data, self.meta, self.most_users, baselines=False)
+
+    @cached_property
+    def outcome(self) -> Outcome | None:
+        """Of fp32."""
+        return self.run_cases(self.exact)
+
+    def trainer(self) -> Trainer:
         assert self.data is not None
-        return run_cases(engine, self.data, self.meta, self.most_users, baselines=False)
+        return Trainer(self.data, {}, self.train, model=self.model)
 
     @cached_property
     def seen(self) -> dict[str, Seen]:
@@ -123,75 +175,103 @@ class Source:
     def losses(self) -> Iterator[Tensor]:
         """What low rank looks at: the training loss where there is data, else the size of the logits on drawn requests."""
         torch.manual_seed(0)
-        if self.data is not None and self.train is not None:
-            trainer, rng = Trainer(self.data, {}, self.train, model=self.model), np.random.default_rng(0)
+        if self.data is not None:
+            trainer, rng = self.trainer(), np.random.default_rng(0)
             self.model.eval()
             windows = epoch_windows(self.data.split.train_lengths, self.manifest.limits.history_used, self.train.batch_events, rng)
             for batch in itertools.islice(windows, SEEN_BATCHES):
                 yield trainer.loss(make_batch(self.data.sequences, batch), ladder=True)
             return
-        for history, candidates, meta in self.samples:
-            yield sum((value.square().mean() for value in logits_of(self.model, history, candidates, meta)), torch.zeros(()))
-
-
-def logits_of(model: Ligr, history: History, candidates: Candidates, meta: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Of the exits `point` and `set`, with gradients."""
-    columns = ((START_ITEM, history.items), (UNKNOWN_ACTION, history.actions), (GAP_MISSING, history.gaps))  # the start token first
-    rows, actions, gaps = (torch.from_numpy(np.concatenate([[first], column]))[None] for first, column in columns)
-    state, users = model.encode(model.tokens(model.item_table()[rows], actions, gaps))
-    vectors = torch.from_numpy(candidates.vectors)[None]
-    fused = model.fuse(torch.from_numpy(candidates.numeric)[None], torch.from_numpy(meta)[None, None], torch.from_numpy(candidates.context)[:, None])
-    hidden = model.hidden(vectors, state, torch.tensor([rows.shape[1]]), None, fused)
-    point = model.dot_logits(users[:, -1:], vectors) + model.point_logits(hidden)
-    return point, point + model.set_logits(hidden) if model.config.set_blocks else point
+        for sample in self.samples:
+            found = invariance.logits_of(self.model, self.items, sample.history, sample.candidates(self.items), sample.meta)
+            yield sum((value.square().mean() for value in found.values()), torch.zeros(()))
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A variant as graphs, before anything is measured."""
+class Base:
+    """A ranker that variants are made of: fp32's own weights, fewer of them, or a student's."""
 
     model: Ligr
-    calibrations: Calibrations
-    graphs: dict[str, onnx.ModelProto]
-    ranks: dict[str, int | None]
+    ranks: dict[str, int | None] = field(default_factory=dict)  # of low rank
 
 
-def draft(source: Source, recipe: Recipe, stage: Path) -> Draft:
-    """Weights, integers, then a calibration of its own; `stage` is scratch."""
-    model, ranks = source.model, {}
-    if recipe.method is not None:
-        layers, seen = dense_layers(model), source.seen
-        known = {name: layer.weight.detach().double() for name, layer in layers.items()}
-        shapes = {name: layer_of(spectrum(recipe.method, weight, seen[name]), weight) for name, weight in known.items()}
-        ranks = allocate(shapes, recipe.share * sum(layer.whole for layer in shapes.values()))
-        model = factor(model, seen, recipe.method, ranks)
+def make_base(source: Source, kind: str, options: Options) -> Base:
+    if kind == "fp32":
+        return Base(source.model)
+    if kind == "student":
+        base = Base(shrink(source.model, options.shape or half(source.model.config)))
+    else:
+        seen, layers = source.seen, dict[str, Layer]()
+        for name, layer in dense_layers(source.model).items():
+            weight = layer.weight.detach().double()
+            curve = spectrum(options.method, weight, seen[name])
+            layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
+        ranks = allocate(layers, options.share * sum(layer.whole for layer in layers.values()))
+        base = Base(factor(source.model, seen, options.method, ranks), ranks)
+    if options.distill is not None and source.data is not None:
+        checkpoint = options.folder / source.manifest.ranker / f"{kind}.pt"
+        distill(base.model, source.trainer(), np.concatenate([source.vectors, source.meta[None]]), options.distill, checkpoint)
+    return base
+
+
+def draft(source: Source, recipe: Recipe, base: Base, items: ItemTable, stage: Path, bits: int = SAFE_BITS) -> tuple[dict[str, onnx.ModelProto], Calibrations]:
+    """A variant as graphs, before anything is measured: weights, integers, then a calibration of its own; `stage` is scratch."""
     longest = max(source.manifest.limits.history_used, HISTORY_QUANTUM)
     identity = {exit: [Calibration.identity() for _ in source.manifest.heads] for exit in source.manifest.exits}
-    plain = LigrGraphs(model, identity, longest).all()
+    plain = LigrGraphs(base.model, identity, longest).all()
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
     if recipe.integers:
         write_graphs(stage, plain)
-        recorder = Recorder(stage, source.items, source.manifest.exits, 1)
-        for history, candidates, meta in source.samples:
-            recorder.score(history, candidates, meta, source.manifest.exits[-1])
+        recorder = Recorder(stage, items, source.manifest.exits, 1)
+        for sample in source.samples:
+            sample.score(recorder, source.manifest.exits[-1])
         ranges = {name: observe(graph, recorder.feeds[name]) for name, graph in plain.items() if name in recorder.feeds}
 
     def finish(graphs: dict[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
-        return {name: quantize(graph, ranges[name]) if name in ranges else graph for name, graph in graphs.items()}
+        return {name: quantize(graph, ranges[name], bits) if name in ranges else graph for name, graph in graphs.items()}
 
     calibrations = source.calibrations
     if source.data is not None:
         write_graphs(stage, finish(plain))
-        calibrations = fit_calibrations(source.engine(stage), source.data, source.meta)
-    return Draft(model, calibrations, finish(LigrGraphs(model, calibrations, longest).all()), ranks)
+        calibrations = fit_calibrations(source.engine(stage, items), source.data, source.meta)
+    return finish(LigrGraphs(base.model, calibrations, longest).all()), calibrations
+
+
+def measure(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
+    """A variant's row of the manifest, but for its times. Raises ValueError where it misses its bound."""
+    recipe, folder, manifest = Recipe.named(name), stage / "variants" / name, source.manifest
+    table = "items8.npy" if recipe.int8_items else "items.npy"
+    items = Int8Items(np.load(stage / table)) if recipe.int8_items else source.items
+    graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
+    write_graphs(folder, graphs)
+    engine = source.engine(folder, items)
+    measured = invariance.measure(engine, manifest, base.model, calibrations)
+    if recipe.integers:
+        del measured["onnx_against_torch"]  # `agreement` says how far the integers are
+    if failed := {what: value for what, value in measured.items() if what not in invariance.OPTIONS and not value <= recipe.bound}:
+        raise ValueError(f"{name} is above its bound {recipe.bound}: {failed}")
+    outcome = source.run_cases(engine)
+    return Variant(
+        items=table,
+        bytes=sum(path.stat().st_size for path in (stage / table, *folder.glob("*.onnx"))),
+        bound=recipe.bound,
+        invariance={what: float(f"{value:.2e}") for what, value in measured.items()},
+        quality={} if outcome is None else quality_rows(tabulate(outcome), manifest.exits),
+        latency_ms={},
+        agreement=agreement(source, engine),
+        difference={} if outcome is None or source.outcome is None else difference(outcome, source.outcome, manifest.default_exit),
+        within_gate=None if outcome is None or source.outcome is None else within_gate(manifest.default_exit, outcome, source.outcome),
+        resident_bytes=resident_bytes(folder, stage / table, manifest.exits),
+        golden_scores=golden_scores(engine, stage, manifest),
+    )
 
 
 def agreement(source: Source, engine: Engine) -> dict[str, float]:
     """With fp32 at the default exit, over the samples."""
     exit, taus, overlaps, largest = source.manifest.default_exit, [], [], 0.0
     weights = np.array(list(source.manifest.heads.values()))
-    for history, candidates, meta in source.samples:
-        exact, found = (one.score(history, candidates, meta, exit) @ weights for one in (source.exact, engine))
+    for sample in source.samples:
+        exact, found = (sample.score(one, exit) @ weights for one in (source.exact, engine))
         first, second = (np.sign(scores[:, None] - scores) for scores in (exact, found))
         n = len(exact)
         taus.append(float((first * second).sum() / (n * (n - 1))))
@@ -201,97 +281,94 @@ def agreement(source: Source, engine: Engine) -> dict[str, float]:
     return {"kendall_tau": round(fmean(taus), 5), "top10_overlap": round(fmean(overlaps), 4), "largest_score_difference": round(largest, 6)}
 
 
-def resident_bytes(folder: Path, graphs: list[str]) -> int:
-    """What the sessions of a variant add to a fresh process."""
+def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int:
+    """What a variant, alone and with all of its item table touched, adds to a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(growth, (folder, graphs))
+        return pool.apply(growth, (folder, table, exits))
 
 
-def growth(folder: Path, graphs: list[str]) -> int:
-    from app.engine import open_session
-
+def growth(folder: Path, table: Path, exits: list[str]) -> int:
     def resident() -> int:
         return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
 
     before = resident()
-    sessions = [open_session(folder / f"{name}.onnx", 1) for name in graphs]
-    return resident() - before if sessions else 0
+    rows = np.load(table)
+    engine = Engine(folder, Int8Items(rows) if rows.ndim == 1 else rows, exits, 1)
+    return resident() - before if engine.blocks else 0
 
 
-def within_gate(source: Source, outcome: Outcome | None) -> bool:
-    """NDCG@10 at the default exit, of both tables, at least GATE of fp32's."""
-    if outcome is None or source.outcome is None:
-        return True
-    exit, kept = source.manifest.default_exit, []
+def within_gate(exit: str, outcome: Outcome, exact: Outcome) -> bool:
+    """NDCG@10 of both tables, at least GATE of fp32's."""
+    kept = []
     if exit in outcome.ranks:
-        kept.append((outcome.gains(exit).mean(), source.outcome.gains(exit).mean()))
+        kept.append((outcome.gains(exit).mean(), exact.gains(exit).mean()))
     if exit in outcome.slates:
-        kept.append((np.nanmean(outcome.per_slate(exit)[:, 0]), np.nanmean(source.outcome.per_slate(exit)[:, 0])))
-    return all(found >= GATE * exact for found, exact in kept)
+        kept.append((np.nanmean(outcome.per_slate(exit)[:, 0]), np.nanmean(exact.per_slate(exit)[:, 0])))
+    return bool(all(found >= GATE * wanted for found, wanted in kept))
 
 
-def measure(source: Source, stage: Path, name: str, recipe: Recipe, made: Draft) -> tuple[Variant, bool]:
-    """A variant's row of the manifest, and whether it is good enough. Raises ValueError where it misses its bound."""
-    folder, manifest = stage / "variants" / name, source.manifest
-    write_graphs(folder, made.graphs)
-    engine = source.engine(folder)
-    measured = invariance.measure(engine, manifest, made.model, made.calibrations)
-    if recipe.integers:
-        del measured["onnx_against_torch"]  # `agreement` says how far the integers are
-    if failed := {what: value for what, value in measured.items() if what not in invariance.OPTIONS and not value <= recipe.bound}:
-        raise ValueError(f"{name} is above its bound {recipe.bound}: {failed}")
-    outcome = None if source.data is None else source.run_cases(engine)
-    variant = Variant(
-        bytes=sum((folder / f"{graph}.onnx").stat().st_size for graph in made.graphs),
-        bound=recipe.bound,
-        invariance={what: float(f"{value:.2e}") for what, value in measured.items()},
-        quality={} if outcome is None else quality_rows(tabulate(outcome), manifest.exits),
-        latency_ms=measure_latency(engine, manifest),
-        agreement=agreement(source, engine),
-        difference={} if outcome is None or source.outcome is None else difference(outcome, source.outcome, manifest.default_exit),
-        resident_bytes=resident_bytes(folder, list(made.graphs)),
-        golden_scores=golden_scores(engine, stage, manifest),
-    )
-    return variant, within_gate(source, outcome)
+def dominated(name: str, variants: dict[str, Variant], exit: str) -> str | None:
+    """Another variant that is as good, as fast and as small (within 5 %, a student against low rank): why this one is not worth its place. fp32 always is."""
+
+    def better(other: str) -> bool:
+        mine, theirs = variants[name], variants[other]
+        slack = 1.05 if "lowrank" in name and "student" in other else 1.0
+        cheap = theirs.milliseconds <= slack * mine.milliseconds and theirs.bytes <= slack * mine.bytes
+        known = [(row[0], ndcg_of(theirs, exit)[table][0]) for table, row in ndcg_of(mine, exit).items()]
+        return bool(known) and cheap and all(theirs >= mine for mine, theirs in known)
+
+    others = (other for other in variants if other != name and variants[other].within_gate is not False)
+    return None if name == "fp32" else next(filter(better, others), None)
 
 
-def milliseconds(variant: Variant) -> float:
-    """Encode and score, over the shapes that were measured."""
-    return sum(row["encode_p50"] + row["score_p50"] for row in variant.latency_ms.get("rows", []))
+def ndcg_of(variant: Variant, exit: str) -> dict[str, list[float]]:
+    """By table, with its interval."""
+    return {table: row["ndcg10"] for table, row in variant.quality.get(exit, {}).items()}
 
 
-def compress(source: Source, root: Path, recipes: dict[str, Recipe], force: bool = False) -> Path:
+def compress(source: Source, root: Path, names: list[str], options: Options | None = None, force: bool = False) -> Path:
     """The published next version's folder."""
-    manifest = source.manifest
+    manifest, options = source.manifest, options or Options()
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
     with staging(root / manifest.ranker, version) as stage:
         shutil.copytree(source.folder, stage, dirs_exist_ok=True)
         for other in manifest.variants.keys() - {"fp32"}:
             shutil.rmtree(stage / "variants" / other)
-        now = {"latency_ms": measure_latency(source.exact, manifest), "resident_bytes": resident_bytes(stage / "variants/fp32", list(manifest.graphs))}
-        variants, ranks, refused = {"fp32": manifest.variants["fp32"].model_copy(update=now)}, {}, []
-        for name, recipe in recipes.items():
-            made = draft(source, recipe, stage / "draft")
-            variants[name], good = measure(source, stage, name, recipe, made)
-            ranks[name] = made.ranks
-            if not good and not force:
-                print(f"{name} keeps less than {GATE:.0%} of fp32's NDCG@10: not published")
-                refused.append(name)
+        (stage / "items8.npy").unlink(missing_ok=True)
+        if any(Recipe.named(name).int8_items for name in names):
+            np.save(stage / "items8.npy", middle_max(source.items))
+        kinds = sorted({Recipe.named(name).base for name in names})
+        bases = {kind: make_base(source, kind, options) for kind in kinds}
+        variants = {"fp32": measured_again(source, stage)} | {name: measure(source, stage, name, options, bases[Recipe.named(name).base]) for name in names}
         shutil.rmtree(stage / "draft", ignore_errors=True)
-        table = as_markdown(variants, manifest.default_exit)
+        engines = {name: Engine(stage / "variants" / name, items_of(stage, variant), manifest.exits, 1) for name, variant in variants.items()}
+        times = measure_latency(engines, manifest)
+        variants = {name: variant.model_copy(update={"latency_ms": times[name]}) for name, variant in variants.items()}
+        reasons: dict[str, str] = {}
+        for name, variant in variants.items():
+            if variant.within_gate is False:
+                reasons[name] = f"keeps less than {GATE:.0%} of fp32's NDCG@10"
+            elif better := dominated(name, variants, manifest.default_exit):
+                reasons[name] = f"{better} is as good, as fast and as small"
+        published = {name: variant for name, variant in variants.items() if force or name not in reasons}
+        table = as_markdown(variants, manifest.default_exit, reasons)
         print(table)
-        for name in refused:
+        for name in variants.keys() - published.keys():
             shutil.rmtree(stage / "variants" / name)
-        published = {name: variant for name, variant in variants.items() if name not in refused}
+        if not any(variant.items == "items8.npy" for variant in published.values()):
+            (stage / "items8.npy").unlink(missing_ok=True)
         report = json.loads((stage / "report.json").read_text()) if (stage / "report.json").exists() else {}
-        rows = {name: variant.model_dump(exclude={"golden_scores"}) for name, variant in variants.items()}
-        report["variants"] = {name: row | {"ranks": ranks.get(name, {}), "published": name in published} for name, row in rows.items()}
+        report["variants"] = {
+            name: variant.model_dump(exclude={"golden_scores"}) | {"published": name in published, "reason": reasons.get(name)}
+            for name, variant in variants.items()
+        }
+        report["ranks"] = bases["lowrank"].ranks if "lowrank" in bases else {}
         write_json(stage / "report.json", report)
         (stage / "variants.md").write_text(table + "\n")
         plot(variants, manifest.default_exit, stage / "variants.png")
         (stage / "manifest.json").unlink()
         files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-        default = min(published, key=lambda name: milliseconds(published[name]))
+        default = min((name for name in published if name not in reasons), key=lambda name: published[name].milliseconds)
         changes = {"version": version, "created": datetime.now(UTC).replace(microsecond=0), "variants": published, "default_variant": default, "files": files}
         (stage / "manifest.json").write_text(manifest.model_copy(update=changes).model_dump_json(indent=1))
         loaded = load_bundle(stage, 1)  # as the server will
@@ -300,23 +377,44 @@ def compress(source: Source, root: Path, recipes: dict[str, Recipe], force: bool
     return root / manifest.ranker / str(version)
 
 
-def ndcg_of(variant: Variant, exit: str) -> list[float] | None:
-    tables = variant.quality.get(exit, {})
-    return next((tables[name]["ndcg10"] for name in ("leave_one_out", "slates") if name in tables), None)
+def items_of(folder: Path, variant: Variant) -> ItemTable:
+    rows = np.load(folder / variant.items)
+    return Int8Items(rows) if variant.items == "items8.npy" else rows
 
 
-def as_markdown(variants: dict[str, Variant], exit: str) -> str:
-    lines = [f"`{exit}`, {processor()}, one thread; encode + score of history 200, 200 candidates", ""]
-    lines += ["| variant | KB on disk | MB resident | encode + score ms | NDCG@10 | minus fp32 | Kendall tau | top 10 | bound |", "| --- " * 9 + "|"]
-    for name, variant in variants.items():
+def measured_again(source: Source, stage: Path) -> Variant:
+    """fp32's row, with what this machine says of its bounds and size."""
+    manifest, folder = source.manifest, stage / "variants/fp32"
+    measured = invariance.measure(source.exact, manifest, source.model, source.calibrations)
+    now = {
+        "bytes": sum((folder / f"{graph}.onnx").stat().st_size for graph in manifest.graphs) + (stage / "items.npy").stat().st_size,
+        "invariance": {what: float(f"{value:.2e}") for what, value in measured.items()},
+        "resident_bytes": resident_bytes(folder, stage / "items.npy", manifest.exits),
+    }
+    return manifest.variants["fp32"].model_copy(update=now)
+
+
+def as_markdown(variants: dict[str, Variant], exit: str, reasons: dict[str, str]) -> str:
+    """A row a variant; what is not published says why."""
+
+    def times(variant: Variant) -> str:
         row = next((r for r in variant.latency_ms.get("rows", []) if (r["history"], r["candidates"]) == (200, 200)), None)
-        time = "" if row is None else f"{row['encode_p50'] + row['score_p50']:.2f}"
-        ndcg, less = ndcg_of(variant, exit), variant.difference.get("leave_one_out_ndcg10") or variant.difference.get("slate_ndcg10")
-        quality = "" if ndcg is None else f"{ndcg[0]:.4f} ({ndcg[1]:.4f} to {ndcg[2]:.4f})"
-        minus = "" if less is None else f"{less[0]:+.4f} ({less[1]:+.4f} to {less[2]:+.4f})"
-        tau, overlap = (variant.agreement.get(what, "") for what in ("kendall_tau", "top10_overlap"))
-        resident = "" if variant.resident_bytes is None else f"{variant.resident_bytes / 2**20:.1f}"
-        lines.append(f"| {name} | {variant.bytes / 1024:.0f} | {resident} | {time} | {quality} | {minus} | {tau} | {overlap} | {variant.bound:.0e} |")
+        return "" if row is None else f"{row['encode_p50']:.2f} / {row['encode_p99']:.2f} | {row['score_p50']:.2f} / {row['score_p99']:.2f}"
+
+    def signed(value: list[float] | None) -> str:
+        return "" if value is None else f"{value[0]:+.4f} ({value[1]:+.4f} to {value[2]:+.4f})"
+
+    columns = ["variant", "KB on disk", "MB resident", "encode ms, p50 / p99", "score ms, p50 / p99", "HR@10", "NDCG@10", "minus fp32", "NDCG@10 of slates"]
+    columns += ["minus fp32", "AUC in the slate", "Kendall tau", "top 10", "bound", "published"]
+    lines = [f"`{exit}`, {processor()}, one thread; times of history 200, 200 candidates", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for name, variant in variants.items():
+        tables, less = variant.quality.get(exit, {}), variant.difference
+        next_item, slates = tables.get("leave_one_out", {}), tables.get("slates", {})
+        cells = [name, f"{variant.bytes / 1024:.0f}", "" if variant.resident_bytes is None else f"{variant.resident_bytes / 2**20:.1f}", times(variant)]
+        cells += [f"{row[metric][0]:.4f}" if metric in row else "" for row, metric in ((next_item, "hr10"), (next_item, "ndcg10"))]
+        cells += [signed(less.get("leave_one_out_ndcg10")), f"{slates['ndcg10'][0]:.4f}" if slates else "", signed(less.get("slate_ndcg10"))]
+        cells += [f"{slates['auc_in_slate'][0]:.4f}" if slates else "", *(str(variant.agreement.get(what, "")) for what in ("kendall_tau", "top10_overlap"))]
+        lines.append(f"| {' | '.join([*cells, f'{variant.bound:.0e}', f'no: {reasons[name]}' if name in reasons else 'yes'])} |")
     return "\n".join(lines)
 
 
@@ -327,36 +425,54 @@ def plot(variants: dict[str, Variant], exit: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(8, 5))
+    measured = all(ndcg_of(variant, exit) for variant in variants.values())
     for name, variant in variants.items():
-        ndcg, x = ndcg_of(variant, exit) or [variant.agreement.get("kendall_tau", 1.0)], milliseconds(variant)
-        axis.scatter(x, ndcg[0], s=variant.bytes / 1024, alpha=0.5)
-        axis.annotate(name, (x, ndcg[0]))
-    quality = "NDCG@10" if all(ndcg_of(variant, exit) for variant in variants.values()) else "Kendall's tau with fp32"
-    axis.set(xlabel="ms, encode + score over the measured shapes, one thread", ylabel=quality)
+        x, size = variant.milliseconds, variant.bytes / 4096
+        value = next(iter(ndcg_of(variant, exit).values())) if measured else [variant.agreement.get("kendall_tau", 1.0)] * 3
+        axis.errorbar(x, value[0], yerr=[[value[0] - value[1]], [value[2] - value[0]]], color="0.8", capsize=2, zorder=0)
+        axis.scatter(x, value[0], s=size, alpha=0.5)
+        axis.annotate(name, (x, value[0]), xytext=(6, 6), textcoords="offset points")
+    axis.set(xlabel="ms, encode + score, the sum over the measured shapes, one thread", ylabel="NDCG@10" if measured else "Kendall's tau with fp32")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def read_shape(text: str) -> dict[str, int]:
+    """ "blocks=1,key_size=16"; raises ValueError."""
+    try:
+        return {name: int(value) for name, _, value in (part.partition("=") for part in text.split(",") if part)}
+    except ValueError:
+        raise ValueError(f"{text!r} is no shape: blocks=1,feed_forward=2,...") from None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ranker", type=Path, help="a ranker's folder: its newest version is compressed")
     parser.add_argument("toml", type=Path, nargs="?", help="of its training")
-    parser.add_argument("--variants", default=",".join(RECIPES), help="default: %(default)s")
-    parser.add_argument("--force", action="store_true", help="publish also what is below the quality gate")
+    parser.add_argument("--variants", default=",".join(NAMES), help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=0, help="that low-rank rankers and students learn from fp32; default: none")
+    parser.add_argument("--method", choices=METHODS, default="afm", help="of low rank; default: %(default)s")
+    parser.add_argument("--share", type=float, default=0.5, help="of the dense layers' cost that low rank may keep; default: %(default)s")
+    parser.add_argument("--budget", choices=("size", "time"), default="size", help="what low rank saves; default: %(default)s")
+    parser.add_argument("--student", default="", help="its shape, as blocks=1,feed_forward=2,key_size=32; default: half of each")
+    parser.add_argument("--bits", type=int, choices=(SAFE_BITS, FULL_BITS), default=SAFE_BITS, help="of int8 weights; 8 needs VNNI; default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="publish also what is below the quality gate or earns no place")
     args = parser.parse_args()
-    if unknown := set(args.variants.split(",")) - RECIPES.keys():
-        parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
     if not (found := versions(args.ranker)):
         parser.error(f"{args.ranker} holds no version of a ranker")
-    data, train = None, None
-    if args.toml is not None:
-        config, toml = read_config(args.toml)
-        data, train = load_data(config, toml), from_table(TrainConfig, toml.get("train", {}), "train")
     try:
-        source = Source(args.ranker / str(found[-1]), data, train)
-        print(compress(source, args.ranker.parent, {name: RECIPES[name] for name in args.variants.split(",")}, args.force))
+        names = args.variants.split(",")
+        for name in names:
+            Recipe.named(name)
+        learning = DistillConfig(epochs=args.epochs) if args.epochs else None
+        options = Options(args.method, args.share, args.budget, read_shape(args.student), learning, args.bits)
+        data, train = None, None
+        if args.toml is not None:
+            config, toml = read_config(args.toml)
+            data, train = load_data(config, toml), from_table(TrainConfig, toml.get("train", {}), "train")
+        print(compress(Source(args.ranker / str(found[-1]), data, train), args.ranker.parent, names, options, args.force))
     except (ValueError, KeyError, OSError) as error:
         parser.error(str(error))
 

@@ -60,7 +60,7 @@ def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:
-    return Candidates(engine.items[rows], data.catalogue.numeric[rows], request_context(time)[None])
+    return Candidates(engine.items.take(rows, axis=0), data.catalogue.numeric[rows], request_context(time)[None])
 
 
 def rank_of(scores: np.ndarray, target: int) -> int:
@@ -229,6 +229,7 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
     """Paired by user and by slate: one exit of an outcome minus the same, or another, of an outcome of the same cases."""
     against, found = other_exit or exit, {}
     if exit in one.ranks:
+        found["leave_one_out_hr10"] = interval((one.ranks[exit] < 10).astype(float) - (other.ranks[against] < 10))
         found["leave_one_out_ndcg10"] = interval(one.gains(exit) - other.gains(against))
     if exit in one.slates:
         per_slate = one.per_slate(exit) - other.per_slate(against)

@@ -130,27 +130,29 @@ def write_graphs(folder: Path, graphs: dict[str, onnx.ModelProto]) -> dict[str, 
     return described
 
 
-def measure_latency(engine: Engine, manifest: Manifest, repeats: int = 60) -> dict[str, Any]:
-    """Milliseconds of encoding and of scoring at the highest exit, one thread, by history and slate."""
-    draw, rows = invariance.Requests(engine, manifest), []
+def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int = 60) -> dict[str, dict[str, Any]]:
+    """Of each engine, in turns: milliseconds of encoding and of scoring at the highest exit, one thread, by history and slate."""
+    draw = invariance.Requests(next(iter(engines.values())), manifest)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for events in (50, min(200, manifest.limits.history_used)):
         for n in (50, 200, 500):
             history, candidates, meta = draw.history(events), draw.candidates(n), draw.meta()
-            state, encode, score = draw.state(history), [], []
+            states = {name: engine.extend(engine.start, history) for name, engine in engines.items()}
+            seconds = {name: {"encode": list[float](), "score": list[float]()} for name in engines}
             for _ in range(repeats):
-                begin = time.perf_counter()
-                draw.state(history)
-                encode.append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-                point = engine.point(candidates, meta, state)
-                if "set" in manifest.exits:
-                    engine.set(point)
-                score.append(time.perf_counter() - begin)
-            row = {"history": events, "candidates": n}
-            for name, seconds in (("encode", encode), ("score", score)):
-                row |= {f"{name}_p{q}": round(float(np.quantile(seconds, q / 100)) * 1e3, 3) for q in (50, 99)}
-            rows.append(row)
-    return {"machine": processor(), "threads": 1, "rows": rows}
+                for name, engine in engines.items():
+                    begin = time.perf_counter()
+                    engine.extend(engine.start, history)
+                    seconds[name]["encode"].append(time.perf_counter() - begin)
+                    begin = time.perf_counter()
+                    point = engine.point(candidates, meta, states[name])
+                    if "set" in manifest.exits:
+                        engine.set(point)
+                    seconds[name]["score"].append(time.perf_counter() - begin)
+            for name, found in seconds.items():
+                quantiles = {f"{stage}_p{q}": round(float(np.quantile(values, q / 100)) * 1e3, 3) for stage, values in found.items() for q in (50, 99)}
+                rows[name].append({"history": events, "candidates": n} | quantiles)
+    return {name: {"machine": processor(), "threads": 1, "rows": found} for name, found in rows.items()}
 
 
 def make_request(shown: Shown, data: Data, user: int, name: str, events: int, candidates: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -356,11 +358,11 @@ def publish(
     report = report_quality(Engine(stage / "variants/fp32", items, exits, 1))
     manifest = manifest.model_copy(update={"default_exit": default_exit or best_exit(report, exits)})
     variant = Variant(
-        bytes=sum((stage / "variants/fp32" / f"{graph}.onnx").stat().st_size for graph in described),
+        bytes=sum((stage / "variants/fp32" / f"{graph}.onnx").stat().st_size for graph in described) + (stage / "items.npy").stat().st_size,
         bound=FP32_BOUND,
         invariance={name: float(f"{value:.2e}") for name, value in measured.items()},
         quality=quality_rows(report, exits),
-        latency_ms=measure_latency(engine, manifest),
+        latency_ms=measure_latency({"fp32": engine}, manifest)["fp32"],
         golden_scores=golden_scores(engine, stage, manifest),
     )
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from app.engine import Candidates, Engine, History, HistoryState, PointScores, join
-from app.features import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, GAP_FIRST
+from app.features import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, GAP_FIRST, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from app.items import ItemTable
 from app.manifest import Manifest
 from models.ligr import Ligr
 
@@ -36,7 +37,7 @@ class Requests:
     def candidates(self, n: int) -> Candidates:
         numeric = self.rng.normal(2, 1, (n, len(self.manifest.features))).astype(np.float32)
         numeric[self.rng.random(numeric.shape) < 0.2] = np.nan
-        vectors = self.engine.items[self.rng.integers(FIRST_ITEM, len(self.engine.items), n)]
+        vectors = self.engine.items.take(self.rng.integers(FIRST_ITEM, len(self.engine.items), n), axis=0)
         return Candidates(vectors, numeric, self.rng.uniform(-1, 1, (1, CONTEXT_SIZE)).astype(np.float32))
 
     def meta(self) -> np.ndarray:
@@ -68,20 +69,24 @@ def against_torch(draw: Requests, model: Ligr, calibrations: dict) -> float:
 
 
 @torch.no_grad()
-def torch_logits(model: Ligr, items: np.ndarray, history: History, candidates: Candidates, meta: np.ndarray) -> dict[str, np.ndarray]:
+def torch_logits(model: Ligr, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray) -> dict[str, np.ndarray]:
     """(N, heads) logits of every exit, by the torch model as it is trained."""
     model.eval()
-    table, tensor = torch.from_numpy(np.array(items)), torch.from_numpy
-    rows = torch.cat([torch.tensor([1]), tensor(history.items)])[None]
-    actions, gaps = (torch.cat([torch.tensor([0]), tensor(a)])[None] for a in (history.actions, history.gaps))
-    state, users = model.encode(model.tokens(table[rows], actions, gaps))
+    return {exit: value[0].numpy() for exit, value in logits_of(model, items, history, candidates, meta).items()}
+
+
+def logits_of(model: Ligr, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray) -> dict[str, torch.Tensor]:
+    """(1, N, heads), with gradients."""
+    tensor = torch.from_numpy
+    columns = ((START_ITEM, history.items), (UNKNOWN_ACTION, history.actions), (GAP_MISSING, history.gaps))  # the start token first
+    rows, actions, gaps = (np.concatenate([[first], column])[None] for first, column in columns)
+    state, users = model.encode(model.tokens(tensor(items.take(rows, axis=0)), tensor(actions), tensor(gaps)))
     vectors = tensor(candidates.vectors)[None]
-    dot = model.dot_logits(users[:, -1:], vectors)
     fused = model.fuse(tensor(candidates.numeric)[None], tensor(meta)[None, None], tensor(candidates.context)[:, None])
-    hidden = model.hidden(vectors, state, torch.tensor([len(history) + 1]), None, fused)
+    hidden = model.hidden(vectors, state, torch.tensor([rows.shape[1]]), None, fused)
+    dot = model.dot_logits(users[:, -1:], vectors)
     point = dot + model.point_logits(hidden)
-    logits = {"dot": dot, "point": point, "set": point + model.set_logits(hidden)}
-    return {exit: value[0].numpy() for exit, value in logits.items()}
+    return {"dot": dot, "point": point} | ({"set": point + model.set_logits(hidden)} if model.config.set_blocks else {})
 
 
 def one_pass(draw: Requests) -> float:
@@ -151,7 +156,7 @@ def padding(draw: Requests) -> float:
         widths = [[(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)] for a in arrays]
         return np.stack([np.pad(a, w, constant_values=1 if a.dtype == np.float32 else 0) for a, w in zip(arrays, widths, strict=True)])
 
-    feeds = {"items": pad([engine.items[h.items] for h in histories]), "length": np.array(lengths)}
+    feeds = {"items": pad([engine.items.take(h.items, axis=0) for h in histories]), "length": np.array(lengths)}
     feeds |= {"actions": pad([h.actions for h in histories]), "gaps": pad([h.gaps for h in histories])}
     for i in range(engine.blocks):
         for name, start in (("key", engine.start.keys[i]), ("value", engine.start.values[i])):

@@ -11,11 +11,16 @@ relative error is least (ALDS, arXiv 2107.11442). Before: a trained `Ligr`, and 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
+
+from models.graphs import Graph, linear
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,32 @@ def layer_of(spectrum: Tensor, weight: Tensor) -> Layer:
     size = sum(weight.shape)
     errors = [float(value) for value in spectrum / spectrum[0]]
     return Layer(errors, [float(rank * size) for rank in range(len(errors))], float(weight.numel()))
+
+
+def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 16) -> Layer:
+    """Costs are microseconds of that many rows in onnxruntime on this machine, one thread: of `steps` ranks measured, of others between them."""
+    errors = [float(value) for value in spectrum / spectrum[0]]
+    measured = np.unique(np.linspace(1, min(weight.shape), steps, dtype=int))
+    times = np.maximum.accumulate([microseconds([weight[:rank], weight[:, :rank]], rows) for rank in measured])
+    return Layer(errors, [0.0, *np.interp(np.arange(1, len(errors)), measured, times).tolist()], microseconds([weight], rows))
+
+
+def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
+    """Median of one dense layer behind another, each (out, in)."""
+    g = Graph("layers")
+    x = g.input("x", ["N", weights[0].shape[1]])
+    for k, weight in enumerate(weights):
+        x = linear(g, x, f"layer{k}", weight.float().numpy(), None)
+    g.output("y", x, ["N", len(weights[-1])])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(g.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds, found = {"x": np.zeros((rows, weights[0].shape[1]), np.float32)}, []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        session.run(None, feeds)
+        found.append(time.perf_counter() - begin)
+    return float(np.median(found)) * 1e6
 
 
 def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:

@@ -17,8 +17,10 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from app.operators import LARGE
+
 CONTRIB = "com.microsoft"
-SMALLEST = 32  # rows or columns of a weight below which integers save nothing
+SMALLEST = LARGE  # rows or columns of a weight below which integers save nothing
 SAFE_BITS, FULL_BITS = 7, 8  # of a weight: without VNNI, pairs of products with 8 bits overflow their 16
 
 

@@ -6,7 +6,6 @@ queries, keys and values. Before: a trained `Ligr`. After: `distill.py`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 
@@ -34,7 +33,7 @@ def shrink(teacher: Ligr, shape: Mapping[str, int]) -> Ligr:
     if grown := [name for name, value in shape.items() if not 1 <= value <= before[name]]:
         raise ValueError(f"the teacher has {', '.join(f'{name} = {before[name]}' for name in grown)}: a student has 1 to as many")
     config = LigrConfig(**before | {"key_heads": min(before["key_heads"], shape.get("attention_heads", before["key_heads"]))} | shape)
-    student = Ligr(config, {}, teacher.numeric_mean, teacher.numeric_std)
+    student = Ligr(config, {}, teacher.numeric_mean.clone(), teacher.numeric_std.clone())
     kept = {name: value for name, value in teacher.state_dict().items() if "blocks." not in name and name in student.state_dict()}
     student.load_state_dict(kept, strict=False)
     for blocks, originals in ((student.blocks, teacher.blocks), (student.set_blocks, teacher.set_blocks)):
@@ -47,7 +46,7 @@ def fill(block: Block, original: Block, config: LigrConfig, before: LigrConfig) 
     """A block from a larger one: every so many rotary pairs of queries and keys, the means of heads that are shared from now on
     (GQA, arXiv 2305.13245), the hidden units of the feed-forward layer that weigh most."""
     for name in ("attention_norm", "feed_forward_norm", "attention_gate", "feed_forward_gate", "out"):
-        getattr(block, name).load_state_dict(copy.deepcopy(getattr(original, name).state_dict()))
+        getattr(block, name).load_state_dict(getattr(original, name).state_dict())
     old_heads, new_heads = before.attention_heads, config.attention_heads
     old_keys, new_keys = before.key_heads or old_heads, config.key_heads or new_heads
     old_size, new_size = before.query_width // old_heads, config.query_width // new_heads

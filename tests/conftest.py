@@ -86,7 +86,7 @@ def free_port() -> int:
 def serve(settings: Settings) -> Iterator[httpx.Client]:
     """The application behind a real uvicorn on a real socket; a client of it, without the environment's proxies."""
     port = free_port()
-    app = create_app(settings, load_rankers(settings.bundles))
+    app = create_app(settings, load_rankers(settings.bundles, 1, settings.chosen_variants()))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -74,7 +74,7 @@ def copy(tiny: Tiny, tmp_path: Path) -> Copy:
 @pytest.fixture
 def pair(copy: Copy) -> Copy:
     """With a second variant, so that the first may break alone."""
-    copy.add_variant("other")
+    copy.add_variant("student")
     return copy
 
 
@@ -94,7 +94,7 @@ def array_bytes(array: np.ndarray, path: Path, allow_pickle: bool = False) -> by
 
 def test_a_copy_is_served_whole(pair: Copy, ranker: Ranker) -> None:
     loaded = pair.load()
-    assert (set(loaded.engines), loaded.refused, loaded.default_variant) == ({"fp32", "other"}, {}, "fp32")
+    assert (set(loaded.engines), loaded.refused, loaded.default_variant) == ({"fp32", "student"}, {}, "fp32")
     np.testing.assert_array_equal(loaded.items, ranker.items)
 
 
@@ -299,7 +299,7 @@ BREAKS: dict[str, Callable[[Copy, str], object]] = {
 def test_a_broken_graph_takes_its_variant_and_no_other(pair: Copy, graph: str, how: str) -> None:
     BREAKS[how](pair, graph)
     loaded = pair.load()
-    assert (list(loaded.engines), list(loaded.refused), loaded.default_variant) == (["other"], ["fp32"], "other")
+    assert (list(loaded.engines), list(loaded.refused), loaded.default_variant) == (["student"], ["fp32"], "student")
     assert len(loaded.refused["fp32"]) > 10, "a reason"
 
 
@@ -321,7 +321,7 @@ def test_a_variant_that_misses_its_golden_scores_is_refused(pair: Copy, how: str
 
     pair.change_manifest(change)
     loaded = pair.load()
-    assert (list(loaded.engines), list(loaded.refused)) == (["other"], ["fp32"])
+    assert (list(loaded.engines), list(loaded.refused)) == (["student"], ["fp32"])
 
 
 def test_the_reason_names_the_difference_and_the_bound(pair: Copy) -> None:

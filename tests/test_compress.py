@@ -11,15 +11,31 @@ import onnx
 import pytest
 
 from app.bundle import Ranker, load_bundle
-from app.manifest import read_manifest
+from app.manifest import Variant, read_manifest
 from app.settings import Settings
 from models import compress as compressing
-from models.compress import GATE, RECIPES, Draft, Source, agreement, as_markdown, compress, within_gate
+from models.compress import (
+    GATE,
+    NAMES,
+    Options,
+    Recipe,
+    Source,
+    agreement,
+    as_markdown,
+    compress,
+    dominated,
+    draft,
+    make_base,
+    read_shape,
+    within_gate,
+)
+from models.distill import DistillConfig
 from models.evaluate import Outcome
 from models.train import TrainConfig
 from tests.conftest import Tiny, serve
 
-NAMES = ["fp32", "int8", "lowrank", "lowrank-int8"]
+ALL = ["fp32", *NAMES]
+TIMES = {"machine": "none", "rows": [{"history": 200, "candidates": 200, "encode_p50": 1.0, "encode_p99": 1.5, "score_p50": 2.0, "score_p99": 2.5}]}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +45,7 @@ def small() -> pytest.MonkeyPatch:
         patch.setattr("models.quantize.SMALLEST", 3)
         patch.setattr("models.invariance.SLATES", (1, 5))
         patch.setattr(compressing, "SAMPLES", 12)
-        patch.setattr(compressing, "measure_latency", lambda *_: {"rows": [{"history": 200, "candidates": 200, "encode_p50": 1.0, "score_p50": 2.0}]})
+        patch.setattr(compressing, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
         yield patch
 
 
@@ -40,20 +56,26 @@ def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
 
 @pytest.fixture(scope="module")
 def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compress(source, tmp_path_factory.mktemp("compressed"), RECIPES, force=True)
+    base = tmp_path_factory.mktemp("compressed")
+    learning = DistillConfig(epochs=1, batch_events=1024, positions=64, items=128, windows=4, warmup_steps=2)
+    return compress(source, base / "bundles", list(NAMES), Options(distill=learning, folder=base / "checkpoints"), force=True)
 
 
 def test_every_variant_is_published_served_and_measured(folder: Path, source: Source) -> None:
     ranker = load_bundle(folder, 1)
-    assert list(ranker.engines) == NAMES and not ranker.refused
+    assert list(ranker.engines) == ALL and not ranker.refused
     assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "vectors stay what they were"
     for name, variant in ranker.manifest.variants.items():
-        assert variant.bytes == sum(path.stat().st_size for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank")
+        graphs = [path for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank"]
+        assert variant.items == ("items8.npy" if "tables8" in name else "items.npy")
+        assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
         assert max(value for what, value in variant.invariance.items() if what != "int8_history_state") <= variant.bound <= 2e-3
-        assert variant.quality.keys() == {"dot", "point", "set"} and (variant.resident_bytes or 0) > 0
+        assert variant.quality.keys() == {"dot", "point", "set"} and (variant.resident_bytes or 0) > 0 and variant.latency_ms == TIMES
         if name != "fp32":
-            assert -1 <= variant.agreement["kendall_tau"] <= 1 and set(variant.difference) == {"leave_one_out_ndcg10", "slate_ndcg10", "slate_auc"}
+            assert -1 <= variant.agreement["kendall_tau"] <= 1 and variant.within_gate is not None
+            assert set(variant.difference) == {"leave_one_out_hr10", "leave_one_out_ndcg10", "slate_ndcg10", "slate_auc"}
     assert ranker.manifest.variants["int8"].agreement["kendall_tau"] > 0.95 < ranker.manifest.variants["int8"].agreement["top10_overlap"] + 0.1
+    assert ranker.manifest.variants["student"].bytes < ranker.manifest.variants["fp32"].bytes
 
 
 def test_the_source_is_left_as_it_was_and_nothing_staged_remains(folder: Path, tiny: Tiny) -> None:
@@ -63,19 +85,25 @@ def test_the_source_is_left_as_it_was_and_nothing_staged_remains(folder: Path, t
         assert (folder / "variants/fp32" / graph.name).read_bytes() == graph.read_bytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_what_learned_has_a_checkpoint_of_its_own(folder: Path) -> None:
+    assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny").iterdir()) == ["lowrank.pt", "student.pt"]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_variants_graphs_are_what_its_name_says(folder: Path, name: str) -> None:
     for graph in ("encode", "point", "set"):
         found = onnx.load(folder / "variants" / name / f"{graph}.onnx").graph
         kinds, weights = {node.op_type for node in found.node}, {weight.name for weight in found.initializer}
         assert ("MatMulIntegerToFloat" in kinds) == ("int8" in name)
         assert any(".first." in weight for weight in weights) == ("lowrank" in name)
+        if graph != "set":
+            assert any(weight.startswith("blocks.1.") for weight in weights) == ("student" not in name), "a student has half the blocks"
 
 
 def test_low_rank_keeps_its_budget(folder: Path) -> None:
-    report = json.loads((folder / "report.json").read_text())["variants"]
-    assert report.keys() == set(NAMES) and all(row["published"] for row in report.values())
-    assert report["lowrank"]["ranks"] == report["lowrank-int8"]["ranks"] and any(report["lowrank"]["ranks"].values())
+    report = json.loads((folder / "report.json").read_text())
+    assert report["variants"].keys() == set(ALL) and all(row["published"] for row in report["variants"].values())
+    assert any(report["ranks"].values())
 
     def dense(name: str) -> int:
         sizes: dict[str, int] = {}
@@ -85,61 +113,140 @@ def test_low_rank_keeps_its_budget(folder: Path) -> None:
                     sizes[weight.name] = int(np.prod(weight.dims))
         return sum(sizes.values())
 
-    assert dense("lowrank") <= RECIPES["lowrank"].share * dense("fp32")
+    assert dense("lowrank") <= Options().share * dense("fp32")
 
 
 def test_the_report_has_a_table_and_a_picture(folder: Path) -> None:
-    table = (folder / "variants.md").read_text()
-    assert all(f"| {name} |" in table for name in NAMES) and (folder / "variants.png").stat().st_size > 1_000
-    manifest = read_manifest(folder)
-    assert table.strip() == as_markdown(manifest.variants, manifest.default_exit)
-    assert {"variants.md", "variants.png"} <= manifest.files.keys()
+    table, manifest = (folder / "variants.md").read_text(), read_manifest(folder)
+    assert all(f"| {name} |" in table for name in ALL) and (folder / "variants.png").stat().st_size > 1_000
+    rows = json.loads((folder / "report.json").read_text())["variants"]
+    reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
+    assert table.strip() == as_markdown(manifest.variants, manifest.default_exit, reasons)
+    assert {"variants.md", "variants.png", "items8.npy"} <= manifest.files.keys()
 
 
 def test_a_request_may_name_a_variant_and_none_shares_anothers_history(folder: Path) -> None:
     with serve(Settings(bundles=folder.parent.parent)) as client:
         card = client.get("/models/tiny").json()
-        assert list(card["variants"]) == NAMES and card["default_variant"] in NAMES
+        assert list(card["variants"]) == ALL and card["default_variant"] in ALL
         example = card["example"]
-        answers = {name: client.post("/score", json=example | {"variant": name}).json() for name in NAMES}
+        answers = {name: client.post("/score", json=example | {"variant": name}).json() for name in ALL}
         assert all(answer["variant"] == name and answer["history"]["cache"] == "miss" for name, answer in answers.items())
-        assert len({tuple(answer["results"]["scores"]) for answer in answers.values()}) == len(NAMES)
-        again = {name: client.post("/score", json=example | {"variant": name}).json() for name in NAMES}
+        assert len({tuple(answer["results"]["scores"]) for answer in answers.values()}) == len(ALL)
+        again = {name: client.post("/score", json=example | {"variant": name}).json() for name in ALL}
         assert all(answer["history"]["cache"] == "hit" for answer in again.values())
-        for name in NAMES:
+        for name in ALL:
             np.testing.assert_allclose(again[name]["results"]["scores"], answers[name]["results"]["scores"], atol=1e-5)
         assert client.post("/score", json=example | {"variant": "auto"}).json()["variant"] == card["default_variant"]
+
+
+@pytest.mark.parametrize("chosen", ["int8", "fp32,student-int8", "lowrank, int8-tables8"])
+def test_any_of_the_variants_can_be_served_alone(folder: Path, chosen: str) -> None:
+    names = {name.strip() for name in chosen.split(",")}
+    with serve(Settings(bundles=folder.parent.parent, variants=chosen)) as client:
+        card = client.get("/models/tiny").json()
+        assert set(card["variants"]) == names and card["default_variant"] in names
+        assert client.post("/score", json=card["example"]).json()["variant"] == card["default_variant"]
+        assert client.post("/score", json=card["example"] | {"variant": "int8-nothing"}).status_code == 404
+        for name in set(ALL) - names:
+            assert client.post("/score", json=card["example"] | {"variant": name}).status_code == 404
 
 
 def gained(ranks: list[int]) -> Outcome:
     return Outcome({"set": np.array(ranks)}, {}, None)
 
 
-def test_the_gate_is_ninety_nine_hundredths_of_fp32(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "outcome", gained([0] * 100))
-    assert within_gate(source, gained([0] * 99 + [50])) and not within_gate(source, gained([0] * 98 + [50, 50]))
-    assert GATE == 0.99 and within_gate(source, None)
+def test_the_gate_is_ninety_nine_hundredths_of_fp32() -> None:
+    exact = gained([0] * 100)
+    assert within_gate("set", gained([0] * 99 + [50]), exact) and not within_gate("set", gained([0] * 98 + [50, 50]), exact)
+    assert GATE == 0.99 and within_gate("dot", gained([50]), exact), "where nothing is known of an exit, nothing is held against it"
 
 
-def test_what_is_below_the_gate_or_above_its_bound_is_not_published(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_below_the_gate_or_above_its_bound_is_not_published(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressing, "within_gate", lambda *_: False)
-    folder = compress(source, tmp_path, {"int8": RECIPES["int8"]})
-    assert list(load_bundle(folder, 1).engines) == ["fp32"] and not (folder / "variants/int8").exists()
-    assert "int8 keeps less than" in capsys.readouterr().out
-    assert json.loads((folder / "report.json").read_text())["variants"]["int8"]["published"] is False, "the report says what was tried"
-    monkeypatch.setattr("models.invariance.measure", lambda *_: {"padding": 1.0, "onnx_against_torch": 0.0})
+    folder = compress(source, tmp_path, ["int8-tables8"])
+    assert list(load_bundle(folder, 1).engines) == ["fp32"] and not (folder / "variants/int8-tables8").exists() and not (folder / "items8.npy").exists()
+    row = json.loads((folder / "report.json").read_text())["variants"]["int8-tables8"]
+    assert row["published"] is False and "99%" in row["reason"], "the report says what was tried"
+    assert "no: keeps less than 99%" in (folder / "variants.md").read_text()
+    forced = read_manifest(compress(source, tmp_path, ["int8"], force=True))
+    assert forced.variants["int8"].within_gate is False and forced.default_variant == "fp32", "published because forced, and says so"
+    monkeypatch.setattr("models.invariance.measure", lambda engine, *_: {"padding": 1.0 if "int8" in str(engine) else 0.0, "onnx_against_torch": 0.0})
+    monkeypatch.setattr(compressing.Engine, "__str__", lambda engine: "int8", raising=False)
     with pytest.raises(ValueError, match="int8 is above its bound"):
-        compress(source, tmp_path, {"int8": RECIPES["int8"]})
-    assert [path.name for path in (tmp_path / "tiny").iterdir() if not path.name.startswith(".")] == [folder.name]
+        compress(source, tmp_path, ["int8"])
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir() if not path.name.startswith(".")) == ["2", "3"]
 
 
-def test_without_data_the_calibration_is_fp32s(tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def variant(ms: float, size: int, ndcg: float, gate: bool | None = True) -> Variant:
+    rows = {"rows": [{"history": 200, "candidates": 200, "encode_p50": ms / 2, "score_p50": ms / 2}]}
+    quality = {"set": {"slates": {"ndcg10": [ndcg, ndcg, ndcg]}}}
+    return Variant(bytes=size, bound=1e-5, invariance={}, quality=quality, latency_ms=rows, within_gate=gate, golden_scores=[])
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (variant(2, 100, 0.5), "student-int8"),
+        (variant(2.05, 104, 0.5), "student-int8"),  # of about the same cost
+        (variant(2.2, 100, 0.5), None),
+        (variant(2, 110, 0.5), None),
+        (variant(2, 100, 0.49), None),
+        (variant(2, 100, 0.5, gate=False), None),
+    ],
+)
+def test_low_rank_is_not_published_where_a_student_of_its_cost_is_as_good(other: Variant, found: str | None) -> None:
+    variants = {"fp32": variant(4, 400, 0.6), "lowrank-int8": variant(2, 100, 0.5), "student-int8": other}
+    assert dominated("lowrank-int8", variants, "set") == found
+
+
+def test_what_is_on_the_front_stays() -> None:
+    variants = {"fp32": variant(4, 400, 0.6), "int8": variant(3, 200, 0.59), "int8-tables8": variant(3.1, 150, 0.59), "student": variant(3.2, 300, 0.58)}
+    assert [dominated(name, variants, "set") for name in variants] == [None, None, None, "int8"]
+    unknown = {name: row.model_copy(update={"quality": {}}) for name, row in variants.items()}
+    assert not any(dominated(name, unknown, "set") for name in unknown), "without quality nobody can say"
+
+
+def test_without_data_nothing_learns_and_the_calibration_is_fp32s(tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = Source(tiny.folder, None)
-    made: Draft = compressing.draft(source, RECIPES["lowrank-int8"], tmp_path)
-    assert made.calibrations is source.calibrations and source.outcome is None
-    assert agreement(source, source.exact) == {"kendall_tau": 1.0, "top10_overlap": 1.0, "largest_score_difference": 0.0}
+    base = make_base(source, "lowrank", Options(distill=DistillConfig(), folder=tmp_path))
+    graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")
+    assert calibrations is source.calibrations and source.outcome is None and set(graphs) == {"encode", "dot", "point", "set"}
+    assert not list(tmp_path.glob("*/*.pt"))
+    assert agreement(source, source.exact) == pytest.approx({"kendall_tau": 1.0, "top10_overlap": 1.0, "largest_score_difference": 0.0}, abs=1e-3)
+
+
+def test_a_time_budget_is_met_by_measured_times(source: Source) -> None:
+    base = make_base(source, "lowrank", Options(budget="time", share=0.9))
+    assert base.ranks.keys() == make_base(source, "lowrank", Options()).ranks.keys()
+
+
+@pytest.mark.parametrize("name", ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is no variant"):
+        Recipe.named(name)
+
+
+def test_names_say_what_is_done() -> None:
+    assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
+        Recipe("fp32", True, False),
+        Recipe("lowrank", True, True),
+        Recipe("student", False, False),
+        Recipe("fp32", False, True),
+    ]
+
+
+def test_a_students_shape_is_read() -> None:
+    assert read_shape("blocks=1,key_size=16") == {"blocks": 1, "key_size": 16} and read_shape("") == {}
+    with pytest.raises(ValueError, match="is no shape"):
+        read_shape("blocks:1")
+
+
+def test_a_variant_that_claims_what_it_is_not_stops_the_publishing(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressing, "quantize", lambda graph, *_: graph)
+    with pytest.raises(ValueError, match="named int8, and has no integer products"):
+        compress(source, tmp_path, ["int8"])
+    assert not (tmp_path / "tiny/2").exists()
 
 
 def test_other_data_than_the_bundles_is_refused(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_evaluate_has_a_row_for_every_exit_and_baseline_and_the_paired_differenc
     names = {"dot", "point", "set", "popularity", "item-kNN"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names
     assert {row["users"] for row in report["leave_one_out"].values()} == {6}
-    assert set(report["set_against_point"]) == {"leave_one_out_ndcg10", "slate_ndcg10", "slate_auc"}
+    assert set(report["set_against_point"]) == {"leave_one_out_hr10", "leave_one_out_ndcg10", "slate_ndcg10", "slate_auc"}
     for metric, table, key in (("slate_ndcg10", "slates", "ndcg10"), ("slate_auc", "slates", "auc_in_slate")):
         difference = report[table]["set"][key][0] - report[table]["point"][key][0]
         assert report["set_against_point"][metric][0] == pytest.approx(difference, abs=2e-4)

@@ -72,7 +72,7 @@ def test_a_missed_bound_publishes_nothing(tiny: Tiny, tmp_path: Path, monkeypatc
 
 def test_what_a_server_may_be_set_to_has_no_bound_here(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is measured, and said in the manifest."""
-    monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(invariance, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
     ranker = load_bundle(export(tiny.trainer, tiny.toml, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
@@ -97,7 +97,7 @@ def test_second_version_stands_beside_the_first_and_is_served(tiny: Tiny, tmp_pa
     shutil.copytree(tiny.root / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
-    monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     assert export(tiny.trainer, tiny.toml, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
@@ -132,7 +132,7 @@ def test_graphs_are_what_the_manifest_says(ranker: Ranker, tiny: Tiny) -> None:
         assert all(len(ranker.items) not in weight.dims for weight in graph.graph.initializer), "one item table for all graphs"
     served = [tiny.folder / "variants" / "fp32" / f"{name}.onnx" for name in ("encode", *EXITS)]
     assert set(ranker.manifest.graphs) == {path.stem for path in served}
-    assert ranker.manifest.variants["fp32"].bytes == sum(path.stat().st_size for path in served)
+    assert ranker.manifest.variants["fp32"].bytes == sum(path.stat().st_size for path in (*served, tiny.folder / "items.npy"))
 
 
 def test_rank_in_the_bundle_gives_the_golden_scores_in_one_graph(ranker: Ranker, tiny: Tiny) -> None:
@@ -335,7 +335,7 @@ HELD_OUT = {"slate_size": 4, "slate_users": 3, "validation_users": 3, "history_l
     ids=["no columns", "only next", "only a label", "nobody held out", "short history"],
 )
 def test_bring_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DataConfig) -> None:
-    monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(invariance, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, config, items=90)
     assert list(ranker.manifest.heads) == [head.name for head in config.heads]
@@ -344,7 +344,7 @@ def test_bring_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config:
 
 
 def test_bring_your_own_small_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "measure_latency", lambda *_: {})
+    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(invariance, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, DataConfig("shop", (NEXT, BUY), **HELD_OUT), items=12)
     assert len(ranker.manifest.example["candidates"]["item_ids"]) >= 20, "duplicates are allowed"

@@ -65,7 +65,12 @@ def test_a_library_is_imported_in_its_place_only(library: str) -> None:
 def test_every_library_of_the_server_is_a_declared_dependency() -> None:
     declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     assert declared
-    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', declared[1])} | {"app", "starlette", "pydantic_core"}  # fastapi's, pydantic's
+    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', declared[1])} | {
+        "app",
+        "starlette",
+        "pydantic_core",
+        "google",
+    }  # fastapi's, pydantic's, protobuf's
     used = set().union(*map(imported, SERVER)) - set(sys.stdlib_module_names)
     assert used <= names
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.bundle import Ranker
-from app.engine import Engine, HistoryState, PointScores
+from app.engine import Engine, HistoryState, PackedState, PointScores
 from app.features import GAP_FIRST
 from models import invariance
 from models.export import FP32_BOUND
@@ -126,7 +126,12 @@ def test_a_history_kept_as_int8_moves_a_score_by_what_its_rounding_explains(rank
 
 def test_int8_notices_scales_that_are_of_another_row(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = HistoryState.packed
-    monkeypatch.setattr(HistoryState, "packed", lambda state: replace(packed(state), scales=np.roll(packed(state).scales, 1, axis=1)))
+
+    def shifted(state: HistoryState) -> PackedState:
+        whole = packed(state)
+        return replace(whole, **{name: (codes, np.roll(scales, 1, axis=1)) for name, (codes, scales) in (("keys", whole.keys), ("values", whole.values))})
+
+    monkeypatch.setattr(HistoryState, "packed", shifted)
     said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
     assert invariance.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, 7)) > 5 * said
 

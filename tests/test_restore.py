@@ -55,7 +55,7 @@ def test_other_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: d
     example = {"history": {"item_ids": ids[:3]}, "candidates": {"item_ids": ids[:5]}, "request_time": 1.7e9}
     features = whole.features[: config.numeric]
     content = dataclasses.replace(whole, model=model, ids=ids, features=features, example=example, history_used=64, warmup=[])
-    monkeypatch.setattr("models.export.measure_latency", lambda *_: {})
+    monkeypatch.setattr("models.export.measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr("models.invariance.SLATES", (1, 5))
     with staging(tmp_path, 1) as stage:
         write_content(stage, content)

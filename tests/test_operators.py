@@ -1,0 +1,137 @@
+"""A variant is what its name says, or it is refused with what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from app.manifest import ManifestError
+from app.operators import KNOWN, check_name, read_graph
+from models.quantize import quantize
+
+GRAPH = "point"
+
+
+def layer(*shapes: tuple[int, int], operator: str = "Gemm", between: str = "") -> onnx.ModelProto:
+    """x through dense layers, one behind another."""
+    rng, nodes, weights, x = np.random.default_rng(0), [], [], "x"
+    for k, shape in enumerate(shapes):
+        nodes.append(helper.make_node(operator, [x, f"w{k}"], [f"y{k}"], name=f"n{k}"))
+        weights.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), f"w{k}"))
+        x = f"y{k}"
+        if between and k + 1 < len(shapes):
+            nodes.append(helper.make_node(between, [x], [f"z{k}"], name=f"b{k}"))
+            x = f"z{k}"
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", shapes[0][0]])]
+    outputs = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["N", shapes[-1][1]])]
+    return helper.make_model(helper.make_graph(nodes, "layers", inputs, outputs, weights), opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+def in_integers(graph: onnx.ModelProto) -> onnx.ModelProto:
+    return quantize(graph, {node.input[0]: (-1.0, 1.0) for node in graph.graph.node})
+
+
+def node(graph: onnx.ModelProto, operator: str) -> onnx.ModelProto:
+    """With one more node, which nobody reads."""
+    graph.graph.node.append(helper.make_node(operator, ["x"], ["unread"], name="more"))
+    return graph
+
+
+WIDE, THIN = ((64, 64),), ((64, 8), (8, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [
+        ("fp32", layer(*WIDE)),
+        ("student", layer(*WIDE)),
+        ("int8", in_integers(layer(*WIDE))),
+        ("int8", in_integers(layer((64, 64), (64, 2), between="Gelu"))),  # small layers stay float32
+        ("lowrank", layer(*THIN)),
+        ("lowrank-int8", in_integers(layer((64, 32), (32, 64)))),
+        ("lowrank-int8", in_integers(layer((64, 64), (64, 8), (8, 64)))),
+    ],
+)
+def test_what_a_variant_says_it_is(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
+    onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
+    check_name(name, tmp_path, [GRAPH], False)
+    check_name(f"{name}-tables8", tmp_path, [GRAPH], True)
+
+
+@pytest.mark.parametrize(
+    ("name", "graph", "reason"),
+    [
+        ("int8", layer(*WIDE), "multiplies by a float weight of 64x64"),
+        ("int8", layer(*THIN), "has no integer products"),
+        ("int8", onnx.compose.merge_models(in_integers(layer(*WIDE)), onnx.compose.add_prefix(layer(*WIDE), "more."), io_map=[]), "float weight"),
+        ("int8", layer(*WIDE, operator="MatMul"), "float weight"),
+        ("fp32", in_integers(layer(*WIDE)), "has integer products"),
+        ("student", in_integers(layer(*WIDE)), "has integer products"),
+        ("lowrank", layer(*WIDE), "has no layers of low rank"),
+        ("lowrank", layer((64, 64), (64, 64), between="Gelu"), "has no layers of low rank"),
+        ("fp32", layer(*THIN), "has layers of low rank"),
+        ("fp32", node(layer(*WIDE), "DynamicQuantizeLinear"), "depends on who else is in the request"),
+        ("int8", node(in_integers(layer(*WIDE)), "DequantizeLinear"), "no ranker needs: DequantizeLinear"),
+        ("fp32", node(layer(*WIDE), "Loop"), "no ranker needs: Loop"),
+        ("fp16", layer(*WIDE), "not of fp16"),
+        ("", layer(*WIDE), "name is made of"),
+    ],
+)
+def test_what_it_is_not(tmp_path: Path, name: str, graph: onnx.ModelProto, reason: str) -> None:
+    onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
+    with pytest.raises(ManifestError, match=reason):
+        check_name(name, tmp_path, [GRAPH], False)
+
+
+@pytest.mark.parametrize(("name", "int8_items"), [("fp32", True), ("fp32-tables8", False)])
+def test_the_table_is_what_the_name_says(tmp_path: Path, name: str, int8_items: bool) -> None:
+    onnx.save(layer(*WIDE), tmp_path / f"{GRAPH}.onnx")
+    with pytest.raises(ManifestError, match="item table is"):
+        check_name(name, tmp_path, [GRAPH], int8_items)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"not a model", b"\xff" * 40])
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / f"{GRAPH}.onnx").write_bytes(content)
+    with pytest.raises(ManifestError, match=r"no readable ONNX model|no integer products"):
+        check_name("int8", tmp_path, [GRAPH], False)
+
+
+def test_any_cut_of_a_model_is_refused_or_says_less_than_the_whole(tmp_path: Path) -> None:
+    """Nothing but ManifestError ever comes out of a broken file."""
+    whole = in_integers(layer((64, 64), (64, 64), between="Gelu")).SerializeToString()
+    for size in range(0, len(whole), 97):
+        (tmp_path / "cut.onnx").write_bytes(whole[:size])
+        try:
+            read_graph(tmp_path / "cut.onnx")
+        except ManifestError:
+            continue
+    damaged = bytearray(whole)
+    for place in range(0, len(whole), 131):
+        damaged[place] ^= 0xFF
+        (tmp_path / "cut.onnx").write_bytes(damaged)
+        try:
+            read_graph(tmp_path / "cut.onnx")
+        except ManifestError:
+            continue
+
+
+def test_operators_are_read_as_the_onnx_package_reads_them(tmp_path: Path) -> None:
+    graph = in_integers(layer((64, 64), (64, 5), between="Gelu"))
+    onnx.save(graph, tmp_path / "one.onnx")
+    found = read_graph(tmp_path / "one.onnx")
+    assert found.operators == {node.op_type for node in graph.graph.node}
+    assert [(product.type, product.shape) for product in found.products] == [(TensorProto.INT8, (64, 64)), (TensorProto.FLOAT, (64, 5))]
+    assert [product.source for product in found.products] == ["x", "z0"]
+
+
+def test_the_operators_that_are_served_are_those_that_the_graphs_need(tmp_path: Path) -> None:
+    from tests.test_restore import DEMO, versions
+
+    folder = DEMO / "movielens" / str(versions(DEMO / "movielens")[-1])
+    used = set().union(*(read_graph(path).operators for path in folder.glob("variants/*/*.onnx") if path.stem != "rank"))
+    assert used <= KNOWN
