@@ -1,4 +1,5 @@
 """Low rank: a dense layer becomes two thin ones, out of what is known of its weights or of its outputs.
+The methods against each other: python -m models.low_rank models/bundles/movielens/3 models/movielens.toml
 
     svd     the best approximation of the weights (Eckart and Young 1936)
     fwsvd   of the weights, each row weighed by its Fisher information (FWSVD, arXiv 2207.00112)
@@ -233,3 +234,62 @@ def factor(model: nn.Module, seen: Mapping[str, Seen], method: str, ranks: Mappi
             owner, _, part = name.rpartition(".")
             setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
     return result
+
+
+def output_errors(model: nn.Module, layers: Mapping[str, LowRank], run: Callable[[], object]) -> dict[str, float]:
+    """By layer: what its low-rank form misses of the outputs' variance while `run` runs the model, relative to it."""
+    missed, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+
+    def gather(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = output.flatten(0, -2)
+            missed[name] += float((layers[name](inputs[0]).flatten(0, -2) - rows).square().sum())
+            whole[name] += float((rows - rows.mean(0)).square().sum())
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(gather(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: missed[name] / whole[name] for name in layers if whole[name]}
+
+
+def main() -> None:
+    """Errors of each method at equal ranks, on what it has seen and on held-out users; intervals over users."""
+    import argparse
+    from pathlib import Path
+
+    from models.compress import Source
+    from models.data import from_table, read_config
+    from models.evaluate import interval
+    from models.invariance import logits_of
+    from models.train import TrainConfig, load_data
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("toml", type=Path, help="of its training")
+    args = parser.parse_args()
+    config, toml = read_config(args.toml)
+    source = Source(args.bundle, load_data(config, toml), from_table(TrainConfig, toml.get("train", {}), "train"))
+    model, layers = source.model, dense_layers(source.model)
+    print("| rank | method | error on what it saw | on held-out users (95 %) |\n" + "| --- " * 4 + "|")
+    for share in (0.75, 0.5, 0.25):
+        for method in METHODS:
+            ranks = {name: max(1, round(share * min(layer.weight.shape))) for name, layer in layers.items()}
+            small = factor(model, source.seen, method, ranks)
+            low = {name: module for name, module in small.named_modules() if isinstance(module, LowRank)}
+            known = output_errors(model, low, lambda: list(map(float, source.losses())))
+            users = [
+                np.mean(list(output_errors(model, low, lambda: logits_of(model, source.items, s.history, s.candidates(source.items), s.meta)).values()))  # noqa: B023
+                for s in source.samples
+            ]
+            mean, least, most = interval(np.array(users))
+            print(f"| {share:.0%} | {method} | {np.mean(list(known.values())):.4f} | {mean:.4f} ({least:.4f} to {most:.4f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from pydantic import ValidationError
 
-from app.bundle import Ranker, load_bundle, load_rankers, rows_of
+from app.bundle import Ranker, load_bundle, load_rankers, rows_of, score_request
 from app.features import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
 from app.manifest import ManifestError
 from app.routes import refusal
 from app.schemas import RankRequest
+from models.tables import middle_max
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
@@ -301,6 +302,78 @@ def test_a_broken_graph_takes_its_variant_and_no_other(pair: Copy, graph: str, h
     loaded = pair.load()
     assert (list(loaded.engines), list(loaded.refused), loaded.default_variant) == (["student"], ["fp32"], "student")
     assert len(loaded.refused["fp32"]) > 10, "a reason"
+
+
+def test_a_variant_under_another_name_is_refused_and_the_others_serve(pair: Copy) -> None:
+    """What computes in float32 cannot be called int8."""
+    pair.add_variant("int8")
+    loaded = pair.load()
+    assert list(loaded.engines) == ["fp32", "student"] and "no integer products" in loaded.refused["int8"]
+    pair.change_manifest(lambda m: m.update(default_variant="int8"))
+    assert pair.load().default_variant in ("fp32", "student")
+
+
+@pytest.fixture
+def with_table(copy: Copy, tmp_path: Path) -> Copy:
+    """With a variant whose item table is int8."""
+    copy.add_variant("tables8")
+    copy.write("items8.npy", array_bytes(middle_max(np.load(copy.folder / "items.npy")), tmp_path / "items8.npy"))
+    copy.change_manifest(lambda m: m["variants"].update(tables8=m["variants"]["fp32"] | {"items": "items8.npy", "bound": 0.1}))
+    return copy
+
+
+def test_a_variant_may_have_an_item_table_of_its_own(with_table: Copy) -> None:
+    loaded = with_table.load()
+    assert list(loaded.engines) == ["fp32", "tables8"] and loaded.engines["tables8"].items is not loaded.items
+    request = RankRequest.model_validate(loaded.manifest.example)
+    exact, found = (score_request(loaded, loaded.engines[name], request)["set"] for name in ("fp32", "tables8"))
+    assert 0 < np.abs(found - exact).max() < 0.05
+
+
+RECORDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "one row less": lambda a: a[:-1],
+    "plain rows": lambda a: a["codes"].astype(np.float32),
+    "other records": lambda a: a.astype([("scale", "<f4"), ("middle", "<f2"), ("codes", "i1", a["codes"].shape[1:])]),
+    "a scale that is no number": lambda a: a.__setitem__("scale", np.nan) or a,
+    "a middle without end": lambda a: a.__setitem__("middle", np.inf) or a,
+}
+
+
+@pytest.mark.parametrize("change", RECORDS)
+def test_a_broken_int8_table_takes_the_variants_that_read_it_and_no_other(with_table: Copy, tmp_path: Path, change: str) -> None:
+    with_table.write("items8.npy", array_bytes(RECORDS[change](np.load(with_table.folder / "items8.npy")), tmp_path / "changed.npy"))
+    loaded = with_table.load()
+    assert list(loaded.engines) == ["fp32"] and "items8.npy" in loaded.refused["tables8"]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_an_int8_table_that_is_none_takes_its_variant_and_no_other(with_table: Copy, content: bytes) -> None:
+    with_table.write("items8.npy", content)
+    assert list(with_table.load().engines) == ["fp32"]
+    (with_table.folder / "items8.npy").write_bytes(b"another digest")
+    assert "sha256" in with_table.load().refused["tables8"]
+    with_table.change_manifest(lambda m: m["files"].pop("items8.npy"))
+    assert "no digest of items8.npy" in with_table.load().refused["tables8"]
+
+
+def test_some_of_the_variants_are_loaded_where_they_are_named(with_table: Copy) -> None:
+    assert list(load_bundle(with_table.folder, 1, ("tables8", "elsewhere")).engines) == ["tables8"]
+    with pytest.raises(ManifestError, match="none of the variants elsewhere; it has fp32, tables8"):
+        load_bundle(with_table.folder, 1, ("elsewhere",))
+
+
+def test_where_the_default_is_not_served_the_fastest_within_the_gate_is(pair: Copy) -> None:
+    def row(ms: float) -> dict[str, Any]:
+        return {"rows": [{"encode_p50": ms, "score_p50": ms}]}
+
+    def change(manifest: dict[str, Any]) -> None:
+        whole = manifest["variants"]["fp32"]
+        manifest["variants"] = {"fp32": whole | {"latency_ms": row(3)}, "student": whole | {"latency_ms": row(1), "within_gate": False}}
+        manifest["default_variant"] = "int8"
+
+    pair.change_manifest(change)
+    assert pair.load().default_variant == "fp32"
+    assert load_bundle(pair.folder, 1, ("student",)).default_variant == "student"
 
 
 GOLDEN: dict[str, Callable[[list[float]], list[float]]] = {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -138,6 +142,58 @@ def test_a_request_may_name_a_variant_and_none_shares_anothers_history(folder: P
         for name in ALL:
             np.testing.assert_allclose(again[name]["results"]["scores"], answers[name]["results"]["scores"], atol=1e-5)
         assert client.post("/score", json=example | {"variant": "auto"}).json()["variant"] == card["default_variant"]
+
+
+def scores_of(client: httpx.Client, body: dict[str, Any]) -> np.ndarray:
+    answer = client.post("/score", json=body)
+    assert answer.status_code == 200, answer.text
+    return np.array(answer.json()["results"]["scores"])
+
+
+def picked(body: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """With these of its candidates, in this order."""
+    candidates = body["candidates"]
+    features = {name: [column[k] for k in rows] for name, column in candidates["features"].items()}
+    return body | {"candidates": {"item_ids": [candidates["item_ids"][k] for k in rows], "features": features}}
+
+
+def until(body: dict[str, Any], events: int) -> dict[str, Any]:
+    """With the first events of its history alone."""
+    return body | {"history": {name: column[:events] for name, column in body["history"].items()}}
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[httpx.Client]:
+    with serve(Settings(bundles=folder.parent.parent)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["int8", "student-int8-tables8"])
+def test_nothing_that_must_not_change_a_score_does_over_http(served: httpx.Client, name: str) -> None:
+    """Order, company, what is kept and who else asks: within the printed bound, and in the same order."""
+    card = served.get("/models/tiny").json()
+    bound, body = card["variants"][name]["bound"], card["example"] | {"variant": name}
+    alone = body | {"user": None}
+    scores, n = scores_of(served, alone | {"user": None}), len(body["candidates"]["item_ids"])
+    mine = scores_of(served, body)
+    assert bound <= 2e-3
+    order = np.random.default_rng(0).permutation(n)
+    same = {"permuted": (scores_of(served, picked(alone, order.tolist())), scores[order])}
+    point = scores_of(served, alone | {"exit": "point"})
+    same["one by one"] = (np.concatenate([scores_of(served, picked(alone, [k]) | {"exit": "point"}) for k in range(n)]), point)
+    events = len(body["history"]["item_ids"])
+    for first in (1, events // 2, events - 1):
+        served.post("/score", json=until(body, first) | {"user": f"grown-{name}-{first}"})
+        grown, fresh = (scores_of(served, body | {"user": f"{kind}-{name}-{first}"}) for kind in ("grown", "fresh"))
+        same[f"extended from {first}"] = (grown, fresh)
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(scores_of, served, until(picked(alone, list(range(1 + k % n))), 1 + k % events)) for k in range(24)]
+        same["in company"] = (pool.submit(scores_of, served, body).result(), mine)
+        assert all(len(other.result()) for other in others)
+    for what, (found, wanted) in same.items():
+        assert np.abs(found - wanted).max() <= bound, what
+        first, second = (np.sign(values[:, None] - values) for values in (found, wanted))
+        assert (first * second).sum() / np.abs(second).sum() >= 0.999, f"Kendall's tau, {what}"
 
 
 @pytest.mark.parametrize("chosen", ["int8", "fp32,student-int8", "lowrank, int8-tables8"])

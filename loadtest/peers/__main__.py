@@ -29,8 +29,9 @@ CHOICE_RUNS = 2  # of each set-up, the better of which counts
 class Run:
     """One side by side: its cells as they come, on the screen and in a file."""
 
-    def __init__(self, out: Path, peers: Sequence[str]) -> None:
+    def __init__(self, out: Path, peers: Sequence[str], variants: Sequence[str]) -> None:
         self.out, self.peers = out, peers
+        self.ours = [Entry(OURS, variant) for variant in variants]
         self.entries = [Entry(name, graph) for graph in GRAPHS for name in peers]
         self.cells: list[Cell] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -69,13 +70,12 @@ class Run:
 
     def measure(self, chosen: dict[tuple[Entry, int], Setup], count: int, turn: int) -> None:
         """One round."""
-        ours = Entry(OURS)
-        order = [ours, *self.entries]
+        order = [*self.ours, *self.entries]
         random.Random(turn).shuffle(order)
         for entry in order:
-            if entry == ours:
-                self.add(list(measure_distinct(ours, None, (4, 1), count, self.out, "measurement", turn)))
-                self.add(list(measure_known(ours, count, self.out, turn)))
+            if entry in self.ours:
+                self.add(list(measure_distinct(entry, None, (4, 1), count, self.out, "measurement", turn)))
+                self.add(list(measure_known(entry, count, self.out, turn)))
             elif chosen[entry, 4] == chosen[entry, 1]:
                 self.add(list(measure_distinct(entry, chosen[entry, 4], (4, 1), count, self.out, "measurement", turn)))
             else:
@@ -83,7 +83,7 @@ class Run:
                     self.add(list(measure_distinct(entry, chosen[entry, connections], (connections,), count, self.out, "measurement", turn)))
 
     def report(self) -> None:
-        cells = Cells(self.cells, [Entry(OURS), *self.entries])
+        cells = Cells(self.cells, self.ours, self.entries)
         versions = ", ".join(f"{PEERS[name].title} {version(name)}" for name in self.peers)
         text = "\n\n".join([versions, side_by_side(cells), ratios(cells), choices(self.cells), "![side by side](report.png)"])
         (self.out / "report.md").write_text(text + "\n")
@@ -98,6 +98,7 @@ def version(peer: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our server and textbook servers of the same ranker, side by side.")
     parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas (%(default)s)")
+    parser.add_argument("--variants", default="fp32", help="of our own server, each a contender, separated by commas (%(default)s)")
     parser.add_argument("--requests", type=int, help="a cell (400, or 40 with --quick)")
     parser.add_argument("--rounds", type=int, help="medians are over these (5, or 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one set-up a peer")
@@ -111,7 +112,7 @@ def main() -> None:
         del os.environ[name]
     count, rounds = options.requests or (40 if options.quick else 400), options.rounds or (1 if options.quick else 5)
     prepare(peers)
-    run = Run(options.out, peers)
+    run = Run(options.out, peers, options.variants.split(","))
     run.check()
     chosen = run.choose(max(40, count // 4), options.quick)
     for turn in range(rounds):

@@ -132,9 +132,9 @@ def all_processes() -> dict[int, tuple[int, str]]:
     return processes
 
 
-def our_server(log: Path) -> Contender:
-    """With its default settings."""
-    return Contender((sys.executable, "-m", "app.main"), {"SLATEWISE_BUNDLES": str(BUNDLES)}, free_port(), "/readyz", log)
+def our_server(variant: str, log: Path) -> Contender:
+    """With its default settings, but for the variant that it loads."""
+    return Contender((sys.executable, "-m", "app.main"), {"SLATEWISE_BUNDLES": str(BUNDLES), "SLATEWISE_VARIANTS": variant}, free_port(), "/readyz", log)
 
 
 def peer_server(peer: Peer, graph: str, setup: Setup, log: Path) -> Contender:

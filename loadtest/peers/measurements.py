@@ -25,10 +25,10 @@ WARM_UP, RETURNING_USERS, BOUND = 20, 40, 1e-5
 
 @dataclass(frozen=True)
 class Entry:
-    """Who serves what; our own server has its own graphs and settings."""
+    """Who serves what."""
 
     name: str
-    graph: str | None = None
+    graph: str  # of our own server, the variant
 
     @property
     def title(self) -> str:
@@ -39,9 +39,9 @@ class Entry:
         """Ready and warm."""
         log = logs / f"{self.name}.log"
         if self.name == OURS:
-            contender = our_server(log)
+            contender = our_server(self.graph, log)
         else:
-            assert self.graph is not None and setup is not None
+            assert setup is not None
             contender = peer_server(PEERS[self.name], self.graph, setup, log)
         with contender:
             closed_loop(contender.port, self.requests(Workload(BUNDLES, RANKER, seed=-1).distinct(W, warm_up)), 4)
@@ -53,12 +53,15 @@ class Entry:
         return [post(PEERS[self.name].path, PEERS[self.name].wrap(body)) for body in bodies]
 
 
+EXACT = Entry(OURS, "fp32")
+
+
 @dataclass(frozen=True)
 class Cell:
     phase: str  # choice or measurement
     round: int
     name: str
-    graph: str | None
+    graph: str
     setup: str | None
     users: str  # distinct, returning or growing
     connections: int
@@ -107,7 +110,7 @@ def measure_known(entry: Entry, count: int, logs: Path, turn: int) -> Iterator[C
             workload = Workload(BUNDLES, RANKER, seed=10 * turn + len(users))
             first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(count / RETURNING_USERS))
             closed_loop(contender.port, entry.requests(first), 4)
-            labels = {"phase": "measurement", "round": turn, "name": entry.name, "graph": None, "setup": None}
+            labels = {"phase": "measurement", "round": turn, "name": entry.name, "graph": entry.graph, "setup": None}
             yield measure(contender, entry.requests(rest), 4, users=users, **labels)
 
 
@@ -126,7 +129,7 @@ def sample_bodies() -> list[bytes]:
 
 def our_scores(bodies: Sequence[bytes], logs: Path) -> list[np.ndarray]:
     """In input order, from POST /score."""
-    with Entry(OURS).serving(None, logs) as contender:
+    with EXACT.serving(None, logs) as contender:
         answers = [answer_of(contender.port, post("/score", body)) for body in bodies]
     return [np.array(json.loads(answer)["results"]["scores"]) for answer in answers]
 

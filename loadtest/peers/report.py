@@ -14,16 +14,17 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from loadtest.peers.contenders import OURS, PEERS
+from loadtest.peers.contenders import PEERS
 from loadtest.peers.environments import GRAPHS
-from loadtest.peers.measurements import Cell, Entry
+from loadtest.peers.measurements import EXACT, Cell, Entry
 
 Series = list[Cell]  # one cell a round
+TITLE = EXACT.title
 
 
 class Cells:
-    def __init__(self, cells: Sequence[Cell], entries: Sequence[Entry]) -> None:
-        self.cells, self.entries = [cell for cell in cells if cell.phase == "measurement"], entries
+    def __init__(self, cells: Sequence[Cell], ours: Sequence[Entry], peers: Sequence[Entry]) -> None:
+        self.cells, self.ours, self.peers = [cell for cell in cells if cell.phase == "measurement"], ours, peers
 
     def of(self, entry: Entry, connections: int, users: str = "distinct") -> Series:
         labels = (entry.name, entry.graph, connections, users)
@@ -31,7 +32,7 @@ class Cells:
 
     def best(self, graph: str, connections: int, value: Callable[[Cell], float]) -> tuple[Entry, Series]:
         """The peer whose median value is highest."""
-        peers = [(entry, self.of(entry, connections)) for entry in self.entries if entry.graph == graph]
+        peers = [(entry, self.of(entry, connections)) for entry in self.peers if entry.graph == graph]
         return max(peers, key=lambda found: middle(found[1], value))
 
 
@@ -48,7 +49,7 @@ def quickness(cell: Cell) -> float:
 
 
 def name_of(entry: Entry) -> str:
-    return entry.title + (f", {entry.graph}" if entry.graph else "")
+    return f"{entry.title}, {entry.graph}"
 
 
 def spread(series: Series, value: Callable[[Cell], float]) -> str:
@@ -58,11 +59,12 @@ def spread(series: Series, value: Callable[[Cell], float]) -> str:
 
 def side_by_side(cells: Cells) -> str:
     rows = []
-    for entry in cells.entries:
+    for entry in (*cells.ours, *cells.peers):
         four, one = cells.of(entry, 4), cells.of(entry, 1)
         rows.append(row(name_of(entry), "distinct", four, one))
-    for users in ("returning", "growing"):
-        rows.append(row(name_of(Entry(OURS)), users, cells.of(Entry(OURS), 4, users), []))
+    for entry in cells.ours:
+        for users in ("returning", "growing"):
+            rows.append(row(name_of(entry), users, cells.of(entry, 4, users), []))
     names = ["server", "users", "workers x threads, 4 connections", "req/s", "p50 ms", "p99 ms", "CPU ms a request", "resident MB"]
     names += ["workers x threads, 1 connection", "p50 ms"]
     return "\n".join([f"| {' | '.join(names)} |", "| --- " * len(names) + "|", *rows])
@@ -77,24 +79,25 @@ def row(title: str, users: str, four: Series, one: Series) -> str:
 
 def ratios(cells: Cells) -> str:
     """Each is formed round by round; the median over the rounds, and the least and the greatest."""
-    ours4, ours1 = cells.of(Entry(OURS), 4), cells.of(Entry(OURS), 1)
     rows = []
 
-    def add(title: str, ours: Series, value: Callable[[Cell], float], best: tuple[Entry, Series], its: Callable[[Cell], float]) -> None:
+    def add(entry: Entry, title: str, ours: Series, value: Callable[[Cell], float], best: tuple[Entry, Series], its: Callable[[Cell], float]) -> None:
         found = [value(a) / its(b) for a, b in zip(ours, best[1], strict=True)]
-        rows.append(f"| {title} | {best[0].title} | {median(found):.2f} | {min(found):.2f} to {max(found):.2f} |")
+        rows.append(f"| {entry.graph} | {title} | {best[0].title} | {median(found):.2f} | {min(found):.2f} to {max(found):.2f} |")
 
-    for graph in GRAPHS:
-        add(f"req/s at 4 connections, the peer on {graph}", ours4, throughput, cells.best(graph, 4, throughput), throughput)
-    for users in ("returning", "growing"):
-        best = cells.best("straightforward", 4, throughput)
-        add(f"req/s at 4 connections, our users {users}, the peer on straightforward", cells.of(Entry(OURS), 4, users), throughput, best, throughput)
-    for graph in GRAPHS:
-        add(f"p50 at 1 connection, the peer on {graph}", ours1, lambda c: c.p50_ms, cells.best(graph, 1, quickness), lambda c: c.p50_ms)
-    for graph in GRAPHS:
-        best = cells.best(graph, 4, quickness)
-        add(f"our p99 to the peer's p50 at 4 connections, the peer on {graph}", ours4, lambda c: c.p99_ms, best, lambda c: c.p50_ms)
-    return "\n".join(["| ours / the best peer's | best peer | ratio | over the rounds |", "| --- | --- | --- | --- |", *rows])
+    for entry in cells.ours:
+        ours4, ours1 = cells.of(entry, 4), cells.of(entry, 1)
+        for graph in GRAPHS:
+            add(entry, f"req/s at 4 connections, the peer on {graph}", ours4, throughput, cells.best(graph, 4, throughput), throughput)
+        for users in ("returning", "growing"):
+            best, known = cells.best("straightforward", 4, throughput), cells.of(entry, 4, users)
+            add(entry, f"req/s at 4 connections, our users {users}, the peer on straightforward", known, throughput, best, throughput)
+        for graph in GRAPHS:
+            add(entry, f"p50 at 1 connection, the peer on {graph}", ours1, lambda c: c.p50_ms, cells.best(graph, 1, quickness), lambda c: c.p50_ms)
+        for graph in GRAPHS:
+            best = cells.best(graph, 4, quickness)
+            add(entry, f"our p99 to the peer's p50 at 4 connections, the peer on {graph}", ours4, lambda c: c.p99_ms, best, lambda c: c.p50_ms)
+    return "\n".join(["| variant | ours / the best peer's | best peer | ratio | over the rounds |", "| --- | --- | --- | --- | --- |", *rows])
 
 
 def choices(cells: Sequence[Cell]) -> str:
@@ -110,9 +113,10 @@ def choices(cells: Sequence[Cell]) -> str:
 
 def plot(cells: Cells, path: Path) -> None:
     """Medians, with the least and the greatest over the rounds."""
-    bars = [(name_of(Entry(OURS)) + f", {users}", cells.of(Entry(OURS), 4, users)) for users in ("growing", "returning")]
-    bars += [(name_of(entry), cells.of(entry, 4)) for entry in reversed(cells.entries)]
-    waits = [(name_of(entry), cells.of(entry, 1)) for entry in reversed(cells.entries)]
+    bars = [(f"{name_of(entry)}, {users}", cells.of(entry, 4, users)) for entry in reversed(cells.ours) for users in ("growing", "returning")]
+    entries = [*cells.ours, *cells.peers]
+    bars += [(name_of(entry), cells.of(entry, 4)) for entry in reversed(entries)]
+    waits = [(name_of(entry), cells.of(entry, 1)) for entry in reversed(entries)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.4 * len(bars) + 1.5), layout="constrained")
     draw(left, bars, throughput, "requests a second, 4 connections")
     draw(right, waits, lambda c: c.p50_ms, "p50 in ms, 1 connection, distinct users")
@@ -124,7 +128,7 @@ def draw(axes: plt.Axes, bars: Sequence[tuple[str, Series]], value: Callable[[Ce
     middles = [middle(series, value) for _, series in bars]
     low = [m - min(map(value, series)) for m, (_, series) in zip(middles, bars, strict=True)]
     high = [max(map(value, series)) - m for m, (_, series) in zip(middles, bars, strict=True)]
-    colours = ["tab:blue" if name.startswith(Entry(OURS).title) else "tab:gray" for name, _ in bars]
+    colours = ["tab:blue" if name.startswith(TITLE) else "tab:gray" for name, _ in bars]
     drawn = axes.barh([name for name, _ in bars], middles, xerr=(low, high), color=colours, ecolor="black", capsize=2)
     axes.bar_label(drawn, [f" {m:.1f}" for m in middles], label_type="center", color="white")
     axes.set_title(title)
