@@ -2,7 +2,7 @@
 # make test     everything: format, lint, types, tests (a real Redis included)
 # make lint     format, lint and types alone
 # make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
-# make compress the newest version of the demo to one with int8 and low-rank variants, each measured
+# make compress the newest version of the demo to one with smaller variants, each measured; stop and resume as you like
 # make lock     renew the locked versions
 # make reference-bundle   the shape that speed is measured with, seeded weights, below build/bundles/
 
@@ -38,7 +38,7 @@ train: movielens
 	$(TEST)/bin/python -m models.export models/movielens.toml
 
 compress: movielens
-	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml
+	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml --epochs 12 --student blocks=2,feed_forward=1,key_size=32
 
 reference-bundle: $(TEST)/installed
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference

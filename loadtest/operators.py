@@ -1,7 +1,7 @@
 """Where the engine's time goes, operator by operator, and how far from the processor's limit: python -m loadtest.operators
 
 Runs the graphs of a variant's folder on W (256 events behind the start token, 200 candidates), one thread, under ONNX Runtime's
-profiler. The limit is the rate of its own GEMM at 256 x 128 x 512, the shape that has most of the work; the matrix products are
+profiler. The limit is the rate of its own float32 GEMM at 256 x 128 x 512, the shape that has most of the work; the matrix products are
 counted from the shapes that the profiler reports.
 """
 
@@ -54,13 +54,13 @@ def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
 
 
 def flop(event: dict[str, Any]) -> int:
-    """Of one call of an operator that multiplies matrices, from its shapes; 0 of any other."""
+    """Of one call of an operator that multiplies matrices, of floats or of integers, from its shapes; 0 of any other."""
     kind = event["args"]["op_name"]
     (x, *others), (y, *_) = ([next(iter(tensor.values())) for tensor in event["args"][f"{way}_type_shape"]] for way in ("input", "output"))
-    if kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul"):
+    if kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulIntegerToFloat"):
         return 2 * prod(y) * x[-1]
-    if kind == "Attention":  # (B, N, d) on (B, K, d): the scores, then the values; a causal one computes the masked half as well
-        return 4 * prod(x) * others[0][1]
+    if kind == "Attention":  # queries (B, N, ...) on keys (B, K, ...): the scores, then the values; a causal one computes the masked half as well
+        return 2 * (prod(x) + prod(y)) * others[0][1]
     return 0
 
 

@@ -13,7 +13,21 @@ from torch import Tensor, nn
 from app.features import GAP_BUCKETS
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import EXITS, Ligr, LigrConfig
-from models.low_rank import METHODS, Layer, LowRank, Seen, allocate, dense_layers, factor, layer_of, see, spectrum, uniform
+from models.low_rank import (
+    METHODS,
+    Layer,
+    LowRank,
+    Seen,
+    allocate,
+    dense_layers,
+    factor,
+    layer_of,
+    output_errors,
+    see,
+    spectrum,
+    timed_layer,
+    uniform,
+)
 
 SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
@@ -193,3 +207,24 @@ def test_graphs_of_a_factored_model_have_two_products_a_layer(model: Ligr) -> No
         count = [sum(node.op_type == "Gemm" for node in LigrGraphs(one, identity, 20).all()[graph].graph.node) for one in (model, small)]
         assert count[1] == count[0] + more
     assert isinstance(small.blocks[0].up, LowRank) and isinstance(small.blocks[1].up, nn.Linear)
+
+
+def test_a_layers_time_grows_with_its_rank_and_is_compared_with_the_whole_layers() -> None:
+    weight = torch.randn(64, 48, dtype=torch.float64)
+    curve = torch.linalg.svdvals(weight)
+    layer, sizes = timed_layer(curve, weight, rows=8, steps=4), layer_of(curve, weight)
+    assert layer.errors == sizes.errors and len(layer.costs) == len(sizes.costs)
+    assert layer.costs[0] == 0 and layer.costs == sorted(layer.costs) and layer.costs[1] > 0 < layer.whole
+
+
+def test_what_low_rank_misses_is_measured_on_whatever_the_model_is_shown(model: Ligr) -> None:
+    """Nothing at full rank; for AFM on what it saw, what the theorem says: the variance of the directions left out."""
+    seen = see(model, lambda: losses(model))
+    name, rank = "blocks.0.up", 5
+    low = {name: factor(model, seen, "afm", {name: rank}).get_submodule(name)}
+    spectrum_left = torch.linalg.eigvalsh(seen[name].covariance).flip(0)
+    found = output_errors(model, low, lambda: [logits_of(model, seed) for seed in range(6)])[name]
+    assert found == pytest.approx(float(spectrum_left[rank:].sum() / spectrum_left.sum()), rel=0.05)
+    other = {name: factor(model, seen, "svd", {name: rank}).get_submodule(name)}
+    assert found <= output_errors(model, other, lambda: [logits_of(model, seed) for seed in range(6)])[name]
+    assert not model.get_submodule(name)._forward_hooks

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.bundle import Ranker
 from app.engine import Engine
+from loadtest.linears import FORMS, open_form
 from models import invariance
 from models.quantize import CONTRIB, FULL_BITS, SAFE_BITS, dense_nodes, input_scale, observe, quantize, quantize_weight
 from tests.conftest import Tiny
@@ -178,3 +179,16 @@ def test_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]) -> No
         history, candidates, meta = requests.history(length), requests.candidates(n), requests.meta()
         exact, found = (engine.score(history, candidates, meta, "set") for engine in (ranker.engines["fp32"], engines["static"]))
         assert 0 < np.abs(found - exact).max() < 0.05
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_of_all_forms_the_dynamic_one_alone_lets_a_row_change_its_neighbours(name: str) -> None:
+    """What `loadtest.linears` measures: each form is near the dense layer, whatever it costs."""
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(0, 64**-0.5, (64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    x = rng.normal(size=(20, 64)).astype(np.float32).clip(-4, 4)
+    session = open_form(FORMS[name], weight, bias)
+    found, beside = (session.run(None, {"x": rows})[0] for rows in (x, np.concatenate([x[:-1], 10 * x[-1:]])))
+    assert np.square(found - (x @ weight + bias)).mean() < 0.01 * np.square(found).mean()
+    moved = np.abs(beside[:-1] - found[:-1]).max()
+    assert moved > 0.01 if name.startswith("dynamic") else moved <= 1e-6
