@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Ranker:
     def name(self) -> str:
         return self.manifest.ranker
 
-    @property
+    @cached_property
     def default_variant(self) -> str:
         """The manifest's, or where that one is not served the fastest that is, within the gate if any is."""
         rows = self.manifest.variants
@@ -141,14 +142,13 @@ SHARED = (*REQUIRED, "users.json", "meta_embeddings.npy", "report.json", "warmup
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises ManifestError where a file of the manifest is missing, leads out of the bundle, or has another digest.
 
-    A variant's files are checked with the variant, its item table too where it is another than items.npy.
+    A variant's files are checked with the variant, items8.npy too.
     """
-    tables = {variant.items for variant in manifest.variants.values()} - {"items.npy"}
     for name in SHARED:
         if name not in manifest.files and (name in REQUIRED or (folder / name).exists()):
             raise ManifestError(f"the manifest has no digest of {name}")
     for name, digest in manifest.files.items():
-        if not name.startswith("variants/") and name not in tables:
+        if not name.startswith("variants/") and name != "items8.npy":
             check_file(folder, name, digest)
 
 
@@ -167,9 +167,9 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     manifest = ranker.manifest
     mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/")}
     graphs, table = ["encode", *manifest.exits], manifest.variants[name].items
-    if table in manifest.files:
+    if table != "items.npy" and table in manifest.files:
         mine[table] = manifest.files[table]
-    wanted = {table, *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
+    wanted = {*(() if table == "items.npy" else (table,)), *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
     if missing := wanted - mine.keys():
         raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
     for path, digest in mine.items():
@@ -264,6 +264,8 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
     check_files(folder, manifest)
     ranker = make_ranker(folder, manifest)
     chosen = [name for name in manifest.variants if name in variants or not variants]
+    if missing := [name for name in variants if name not in manifest.variants]:
+        log.warning("%s: no variant %s; it has %s", folder, ", ".join(missing), ", ".join(manifest.variants))
     if not chosen:
         raise ManifestError(f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}")
     for name in chosen:

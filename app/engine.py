@@ -148,7 +148,10 @@ class Engine:
         except Exception as error:  # onnxruntime has no common base class for what it raises
             raise ManifestError(f"{folder}: onnxruntime refuses it: {error}") from error
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
-        nothing = {i.name: np.zeros((1, 0, i.shape[-1]), np.float32) for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
+        past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
+        if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
+            raise ManifestError(f"{folder}: encode.onnx does not say how wide {', '.join(unknown)} is")
+        nothing = {name: np.zeros((1, 0, width), np.float32) for name, width in past.items()}
         self.blocks = len(nothing) // 2
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
         keys, values = (tuple(nothing[f"past_{part}_{i}"] for i in range(self.blocks)) for part in ("key", "value"))

@@ -15,8 +15,9 @@
 """
 
 import json
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -51,7 +52,7 @@ class Column(Part):
 
 
 class Variant(Part):
-    items: str = Field(default="items.npy", description="Its item table: float32, or int8 records of `items.py`.")
+    items: Literal["items.npy", "items8.npy"] = Field(default="items.npy", description="Its item table: float32, or int8 records of `items.py`.")
     bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
     invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
@@ -65,8 +66,9 @@ class Variant(Part):
 
     @property
     def milliseconds(self) -> float:
-        """Encode and score, summed over the shapes that were measured."""
-        return float(sum(row["encode_p50"] + row["score_p50"] for row in self.latency_ms.get("rows", ())))
+        """Encode and score, summed over the shapes that were measured; infinite where none was."""
+        rows = self.latency_ms.get("rows", [])
+        return float(sum(row["encode_p50"] + row["score_p50"] for row in rows)) if rows else inf
 
 
 class BundleLimits(Part):

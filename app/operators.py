@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,22 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from app.manifest import ManifestError
 
-MODEL_GRAPH = 7
-GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
-NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR = 1, 2, 4
-TENSOR_DIMENSION, TENSOR_TYPE, TENSOR_NAME = 1, 2, 8
+MODEL_GRAPH, MODEL_FUNCTIONS = 7, 25
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_SPARSE_INITIALIZER = 1, 5, 11, 15
+NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR, NODE_DOMAIN = 1, 2, 4, 7
+TENSOR_DIMENSION, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION = 1, 2, 8, 13, 14
+VALUE_NAME = 1
 UINT8, INT8 = 2, 3
 
-PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # of a variant's name, joined by "-"
+PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # of a variant's name, in this order, joined by "-"
+STANDARD, CONTRIB = ("", "ai.onnx"), "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
 KNOWN = {  # what the graphs of a ranker need; nothing else is served: no loops, no products in disguise
     *PRODUCTS, "Add", "Attention", "Cast", "Clip", "Concat", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN", "LayerNormalization", "Mul",
     "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip
-DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-LARGE = 32  # rows and columns of a weight from which on `int8` means integers
+LARGE = 16  # rows and columns of a weight from which on `int8` means integers
+MOST_FLOATS = 0.1  # of all weights' numbers, that may be multiplied in float under the name `int8`
 
 
 @dataclass(frozen=True)
@@ -57,54 +60,86 @@ class Graph:
     products: tuple[Product, ...]
 
     @property
-    def chained(self) -> bool:
-        """Whether a product reads another's result as it is: two thin layers in place of one."""
-        targets = {product.target for product in self.products}
-        return any(product.source in targets for product in self.products)
+    def thin(self) -> bool:
+        """Whether two products behind each other have less between them than on either side: low rank."""
+        first = {product.target: product.shape for product in self.products if len(product.shape) == 2}
+        pairs = ((first[p.source], p.shape) for p in self.products if p.source in first and len(p.shape) == 2)
+        return any(one[1] < min(one[0], other[1]) for one, other in pairs)
+
+
+def parts_of(name: str) -> list[str]:
+    """Of a variant's name. Raises ManifestError for what is none."""
+    parts = name.split("-")
+    if not name or parts != [part for part in PARTS if part in parts] or {"lowrank", "student"} <= {*parts} or ("fp32" in parts and len(parts) > 1):
+        raise ManifestError(f"{name!r} is no variant: a name is fp32; or lowrank or student, then int8, then tables8, each or none, joined by '-'")
+    return parts
 
 
 def check_name(name: str, folder: Path, graphs: list[str], int8_items: bool) -> None:
     """Raises ManifestError where a variant is not what its name says, with what it is."""
-    parts = name.split("-")
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ManifestError(f"a variant's name is made of {', '.join(PARTS)}, not of {', '.join(unknown)}")
-    found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
-    for graph, content in found.items():
-        if content.operators & DYNAMIC:
-            raise ManifestError(f"{graph}.onnx quantizes dynamically: its scale depends on who else is in the request")
-        if unknown := sorted(content.operators - KNOWN):
-            raise ManifestError(f"{graph}.onnx has operators that no ranker needs: {', '.join(unknown)}")
-        if "int8" in parts and (floats := [product for product in content.products if product.large and not product.integers]):
-            raise ManifestError(f"named {name}, and {graph}.onnx multiplies by a float weight of {'x'.join(map(str, floats[0].shape))}")
-    integers = any(product.integers for content in found.values() for product in content.products)
-    if integers != ("int8" in parts):
-        raise ManifestError(f"named {name}, and {'has' if integers else 'has no'} integer products")
-    chained = any(content.chained for content in found.values())
-    if chained != ("lowrank" in parts):
-        raise ManifestError(f"named {name}, and {'has' if chained else 'has no'} layers of low rank")
+    parts, products, thin = parts_of(name), list[Product](), False
+    for graph in graphs:
+        found = read_graph(folder / f"{graph}.onnx")
+        if "int8" in parts and (hidden := [product for product in found.products if product.large and not product.integers]):
+            raise ManifestError(f"named {name}, and {graph}.onnx multiplies by a float weight of {'x'.join(map(str, hidden[0].shape))}")
+        products, thin = [*products, *found.products], thin or found.thin
+    floats, whole = sum(prod(p.shape) for p in products if not p.integers), sum(prod(p.shape) for p in products)
+    if (floats < whole) != ("int8" in parts):
+        raise ManifestError(f"named {name}, and has {'integer products' if floats < whole else 'no integer products'}")
+    if "int8" in parts and floats > MOST_FLOATS * whole:
+        raise ManifestError(f"named {name}, and {floats / whole:.0%} of its weights are multiplied in float, limit {MOST_FLOATS:.0%}")
+    if thin != ("lowrank" in parts):
+        raise ManifestError(f"named {name}, and has {'layers of low rank' if thin else 'no layers of low rank'}")
     if int8_items != ("tables8" in parts):
         raise ManifestError(f"named {name}, and its item table is {'int8' if int8_items else 'float32'}")
 
 
 def read_graph(path: Path) -> Graph:
-    """Raises ManifestError where it is no ONNX model."""
+    """Raises ManifestError where it is no ONNX model, or has what no ranker needs."""
     try:
-        parts = [part for number, value in fields(path.read_bytes()) if number == MODEL_GRAPH for part in fields(value)]
-        weights = dict(weight_of(value) for number, value in parts if number == GRAPH_INITIALIZER)
-        operators, products, quantized = set(), [], dict[str, str]()
-        for number, value in parts:
-            if number != GRAPH_NODE:
-                continue
-            content = list(fields(value))
-            (operator,) = texts(content, NODE_OPERATOR)
-            inputs, outputs = texts(content, NODE_INPUT), texts(content, NODE_OUTPUT)
-            operators.add(operator)
-            if operator == "QuantizeLinear":
-                quantized[outputs[0]] = inputs[0]
-            if operator in PRODUCTS and inputs[1] in weights:
-                products.append(Product(*weights[inputs[1]], quantized.get(inputs[0], inputs[0]), outputs[0]))
+        return graph_of(path.read_bytes())
     except (DecodeError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise ManifestError(f"{path.name} is no readable ONNX model ({error or type(error).__name__})") from error
+        raise ManifestError(f"{path.name}: {error or type(error).__name__}") from error
+
+
+def graph_of(model: bytes) -> Graph:
+    """Raises ValueError, or what reading something else than a model raises."""
+    whole = list(fields(model))
+    content = [part for number, value in whole if number == MODEL_GRAPH for part in fields(value)]
+    if not content:
+        raise ValueError("no ONNX model with a graph")
+    if any(number == MODEL_FUNCTIONS for number, _ in whole) or any(number == GRAPH_SPARSE_INITIALIZER for number, _ in content):
+        raise ValueError("functions and sparse weights are for no ranker")
+    tensors = [weight_of(value) for number, value in content if number == GRAPH_INITIALIZER]
+    weights, given = dict(tensors), {texts(list(fields(value)), VALUE_NAME)[0] for number, value in content if number == GRAPH_INPUT}
+    if len(weights) < len(tensors) or given & weights.keys():
+        raise ValueError("two tensors have one name")
+    operators, products, quantized, columns = set[str](), list[Product](), dict[str, str](), set[str]()
+    for number, value in content:
+        if number != GRAPH_NODE:
+            continue
+        node = list(fields(value))
+        (operator,), domain = texts(node, NODE_OPERATOR), "".join(texts(node, NODE_DOMAIN))
+        inputs, outputs = texts(node, NODE_INPUT), texts(node, NODE_OUTPUT)
+        operators.add(operator)
+        if "Dynamic" in operator:
+            raise ValueError(f"{operator}: its scale depends on who else is in the request")
+        if operator not in KNOWN or (domain != CONTRIB if operator == "MatMulIntegerToFloat" else domain not in STANDARD):
+            raise ValueError(f"no ranker needs the operator {domain}{'.' if domain else ''}{operator}")
+        if operator in ("QuantizeLinear", "MatMulIntegerToFloat") and any(name and name not in weights for name in inputs[1:]):
+            raise ValueError(f"{operator} with a scale that is worked out: it could depend on who else is in the request")
+        if operator in (*PRODUCTS, "Attention") and (
+            inputs[0] in weights or (operator == "Attention" and (len(outputs) > 1 or weights.keys() & {*inputs[:3]}))
+        ):
+            raise ValueError(f"{operator} of a constant")
+        if operator == "QuantizeLinear":
+            quantized[outputs[0]] = inputs[0]
+        elif operator == "Unsqueeze" and inputs[0] in given:
+            columns.add(outputs[0])  # the exit `dot` multiplies by the user's vector
+        elif operator in PRODUCTS and inputs[1] in weights:
+            products.append(Product(*weights[inputs[1]], quantized.get(inputs[0], inputs[0]), outputs[0]))
+        elif operator in PRODUCTS and inputs[1] not in columns:
+            raise ValueError(f"{operator} by what is neither a weight nor the user's vector")
     return Graph(frozenset(operators), tuple(products))
 
 
@@ -122,7 +157,11 @@ def texts(content: list[tuple[int, Any]], wanted: int) -> list[str]:
 def weight_of(tensor: bytes) -> tuple[str, tuple[int, tuple[int, ...]]]:
     """Name, element type and shape of an initializer."""
     content = list(fields(tensor))
-    shape = tuple(int(value) for number, value in content if number == TENSOR_DIMENSION)
-    (kind,) = (int(value) for number, value in content if number == TENSOR_TYPE)
+    if any(number in (TENSOR_EXTERNAL, TENSOR_LOCATION) for number, _ in content):
+        raise ValueError("a weight is kept in another file")
+    shape = tuple(value for number, value in content if number == TENSOR_DIMENSION)
+    (kind,) = (value for number, value in content if number == TENSOR_TYPE)
+    if not all(isinstance(value, int) for value in (kind, *shape)):
+        raise ValueError("the shape of a weight is packed")
     (name,) = texts(content, TENSOR_NAME)
     return name, (kind, shape)

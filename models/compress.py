@@ -34,7 +34,8 @@ from app.engine import HISTORY_QUANTUM, Candidates, Engine, History, processor
 from app.features import FIRST_ITEM, request_context
 from app.items import Int8Items, ItemTable
 from app.manifest import Variant, read_manifest
-from app.operators import PARTS
+from app.operators import parts_of
+from app.settings import listed
 from models import invariance
 from models.data import from_table, read_config
 from models.distill import DistillConfig, distill
@@ -50,7 +51,7 @@ from models.tables import middle_max
 from models.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
 
 INTEGER_BOUND = 2e-3  # a value beside a rounding step may take the other side where sums are done in another order
-SAMPLES, SLATE = 60, 200
+SAMPLES, SLATE = 120, 200  # half of them for ranges, half for agreement
 SEEN_BATCHES = 40
 GATE = 0.99  # of fp32's NDCG@10
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
@@ -68,7 +69,7 @@ class Options:
     shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `student.half`
     distill: DistillConfig | None = None  # what `lowrank` and `student` learn from fp32; None: nothing
     bits: int = SAFE_BITS  # of int8 weights
-    folder: Path = Path("build/compress")  # for checkpoints
+    checkpoints: Path = Path("build/compress")
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class Recipe:
 
     @classmethod
     def named(cls, name: str) -> Recipe:
-        """Raises ValueError for what is no name of a variant."""
-        parts = name.split("-")
-        if parts != [part for part in PARTS if part in parts] or parts == ["fp32"] or {"lowrank", "student"} <= {*parts} or ("fp32" in parts):
-            raise ValueError(f"{name!r} is no variant: a name is lowrank or student, then int8, then tables8, each or none, joined by '-'")
+        """Raises ValueError for what is no name of a variant, or fp32's."""
+        parts = parts_of(name)
+        if parts == ["fp32"]:
+            raise ValueError("fp32 is what variants are made of")
         return cls(parts[0] if parts[0] in ("lowrank", "student") else "fp32", "int8" in parts, "tables8" in parts)
 
     @property
@@ -198,20 +199,35 @@ class Base:
 def make_base(source: Source, kind: str, options: Options) -> Base:
     if kind == "fp32":
         return Base(source.model)
+    folder = options.checkpoints / source.manifest.ranker / str(source.manifest.version)
     if kind == "student":
-        base = Base(shrink(source.model, options.shape or half(source.model.config)))
+        shape = options.shape or half(source.model.config)
+        checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
+        base = Base(shrink(source.model, shape))
     else:
-        seen, layers = source.seen, dict[str, Layer]()
-        for name, layer in dense_layers(source.model).items():
-            weight = layer.weight.detach().double()
-            curve = spectrum(options.method, weight, seen[name])
-            layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
-        ranks = allocate(layers, options.share * sum(layer.whole for layer in layers.values()))
-        base = Base(factor(source.model, seen, options.method, ranks), ranks)
+        checkpoint = folder / f"lowrank,{options.method},{options.share:g},{options.budget}.pt"
+        base = low_rank_base(source, options, checkpoint.with_suffix(".json"))
     if options.distill is not None and source.data is not None:
-        checkpoint = options.folder / source.manifest.ranker / f"{kind}.pt"
         distill(base.model, source.trainer(), np.concatenate([source.vectors, source.meta[None]]), options.distill, checkpoint)
     return base
+
+
+def low_rank_base(source: Source, options: Options, known: Path) -> Base:
+    """`known` keeps the ranks: measured times differ from run to run, and what was stopped is to go on. Raises ValueError where nothing saves."""
+    if known.exists():
+        ranks: dict[str, int | None] = json.loads(known.read_text())
+    else:
+        layers = dict[str, Layer]()
+        for name, layer in dense_layers(source.model).items():
+            weight = layer.weight.detach().double()
+            curve = spectrum(options.method, weight, source.seen[name])
+            layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
+        ranks = allocate(layers, options.share * sum(layer.whole for layer in layers.values()))
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, ranks)
+    if not any(ranks.values()):
+        raise ValueError(f"low rank would save nothing at a share of {options.share:g} ({options.budget})")
+    return Base(factor(source.model, source.seen, options.method, ranks), ranks)
 
 
 def draft(source: Source, recipe: Recipe, base: Base, items: ItemTable, stage: Path, bits: int = SAFE_BITS) -> tuple[dict[str, onnx.ModelProto], Calibrations]:
@@ -223,7 +239,7 @@ def draft(source: Source, recipe: Recipe, base: Base, items: ItemTable, stage: P
     if recipe.integers:
         write_graphs(stage, plain)
         recorder = Recorder(stage, items, source.manifest.exits, 1)
-        for sample in source.samples:
+        for sample in source.samples[::2]:
             sample.score(recorder, source.manifest.exits[-1])
         ranges = {name: observe(graph, recorder.feeds[name]) for name, graph in plain.items() if name in recorder.feeds}
 
@@ -248,8 +264,7 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     measured = invariance.measure(engine, manifest, base.model, calibrations)
     if recipe.integers:
         del measured["onnx_against_torch"]  # `agreement` says how far the integers are
-    if failed := {what: value for what, value in measured.items() if what not in invariance.OPTIONS and not value <= recipe.bound}:
-        raise ValueError(f"{name} is above its bound {recipe.bound}: {failed}")
+    hold(name, measured, recipe.bound)
     outcome = source.run_cases(engine)
     return Variant(
         items=table,
@@ -266,17 +281,21 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     )
 
 
+def hold(name: str, measured: dict[str, float], bound: float) -> None:
+    if failed := {what: value for what, value in measured.items() if what not in invariance.OPTIONS and not value <= bound}:
+        raise ValueError(f"{name} is above its bound {bound}: {failed}")
+
+
 def agreement(source: Source, engine: Engine) -> dict[str, float]:
-    """With fp32 at the default exit, over the samples."""
+    """With fp32 at the default exit, over the samples that no range was taken from."""
     exit, taus, overlaps, largest = source.manifest.default_exit, [], [], 0.0
     weights = np.array(list(source.manifest.heads.values()))
-    for sample in source.samples:
+    for sample in source.samples[1::2]:
         exact, found = (sample.score(one, exit) @ weights for one in (source.exact, engine))
         first, second = (np.sign(scores[:, None] - scores) for scores in (exact, found))
-        n = len(exact)
-        taus.append(float((first * second).sum() / (n * (n - 1))))
+        taus.append(float((first * second).sum() / max(1, np.abs(first).sum())))
         best = [set(np.argsort(-scores, kind="stable")[:10].tolist()) for scores in (exact, found)]
-        overlaps.append(len(best[0] & best[1]) / min(10, n))
+        overlaps.append(len(best[0] & best[1]) / min(10, len(exact)))
         largest = max(largest, float(np.abs(found - exact).max()))
     return {"kendall_tau": round(fmean(taus), 5), "top10_overlap": round(fmean(overlaps), 4), "largest_score_difference": round(largest, 6)}
 
@@ -294,7 +313,9 @@ def growth(folder: Path, table: Path, exits: list[str]) -> int:
     before = resident()
     rows = np.load(table)
     engine = Engine(folder, Int8Items(rows) if rows.ndim == 1 else rows, exits, 1)
-    return resident() - before if engine.blocks else 0
+    after = resident()
+    del engine  # it had to live until here
+    return after - before
 
 
 def within_gate(exit: str, outcome: Outcome, exact: Outcome) -> bool:
@@ -317,8 +338,7 @@ def dominated(name: str, variants: dict[str, Variant], exit: str) -> str | None:
         known = [(row[0], ndcg_of(theirs, exit)[table][0]) for table, row in ndcg_of(mine, exit).items()]
         return bool(known) and cheap and all(theirs >= mine for mine, theirs in known)
 
-    others = (other for other in variants if other != name and variants[other].within_gate is not False)
-    return None if name == "fp32" else next(filter(better, others), None)
+    return None if name == "fp32" else next((other for other in variants if other != name and better(other)), None)
 
 
 def ndcg_of(variant: Variant, exit: str) -> dict[str, list[float]]:
@@ -344,11 +364,10 @@ def compress(source: Source, root: Path, names: list[str], options: Options | No
         engines = {name: Engine(stage / "variants" / name, items_of(stage, variant), manifest.exits, 1) for name, variant in variants.items()}
         times = measure_latency(engines, manifest)
         variants = {name: variant.model_copy(update={"latency_ms": times[name]}) for name, variant in variants.items()}
-        reasons: dict[str, str] = {}
-        for name, variant in variants.items():
-            if variant.within_gate is False:
-                reasons[name] = f"keeps less than {GATE:.0%} of fp32's NDCG@10"
-            elif better := dominated(name, variants, manifest.default_exit):
+        reasons = {name: f"keeps less than {GATE:.0%} of fp32's NDCG@10" for name, variant in variants.items() if variant.within_gate is False}
+        for name in sorted(variants.keys() - reasons.keys(), key=lambda name: "lowrank" not in name):  # low rank first: against a student of its cost it goes
+            others = {other: variant for other, variant in variants.items() if other not in reasons}
+            if better := dominated(name, others, manifest.default_exit):
                 reasons[name] = f"{better} is as good, as fast and as small"
         published = {name: variant for name, variant in variants.items() if force or name not in reasons}
         table = as_markdown(variants, manifest.default_exit, reasons)
@@ -386,6 +405,7 @@ def measured_again(source: Source, stage: Path) -> Variant:
     """fp32's row, with what this machine says of its bounds and size."""
     manifest, folder = source.manifest, stage / "variants/fp32"
     measured = invariance.measure(source.exact, manifest, source.model, source.calibrations)
+    hold("fp32", measured, FP32_BOUND)
     now = {
         "bytes": sum((folder / f"{graph}.onnx").stat().st_size for graph in manifest.graphs) + (stage / "items.npy").stat().st_size,
         "invariance": {what: float(f"{value:.2e}") for what, value in measured.items()},
@@ -463,11 +483,11 @@ def main() -> None:
     if not (found := versions(args.ranker)):
         parser.error(f"{args.ranker} holds no version of a ranker")
     try:
-        names = args.variants.split(",")
+        names = list(dict.fromkeys(listed(args.variants)))
         for name in names:
             Recipe.named(name)
         learning = DistillConfig(epochs=args.epochs) if args.epochs else None
-        options = Options(args.method, args.share, args.budget, read_shape(args.student), learning, args.bits)
+        options = Options(args.method, args.share, args.budget, shape=read_shape(args.student), distill=learning, bits=args.bits)
         data, train = None, None
         if args.toml is not None:
             config, toml = read_config(args.toml)

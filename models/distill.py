@@ -8,7 +8,6 @@ Before: `low_rank.py` or `student.py` made the ranker, `restore.py` its teacher.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from app.features import FIRST_ITEM
 from models.ligr import Ligr
-from models.train import Trainer, epoch_windows, make_batch, read_slates
+from models.train import Trainer, epoch_windows, learning_rate, make_batch, read_slates
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Distiller:
         torch.manual_seed(config.seed)
         self.student, self.teacher, self.trainer, self.config = student, trainer.model.eval(), trainer, config
         self.vectors, self.table = torch.from_numpy(np.array(vectors)), trainer.model.item_table().detach()
-        fixed = {"item.weight", "default_meta", "dot_scale", "dot_bias"}  # what the exit `dot` is to learn are user vectors
-        self.parameters = [parameter for name, parameter in student.named_parameters() if name not in fixed]
+        for name in ("item.weight", "default_meta", "dot_scale", "dot_bias"):  # what the exit `dot` is to learn are user vectors
+            student.get_parameter(name).requires_grad_(False)
+        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-        self.epoch = 0
+        self.epoch, self.identity = 0, self.digest()
 
     def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
         """Of all exits: `dot` at some positions of the batch over some items, `point` and `set` on the slates of some windows."""
@@ -70,15 +71,16 @@ class Distiller:
         state, users = student.encode(student.tokens(vectors, batch.actions, batch.gaps))
         real = (torch.arange(batch.items.shape[1]) <= batch.lengths[:, None]).flatten().nonzero()[:, 0]
         places = real[torch.randperm(len(real))[: config.positions]]
-        items = self.table[torch.randperm(len(self.table))[: config.items]]
-        found, target = (teacher.dot_scale.abs().max() * (vectors.flatten(0, 1)[places] @ items.T)[..., None] for vectors in (users, wanted))
-        loss = other_order(found, target.detach())
+        items = self.table[FIRST_ITEM + torch.randperm(len(self.table) - FIRST_ITEM)[: config.items]]
+        scale = teacher.dot_scale.detach().abs().max()
+        found, target = (scale * (vector.flatten(0, 1)[places] @ items.T)[..., None] for vector in (users, wanted))
+        loss = other_order(found, target)
         rows = torch.randperm(len(batch.users))[: config.windows]
         some, wanted, users = batch.take(rows), wanted[rows], users[rows]
         known, state = ([(key[rows], value[rows]) for key, value in pairs] for pairs in (known, state))
         slates = self.trainer.draw_slates(some, wanted, self.table)
         drawn = self.vectors[torch.randint(len(self.vectors), slates.read.shape)]
-        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, teacher.default_meta)
+        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, teacher.default_meta.detach())
         candidates = self.table[slates.candidates]
         with torch.no_grad():
             target, set_target = exits(teacher, *read_slates(teacher, slates, known, wanted, candidates, meta))
@@ -95,9 +97,8 @@ class Distiller:
         self.student.eval()  # no dropout: there is a teacher's answer for every input
         total = 0.0
         for k, windows in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=2)):
-            step, progress = self.epoch * len(batches) + k, (self.epoch + k / len(batches)) / config.epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+                group["lr"] = learning_rate(config, (self.epoch + k / len(batches)) / config.epochs, self.epoch * len(batches) + k)
             loss = self.loss(windows)
             self.optimizer.zero_grad()
             loss.backward()
@@ -107,13 +108,14 @@ class Distiller:
         self.epoch += 1
         return total / len(batches)
 
-    def identity(self) -> str:
-        """A digest of what a checkpoint must share with whoever goes on from it: teacher, shape of the student, data and config."""
-        digest = hashlib.sha256(repr((self.student.config, self.config, self.trainer.data.split.train_lengths.tolist())).encode())
-        for name, value in self.teacher.state_dict().items():
-            digest.update(name.encode() + value.numpy().tobytes())
-        for name, value in self.student.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)}".encode())
+    def digest(self) -> str:
+        """What a checkpoint must share with whoever goes on from it: teacher, the student as it began, data and configs."""
+        trainer = self.trainer
+        parts = (self.student.config, self.config, trainer.config, trainer.data.config, trainer.data.split.train_lengths.tolist())
+        digest = hashlib.sha256(repr(parts).encode() + self.vectors.numpy().tobytes())
+        for model in (self.teacher, self.student):
+            for name, value in model.state_dict().items():
+                digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -126,8 +128,7 @@ def exits(model: Ligr, dot: Tensor, added: Tensor, hidden: Tensor) -> tuple[Tens
 def distill(student: Ligr, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, checkpoint: Path) -> list[float]:
     """The student's weights change in place; the loss of each epoch. Goes on from the checkpoint where it is of the same work."""
     distiller, losses = Distiller(student, trainer, vectors, config), []
-    identity = distiller.identity()
-    if checkpoint.exists() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == identity:
+    if checkpoint.exists() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == distiller.identity:
         student.load_state_dict(saved["student"])
         distiller.optimizer.load_state_dict(saved["optimizer"])
         distiller.epoch, losses = len(saved["losses"]), saved["losses"]
@@ -135,7 +136,7 @@ def distill(student: Ligr, trainer: Trainer, vectors: np.ndarray, config: Distil
     while distiller.epoch < config.epochs:
         losses.append(round(distiller.run_epoch(), 5))
         print(f"{checkpoint.stem}: epoch {distiller.epoch} of {config.epochs}, loss {losses[-1]}", flush=True)
-        saved = {"identity": identity, "student": student.state_dict(), "optimizer": distiller.optimizer.state_dict(), "losses": losses}
+        saved = {"identity": distiller.identity, "student": student.state_dict(), "optimizer": distiller.optimizer.state_dict(), "losses": losses}
         torch.save(saved, checkpoint.with_suffix(".part"))
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
     return losses

@@ -23,7 +23,7 @@ import onnx
 from tqdm import tqdm
 
 from app.bundle import load_bundle, make_ranker, score_request, sha256, versions
-from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Engine, processor
+from app.engine import CANDIDATE_QUANTUM, HISTORY_QUANTUM, Candidates, Engine, processor
 from app.features import FIRST_ITEM, UNKNOWN_ITEM
 from app.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Variant
 from app.schemas import RankRequest
@@ -136,7 +136,8 @@ def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for events in (50, min(200, manifest.limits.history_used)):
         for n in (50, 200, 500):
-            history, candidates, meta = draw.history(events), draw.candidates(n), draw.meta()
+            history, drawn, meta = draw.history(events), draw.candidates(n), draw.meta()
+            rows_drawn = draw.rng.integers(FIRST_ITEM, len(draw.engine.items), n)
             states = {name: engine.extend(engine.start, history) for name, engine in engines.items()}
             seconds = {name: {"encode": list[float](), "score": list[float]()} for name in engines}
             for _ in range(repeats):
@@ -145,6 +146,7 @@ def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int
                     engine.extend(engine.start, history)
                     seconds[name]["encode"].append(time.perf_counter() - begin)
                     begin = time.perf_counter()
+                    candidates = Candidates(engine.items.take(rows_drawn, axis=0), drawn.numeric, drawn.context)
                     point = engine.point(candidates, meta, states[name])
                     if "set" in manifest.exits:
                         engine.set(point)

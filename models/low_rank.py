@@ -238,13 +238,13 @@ def factor(model: nn.Module, seen: Mapping[str, Seen], method: str, ranks: Mappi
 
 def output_errors(model: nn.Module, layers: Mapping[str, LowRank], run: Callable[[], object]) -> dict[str, float]:
     """By layer: what its low-rank form misses of the outputs' variance while `run` runs the model, relative to it."""
-    missed, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    missed, square, total, count = (dict.fromkeys(layers, 0.0) for _ in range(4))
 
     def gather(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             rows = output.flatten(0, -2)
-            missed[name] += float((layers[name](inputs[0]).flatten(0, -2) - rows).square().sum())
-            whole[name] += float((rows - rows.mean(0)).square().sum())
+            missed[name] += (layers[name](inputs[0]).flatten(0, -2) - rows).double().square().sum()
+            square[name], total[name], count[name] = square[name] + rows.double().square().sum(), total[name] + rows.double().sum(0), count[name] + len(rows)
 
         return hook
 
@@ -255,7 +255,7 @@ def output_errors(model: nn.Module, layers: Mapping[str, LowRank], run: Callable
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: missed[name] / whole[name] for name in layers if whole[name]}
+    return {name: float(missed[name] / (square[name] - (total[name] ** 2).sum() / count[name])) for name in layers if count[name]}
 
 
 def main() -> None:

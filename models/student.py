@@ -32,6 +32,11 @@ def shrink(teacher: Ligr, shape: Mapping[str, int]) -> Ligr:
     before |= {"key_heads": before["key_heads"] or before["attention_heads"], "key_size": before["key_size"] or teacher.config.value_size}
     if grown := [name for name, value in shape.items() if not 1 <= value <= before[name]]:
         raise ValueError(f"the teacher has {', '.join(f'{name} = {before[name]}' for name in grown)}: a student has 1 to as many")
+    joined = {"attention_heads": before["attention_heads"], "key_heads": before["key_heads"]}
+    if unequal := [name for name, heads in joined.items() if heads % shape.get(name, heads)]:
+        raise ValueError(f"a student's {' and '.join(unequal)} must divide its teacher's: heads are joined or shared as they are")
+    if "attention_heads" in shape and before["key_heads"] != before["attention_heads"]:
+        raise ValueError("a teacher whose queries share keys keeps its attention_heads: its values cannot be told apart")
     config = LigrConfig(**before | {"key_heads": min(before["key_heads"], shape.get("attention_heads", before["key_heads"]))} | shape)
     student = Ligr(config, {}, teacher.numeric_mean.clone(), teacher.numeric_std.clone())
     kept = {name: value for name, value in teacher.state_dict().items() if "blocks." not in name and name in student.state_dict()}
@@ -39,7 +44,7 @@ def shrink(teacher: Ligr, shape: Mapping[str, int]) -> Ligr:
     for blocks, originals in ((student.blocks, teacher.blocks), (student.set_blocks, teacher.set_blocks)):
         for k, block in enumerate(blocks):
             fill(block, originals[k * len(originals) // len(blocks)], config, teacher.config)
-    return student
+    return student.eval()
 
 
 def fill(block: Block, original: Block, config: LigrConfig, before: LigrConfig) -> None:

@@ -24,6 +24,8 @@ def middle_max(items: np.ndarray) -> np.ndarray:
     """items (rows, d) float32 -> (rows,) of `record(d)`. Codes are made with the scale and middle as they are stored."""
     records = np.zeros(len(items), record(items.shape[1]))
     least, largest = items.min(axis=1).astype(np.float64), items.max(axis=1).astype(np.float64)
+    if not np.abs(items).max(initial=0.0) < np.finfo(np.float16).max / 2:
+        raise ValueError("an item's numbers are beyond float16: tables8 has no codes for them")
     records["middle"] = (128 * largest + 127 * least) / 255
     records["scale"] = np.maximum((largest - least) / 255, np.finfo(np.float16).smallest_subnormal)
     scale, middle = (records[name].astype(np.float64)[:, None] for name in ("scale", "middle"))

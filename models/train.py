@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -199,6 +200,16 @@ def read_slates(model: Ligr, slates: Slates, state: list[tuple[Tensor, Tensor]],
     return model.dot_logits(now, vectors.view(b * s, c, -1)), model.point_logits(hidden), hidden
 
 
+class Schedule(Protocol):
+    learning_rate: float
+    warmup_steps: int
+
+
+def learning_rate(config: Schedule, progress: float, step: int) -> float:
+    """Linear warm-up, then a half cosine down to nothing over all epochs; progress from 0 to 1."""
+    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 class Trainer:
     """Model, the users' meta vectors, optimizer and epoch: all that a checkpoint holds."""
 
@@ -215,10 +226,6 @@ class Trainer:
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
         self.epoch = 0
-
-    def learning_rate(self, progress: float, step: int) -> float:
-        """Linear warm-up, then a half cosine down to nothing over all epochs."""
-        return self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def hide_ids(self, items: Tensor, table: Tensor, twins: Tensor) -> Tensor:
         """Item rows to vectors, a few of them without their id."""
@@ -315,7 +322,7 @@ class Trainer:
         for k, windows in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=2)):
             progress = (self.epoch + k / len(batches)) / self.config.epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(progress, self.epoch * len(batches) + k)
+                group["lr"] = learning_rate(self.config, progress, self.epoch * len(batches) + k)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
                 loss = self.loss(make_batch(self.data.sequences, windows), ladder)
             self.optimizer.zero_grad()

@@ -356,6 +356,27 @@ def test_an_int8_table_that_is_none_takes_its_variant_and_no_other(with_table: C
     assert "no digest of items8.npy" in with_table.load().refused["tables8"]
 
 
+@pytest.mark.parametrize("width", ["wide", None])
+def test_a_graph_that_does_not_say_how_wide_its_state_is_takes_its_variant_and_no_other(pair: Copy, width: str | None) -> None:
+    def change(content: bytes) -> bytes:
+        graph = onnx.load_from_string(content)
+        past = next(value for value in graph.graph.input if value.name == "past_key_0").type.tensor_type.shape.dim[-1]
+        past.Clear()
+        if width:
+            past.dim_param = width
+        return graph.SerializeToString()
+
+    pair.rewrite(f"{FP32}/encode.onnx", change)
+    loaded = pair.load()
+    assert list(loaded.engines) == ["student"] and "past_key_0" in loaded.refused["fp32"]
+
+
+def test_a_variant_cannot_take_a_shared_file_for_its_table(with_table: Copy) -> None:
+    with_table.change_manifest(lambda m: m["variants"]["tables8"].update(items="ids.json"))
+    with pytest.raises(ManifestError, match="items"):
+        with_table.load()
+
+
 def test_some_of_the_variants_are_loaded_where_they_are_named(with_table: Copy) -> None:
     assert list(load_bundle(with_table.folder, 1, ("tables8", "elsewhere")).engines) == ["tables8"]
     with pytest.raises(ManifestError, match="none of the variants elsewhere; it has fp32, tables8"):

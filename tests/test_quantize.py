@@ -18,7 +18,7 @@ from app.bundle import Ranker
 from app.engine import Engine
 from loadtest.linears import FORMS, open_form
 from models import invariance
-from models.quantize import CONTRIB, FULL_BITS, SAFE_BITS, dense_nodes, input_scale, observe, quantize, quantize_weight
+from models.quantize import CONTRIB, FULL_BITS, SAFE_BITS, SMALLEST, dense_nodes, input_scale, observe, quantize, quantize_weight
 from tests.conftest import Tiny
 
 RANGES = {"x": (-3.0, 5.0)}
@@ -92,7 +92,7 @@ def test_layers_that_read_the_same_share_its_codes_and_small_ones_stay() -> None
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("QuantizeLinear") == 1 and kinds.count("MatMulIntegerToFloat") == 3
     assert {w.data_type for w in graph.graph.initializer if w.name.startswith("w") and w.name.endswith("codes")} == {TensorProto.INT8}
-    small = layer(48, 31)
+    small = layer(48, SMALLEST - 1)
     assert not dense_nodes(small) and quantize(small, {}).graph == small.graph
 
 
@@ -146,10 +146,8 @@ def calibrated(ranker: Ranker, source: Path, folder: Path, make: Any) -> Engine:
 @pytest.fixture(scope="module")
 def engines(tiny: Tiny, ranker: Ranker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
     source, base = tiny.folder / "variants/fp32", tmp_path_factory.mktemp("variants")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.quantize.SMALLEST", 16)  # its layers are small
-        made = {"static": quantize, "dynamic": lambda graph, _: dynamic(graph)}
-        return {name: calibrated(ranker, source, base / name, make) for name, make in made.items()}
+    made = {"static": quantize, "dynamic": lambda graph, _: dynamic(graph)}
+    return {name: calibrated(ranker, source, base / name, make) for name, make in made.items()}
 
 
 PROPERTIES = {

@@ -96,11 +96,33 @@ def test_a_smaller_head_keeps_the_pairs_whose_frequencies_it_has() -> None:
         ({"key_size": 16}, "key_size = 8"),
         ({"key_size": 3}, "must be even"),
         ({"key_heads": 3}, "key_heads = 2"),
+        ({"attention_heads": 3, "key_heads": 1}, "attention_heads = 2"),
     ],
 )
 def test_what_cannot_be_is_refused(shape: dict[str, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         shrink(make_teacher(), shape)
+
+
+def test_heads_that_do_not_divide_or_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="must divide"):
+        shrink(make_teacher(attention_heads=4), {"key_heads": 3})
+    with pytest.raises(ValueError, match="keeps its attention_heads"):
+        shrink(make_teacher(attention_heads=4, key_heads=2), {"attention_heads": 2})
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_queries_that_come_to_share_equal_keys_read_what_they_read_before(key_heads: int) -> None:
+    """Where the heads that are shared were equal, their mean is each of them."""
+    teacher = make_teacher(attention_heads=4, blocks=1)
+    with torch.no_grad():
+        for layer in (teacher.blocks[0].key, teacher.blocks[0].value):
+            for part in (layer.weight, layer.bias):
+                heads = part.unflatten(0, (key_heads, 4 // key_heads, -1))
+                part.copy_(heads[:, :1].expand_as(heads).flatten(0, 2))
+    student, x = shrink(teacher, {"key_heads": key_heads}), torch.randn(1, 9, 16)
+    for one, other in zip(*(model.encode(x)[1] for model in (teacher, student)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_where_nothing_is_said_a_student_is_half_of_its_teacher() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.features import FIRST_ITEM, GAP_FIRST, START_ITEM, request_context
 from models import train as training
 from models.data import Split
-from models.train import Data, TrainConfig, Trainer, build_model, epoch_windows, make_batch, train
+from models.train import Data, TrainConfig, Trainer, build_model, epoch_windows, learning_rate, make_batch, train
 from tests.conftest import Tiny
 from tests.test_evaluate import make_data
 
@@ -174,9 +174,9 @@ def test_one_batch_can_be_learned_by_heart(few: Data, ladder: bool) -> None:
 
 def test_learning_rate_warms_up_and_ends_at_nothing(few: Data) -> None:
     trainer = Trainer(few, SHAPE, dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10))
-    assert [trainer.learning_rate(0.0, step) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert trainer.learning_rate(0.5, 50) == pytest.approx(0.5)
-    assert trainer.learning_rate(1.0, 50) == pytest.approx(0.0)
+    assert [learning_rate(trainer.config, 0.0, step) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(trainer.config, 0.5, 50) == pytest.approx(0.5)
+    assert learning_rate(trainer.config, 1.0, 50) == pytest.approx(0.0)
 
 
 def test_validation_ranks_the_first_held_out_event_among_what_the_user_never_met() -> None:
