@@ -31,7 +31,7 @@ from app.features import (
     window_start,
 )
 from app.items import Int8Items, ItemTable, record
-from app.manifest import Manifest, ManifestError, read_manifest
+from app.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest
 from app.operators import check_name
 from app.schemas import RankRequest
 
@@ -267,7 +267,7 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
     if missing := [name for name in variants if name not in manifest.variants]:
         log.warning("%s: no variant %s; it has %s", folder, ", ".join(missing), ", ".join(manifest.variants))
     if not chosen:
-        raise ManifestError(f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}")
+        raise NoSuchVariant(f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}")
     for name in chosen:
         try:
             ranker.engines[name] = load_variant(folder, ranker, name, threads)
@@ -285,7 +285,10 @@ def versions(folder: Path) -> list[int]:
 
 
 def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
-    """The newest version of each ranker that can be loaded, with these of its variants or all. Raises ManifestError where there is none at all."""
+    """The newest version of each ranker that can be loaded, with these of its variants or all.
+
+    Raises ManifestError where there is none at all, or a ranker has none of these variants.
+    """
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
@@ -296,6 +299,8 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
                     raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
                 rankers[folder.name] = ranker
                 break
+            except NoSuchVariant:
+                raise
             except ManifestError as error:
                 reasons.append(str(error))
                 log.error("not served: %s", error)

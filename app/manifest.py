@@ -28,6 +28,10 @@ class ManifestError(ValueError):
     """A bundle that cannot be trusted, with the reason."""
 
 
+class NoSuchVariant(ManifestError):
+    """A bundle without any of the variants that were chosen: no reason to serve an older one."""
+
+
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

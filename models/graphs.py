@@ -12,9 +12,9 @@ request alone is never padded. The rows of one `encode` call share the length of
 rest. A fresh history is an extension of the start token's state, which the engine makes once (item row 1, action 0,
 gap 0, no past). Attention is one operator throughout (`Attention`, opset 24) and never sees a mask.
 
-Every dense layer is one `Gemm` of `linear`, two where the model holds a `low_rank.LowRank`; `quantize.py` finds them by that
-and makes them integers. Probabilities are float64: the
-calibration is strictly increasing and, in double precision, stays so through the sigmoid.
+Every dense layer is one `Gemm` of `linear`, two where the model holds a `low_rank.LowRank`; `quantize.py` finds them by
+that and makes them integers. Probabilities are float64: the calibration is strictly increasing and, in double
+precision, stays so through the sigmoid.
 Before: `ligr.py`. After: `export.py` checks them against torch and writes the bundle.
 """
 
@@ -160,12 +160,13 @@ class LigrGraphs:
     def attention(self, g: Graph, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
         """query (B, N, ...) reads the first `length` (B,) of key and value (B, K, ...) -> (B, N, d)
 
-        causal: the last of N reads all of them, the one before all but one, ..."""
+        causal: the last of N reads all of them, the one before all but one, ...
+        """
         heads = {"q_num_heads": self.heads, "kv_num_heads": self.key_heads}
         return g.op("Attention", query, key, value, "", "", "", length, is_causal=int(causal), **heads)
 
     def block(self, g: Graph, x: Stream, block: str, turn: Callable[[str], str], read: Callable[[str], str]) -> Stream:
-        """A gated block; `turn` gives queries (B, N, d) their positions, `read` has them read keys and values."""
+        """A gated block; `turn` gives queries (B, N, query width) their positions, `read` has them read keys and values."""
         query = turn(self.unstacked(g, self.layer(g, self.norm(g, x.rows, f"{block}.attention_norm"), f"{block}.query"), x.shape, self.config.query_width))
         attended = self.layer(g, g.op("Reshape", read(query), g.ints(-1, self.config.width)), f"{block}.out")
         rows = self.gated(g, x.rows, attended, f"{block}.attention_gate")

@@ -95,13 +95,13 @@ class Block(nn.Module):
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
 
     def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, H, T, D) each; without positions (set-wise) nothing is rotated."""
+        """Of H key heads, (B, H, T, key size) and (B, H, T, value size); without positions (set-wise) nothing is rotated."""
         x = self.attention_norm(x)
         key, value = self.split(self.key(x), self.key_heads), self.split(self.value(x), self.key_heads)
         return (key if positions is None else rotate(key, positions)), value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False) -> Tensor:
-        """x: (B, N, d) reads key and value (B, H, K, D); mask (B or 1, 1, N, K), True where it may read."""
+        """x: (B, N, d) reads key and value of `keys_values`; mask (B or 1, 1, N, K), True where it may read."""
         query = self.split(self.query(self.attention_norm(x)), self.heads)
         query = query if positions is None else rotate(query, positions)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_heads)
@@ -166,7 +166,7 @@ class Ligr(nn.Module):
         return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))
 
     def encode(self, x: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """History tokens (B, T, d), start token first -> per block K and V (B, H, T, D); user vectors (B, T, d), one a position."""
+        """History tokens (B, T, d), start token first -> per block K and V of `keys_values`; user vectors (B, T, d), one a position."""
         positions, state = torch.arange(x.shape[1]), []
         for block in self.blocks:
             key, value = block.keys_values(x, positions)

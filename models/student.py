@@ -48,8 +48,9 @@ def shrink(teacher: Ligr, shape: Mapping[str, int]) -> Ligr:
 
 
 def fill(block: Block, original: Block, config: LigrConfig, before: LigrConfig) -> None:
-    """A block from a larger one: every so many rotary pairs of queries and keys, the means of heads that are shared from now on
-    (GQA, arXiv 2305.13245), the hidden units of the feed-forward layer that weigh most."""
+    """A block from a larger one: evenly spread rotary pairs of queries and keys (of heads half their size, just the frequencies these have), the
+    means of heads that are shared from now on (GQA, arXiv 2305.13245), the hidden units of the feed-forward layer that weigh most.
+    """
     for name in ("attention_norm", "feed_forward_norm", "attention_gate", "feed_forward_gate", "out"):
         getattr(block, name).load_state_dict(getattr(original, name).state_dict())
     old_heads, new_heads = before.attention_heads, config.attention_heads
@@ -74,8 +75,7 @@ def fill(block: Block, original: Block, config: LigrConfig, before: LigrConfig) 
 
 
 def regroup(rows: Tensor, heads: int, groups: int, old_size: int, new_size: int) -> Tensor:
-    """Rows (heads * old size, ...) of queries or keys -> (groups * new size, ...): the means of the heads of a group, and of these the rotary
-    pairs whose frequencies the smaller head has."""
+    """Rows (heads * old size, ...) of queries or keys -> (groups * new size, ...): the means of a group, and evenly spread rotary pairs of these."""
     left, right = rows.unflatten(0, (groups, heads // groups, 2, old_size // 2)).mean(1).unbind(1)  # pairs (i, i + D/2)
     pairs = torch.arange(new_size // 2) * old_size // new_size
     return torch.cat([left[:, pairs], right[:, pairs]], dim=1).flatten(0, 1)

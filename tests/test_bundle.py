@@ -308,7 +308,7 @@ def test_a_variant_under_another_name_is_refused_and_the_others_serve(pair: Copy
     """What computes in float32 cannot be called int8."""
     pair.add_variant("int8")
     loaded = pair.load()
-    assert list(loaded.engines) == ["fp32", "student"] and "no integer products" in loaded.refused["int8"]
+    assert list(loaded.engines) == ["fp32", "student"] and "multiplies by a float weight" in loaded.refused["int8"]
     pair.change_manifest(lambda m: m.update(default_variant="int8"))
     assert pair.load().default_variant in ("fp32", "student")
 
@@ -381,6 +381,14 @@ def test_some_of_the_variants_are_loaded_where_they_are_named(with_table: Copy) 
     assert list(load_bundle(with_table.folder, 1, ("tables8", "elsewhere")).engines) == ["tables8"]
     with pytest.raises(ManifestError, match="none of the variants elsewhere; it has fp32, tables8"):
         load_bundle(with_table.folder, 1, ("elsewhere",))
+
+
+def test_no_older_version_is_served_for_a_variant_that_the_newest_lacks(tiny: Tiny, copy: Copy) -> None:
+    copy.add_variant("student")
+    Copy(tiny.folder, copy.root, 2)
+    with pytest.raises(ManifestError, match="none of the variants student"):
+        load_rankers(copy.root, 1, ("student",))
+    assert load_rankers(copy.root, 1, ("fp32", "student"))["tiny"].manifest.version == 2
 
 
 def test_where_the_default_is_not_served_the_fastest_within_the_gate_is(pair: Copy) -> None:
