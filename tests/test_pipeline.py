@@ -391,7 +391,7 @@ def test_packed_histories_are_counted_in_the_bytes_that_they_hold(ranker: Ranker
     assert [type(entry.state) for entry in packed + whole] == [PackedState] * 5 + [HistoryState] * 5
     for entries, total in ((packed, packed_bytes), (whole, bytes_)):
         arrays = [a for e in entries for a in (e.history.items, e.history.actions, e.history.gaps)]
-        arrays += [a for e in packed for a in (e.state.rows, e.state.scales, e.state.user)] if entries is packed else []
+        arrays += [a for e in packed for a in (*e.state.keys, *e.state.values, e.state.user)] if entries is packed else []
         arrays += [a for e in whole for a in (*e.state.keys, *e.state.values, e.state.user)] if entries is whole else []
         assert total == sum(a.nbytes for a in arrays) + 5 * ENTRY_OVERHEAD
     rows = 101 * ranker.manifest.width * 2 * 2  # tokens, width, keys and values, blocks
