@@ -12,6 +12,7 @@ Before: `export.py` or `reference.py` published fp32. After: `app/bundle.py` loa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -196,10 +197,14 @@ class Base:
     ranks: dict[str, int | None] = field(default_factory=dict)  # of low rank
 
 
+def checkpoints_of(source: Source, options: Options) -> Path:
+    return options.checkpoints / source.manifest.ranker / str(source.manifest.version)
+
+
 def make_base(source: Source, kind: str, options: Options) -> Base:
     if kind == "fp32":
         return Base(source.model)
-    folder = options.checkpoints / source.manifest.ranker / str(source.manifest.version)
+    folder = checkpoints_of(source, options)
     if kind == "student":
         shape = options.shape or half(source.model.config)
         checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
@@ -251,6 +256,26 @@ def draft(source: Source, recipe: Recipe, base: Base, items: ItemTable, stage: P
         write_graphs(stage, finish(plain))
         calibrations = fit_calibrations(source.engine(stage, items), source.data, source.meta)
     return finish(LigrGraphs(base.model, calibrations, longest).all()), calibrations
+
+
+def measured_once(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
+    """`measure`, or what it found when it was stopped after this variant: kept beside the checkpoints, with a digest of all that went in."""
+    kept, folder = checkpoints_of(source, options) / name, stage / "variants" / name
+    digest = hashlib.sha256(
+        repr((name, options.bits, SAMPLES, source.most_users, processor(), source.data and source.data.split.train_lengths.tolist())).encode()
+    )
+    digest.update(sha256(source.folder / "manifest.json").encode())
+    for key, value in base.model.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    if (kept / "digest").exists() and (kept / "digest").read_text() == digest.hexdigest():
+        shutil.copytree(kept / "graphs", folder)
+        return Variant.model_validate_json((kept / "variant.json").read_text())
+    variant = measure(source, stage, name, options, base)
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(folder, kept / "graphs")
+    (kept / "variant.json").write_text(variant.model_dump_json())
+    (kept / "digest").write_text(digest.hexdigest())  # last: without it nothing counts
+    return variant
 
 
 def measure(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
@@ -346,9 +371,9 @@ def ndcg_of(variant: Variant, exit: str) -> dict[str, list[float]]:
     return {table: row["ndcg10"] for table, row in variant.quality.get(exit, {}).items()}
 
 
-def compress(source: Source, root: Path, names: list[str], options: Options | None = None, force: bool = False) -> Path:
+def compress(source: Source, root: Path, names: list[str], options: Options, force: bool = False) -> Path:
     """The published next version's folder."""
-    manifest, options = source.manifest, options or Options()
+    manifest = source.manifest
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
     with staging(root / manifest.ranker, version) as stage:
         shutil.copytree(source.folder, stage, dirs_exist_ok=True)
@@ -359,7 +384,9 @@ def compress(source: Source, root: Path, names: list[str], options: Options | No
             np.save(stage / "items8.npy", middle_max(source.items))
         kinds = sorted({Recipe.named(name).base for name in names})
         bases = {kind: make_base(source, kind, options) for kind in kinds}
-        variants = {"fp32": measured_again(source, stage)} | {name: measure(source, stage, name, options, bases[Recipe.named(name).base]) for name in names}
+        variants = {"fp32": measured_again(source, stage)} | {
+            name: measured_once(source, stage, name, options, bases[Recipe.named(name).base]) for name in names
+        }
         shutil.rmtree(stage / "draft", ignore_errors=True)
         engines = {name: Engine(stage / "variants" / name, items_of(stage, variant), manifest.exits, 1) for name, variant in variants.items()}
         times = measure_latency(engines, manifest)

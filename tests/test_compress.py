@@ -93,7 +93,32 @@ def test_the_source_is_left_as_it_was_and_nothing_staged_remains(folder: Path, t
 
 def test_what_learned_has_a_checkpoint_of_its_own(folder: Path) -> None:
     names = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt", "student,blocks=1,feed_forward=2,key_size=4.pt"]
-    assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir()) == names
+    assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir() if path.is_file()) == names
+
+
+def test_what_was_measured_before_it_was_stopped_is_not_measured_again(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, calls, original = Options(checkpoints=tmp_path / "checkpoints"), list[str](), compressing.measure
+
+    def measured(source: Source, stage: Path, name: str, *rest: Any) -> Variant:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(name)
+        return original(source, stage, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressing, "measure", measured)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+        calls.clear()
+        calls.append("nothing yet")
+        patch.setattr(compressing, "measure", lambda *given: calls.append(given[2]) or original(*given))
+        folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+    assert calls == ["nothing yet", "int8-tables8"]
+    again = compress(source, tmp_path / "again", ["int8", "int8-tables8"], Options(checkpoints=tmp_path / "other"), force=True)
+    for name in ("int8", "int8-tables8"):
+        for graph in (again / "variants" / name).iterdir():
+            assert (folder / "variants" / name / graph.name).read_bytes() == graph.read_bytes()
+    assert not [path for path in (tmp_path / "bundles/tiny").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -223,17 +248,17 @@ def test_the_gate_is_ninety_nine_hundredths_of_fp32() -> None:
 
 def test_what_is_below_the_gate_or_above_its_bound_is_not_published(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressing, "within_gate", lambda *_: False)
-    folder = compress(source, tmp_path, ["int8-tables8"])
+    folder = compress(source, tmp_path, ["int8-tables8"], Options(checkpoints=tmp_path / "first"))
     assert list(load_bundle(folder, 1).engines) == ["fp32"] and not (folder / "variants/int8-tables8").exists() and not (folder / "items8.npy").exists()
     row = json.loads((folder / "report.json").read_text())["variants"]["int8-tables8"]
     assert row["published"] is False and "99%" in row["reason"], "the report says what was tried"
     assert "no: keeps less than 99%" in (folder / "variants.md").read_text()
-    forced = read_manifest(compress(source, tmp_path, ["int8"], force=True))
+    forced = read_manifest(compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "second"), force=True))
     assert forced.variants["int8"].within_gate is False and forced.default_variant == "fp32", "published because forced, and says so"
     found = iter([0.0, 1.0])  # of fp32, then of int8
     monkeypatch.setattr("models.invariance.measure", lambda *_: {"padding": next(found), "onnx_against_torch": 0.0})
     with pytest.raises(ValueError, match="int8 is above its bound"):
-        compress(source, tmp_path, ["int8"])
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "third"))
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir() if not path.name.startswith(".")) == ["2", "3"]
 
 
@@ -317,7 +342,7 @@ def test_a_students_shape_is_read() -> None:
 def test_a_variant_that_claims_what_it_is_not_stops_the_publishing(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressing, "quantize", lambda graph, *_: graph)
     with pytest.raises(ValueError, match="named int8, and"):
-        compress(source, tmp_path, ["int8"])
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"))
     assert not (tmp_path / "tiny/2").exists()
 
 
