@@ -59,6 +59,9 @@ class Variant(Part):
     items: Literal["items.npy", "items8.npy"] = Field(default="items.npy", description="Its item table: float32, or int8 records of `items.py`.")
     bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
+    golden_bound: float | None = Field(
+        default=None, gt=0, description="Of the golden scores on another processor; None: the same. Rounding steps may fall otherwise there."
+    )
     invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
     quality: dict[str, dict[str, Any]] = Field(description="Per exit, on held-out data.")
     latency_ms: dict[str, Any]

@@ -432,6 +432,16 @@ def test_the_reason_names_the_difference_and_the_bound(pair: Copy) -> None:
     assert "bound 1e-05" in pair.load().refused["fp32"]
 
 
+def test_golden_scores_may_have_a_bound_of_their_own(pair: Copy) -> None:
+    """int8 rounds otherwise on another processor, by more than requests on one processor differ."""
+    scores = pair.load().manifest.variants["fp32"].golden_scores
+    moved = {"golden_scores": [score + 1e-3 for score in scores]}
+    pair.change_manifest(lambda m: m["variants"].update({name: m["variants"]["fp32"] | moved for name in ("fp32", "student")}))
+    pair.change_manifest(lambda m: m["variants"]["student"].update(golden_bound=2e-3))
+    loaded = pair.load()
+    assert list(loaded.engines) == ["student"] and "bound 1e-05" in loaded.refused["fp32"]
+
+
 def test_a_bundle_whose_variants_are_all_refused_is_refused_with_the_reasons(copy: Copy) -> None:
     BREAKS["garbage"](copy, "dot")
     with pytest.raises(ManifestError, match=r"no variant.*fp32"):
