@@ -38,7 +38,7 @@ train: movielens
 	$(TEST)/bin/python -m models.export models/movielens.toml
 
 compress: movielens
-	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml --epochs 12 --student blocks=2,feed_forward=1,key_size=32
+	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
 
 reference-bundle: $(TEST)/installed
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference
