@@ -165,11 +165,10 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
     """One variant, warm, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
-    mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/")}
     graphs, table = ["encode", *manifest.exits], manifest.variants[name].items
-    if table != "items.npy" and table in manifest.files:
-        mine[table] = manifest.files[table]
-    wanted = {*(() if table == "items.npy" else (table,)), *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
+    own = set() if table == "items.npy" else {table}  # items.npy is checked with the bundle
+    mine = {path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/") or path in own}
+    wanted = own | {f"variants/{name}/{graph}.onnx" for graph in graphs}
     if missing := wanted - mine.keys():
         raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
     for path, digest in mine.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from app.engine import Engine, processor
 from app.manifest import read_manifest
 from models.export import measure_latency, write_graphs
-from models.graphs import Calibration, LigrGraphs
+from models.graphs import LigrGraphs, uncalibrated
 from models.restore import restore
 from models.student import shrink
 
@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("build/bundles/reference/1"))
     args = parser.parse_args()
     manifest, (model, _) = read_manifest(args.bundle), restore(args.bundle)
-    identity = {exit: [Calibration.identity() for _ in manifest.heads] for exit in manifest.exits}
-    engines = {}
+    identity, engines = uncalibrated(manifest.exits, len(manifest.heads)), {}
     with tempfile.TemporaryDirectory() as folder:
         for k, (name, shape) in enumerate(SHAPES.items()):
             write_graphs(Path(folder) / str(k), LigrGraphs(shrink(model, shape), identity, manifest.limits.history_used).all())

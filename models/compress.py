@@ -39,10 +39,10 @@ from app.operators import parts_of
 from app.settings import listed
 from models import invariance
 from models.data import from_table, read_config
-from models.distill import DistillConfig, distill
+from models.distill import DistillConfig, digest_weights, distill
 from models.evaluate import Outcome, difference, run_cases, slate_cases, tabulate
-from models.export import FP32_BOUND, fit_calibrations, golden_scores, measure_latency, quality_rows, staging, write_graphs, write_json
-from models.graphs import Calibration, LigrGraphs
+from models.export import FP32_BOUND, bytes_on_disk, fit_calibrations, golden_scores, measure_latency, quality_rows, staging, write_graphs, write_json
+from models.graphs import Calibration, LigrGraphs, uncalibrated
 from models.ligr import Ligr
 from models.low_rank import METHODS, Layer, Seen, allocate, dense_layers, factor, layer_of, see, spectrum, timed_layer
 from models.quantize import FULL_BITS, SAFE_BITS, observe, quantize
@@ -239,8 +239,7 @@ def low_rank_base(source: Source, options: Options, known: Path) -> Base:
 def draft(source: Source, recipe: Recipe, base: Base, items: ItemTable, stage: Path, bits: int = SAFE_BITS) -> tuple[dict[str, onnx.ModelProto], Calibrations]:
     """A variant as graphs, before anything is measured: weights, integers, then a calibration of its own; `stage` is scratch."""
     longest = max(source.manifest.limits.history_used, HISTORY_QUANTUM)
-    identity = {exit: [Calibration.identity() for _ in source.manifest.heads] for exit in source.manifest.exits}
-    plain = LigrGraphs(base.model, identity, longest).all()
+    plain = LigrGraphs(base.model, uncalibrated(source.manifest.exits, len(source.manifest.heads)), longest).all()
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
     if recipe.integers:
         write_graphs(stage, plain)
@@ -266,8 +265,7 @@ def measured_once(source: Source, stage: Path, name: str, options: Options, base
         repr((name, options.bits, SAMPLES, source.most_users, processor(), source.data and source.data.split.train_lengths.tolist())).encode()
     )
     digest.update(sha256(source.folder / "manifest.json").encode())
-    for key, value in base.model.state_dict().items():
-        digest.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    digest_weights(digest, base.model)
     if (kept / "digest").exists() and (kept / "digest").read_text() == digest.hexdigest():
         shutil.copytree(kept / "graphs", folder)
         return Variant.model_validate_json((kept / "variant.json").read_text())
@@ -283,7 +281,7 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     """A variant's row of the manifest, but for its times. Raises ValueError where it misses its bound."""
     recipe, folder, manifest = Recipe.named(name), stage / "variants" / name, source.manifest
     table = "items8.npy" if recipe.int8_items else "items.npy"
-    items = Int8Items(np.load(stage / table)) if recipe.int8_items else source.items
+    items = open_items(stage / table)
     graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
     write_graphs(folder, graphs)
     engine = source.engine(folder, items)
@@ -294,10 +292,10 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     outcome = source.run_cases(engine)
     return Variant(
         items=table,
-        bytes=sum(path.stat().st_size for path in (stage / table, *folder.glob("*.onnx"))),
+        bytes=bytes_on_disk(folder, list(manifest.graphs), stage / table),
         bound=round_bound(measured),
         golden_bound=recipe.most,
-        invariance={what: float(f"{value:.2e}") for what, value in measured.items()},
+        invariance=invariance.printed(measured),
         quality={} if outcome is None else quality_rows(tabulate(outcome), manifest.exits),
         latency_ms={},
         agreement=agreement(source, engine),
@@ -346,8 +344,7 @@ def growth(folder: Path, table: Path, exits: list[str]) -> int:
         return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
 
     before = resident()
-    rows = np.load(table)
-    engine = Engine(folder, Int8Items(rows) if rows.ndim == 1 else rows, exits, 1)
+    engine = Engine(folder, open_items(table), exits, 1)
     after = resident()
     del engine  # it had to live until here
     return after - before
@@ -398,7 +395,7 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
             name: measured_once(source, stage, name, options, bases[Recipe.named(name).base]) for name in names
         }
         shutil.rmtree(stage / "draft", ignore_errors=True)
-        engines = {name: Engine(stage / "variants" / name, items_of(stage, variant), manifest.exits, 1) for name, variant in variants.items()}
+        engines = {name: source.engine(stage / "variants" / name, open_items(stage / variant.items)) for name, variant in variants.items()}
         times = measure_latency(engines, manifest)
         variants = {name: variant.model_copy(update={"latency_ms": times[name]}) for name, variant in variants.items()}
         reasons = {name: f"keeps less than {GATE:.0%} of fp32's NDCG@10" for name, variant in variants.items() if variant.within_gate is False}
@@ -433,9 +430,9 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
     return root / manifest.ranker / str(version)
 
 
-def items_of(folder: Path, variant: Variant) -> ItemTable:
-    rows = np.load(folder / variant.items)
-    return Int8Items(rows) if variant.items == "items8.npy" else rows
+def open_items(path: Path) -> ItemTable:
+    rows = np.load(path)
+    return Int8Items(rows) if rows.dtype.names else rows
 
 
 def measured_again(source: Source, stage: Path) -> Variant:
@@ -444,8 +441,8 @@ def measured_again(source: Source, stage: Path) -> Variant:
     measured = invariance.measure(source.exact, manifest, source.model, source.calibrations)
     hold("fp32", measured, FP32_BOUND)
     now = {
-        "bytes": sum((folder / f"{graph}.onnx").stat().st_size for graph in manifest.graphs) + (stage / "items.npy").stat().st_size,
-        "invariance": {what: float(f"{value:.2e}") for what, value in measured.items()},
+        "bytes": bytes_on_disk(folder, list(manifest.graphs), stage / "items.npy"),
+        "invariance": invariance.printed(measured),
         "resident_bytes": resident_bytes(folder, stage / "items.npy", manifest.exits),
     }
     return manifest.variants["fp32"].model_copy(update=now)

@@ -11,16 +11,16 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from app.features import FIRST_ITEM
 from models.ligr import Ligr
-from models.train import Trainer, epoch_windows, learning_rate, make_batch, read_slates
+from models.train import Trainer, make_batch, one_epoch, read_slates
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,10 @@ class Distiller:
 
     def run_epoch(self) -> float:
         """One pass over the training events; the mean loss."""
-        config, data = self.config, self.trainer.data
-        torch.manual_seed(config.seed * 1_000_003 + self.epoch)
-        rng = np.random.default_rng([config.seed, self.epoch])
-        batches = list(epoch_windows(data.split.train_lengths, data.config.history_length, config.batch_events, rng))
         self.student.eval()  # no dropout: there is a teacher's answer for every input
-        total = 0.0
-        for k, windows in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=2)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, (self.epoch + k / len(batches)) / config.epochs, self.epoch * len(batches) + k)
-            loss = self.loss(windows)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            total += loss.item()
+        mean = one_epoch(self.config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, self.loss)
         self.epoch += 1
-        return total / len(batches)
+        return mean
 
     def digest(self) -> str:
         """What a checkpoint must share with whoever goes on from it: teacher, the student as it began, data and configs."""
@@ -114,9 +101,14 @@ class Distiller:
         parts = (self.student.config, self.config, trainer.config, trainer.data.config, trainer.data.split.train_lengths.tolist())
         digest = hashlib.sha256(repr(parts).encode() + self.vectors.numpy().tobytes())
         for model in (self.teacher, self.student):
-            for name, value in model.state_dict().items():
-                digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+            digest_weights(digest, model)
         return digest.hexdigest()
+
+
+def digest_weights(digest: Any, model: Ligr) -> None:
+    """Into a digest of hashlib."""
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
 
 
 def exits(model: Ligr, dot: Tensor, added: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

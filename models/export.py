@@ -31,7 +31,7 @@ from models import invariance
 from models.calibrate import fit_calibration
 from models.data import Sequences, build_sequences, clean_events, from_table, read_config, read_table, values_of
 from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
-from models.graphs import Calibration, LigrGraphs
+from models.graphs import Calibration, LigrGraphs, uncalibrated
 from models.ligr import EXITS, Ligr
 from models.meta_embeddings import fit_meta_embeddings
 from models.train import Data, TrainConfig, Trainer, load_data
@@ -290,7 +290,7 @@ class Content:
 
     @property
     def identity(self) -> dict[str, list[Calibration]]:
-        return {exit: [Calibration.identity() for _ in self.heads] for exit in self.exits}
+        return uncalibrated(self.exits, len(self.heads))
 
     @property
     def longest_call(self) -> int:
@@ -360,9 +360,9 @@ def publish(
     report = report_quality(Engine(stage / "variants/fp32", items, exits, 1))
     manifest = manifest.model_copy(update={"default_exit": default_exit or best_exit(report, exits)})
     variant = Variant(
-        bytes=sum((stage / "variants/fp32" / f"{graph}.onnx").stat().st_size for graph in described) + (stage / "items.npy").stat().st_size,
+        bytes=bytes_on_disk(stage / "variants/fp32", list(described), stage / "items.npy"),
         bound=FP32_BOUND,
-        invariance={name: float(f"{value:.2e}") for name, value in measured.items()},
+        invariance=invariance.printed(measured),
         quality=quality_rows(report, exits),
         latency_ms=measure_latency({"fp32": engine}, manifest)["fp32"],
         golden_scores=golden_scores(engine, stage, manifest),
@@ -371,6 +371,11 @@ def publish(
     manifest = manifest.model_copy(update={"variants": {"fp32": variant}, "files": files})
     (stage / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     load_bundle(stage, 1)  # as the server will: digests, schema, golden request
+
+
+def bytes_on_disk(folder: Path, graphs: list[str], items: Path) -> int:
+    """Of the graphs that a server loads, and of the item table."""
+    return sum(path.stat().st_size for path in (items, *(folder / f"{graph}.onnx" for graph in graphs)))
 
 
 def best_exit(report: dict, exits: list[str]) -> str:

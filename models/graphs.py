@@ -50,6 +50,11 @@ class Calibration:
         return self.bias + self.slope * logits + np.maximum(logits[..., None] - self.knots, 0.0) @ self.bends
 
 
+def uncalibrated(exits: Sequence[str], heads: int) -> dict[str, list[Calibration]]:
+    """The logits as they are, by exit and head."""
+    return {exit: [Calibration.identity() for _ in range(heads)] for exit in exits}
+
+
 class Graph:
     """Collects nodes and weights; `graph.op("MatMul", a, b)` returns the name of the result."""
 

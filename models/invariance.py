@@ -209,3 +209,8 @@ def measure(engine: Engine, manifest: Manifest, model: Ligr, calibrations: dict)
     }
     named = tqdm(measures.items(), desc="what must not change a score", mininterval=2)
     return {name: measured(Requests(engine, manifest, seed)) for seed, (name, measured) in enumerate(named, start=1)}
+
+
+def printed(measured: dict[str, float]) -> dict[str, float]:
+    """As a manifest has them: three digits."""
+    return {name: float(f"{value:.2e}") for name, value in measured.items()}

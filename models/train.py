@@ -18,7 +18,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -201,13 +201,41 @@ def read_slates(model: Ligr, slates: Slates, state: list[tuple[Tensor, Tensor]],
 
 
 class Schedule(Protocol):
+    epochs: int
+    batch_events: int
     learning_rate: float
     warmup_steps: int
+    seed: int
 
 
 def learning_rate(config: Schedule, progress: float, step: int) -> float:
     """Linear warm-up, then a half cosine down to nothing over all epochs; progress from 0 to 1."""
     return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def one_epoch(
+    config: Schedule,
+    data: Data,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    clipped: list[torch.nn.Parameter],
+    loss: Callable[[list[tuple[int, int, int]]], Tensor],
+) -> float:
+    """The `epoch`-th pass over the training events, counted from 1; the mean loss of its batches of windows."""
+    rng = np.random.default_rng([config.seed, epoch - 1])
+    torch.manual_seed(config.seed * 1_000_003 + epoch - 1)
+    batches, total = list(epoch_windows(data.split.train_lengths, data.config.history_length, config.batch_events, rng)), 0.0
+    for k, windows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, mininterval=2)):
+        progress, step = (epoch - 1 + k / len(batches)) / config.epochs, (epoch - 1) * len(batches) + k
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, progress, step)
+        found = loss(windows)
+        optimizer.zero_grad()
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+        optimizer.step()
+        total += found.item()
+    return total / len(batches)
 
 
 class Trainer:
@@ -314,24 +342,15 @@ class Trainer:
 
     def run_epoch(self, ladder: bool) -> float:
         """One pass over the training events; the mean loss."""
-        rng = np.random.default_rng([self.config.seed, self.epoch])
-        torch.manual_seed(self.config.seed * 1_000_003 + self.epoch)
-        batches = list(epoch_windows(self.data.split.train_lengths, self.data.config.history_length, self.config.batch_events, rng))
         self.model.train()
-        total = 0.0
-        for k, windows in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=2)):
-            progress = (self.epoch + k / len(batches)) / self.config.epochs
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, progress, self.epoch * len(batches) + k)
+
+        def loss(windows: list[tuple[int, int, int]]) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                loss = self.loss(make_batch(self.data.sequences, windows), ladder)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            total += loss.item()
+                return self.loss(make_batch(self.data.sequences, windows), ladder)
+
+        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, list(self.model.parameters()), loss)
         self.epoch += 1
-        return total / len(batches)
+        return mean
 
     @torch.no_grad()
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:

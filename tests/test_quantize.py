@@ -18,6 +18,7 @@ from app.bundle import Ranker
 from app.engine import Engine
 from loadtest.linears import FORMS, open_form
 from models import invariance
+from models.compress import Recorder
 from models.quantize import CONTRIB, FULL_BITS, SAFE_BITS, SMALLEST, dense_nodes, input_scale, observe, quantize, quantize_weight
 from tests.conftest import Tiny
 
@@ -124,22 +125,14 @@ def dynamic(graph: onnx.ModelProto) -> onnx.ModelProto:
 def calibrated(ranker: Ranker, source: Path, folder: Path, make: Any) -> Engine:
     """The tiny ranker's engine with each graph made anew, from what its requests show."""
     engine = ranker.engines["fp32"]
-    feeds: dict[str, list[dict[str, np.ndarray]]] = {"encode": [], "point": [], "set": []}
-
-    class Watched(Engine):
-        def run(self, graph: str, given: dict[str, Any], wide: bool = False) -> dict[str, Any]:
-            if graph in feeds:
-                feeds[graph].append(given)
-            return super().run(graph, given, wide)
-
-    watched = Watched(source, ranker.items, ranker.manifest.exits, 1)
+    watched = Recorder(source, ranker.items, ranker.manifest.exits, 1)
     requests = invariance.Requests(watched, ranker.manifest, 0)
     for length, n in itertools.product((0, 1, 60, 128), (1, 50, 300)):
         watched.score(requests.history(length), requests.candidates(n), requests.meta(), "set")
     folder.mkdir(exist_ok=True)
     for name in engine.sessions:
         graph = onnx.load(source / f"{name}.onnx")
-        onnx.save(make(graph, observe(graph, feeds[name])) if name in feeds else graph, folder / f"{name}.onnx")
+        onnx.save(make(graph, observe(graph, watched.feeds[name])) if name in watched.feeds else graph, folder / f"{name}.onnx")
     return Engine(folder, ranker.items, ranker.manifest.exits, 1)
 
 
