@@ -13,14 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import struct
 import time
-import zlib
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import redis.asyncio as aioredis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -29,12 +26,9 @@ from redis.retry import Retry
 from app import metrics
 from app.bundle import Ranker
 from app.features import Float32
+from app.vectors import pointer_key, unpack, user_key
 
 log = logging.getLogger("slatewise")
-
-HEADER = struct.Struct("<4sBxHdQI")  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all the rest
-MAGIC = b"SLWM"
-FLOAT32 = 0
 
 Status = Literal["hit", "default", "stale", "error", "off"]
 
@@ -50,36 +44,6 @@ class MetaEmbedding:
 class Store(Protocol):
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
         """Begins at once; whoever goes away without awaiting it leaves nothing behind."""
-
-
-def pack(vector: Float32, generation: int, created_at: float) -> bytes:
-    """A stored value: the header and the vector, little-endian."""
-    body = vector.astype("<f4").tobytes()
-    blank = HEADER.pack(MAGIC, FLOAT32, len(vector), created_at, generation, 0)
-    return HEADER.pack(MAGIC, FLOAT32, len(vector), created_at, generation, zlib.crc32(blank + body)) + body
-
-
-def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
-    """(vector, generation, created_at) of a stored value. Raises ValueError where anything about it is not as packed."""
-    if len(value) != HEADER.size + 4 * dim:
-        raise ValueError(f"{len(value)} bytes, expected {HEADER.size + 4 * dim}")
-    magic, dtype, found, created_at, generation, crc = HEADER.unpack_from(value)
-    if magic != MAGIC or dtype != FLOAT32 or found != dim:
-        raise ValueError("not a float32 vector of this size")
-    if zlib.crc32(value[: HEADER.size - 4] + bytes(4) + value[HEADER.size :]) != crc:  # of the bytes as they came, padding too
-        raise ValueError("checksum differs")
-    vector = np.frombuffer(value, "<f4", dim, HEADER.size).astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise ValueError("a number is not finite")
-    return vector, generation, created_at
-
-
-def pointer_key(ranker: str, space: str) -> str:
-    return f"slatewise:{ranker}:{space}:generations"
-
-
-def user_key(ranker: str, space: str, user: str) -> str:
-    return f"slatewise:{ranker}:{space}:emb:{{{user}}}"
 
 
 class EmbeddedStore:

@@ -1,57 +1,82 @@
-"""Fill a Redis store with a bundle's meta-embeddings: python -m app.push BUNDLE --redis-url redis://127.0.0.1:6379/0
+"""Fill a Redis store without torch: python -m app.push FILE --redis-url redis://127.0.0.1:6379/0
 
-Writes a new generation, then makes it visible with one SET; the one before stays live beneath it.
-Before: a bundle. After: `meta_embeddings.RedisStore` reads what this wrote.
+FILE is a bundle's folder, or an .npz with `users` (U,), `vectors` (U, M), `ranker` and `space`. All of it becomes one full
+generation, visible at the end by one change of the pointer; a push that was stopped goes on where it was.
+The last line is JSON. Before: a bundle, or vectors of your own. After: `meta_embeddings.RedisStore` reads what this wrote.
 """
 
+from __future__ import annotations
+
 import argparse
+import hashlib
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import redis
 
 from app.features import Float32
+from app.generations import BATCH, Generations, connect
 from app.manifest import read_manifest
-from app.meta_embeddings import pack, pointer_key, user_key
-
-LIVE_GENERATIONS = 3  # the newest, and two to roll back to
-CHUNK = 1_000  # users in one round trip
+from app.vectors import DTYPES
 
 
-def push(client: redis.Redis, ranker: str, space: str, users: list[str], vectors: Float32) -> int:
-    """Write one generation and make it visible; its number."""
-    pointer = pointer_key(ranker, space)
-    current = client.get(pointer)
-    live = [int(g) for g in current.decode().split(",")] if isinstance(current, bytes) and current else []
-    generation = int(client.incr(f"{pointer}:last"))  # never given twice, also after a roll-back
-    dead = [str(g) for g in range(max(1, generation - 2 * LIVE_GENERATIONS), generation) if g not in live]
-    now = time.time()
-    for first in range(0, len(users), CHUNK):
-        pipe = client.pipeline(transaction=False)
-        for user, vector in zip(users[first : first + CHUNK], vectors[first : first + CHUNK], strict=True):
-            key = user_key(ranker, space, user)
-            pipe.hset(key, str(generation), pack(vector, generation, now))
-            if dead:
-                pipe.hdel(key, *dead)
-        pipe.execute()
-    client.set(pointer, ",".join(map(str, [generation, *live][:LIVE_GENERATIONS])))
-    return generation
+def push(store: Generations, users: list[str], vectors: Float32, dtype: str = "float32", progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Write and publish one full generation: its number, users, bytes, seconds and live list."""
+    begin = time.perf_counter()
+    plan = hashlib.sha256(json.dumps([dtype, vectors.shape, users]).encode() + vectors.tobytes()).hexdigest()
+    size, now, chunks = 0, time.time(), range(-(-len(users) // BATCH))
+    with store.begin(plan, full=True) as writing:
+        for chunk in chunks:
+            rows = slice(chunk * BATCH, (chunk + 1) * BATCH)
+            if chunk not in writing.done:
+                size += store.write_chunk(writing.generation, chunk, users[rows], vectors[rows], now, dtype)
+            progress(min(rows.stop, len(users)))
+        live = store.publish(writing, len(chunks))
+    seconds = time.perf_counter() - begin
+    return {
+        "generation": writing.generation,
+        "users": len(users),
+        "users_per_second": round(len(users) / seconds),
+        "bytes": size,  # of the values written now
+        "seconds": round(seconds, 3),
+        "live": live,
+    }
+
+
+def read(path: Path) -> tuple[str, str, list[str], Float32]:
+    """(ranker, space, users, vectors) of a bundle's folder or an .npz."""
+    if path.is_dir():
+        manifest = read_manifest(path)
+        users = json.loads((path / "users.json").read_text())
+        return manifest.ranker, manifest.space, users, np.load(path / "meta_embeddings.npy", allow_pickle=False)
+    with np.load(path, allow_pickle=False) as arrays:
+        return str(arrays["ranker"]), str(arrays["space"]), arrays["users"].astype(str).tolist(), arrays["vectors"].astype(np.float32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="<root>/<ranker>/<version>")
-    parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL", "redis://127.0.0.1:6379/0"))
+    parser.add_argument("file", type=Path, help="<root>/<ranker>/<version>, or an .npz")
+    parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--ttl-days", type=float, default=0.0, help="forget users that were not written for so long; 0: never")
     args = parser.parse_args()
-    manifest = read_manifest(args.bundle)
-    users = json.loads((args.bundle / "users.json").read_text())
-    vectors = np.load(args.bundle / "meta_embeddings.npy", allow_pickle=False)
-    with redis.Redis.from_url(args.redis_url) as client:
-        generation = push(client, manifest.ranker, manifest.space, users, vectors)
-    print(f"{manifest.ranker}: generation {generation}, {len(users)} users")
+    ranker, space, users, vectors = read(args.file)
+    said = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 2:
+            said = time.monotonic()
+            print(f"{done:,} of {len(users):,} users", file=sys.stderr)
+
+    with connect(args.redis_url) as client:
+        result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
+    print(json.dumps({"ranker": ranker, "space": space} | result))
 
 
 if __name__ == "__main__":

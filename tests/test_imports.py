@@ -49,7 +49,7 @@ PLACES = {
     "fastapi_offline": {"main.py"},
     "uvicorn": {"main.py"},
     "starlette": {"body.py", "main.py", "routes.py"},
-    "redis": {"meta_embeddings.py", "push.py"},
+    "redis": {"generations.py", "meta_embeddings.py", "redis_clients.py"},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "routes.py"},
 }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import struct
 import time
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
@@ -15,87 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from app.bundle import Ranker
-from app.meta_embeddings import FLOAT32, HEADER, MAGIC, EmbeddedStore, MetaEmbedding, RedisStore, pack, pointer_key, unpack, user_key
-from app.push import LIVE_GENERATIONS, push
+from app.generations import KEPT, Generations
+from app.meta_embeddings import EmbeddedStore, MetaEmbedding, RedisStore
+from app.push import push
+from app.vectors import pack, pointer_key, user_key
 
 PATIENCE = 30.0  # seconds; never waited for where the code is right
 GENEROUS = 20.0  # a time-out that a busy machine does not meet by chance
-
-vectors = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=40).map(lambda numbers: np.array(numbers, np.float32))
-generations = st.integers(0, 2**64 - 1)
-moments = st.floats(0, 1e11)
-
-
-@given(vectors, generations, moments)
-def test_a_stored_value_comes_back_as_it_was(vector: np.ndarray, generation: int, created_at: float) -> None:
-    found, found_generation, found_created = unpack(pack(vector, generation, created_at), len(vector))
-    assert found.dtype == np.float32
-    assert found.tobytes() == vector.tobytes()
-    assert (found_generation, found_created) == (generation, created_at)
-
-
-def test_a_stored_value_is_laid_out_as_documented() -> None:
-    value = pack(np.array([1.0, -2.0], np.float32), 7, 1_000.5)
-    rest = b"SLWM" + bytes([0, 0]) + struct.pack("<HdQ", 2, 1_000.5, 7), struct.pack("<2f", 1.0, -2.0)
-    assert value == rest[0] + struct.pack("<I", zlib.crc32(rest[0] + bytes(4) + rest[1])) + rest[1]
-
-
-@settings(max_examples=20)
-@given(vectors, generations, moments, st.integers(1, 255))
-def test_a_change_of_any_one_byte_is_refused(vector: np.ndarray, generation: int, created_at: float, change: int) -> None:
-    value = pack(vector, generation, created_at)
-    for position in range(len(value)):
-        corrupt = bytearray(value)
-        corrupt[position] ^= change
-        with pytest.raises(ValueError):
-            unpack(bytes(corrupt), len(vector))
-            pytest.fail(f"byte {position} was changed by {change} and not noticed", pytrace=False)
-
-
-@settings(max_examples=30)
-@given(vectors, st.data())
-def test_a_value_that_is_cut_or_goes_on_is_refused(vector: np.ndarray, data: st.DataObject) -> None:
-    value = pack(vector, 1, 0.0)
-    for wrong in (value[: data.draw(st.integers(0, len(value) - 1))], value + data.draw(st.binary(min_size=1, max_size=8))):
-        with pytest.raises(ValueError):
-            unpack(wrong, len(vector))
-
-
-@given(st.binary(max_size=80), st.integers(0, 12))
-def test_garbage_is_refused(value: bytes, dim: int) -> None:
-    with pytest.raises(ValueError):
-        unpack(value, dim)
-
-
-@pytest.mark.parametrize("dim", [0, 7, 9, 65_535])
-def test_a_vector_of_another_size_is_refused(dim: int) -> None:
-    with pytest.raises(ValueError):
-        unpack(pack(np.zeros(8, np.float32), 1, 0.0), dim)
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_vector_that_is_not_finite_is_refused(number: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        unpack(pack(np.array([0.0, number], np.float32), 1, 0.0), 2)
-
-
-@pytest.mark.parametrize(("magic", "dtype"), [(b"SLWN", FLOAT32), (MAGIC, 1)])
-def test_another_format_is_refused_even_with_a_right_checksum(magic: bytes, dtype: int) -> None:
-    body = bytes(8)
-    crc = zlib.crc32(HEADER.pack(magic, dtype, 2, 0.0, 1, 0) + body)
-    with pytest.raises(ValueError):
-        unpack(HEADER.pack(magic, dtype, 2, 0.0, 1, crc) + body, 2)
-
-
-def test_a_vector_can_be_changed_without_changing_what_was_read() -> None:
-    value = pack(np.ones(4, np.float32), 1, 0.0)
-    unpack(value, 4)[0][:] = 9
-    assert unpack(value, 4)[0].tolist() == [1.0] * 4
 
 
 def counted(metric: str, **labels: str) -> float:
@@ -178,7 +105,7 @@ def drawn(users: int, ranker: Ranker, seed: int = 0) -> tuple[list[str], np.ndar
 
 
 def push_to(client: redis.Redis, ranker: Ranker, users: list[str], vectors: np.ndarray) -> int:
-    return push(client, ranker.name, ranker.manifest.space, users, vectors)
+    return int(push(Generations(client, ranker.name, ranker.manifest.space), users, vectors)["generation"])
 
 
 def url(port: int) -> str:
@@ -242,7 +169,7 @@ def test_the_newest_generation_wins_and_an_older_one_serves_who_is_not_in_it(cli
 def test_generations_past_the_live_ones_are_not_served(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
     users, sent = drawn(2, ranker)
     push_to(client, ranker, users[:1], sent[:1])
-    for _ in range(LIVE_GENERATIONS):
+    for _ in range(KEPT):
         push_to(client, ranker, users[1:], sent[1:])
     assert [found.status for found in look_up(redis_port, ranker, *users)] == ["default", "hit"]
 
@@ -284,8 +211,8 @@ def test_a_new_generation_and_its_roll_back_each_take_one_write(client: redis.Re
 
 def test_other_rankers_and_spaces_do_not_mix(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
     users, sent = drawn(1, ranker)
-    push(client, ranker.name, ranker.manifest.space + "x", users, sent)
-    push(client, ranker.name + "x", ranker.manifest.space, users, sent)
+    push(Generations(client, ranker.name, ranker.manifest.space + "x"), users, sent)
+    push(Generations(client, ranker.name + "x", ranker.manifest.space), users, sent)
     assert_default(look_up(redis_port, ranker, *users)[0], ranker, "default")
 
 
