@@ -29,7 +29,7 @@ from redis.exceptions import ResponseError
 from app.features import Float32
 from app.redis_clients import Client
 from app.redis_clients import connect as connect
-from app.vectors import Corrupt, pack_many, pointer_key, read_pointer, renumbered, user_key
+from app.vectors import Corrupt, about_key, pack_many, pointer_key, read_pointer, renumbered, user_key
 
 BATCH = 1_000  # users in one round trip
 KEPT = 3  # generations that stay live at least: the newest, and two to roll back to
@@ -109,8 +109,9 @@ class Generations:
         self.client: Any = client  # redis-py's answers are typed for both of its halves at once
         self.ranker, self.space, self.ttl_seconds = ranker, space, int(ttl_days * 86_400)
         self.pointer = pointer_key(ranker, space)
-        self.about_key, self.writing_key, self.lock_key, self.token_key, self.forgotten_key = (
-            f"{{{self.pointer}}}:{name}" for name in ("about", "writing", "lock", "token", "forgotten")
+        self.about_key = about_key(ranker, space)
+        self.writing_key, self.lock_key, self.token_key, self.forgotten_key = (
+            f"{{{self.pointer}}}:{name}" for name in ("writing", "lock", "token", "forgotten")
         )
 
     def script(self, text: str, keys: list[str], *arguments: object) -> int:

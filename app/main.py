@@ -62,7 +62,17 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
     async with AsyncExitStack() as stack:
         workers = await stack.enter_async_context(Workers(settings.threads or cpu_quota()))
         url = settings.redis_url.get_secret_value()
-        store: Store = await stack.enter_async_context(RedisStore(url, settings.redis_timeout_ms / 1e3, rankers.values())) if url else EmbeddedStore()
+        store: Store = EmbeddedStore(settings.embedding_max_age_s)
+        if url:
+            redis = RedisStore(
+                url,
+                settings.redis_timeout_ms / 1e3,
+                rankers.values(),
+                cache_seconds=settings.embedding_cache_s,
+                cache_users=settings.embedding_cache_users,
+                max_age_seconds=settings.embedding_max_age_s,
+            )
+            store = await stack.enter_async_context(redis)
         yield Pipeline(
             rankers,
             store,

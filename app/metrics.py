@@ -40,6 +40,11 @@ EMBEDDINGS = Counter("slatewise_embedding_lookups_total", "Meta-embedding look-u
 EMBEDDING_AGE = Histogram(
     "slatewise_embedding_age_seconds", "Age of the meta-embeddings served.", buckets=(60, 300, 900, 3_600, 14_400, 86_400, 604_800, 2_592_000)
 )
+EMBEDDING_DURATION = Histogram("slatewise_embedding_lookup_duration_seconds", "Time that a request's look-up took.", buckets=BUCKETS)
+EMBEDDING_CACHE_ENTRIES = Gauge("slatewise_embedding_cache_entries", "Users whose look-up is kept in process.")
+GENERATION = Gauge("slatewise_embedding_generation", "The newest live generation of meta-embeddings; 0: none.", ["ranker"])
+GENERATION_AGE = Gauge("slatewise_embedding_generation_age_seconds", "Age of the newest live generation of meta-embeddings.", ["ranker"])
+CIRCUIT_STATE = Gauge("slatewise_redis_circuit_state", "0: requests ask Redis; 1: Redis is being tried; 2: it is left alone.")
 REDIS_DURATION = Histogram("slatewise_redis_command_duration_seconds", "Time of one Redis command.", ["command"], buckets=BUCKETS)
 REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
@@ -54,7 +59,7 @@ for _reason in ("in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _result in ("hit", "extended", "miss", "none"):
     HISTORY_CACHE.labels(_result)
-for _result in ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error"):
+for _result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error"):
     EMBEDDINGS.labels(_result)
 
 

@@ -79,5 +79,7 @@ def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncCl
         "retry": Retry(NoBackoff(), 0),
         "max_connections": connections,
     }
+    if "+cluster://" in url:
+        options |= {"reinitialize_steps": 0}  # a slot that moved closes no connections
     client: AsyncClient = opened(url, aioredis, AsyncClusterNode, lambda url: aioredis.Redis.from_url(url, **options), options)
     return client

@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.redis_clients import SCHEMES
+
 
 class Settings(BaseSettings):
     """Each field is the variable `SLATEWISE_<NAME>`; units are in the names."""
@@ -18,6 +20,9 @@ class Settings(BaseSettings):
     variants: str = Field("", description="Comma-separated variants to load, of each ranker those it has; empty: all.")
     redis_url: SecretStr = Field(SecretStr(""), description="Store of the meta-embeddings; empty: the ones in the bundle (the embedded store).")
     redis_timeout_ms: float = Field(10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector.")
+    embedding_cache_s: float = Field(60.0, ge=0, allow_inf_nan=False, description="How long a user's meta-embedding is kept in process; 0: not at all.")
+    embedding_cache_users: int = Field(100_000, ge=1, description="Most users whose meta-embedding is kept in process.")
+    embedding_max_age_s: float = Field(0.0, ge=0, allow_inf_nan=False, description="Age above which a meta-embedding is served as `stale`; 0: never.")
     api_keys: SecretStr = Field(SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for.")
     threads: int = Field(0, ge=0, description="Threads that run the model; 0: as many as the cgroup's CPU quota allows.")
     history_cache_mb: float = Field(256.0, ge=0, allow_inf_nan=False, description="Bound of the kept history state, in MiB; 0 keeps none.")
@@ -38,8 +43,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def known_scheme(cls, url: SecretStr) -> SecretStr:
-        if url.get_secret_value() and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+        if url.get_secret_value() and not url.get_secret_value().startswith(SCHEMES):
+            raise ValueError(f"must start with {', '.join(SCHEMES)}")
         return url
 
     def keys(self) -> tuple[str, ...]:

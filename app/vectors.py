@@ -99,6 +99,11 @@ def user_key(ranker: str, space: str, user: str) -> str:
     return f"slatewise:{ranker}:{space}:emb:{{{user}}}"
 
 
+def about_key(ranker: str, space: str) -> str:
+    """Hash of what is known of each generation: JSON, `created_at` in it."""
+    return f"{{{pointer_key(ranker, space)}}}:about"
+
+
 def read_pointer(value: bytes | None) -> tuple[list[int], int]:
     """(live generations, users forgotten) of a pointer's bytes; what is not a number is passed over."""
     live, _, forgotten = (value or b"").decode("ascii", "replace").partition("#")

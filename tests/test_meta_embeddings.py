@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
@@ -17,12 +18,15 @@ from prometheus_client import REGISTRY
 
 from app.bundle import Ranker
 from app.generations import KEPT, Generations
-from app.meta_embeddings import EmbeddedStore, MetaEmbedding, RedisStore
+from app.meta_embeddings import CLOSED, OPEN, EmbeddedStore, MetaEmbedding, RedisStore
 from app.push import push
-from app.vectors import pack, pointer_key, user_key
+from app.vectors import FLOAT32, HEADER, MAGIC, pack, pointer_key, user_key
 
 PATIENCE = 30.0  # seconds; never waited for where the code is right
 GENEROUS = 20.0  # a time-out that a busy machine does not meet by chance
+
+
+RESULTS = ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")
 
 
 def counted(metric: str, **labels: str) -> float:
@@ -36,7 +40,7 @@ class Counts:
         self.before = self.now()
 
     def now(self) -> dict[str, float]:
-        return {r: counted("slatewise_embedding_lookups_total", result=r) for r in ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error")}
+        return {r: counted("slatewise_embedding_lookups_total", result=r) for r in RESULTS}
 
     def __call__(self) -> dict[str, float]:
         return {result: n - self.before[result] for result, n in self.now().items() if n != self.before[result]}
@@ -232,18 +236,24 @@ def test_more_look_ups_at_once_than_connections_are_all_served(client: redis.Red
 # Redis, with something wrong in it
 
 
-def with_nan(ranker: Ranker) -> np.ndarray:
-    return np.where(np.arange(ranker.manifest.meta_size) == 3, np.nan, 1.0).astype(np.float32)
+def with_nan(ranker: Ranker) -> bytes:
+    body = np.where(np.arange(ranker.manifest.meta_size) == 3, np.nan, 1.0).astype(np.float32).tobytes()
+    header = (MAGIC, FLOAT32, ranker.manifest.meta_size, 0.0, 2)
+    return HEADER.pack(*header, zlib.crc32(HEADER.pack(*header, 0) + body)) + body
 
 
 WRONG: dict[str, Callable[[Ranker], bytes]] = {
     "garbage": lambda ranker: b"garbage",
     "empty": lambda ranker: b"",
     "another size": lambda ranker: pack(np.zeros(ranker.manifest.meta_size + 1, np.float32), 2, 0.0),
-    "not a number": lambda ranker: pack(with_nan(ranker), 2, 0.0),
+    "not a number": with_nan,
     "another generation": lambda ranker: pack(ranker.default_meta, 1, 0.0),
     "a byte off": lambda ranker: pack(ranker.default_meta, 2, 0.0)[:-1] + b"\x7f",
 }
+
+
+def kind(wrong: str) -> str:
+    return "mismatched" if wrong.startswith("another") else "corrupt"
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -252,7 +262,7 @@ def test_an_unreadable_value_is_counted_and_gives_the_default(client: redis.Redi
     client.hset(user_key(ranker.name, ranker.manifest.space, "u0"), "2", WRONG[wrong](ranker))
     counts = Counts()
     assert_default(look_up(redis_port, ranker, "u0")[0], ranker, "default")
-    assert counts()["corrupt"] == 1
+    assert counts() == {kind(wrong): 1, "miss": 1}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -265,7 +275,7 @@ def test_behind_an_unreadable_value_an_older_one_is_served(client: redis.Redis, 
     (found,) = look_up(redis_port, ranker, *users)
     assert (found.status, found.version) == ("hit", "1")
     np.testing.assert_array_equal(found.vector, sent[0])
-    assert counts() == {"corrupt": 1, "hit_redis": 1}
+    assert counts() == {kind(wrong): 1, "hit_redis": 1}
 
 
 def test_a_user_key_of_another_type_is_counted_and_takes_nothing_from_others(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
@@ -336,7 +346,7 @@ def test_a_redis_that_dies_is_an_error_in_time_and_comes_back_by_itself(
                         assert_default(await store.look_up(ranker, users[0]), ranker, "error")
                     await asyncio.sleep(0.005)
                 assert counts() == {"error": 20}
-                await until(lambda: asyncio.sleep(0, not store.healthy))
+                await until(lambda: asyncio.sleep(0, store.circuit == OPEN))
                 with start_redis(port):
                     await until(lambda: has_status(store, ranker, users[0], "default"))  # it came back empty
                     fill(port)
@@ -446,7 +456,7 @@ def test_what_is_not_redis_or_never_answers_is_an_error_within_the_budget(ranker
                 assert_default(await store.look_up(ranker, "u0"), ranker, "error")
                 await asyncio.sleep(0.02)
             assert not store.poller.done(), "the poll must go on, or the store never comes back"
-            store.healthy, store.generations = True, {ranker.name: ["2", "1"]}  # as if it had gone wrong just now
+            store.circuit, store.generations = CLOSED, {ranker.name: ["2", "1"]}  # as if it had gone wrong just now
             found = await store.look_up(ranker, "u0")
             np.testing.assert_array_equal(found.vector, ranker.default_meta)
 
@@ -468,7 +478,7 @@ def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_aga
                 found = await asyncio.gather(*(store.look_up(ranker, user) for user in users))
             for each in found:
                 assert_default(each, ranker, "error")
-            await until(lambda: asyncio.sleep(0, not store.healthy))
+            await until(lambda: asyncio.sleep(0, store.circuit == OPEN))
             proxy.may_speak.set()
             await until(lambda: has_status(store, ranker, users[0], "hit"))
             for user, vector in zip(users, sent, strict=True):  # no late reply of before is taken for one of now
@@ -494,7 +504,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
             proxied(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as (_, port),
             RedisStore(url(port), timeout_seconds, [ranker]) as store,
         ):
-            store.healthy, store.generations = True, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
+            store.circuit, store.generations = CLOSED, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
             for _ in range(40):
                 rows = [chance.randrange(len(users)) for _ in range(20)]
                 tasks = [asyncio.ensure_future(store.look_up(ranker, users[row])) for row in rows]
@@ -510,7 +520,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
                     else:
                         assert timeout_seconds < 1, found
                         assert_default(found, ranker, "error")
-                store.healthy = True
+                store.circuit = CLOSED
         return hits, cancelled
 
     hits, cancelled = asyncio.run(main())
@@ -529,8 +539,8 @@ def test_a_look_up_that_nobody_awaits_ends_by_itself_and_leaves_nothing_behind(c
             counts = Counts()
             for user in users:
                 store.look_up(ranker, user)
-            assert len(store.running) == len(users), "each has begun"
-            await until(lambda: asyncio.sleep(0, not store.running))
+            assert len(store.flights) == len(users), "each has begun"
+            await until(lambda: asyncio.sleep(0, not store.flights))
             assert counts() == {"hit_redis": len(users)}
             np.testing.assert_array_equal((await store.look_up(ranker, users[3])).vector, sent[3])
         assert not complaints
@@ -551,8 +561,8 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                assert store.running
-            assert not store.running
+                assert store.trips
+            assert not store.trips
             assert store.poller.done()
 
     asyncio.run(main())

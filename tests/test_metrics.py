@@ -83,7 +83,7 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
         ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
         ("slatewise_rejected_total", "reason", ("in_flight", "tokens")),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
-        ("slatewise_embedding_lookups_total", "result", ("hit_local", "hit_redis", "miss", "stale", "corrupt", "error")),
+        ("slatewise_embedding_lookups_total", "result", ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")),
     ],
 )
 def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(name: str, label: str, values: tuple[str, ...]) -> None:

@@ -53,6 +53,9 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "port": ("0", 0),
     "bundles": ("/srv/bundles", Path("/srv/bundles")),
     "redis_timeout_ms": ("2.5", 2.5),
+    "embedding_cache_s": ("1.5", 1.5),
+    "embedding_cache_users": ("5", 5),
+    "embedding_max_age_s": ("6.5", 6.5),
     "threads": ("3", 3),
     "history_cache_mb": ("0.5", 0.5),
     "history_cache_dtype": ("int8", "int8"),
@@ -93,6 +96,7 @@ WRONG = [
     ("port", "-1"), ("port", "65536"), ("port", "http"), ("threads", "-1"), ("redis_timeout_ms", "0"), ("history_cache_mb", "-1"), ("deadline_ms", "-1"),
     ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_outstanding_tokens", "0"),
     ("redis_timeout_ms", "nan"), ("body_timeout_s", "nan"), ("deadline_ms", "nan"), ("history_cache_mb", "nan"), ("history_cache_mb", "inf"),
+    ("embedding_cache_s", "-1"), ("embedding_cache_s", "inf"), ("embedding_cache_users", "0"), ("embedding_max_age_s", "-1"), ("embedding_max_age_s", "nan"),
     ("history_cache_dtype", "float16"), ("history_cache_dtype", "INT8"), ("history_cache_dtype", ""),
 ]  # fmt: skip
 
@@ -104,7 +108,9 @@ def test_a_value_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyP
         Settings()
 
 
-@pytest.mark.parametrize("url", ["redis://h:1/0", "rediss://h:1/0", "unix:///run/redis.sock", ""])
+@pytest.mark.parametrize(
+    "url", ["redis://h:1/0", "rediss://h:1/0", "unix:///run/redis.sock", "redis+sentinel://h:1,i:2/s/0", "rediss+cluster://:p@h:1,i:2", ""]
+)
 def test_a_redis_url_of_a_known_scheme_is_taken(url: str) -> None:
     assert Settings(redis_url=url).redis_url.get_secret_value() == url
 
