@@ -152,6 +152,7 @@ class RedisStore:
         self.queue: list[Flight] = []
         self.arrived = asyncio.Event()
         self.trips: set[asyncio.Task[None]] = set()
+        self.late: set[asyncio.Task[None]] = set()  # past the budget: nobody waits for them, and they hold nobody up
         self.closing = False
 
     async def __aenter__(self) -> RedisStore:
@@ -166,7 +167,7 @@ class RedisStore:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await asyncio.gather(*self.trips, return_exceptions=True)
+        await asyncio.gather(*self.trips, *self.late, return_exceptions=True)
         for flight in self.queue:
             flight.land(None, 0.0)
         await self.client.aclose()
@@ -221,8 +222,8 @@ class RedisStore:
             await self.arrived.wait()
             self.arrived.clear()
             while self.queue:
-                while len(self.trips) >= self.TRIPS:
-                    await asyncio.wait(self.trips, return_when=asyncio.FIRST_COMPLETED)
+                while len(self.trips) >= self.TRIPS or len(self.late) >= 2 * self.TRIPS:
+                    await asyncio.wait(self.trips | self.late, timeout=self.timeout / 4, return_when=asyncio.FIRST_COMPLETED)
                 batch, self.queue = self.queue[: self.BATCH], self.queue[self.BATCH :]
                 for flight in batch:
                     if all(future.done() for future in flight.waiting):
@@ -231,8 +232,12 @@ class RedisStore:
                 if batch:
                     trip = asyncio.create_task(self.travel(batch))
                     self.trips.add(trip)
-                    trip.add_done_callback(self.trips.discard)
+                    trip.add_done_callback(self.arrive)
                     await asyncio.wait([trip], timeout=self.timeout / 4)
+
+    def arrive(self, trip: asyncio.Task[None]) -> None:
+        self.trips.discard(trip)
+        self.late.discard(trip)
 
     def forget(self, flight: Flight) -> None:
         """Who asks for this user from now on does so anew."""
@@ -240,13 +245,14 @@ class RedisStore:
             del self.flights[flight.key]
 
     async def travel(self, batch: list[Flight]) -> None:
-        loop, epoch, late = asyncio.get_running_loop(), self.epoch, False
+        loop, trip, epoch = asyncio.get_running_loop(), asyncio.current_task(), self.epoch
+        assert trip is not None
         begin = loop.time()
         live = [self.generations.get(flight.ranker.name, []) for flight in batch]
 
         def overdue() -> None:
-            nonlocal late
-            late = True
+            self.trips.discard(trip)
+            self.late.add(trip)
             self.failed(begin)
             for flight in batch:
                 self.forget(flight)
@@ -261,7 +267,7 @@ class RedisStore:
         finally:
             timer.cancel()
             metrics.REDIS_DURATION.labels("hmget").observe(loop.time() - begin)
-        if not late:
+        if trip not in self.late:
             if all(isinstance(reply, Exception) and not is_wrong_type(reply) for reply in replies):
                 self.failed(begin)
             else:

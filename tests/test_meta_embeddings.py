@@ -21,6 +21,7 @@ from app.generations import KEPT, Generations
 from app.meta_embeddings import CLOSED, OPEN, EmbeddedStore, MetaEmbedding, RedisStore
 from app.push import push
 from app.vectors import FLOAT32, HEADER, MAGIC, pack, pointer_key, user_key
+from tests.fault_proxy import fault_proxy
 
 PATIENCE = 30.0  # seconds; never waited for where the code is right
 GENEROUS = 20.0  # a time-out that a busy machine does not meet by chance
@@ -372,43 +373,6 @@ def test_a_store_opens_without_redis_and_finds_it_later(
     asyncio.run(main())
 
 
-class Proxy:
-    """Passes bytes between clients and a Redis; replies wait a drawn time, or until they may be spoken."""
-
-    def __init__(self, upstream: int, delays: Callable[[], float]) -> None:
-        self.upstream, self.delays, self.may_speak = upstream, delays, asyncio.Event()
-        self.may_speak.set()
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.tasks.add(task)
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
-
-        async def requests() -> None:
-            while data := await reader.read(65_536):
-                up_writer.write(data)
-            up_writer.close()
-
-        async def replies() -> None:
-            while data := await up_reader.read(65_536):
-                await asyncio.sleep(self.delays())
-                await self.may_speak.wait()
-                writer.write(data)
-
-        try:
-            await asyncio.gather(requests(), replies())
-        except (OSError, asyncio.CancelledError):
-            pass
-        finally:
-            for end in (writer, up_writer):
-                end.close()
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
-            self.tasks.discard(task)
-
-
 @asynccontextmanager
 async def served(handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
     """A TCP server on loopback; its port."""
@@ -418,18 +382,6 @@ async def served(handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], 
     finally:
         server.close()
         await server.wait_closed()
-
-
-@asynccontextmanager
-async def proxied(upstream: int, delays: Callable[[], float] = lambda: 0.0) -> AsyncIterator[tuple[Proxy, int]]:
-    proxy = Proxy(upstream, delays)
-    async with served(proxy.serve) as port:
-        try:
-            yield proxy, port
-        finally:
-            for task in list(proxy.tasks):
-                task.cancel()
-            await asyncio.gather(*proxy.tasks, return_exceptions=True)
 
 
 def speaker(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
@@ -471,7 +423,7 @@ def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_aga
     push_to(client, ranker, users, sent)
 
     async def main() -> None:
-        async with proxied(redis_port) as (proxy, port), RedisStore(url(port), 1.0, [ranker]) as store:
+        async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 1.0, [ranker]) as store:
             assert await has_status(store, ranker, users[0], "hit")
             proxy.may_speak.clear()
             async with asyncio.timeout(PATIENCE):  # the budget is a second; all at once take no longer than one
@@ -501,8 +453,8 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
     async def main() -> tuple[int, int]:
         hits = cancelled = 0
         async with (
-            proxied(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as (_, port),
-            RedisStore(url(port), timeout_seconds, [ranker]) as store,
+            fault_proxy(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as proxy,
+            RedisStore(url(proxy.port), timeout_seconds, [ranker]) as store,
         ):
             store.circuit, store.generations = CLOSED, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
             for _ in range(40):
@@ -553,8 +505,8 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
     push_to(client, ranker, users, sent)
 
     async def main() -> None:
-        async with proxied(redis_port, lambda: 0.01) as (_, port):
-            async with RedisStore(url(port), GENEROUS, [ranker]) as store:
+        async with fault_proxy(redis_port, 0.01) as proxy:
+            async with RedisStore(url(proxy.port), GENEROUS, [ranker]) as store:
                 tasks = [asyncio.ensure_future(store.look_up(ranker, user)) for user in users]
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
