@@ -35,6 +35,7 @@ movielens: $(TEST)/installed
 
 train: movielens
 	$(TEST)/bin/python -m models.train models/movielens.toml
+	$(TEST)/bin/python -m models.limaml models/movielens.toml
 	$(TEST)/bin/python -m models.export models/movielens.toml
 
 compress: movielens

@@ -29,8 +29,8 @@ PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # of a variant's name
 STANDARD, CONTRIB = ("", "ai.onnx"), "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
 KNOWN = {  # what the graphs of a ranker need; nothing else is served: no loops, no products in disguise
-    *PRODUCTS, "Add", "Attention", "Cast", "Clip", "Concat", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN", "LayerNormalization", "Mul",
-    "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+    *PRODUCTS, "Add", "Attention", "Cast", "Clip", "Concat", "Cos", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN", "LayerNormalization", "Mul",
+    "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Sin", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip
 LARGE = 16  # rows and columns of a weight from which on `int8` means integers
 MOST_FLOATS = 0.1  # of all weights' numbers, that may be multiplied in float under the name `int8`

@@ -46,6 +46,7 @@ class DataConfig:
     slate_size: int = 20  # a slate is the next this many events of a user
     slate_users: int = 0  # users whose last slate is held out of training
     validation_users: int = 0  # further users whose last training event is held out, to watch the training
+    held_out_users: int = 0  # further users of whom training sees nothing: those that a meta-embedding must help (`limaml.py`)
     max_bad_share: float = 0.01  # above this share of unusable rows, reading is an error
     seed: int = 0
 
@@ -247,6 +248,7 @@ class Split:
     test_lengths: np.ndarray  # (U,) int64, events before the one to predict; 0: the user has none
     slate_users: np.ndarray  # (S,) int64
     validation_users: np.ndarray  # (V,) int64
+    held_out_users: np.ndarray  # (H,) int64, of whom training sees nothing
 
 
 def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
@@ -266,10 +268,14 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
     train_lengths = known.copy()
     drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(known >= config.slate_size + 5))
     slated = drawn[(lengths - slate_starts >= config.slate_size)[drawn]][: config.slate_users]
-    slate_users, validation_users = np.sort(slated), np.sort(drawn[~np.isin(drawn, slated)][: config.validation_users])
+    others = drawn[~np.isin(drawn, slated)]
+    last = config.validation_users + config.held_out_users
+    slate_users, validation_users = np.sort(slated), np.sort(others[: config.validation_users])
+    held_out_users = np.sort(others[config.validation_users : last])
+    train_lengths[held_out_users] = 0
     train_lengths[slate_users] = slate_starts[slate_users]
     train_lengths[validation_users] = known[validation_users] - config.slate_size
-    return Split(train_lengths, test_lengths, slate_users, validation_users)
+    return Split(train_lengths, test_lengths, slate_users, validation_users, held_out_users)
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:

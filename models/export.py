@@ -29,12 +29,12 @@ from app.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Var
 from app.schemas import RankRequest
 from models import invariance
 from models.calibrate import fit_calibration
-from models.data import Sequences, build_sequences, clean_events, from_table, read_config, read_table, values_of
+from models.data import Sequences, build_sequences, clean_events, read_config, read_table, values_of
 from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
 from models.graphs import Calibration, LigrGraphs, uncalibrated
 from models.ligr import EXITS, Ligr
-from models.meta_embeddings import fit_meta_embeddings
-from models.train import Data, TrainConfig, Trainer, load_data
+from models.limaml import META_BLOCK, MetaLearner, load_learner, save_learner, user_vectors
+from models.train import Data, Trainer, load_trainer
 
 FP32_BOUND = 1e-5
 SET_WISE_LIMIT = 1024
@@ -52,18 +52,19 @@ class Shown:
     titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
 
 
-def what_to_show(trainer: Trainer, toml: dict) -> Shown:
+def what_to_show(trainer: Trainer, learner: MetaLearner, toml: dict) -> Shown:
     """The `[demo]` data where the TOML names one, else the training data itself."""
     data, demo = trainer.data, toml.get("demo")
     if demo is None:
         items, sequences = read_table(Path(toml["data"]["items"])), data.sequences
-        users, vectors = sequences.users, trainer.meta.weight.detach().numpy().astype(np.float32)
+        users = sequences.users
     else:
         items = read_table(Path(demo["items"]))
         events, _ = clean_events(read_table(Path(demo["events"])), data.config.max_bad_share)
         sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
         users = [demo.get("user_prefix", "") + user for user in sequences.users]
-        vectors = fit_meta_embeddings(trainer.model, data, sequences)
+    kinds = [head.kind for head in data.config.heads]
+    vectors = user_vectors(learner, trainer.model, kinds, sequences, data.config.history_length)
     columns = {c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical}
     known, titles = set(data.catalogue.vocabulary.items), {}
     for k, row in enumerate(items.iter_rows(named=True)):
@@ -222,12 +223,12 @@ def plot_report(report: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: int | None = None) -> Path:
+def export(trainer: Trainer, learner: MetaLearner, toml: dict, root: Path, version: int, most_users: int | None = None) -> Path:
     """The published bundle's folder. Raises ValueError where a measured bound is missed."""
     data, model = trainer.data, trainer.model.eval()
     config, rng = data.config, np.random.default_rng(0)
     default_meta = model.default_meta.detach().numpy()
-    shown = what_to_show(trainer, toml)
+    shown = what_to_show(trainer, learner, toml)
     lengths = np.diff(shown.sequences.offsets)
     example_user = int(np.flatnonzero(lengths >= 100)[0]) if (lengths >= 100).any() else int(lengths.argmax())
     example = make_request(shown, data, example_user, shown.users[example_user], EXAMPLE_EVENTS, EXAMPLE_CANDIDATES, rng)
@@ -249,6 +250,7 @@ def export(trainer: Trainer, toml: dict, root: Path, version: int, most_users: i
     )
     with staging(root / config.name, version) as stage:
         write_content(stage, content)
+        save_learner(stage / META_BLOCK, learner, [head.kind for head in config.heads])
         write_graphs(stage / "draft", LigrGraphs(model, content.identity, content.longest_call).all())
         calibrations = fit_calibrations(Engine(stage / "draft", np.load(stage / "items.npy"), content.exits, 1), data, default_meta)
         shutil.rmtree(stage / "draft")
@@ -407,13 +409,14 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("models/bundles"))
     parser.add_argument("--version", type=int, help="default: one more than the newest")
     args = parser.parse_args()
-    config, toml = read_config(args.toml)
-    trainer = Trainer(load_data(config, toml), toml.get("model", {}), from_table(TrainConfig, toml.get("train", {}), "train"))
     try:
-        trainer.load((args.folder or Path("build/train") / config.name) / "checkpoint.pt")
-        if trainer.epoch < trainer.config.epochs:
-            raise ValueError(f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `python -m models.train {args.toml}` goes on")
-        print(export(trainer, toml, args.root, args.version or max(versions(args.root / config.name), default=0) + 1))
+        config, toml = read_config(args.toml)
+        folder = args.folder or Path("build/train") / config.name
+        trainer = load_trainer(args.toml, folder)
+        if not (folder / META_BLOCK).exists():
+            raise ValueError(f"{folder} has no {META_BLOCK}: `python -m models.limaml {args.toml}` learns it")
+        learner, _ = load_learner(folder / META_BLOCK)
+        print(export(trainer, learner, toml, args.root, args.version or max(versions(args.root / config.name), default=0) + 1))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

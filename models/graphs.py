@@ -64,6 +64,7 @@ class Graph:
         self.weights: dict[str, onnx.TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.rotary: tuple[str, str] | None = None  # of `LigrGraphs.rotary`, worked out once
 
     def input(self, name: str, shape: Sequence[int | str], dtype: int = FLOAT) -> str:
         self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
@@ -121,8 +122,8 @@ class LigrGraphs:
         self.heads, self.key_heads = model.config.attention_heads, model.config.key_heads or model.config.attention_heads
         self.query_size = model.config.query_width // self.heads  # of a head of queries and keys
         half = self.query_size // 2
-        angle = np.arange(longest_history + 2)[:, None] * 10_000.0 ** (-np.arange(half, dtype=np.float32) / half)
-        self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        frequencies = 10_000.0 ** (-np.arange(half) / half)
+        self.rotary_factors = {"positions": np.arange(longest_history + 2)[:, None].astype(np.float32), "frequencies": frequencies.astype(np.float32)}
 
     def stream(self, g: Graph, x: str) -> Stream:
         """x (B, N, d)"""
@@ -147,7 +148,11 @@ class LigrGraphs:
         return self.unstacked(g, g.op("RotaryEmbedding", heads, *self.rotary(g), position), shape, self.config.query_width)
 
     def rotary(self, g: Graph) -> tuple[str, str]:
-        return g.weight("rotary.cos", self.cos), g.weight("rotary.sin", self.sin)
+        """Tables (positions, D/2) of constants, which onnxruntime works out when it loads: on disk they would be a quarter of a small int8 variant."""
+        if g.rotary is None:
+            angle = g.op("Mul", *(g.weight(f"rotary.{name}", array) for name, array in self.rotary_factors.items()))
+            g.rotary = g.op("Cos", angle), g.op("Sin", angle)
+        return g.rotary
 
     def keys_values(self, g: Graph, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
         """(B, N, key width) and (B, N, value width)"""

@@ -185,6 +185,11 @@ class Ligr(nn.Module):
         n = (*numeric.shape[:-1], -1)
         return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
 
+    def meta_shift(self, meta: Tensor) -> Tensor:
+        """What a meta-embedding (..., M) adds to `fuse` of none at all: (..., d)."""
+        first = 2 * self.config.numeric
+        return F.linear(meta, self.fusion.weight[:, first : first + self.config.meta_size])
+
     def hidden(self, vectors: Tensor, state: list[tuple[Tensor, Tensor]], positions: Tensor, mask: Tensor | None, fused: Tensor) -> Tensor:
         """Candidates' vectors (B, N, d) through the blocks, each reading the history alone; (B, N, d).
 

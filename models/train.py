@@ -413,6 +413,16 @@ class Trainer:
         self.epoch = state["epoch"]
 
 
+def load_trainer(toml_path: Path, folder: Path) -> Trainer:
+    """A training that has ended. Raises ValueError where it has not, or is another's."""
+    config, toml = read_config(toml_path)
+    trainer = Trainer(load_data(config, toml), toml.get("model", {}), from_table(TrainConfig, toml.get("train", {}), "train"))
+    trainer.load(folder / "checkpoint.pt")
+    if trainer.epoch < trainer.config.epochs:
+        raise ValueError(f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `python -m models.train {toml_path}` goes on")
+    return trainer
+
+
 def plot_log(log: Path) -> None:
     import matplotlib
 

@@ -44,6 +44,7 @@ class Tiny:
     training: Path  # checkpoint.pt, log.csv, log.png
     toml: dict[str, Any]
     trainer: Any  # models.train.Trainer
+    learner: Any  # models.limaml.MetaLearner
 
     @property
     def folder(self) -> Path:
@@ -56,6 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
     from models.data import read_config
     from models.export import export
+    from models.limaml import MetaConfig, MetaTrainer
     from models.movielens import read_movielens
     from models.train import TrainConfig, load_data, train
 
@@ -67,8 +69,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     config, toml = read_config(HERE / "tiny.toml")
     toml["data"] |= {name: str(base / toml["data"][name]) for name in ("events", "items")}
     trainer = train(load_data(config, toml), toml["model"], TrainConfig(**toml["train"]), base / "train")
-    export(trainer, toml, base / "bundles", 1)
-    return Tiny(base / "bundles", base / "train", toml, trainer)
+    learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(**toml["meta"])).train(base / "train")
+    export(trainer, learner, toml, base / "bundles", 1)
+    return Tiny(base / "bundles", base / "train", toml, trainer, learner)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from models.data import DataConfig, Head, read_table
 from models.export import FP32_BOUND, export, fit_calibrations, make_request, staging, what_to_show, write_content, write_graphs
 from models.graphs import Calibration, LigrGraphs
 from models.ligr import EXITS
-from models.meta_embeddings import fit_meta_embeddings
+from models.limaml import MetaConfig, MetaTrainer, user_vectors
 from models.reference import reference_content
 from models.train import TrainConfig, build_model, load_data, train
 from tests.conftest import Tiny
@@ -56,7 +56,7 @@ def test_a_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> Non
 def test_a_published_version_does_not_change(tiny: Tiny) -> None:
     before = (tiny.folder / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="exists"):
-        export(tiny.trainer, tiny.toml, tiny.root, 1)
+        export(tiny.trainer, tiny.learner, tiny.toml, tiny.root, 1)
     assert (tiny.folder / "manifest.json").read_bytes() == before
 
 
@@ -64,7 +64,7 @@ def test_a_published_version_does_not_change(tiny: Tiny) -> None:
 def test_a_missed_bound_publishes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: float) -> None:
     monkeypatch.setattr(invariance, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
-        export(tiny.trainer, tiny.toml, tmp_path, 1)
+        export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
@@ -74,7 +74,7 @@ def test_what_a_server_may_be_set_to_has_no_bound_here(tiny: Tiny, tmp_path: Pat
     """It is measured, and said in the manifest."""
     monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(invariance, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
-    ranker = load_bundle(export(tiny.trainer, tiny.toml, tmp_path, 1, most_users=2), 1)
+    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
 
@@ -98,7 +98,7 @@ def test_second_version_stands_beside_the_first_and_is_served(tiny: Tiny, tmp_pa
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
     monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    assert export(tiny.trainer, tiny.toml, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
+    assert export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
     for name in ("items.npy", "ids.json", "display.json"):
@@ -117,7 +117,8 @@ def test_manifest_describes_the_trained_ranker(ranker: Ranker, tiny: Tiny) -> No
     np.testing.assert_array_equal(ranker.items, model.item_table().detach().numpy())
     assert json.loads((tiny.folder / "ids.json").read_text()) == data.catalogue.vocabulary.items
     np.testing.assert_array_equal(ranker.default_meta, model.default_meta.detach().numpy())
-    np.testing.assert_array_equal(ranker.embedded_meta, tiny.trainer.meta.weight.detach().numpy())
+    kinds = [head.kind for head in data.config.heads]
+    np.testing.assert_array_equal(ranker.embedded_meta, user_vectors(tiny.learner, model, kinds, data.sequences, data.config.history_length))
     assert list(ranker.embedded_users) == data.sequences.users
 
 
@@ -267,7 +268,7 @@ def demo(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_only_the_demo_is_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
-    shown = what_to_show(tiny.trainer, demo)
+    shown = what_to_show(tiny.trainer, tiny.learner, demo)
     listed = read_table(Path(demo["demo"]["items"]))
     assert set(shown.titles) == set(listed["item_id"].to_list()) - {"999999"}
     assert len(shown.titles) < len(tiny.trainer.data.catalogue.vocabulary.items)
@@ -280,7 +281,7 @@ def test_only_the_demo_is_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
 def test_users_vectors_are_learned_without_touching_the_ranker(tiny: Tiny, demo: dict[str, Any]) -> None:
     model = tiny.trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    vectors = what_to_show(tiny.trainer, demo).vectors
+    vectors = what_to_show(tiny.trainer, tiny.learner, demo).vectors
     assert all(parameter.requires_grad for parameter in model.parameters())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
@@ -292,14 +293,15 @@ def test_a_user_of_unknown_items_alone_keeps_the_default_vector(tiny: Tiny) -> N
     s = tiny.trainer.data.sequences
     items = s.items.copy()
     items[: s.offsets[1]] = 0
-    vectors = fit_meta_embeddings(tiny.trainer.model, tiny.trainer.data, dataclasses.replace(s, items=items))
+    kinds = [head.kind for head in tiny.trainer.data.config.heads]
+    vectors = user_vectors(tiny.learner, tiny.trainer.model, kinds, dataclasses.replace(s, items=items), 128)
     default = tiny.trainer.model.default_meta.detach().numpy()
     np.testing.assert_array_equal(vectors[0], default)
     assert (vectors[1:] != default).any(axis=1).all()
 
 
 def test_example_of_a_demo_names_nothing_that_is_not_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
-    shown = what_to_show(tiny.trainer, demo)
+    shown = what_to_show(tiny.trainer, tiny.learner, demo)
     request = make_request(shown, tiny.trainer.data, 0, shown.users[0], 40, 24, np.random.default_rng(0))
     assert request["user"].startswith("demo:")
     assert set(request["history"]["item_ids"]) | set(request["candidates"]["item_ids"]) <= set(shown.titles)
@@ -316,7 +318,8 @@ def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
     trainer = train(load_data(config, toml), shape, short, folder / "train")
-    return load_bundle(export(trainer, toml, folder, 1), 1)
+    learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(folder / "train")
+    return load_bundle(export(trainer, learner, toml, folder, 1), 1)
 
 
 NEXT, BUY = Head("next", "next", 1.0), Head("buy", "label", 1.0)
