@@ -59,8 +59,9 @@ for _reason in ("in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _result in ("hit", "extended", "miss", "none"):
     HISTORY_CACHE.labels(_result)
-for _result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error"):
-    EMBEDDINGS.labels(_result)
+EMBEDDINGS_BY_RESULT = {
+    result: EMBEDDINGS.labels(result) for result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")
+}
 
 
 class Timings:

@@ -72,9 +72,9 @@ def connect(url: str) -> Client:
 
 
 def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
-    """A client for the server: nothing is tried twice, nobody waits long. How long a caller waits is the caller's to bound."""
+    """A client for the server: nothing is tried twice. How long a reply may take is the caller's to bound: redis-py would set a timer for each."""
     options: dict[str, Any] = {
-        "socket_timeout": timeout_seconds,
+        "socket_timeout": None,
         "socket_connect_timeout": timeout_seconds,
         "retry": Retry(NoBackoff(), 0),
         "max_connections": connections,

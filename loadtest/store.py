@@ -80,9 +80,11 @@ class Asking:
         for thread in self.threads:
             thread.join()
 
-    def last_served(self, since: float, version: str) -> float:
-        """Seconds after `since` until the end of the last answer with that version."""
-        return max((ended - since for _, ended, _, answer in self.answers if ended > since and answer["meta_embedding"]["version"] == version), default=0.0)
+    def last_served(self, version: str, since: float, until: float) -> float:
+        """Seconds after `since` until the end of the last answer with that version, before `until`."""
+        return max(
+            (ended - since for _, ended, _, answer in self.answers if since < ended < until and answer["meta_embedding"]["version"] == version), default=0.0
+        )
 
 
 def summary(seconds: list[float]) -> tuple[float, float, float]:
@@ -116,8 +118,8 @@ def serve(bundles: Path, ranker: str, space: str, dim: int, users: list[str], po
     old, new, newest = (str(each["generation"]) for each in (first, second, third))
     result["pushed_alone"], result["pushed_while_served"] = first, [second, third]
     result["requests"], result["failed"] = len(asking.answers), len(asking.failures) + sum(status != 200 for _, _, status, _ in asking.answers)
-    result["old_served_s"] = [asking.last_served(switched, old), asking.last_served(switched_again, old)]
-    result["rolled_back_served_s"] = asking.last_served(rolled_back, new)
+    result["old_served_s"] = [asking.last_served(old, switched, rolled_back), asking.last_served(old, switched_again, float("inf"))]
+    result["rolled_back_served_s"] = asking.last_served(new, rolled_back, switched_again)
     result["versions"] = Counter(answer["meta_embedding"]["version"] for *_, answer in asking.answers)
     result["statuses"] = Counter(answer["meta_embedding"]["status"] for *_, answer in asking.answers)
     scores: dict[Any, set[Any]] = defaultdict(set)
@@ -138,14 +140,16 @@ def serve(bundles: Path, ranker: str, space: str, dim: int, users: list[str], po
 def memory(ranker: str, space: str, dim: int, users: list[str], port: int) -> dict[str, Any]:
     client = redis.Redis(port=port)
     store, result = Generations(client, ranker, space), {}
-    for dtype in DTYPES:
+    for name in (*DTYPES, "float32, compact"):
+        dtype = name.partition(",")[0]
         client.flushall()
+        client.config_set("hash-max-ziplist-value", 256 if "compact" in name else 64)  # 64 is Redis' default
         before, row = client.info("memory")["used_memory"], {}
         for live in (1, 2, 3):
             pushed = push(store, users, drawn(len(users), dim, live), dtype)
             row[f"live_{live}"] = (client.info("memory")["used_memory"] - before) / len(users)
             row[f"users_per_second_{live}"] = pushed["users_per_second"]
-        result[dtype] = {"vector": dim * {"float32": 4, "float16": 2, "int8": 1}[dtype], "value": pushed["bytes"] / len(users)} | row
+        result[name] = {"vector": dim * {"float32": 4, "float16": 2, "int8": 1}[dtype], "value": pushed["bytes"] / len(users)} | row
     client.close()
     return result
 
@@ -296,15 +300,15 @@ def print_tables(result: dict[str, Any]) -> None:
     print(f"| a push alone, and two while serving, s | {', '.join(str(round(each['seconds'], 1)) for each in pushes)} |")
     print(f"| request p50, p99, longest, ms | {', '.join(f'{ms:.1f}' for ms in served['latency_ms'])} |")
     print(f"| statuses | {dict(served['statuses'])} |")
-    print("\n| bytes a user | vector | value | in Redis, 1 generation | 2 | 3 |\n| --- | --- | --- | --- | --- | --- |")
+    print("\nCompact: hash-max-ziplist-value (or -listpack-value) 256 instead of Redis' 64.\n")
+    print("| bytes a user | vector | value | in Redis, 1 generation | 2 | 3 |\n| --- | --- | --- | --- | --- | --- |")
     for dtype, row in result["memory"].items():
         print(f"| {dtype} | {row['vector']} | {row['value']:.0f} | {row['live_1']:.0f} | {row['live_2']:.0f} | {row['live_3']:.0f} |")
     print("\n| look-ups at once | p50 ms | p99 ms | longest ms | |\n| --- | --- | --- | --- | --- |")
     for at_once, row in result["look_ups"].items():
         print(f"| {at_once} | {' | '.join(f'{ms:.2f}' for ms in row['ms'])} | {dict(row['statuses'])} |")
-    print(
-        f"\n| fault, {FAULT_RATE} look-ups a second for {FAULT_SECONDS} s, budget {BUDGET * 1e3:g} ms | p50 ms | p99 ms | added p99 ms | opened s | closed s | |"
-    )
+    print(f"\n{FAULT_RATE} look-ups a second for {FAULT_SECONDS} s, budget {BUDGET * 1e3:g} ms\n")
+    print("| fault | p50 ms | p99 ms | added p99 ms | circuit opened s | closed s | |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     plain = result["faults"]["none"]["ms"][1]
     for name, row in result["faults"].items():

@@ -46,7 +46,10 @@ def gauge(name: str, **labels: str) -> float | None:
 # Round trips
 
 
-def test_look_ups_of_one_moment_share_a_round_trip_and_a_users_own_share_a_command(client: redis.Redis, redis_port: int) -> None:
+def test_look_ups_of_one_moment_share_a_round_trip_and_a_users_own_share_a_command(
+    client: redis.Redis, redis_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisStore, "BATCH", 64)
     fill(client)
 
     async def main() -> None:
@@ -79,7 +82,7 @@ def test_what_arrives_during_a_round_trip_goes_with_the_next_one(client: redis.R
             proxy.may_speak.clear()
             first = store.look_up(RANKER, "0")
             await until(lambda: store.trips, GENEROUS)
-            rest = [store.look_up(RANKER, str(user)) for user in range(1, 100)]
+            rest = [store.look_up(RANKER, str(user)) for user in range(1, 30)]
             await asyncio.sleep(0.05)
             proxy.may_speak.set()
             for user, found in enumerate(await asyncio.gather(first, *rest)):
