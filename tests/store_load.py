@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from app.generations import Generations
-from app.meta_embeddings import CLOSED, MetaEmbedding, RedisStore
+from app.meta_embeddings import MetaEmbedding, RedisStore
 from app.redis_clients import Client
+from app.roads import CLOSED
 
 DIM, USERS = 8, 300
 RANKER: Any = SimpleNamespace(
@@ -101,5 +102,10 @@ async def until(condition: Callable[[], Any], patience: float) -> float:
     return time.perf_counter() - begin
 
 
+def circuit(store: RedisStore) -> int:
+    """Of all roads the worst."""
+    return max((road.circuit for road in store.roads.values()), default=CLOSED)
+
+
 async def until_closed(store: RedisStore, patience: float = 5.0) -> float:
-    return await until(lambda: store.circuit == CLOSED, patience)
+    return await until(lambda: store.pointers and circuit(store) == CLOSED, patience)

@@ -18,10 +18,12 @@ from prometheus_client import REGISTRY
 
 from app.bundle import Ranker
 from app.generations import KEPT, Generations
-from app.meta_embeddings import CLOSED, OPEN, EmbeddedStore, MetaEmbedding, RedisStore
+from app.meta_embeddings import EmbeddedStore, MetaEmbedding, RedisStore
 from app.push import push
+from app.roads import CLOSED, OPEN
 from app.vectors import FLOAT32, HEADER, MAGIC, pack, pointer_key, user_key
 from tests.fault_proxy import fault_proxy
+from tests.store_load import circuit
 
 PATIENCE = 30.0  # seconds; never waited for where the code is right
 GENEROUS = 20.0  # a time-out that a busy machine does not meet by chance
@@ -347,7 +349,7 @@ def test_a_redis_that_dies_is_an_error_in_time_and_comes_back_by_itself(
                         assert_default(await store.look_up(ranker, users[0]), ranker, "error")
                     await asyncio.sleep(0.005)
                 assert counts() == {"error": 20}
-                await until(lambda: asyncio.sleep(0, store.circuit == OPEN))
+                await until(lambda: asyncio.sleep(0, circuit(store) == OPEN))
                 with start_redis(port):
                     await until(lambda: has_status(store, ranker, users[0], "default"))  # it came back empty
                     fill(port)
@@ -408,7 +410,11 @@ def test_what_is_not_redis_or_never_answers_is_an_error_within_the_budget(ranker
                 assert_default(await store.look_up(ranker, "u0"), ranker, "error")
                 await asyncio.sleep(0.02)
             assert not store.poller.done(), "the poll must go on, or the store never comes back"
-            store.circuit, store.generations = CLOSED, {ranker.name: ["2", "1"]}  # as if it had gone wrong just now
+            store.roads[""].circuit, store.pointers, store.generations = (
+                CLOSED,
+                {ranker.name: b"1"},
+                {ranker.name: ["2", "1"]},
+            )  # as if it had gone wrong just now
             found = await store.look_up(ranker, "u0")
             np.testing.assert_array_equal(found.vector, ranker.default_meta)
 
@@ -430,7 +436,7 @@ def test_a_redis_that_falls_silent_is_an_error_within_the_budget_and_is_used_aga
                 found = await asyncio.gather(*(store.look_up(ranker, user) for user in users))
             for each in found:
                 assert_default(each, ranker, "error")
-            await until(lambda: asyncio.sleep(0, store.circuit == OPEN))
+            await until(lambda: asyncio.sleep(0, circuit(store) == OPEN))
             proxy.may_speak.set()
             await until(lambda: has_status(store, ranker, users[0], "hit"))
             for user, vector in zip(users, sent, strict=True):  # no late reply of before is taken for one of now
@@ -456,7 +462,11 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
             fault_proxy(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as proxy,
             RedisStore(url(proxy.port), timeout_seconds, [ranker]) as store,
         ):
-            store.circuit, store.generations = CLOSED, {ranker.name: ["1"]}  # whatever the first poll found in so short a time
+            store.roads[""].circuit, store.pointers, store.generations = (
+                CLOSED,
+                {ranker.name: b"1"},
+                {ranker.name: ["1"]},
+            )  # whatever the first poll found in so short a time
             for _ in range(40):
                 rows = [chance.randrange(len(users)) for _ in range(20)]
                 tasks = [asyncio.ensure_future(store.look_up(ranker, users[row])) for row in rows]
@@ -472,7 +482,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
                     else:
                         assert timeout_seconds < 1, found
                         assert_default(found, ranker, "error")
-                store.circuit = CLOSED
+                store.roads[""].circuit = CLOSED
         return hits, cancelled
 
     hits, cancelled = asyncio.run(main())
@@ -513,8 +523,8 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                assert store.trips
-            assert not store.trips
+                assert store.roads[""].trips
+            assert not store.roads[""].trips
             assert store.poller.done()
 
     asyncio.run(main())

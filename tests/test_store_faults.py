@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, ExitStack
 import pytest
 import redis
 
-from app.meta_embeddings import CLOSED, HALF_OPEN, OPEN, RedisStore
+from app.meta_embeddings import RedisStore
+from app.roads import CLOSED, HALF_OPEN, OPEN, Road
 from app.vectors import pointer_key, user_key
 from tests.fault_proxy import FaultProxy, fault_proxy
-from tests.store_load import RANKER, USERS, check, fill, loaded, until, until_closed
+from tests.store_load import RANKER, USERS, check, circuit, fill, loaded, until, until_closed
 
 BUDGET = 0.05  # seconds
 SLACK = 1.0  # of a look-up's end, on a machine that does other things
@@ -77,10 +78,10 @@ def test_a_fault_opens_the_circuit_within_a_second_and_is_forgotten_within_five_
                     await asyncio.sleep(0.3)
                     began = time.perf_counter()
                     fault(proxy)
-                    await until(lambda: store.circuit == OPEN, 1.0)
+                    await until(lambda: circuit(store) == OPEN, 1.0)
                     await asyncio.sleep(1.2)  # probes do not close it
-                    assert store.circuit in (OPEN, HALF_OPEN)
-                    assert proxy.open <= 4 * store.TRIPS
+                    assert circuit(store) in (OPEN, HALF_OPEN)
+                    assert proxy.open <= 4 * Road.TRIPS
                     during = load.since(began + 0.1)
                     healed = time.perf_counter()
                     proxy.heal()
@@ -90,7 +91,7 @@ def test_a_fault_opens_the_circuit_within_a_second_and_is_forgotten_within_five_
                 assert during["error"] > 100 and during["default"] == 0
                 assert load.since(healed)["hit"] > 10, "after"
                 assert load.longest < BUDGET + SLACK
-                assert proxy.open <= 4 * store.TRIPS
+                assert proxy.open <= 4 * Road.TRIPS
             await until(lambda: proxy.open == 0, 5.0)
         await until(lambda: client.info("clients")["connected_clients"] == 1, 5.0)
 
@@ -118,7 +119,7 @@ def test_a_circuit_that_is_open_answers_at_once(client: redis.Redis, redis_port:
     async def main() -> None:
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 20.0, [RANKER]) as store:
             black_hole(proxy)
-            store.switch(OPEN)
+            store.roads[""].switch(OPEN)
             begin = time.perf_counter()
             for user in map(str, range(100)):
                 check(user, await store.look_up(RANKER, user))
@@ -133,10 +134,10 @@ def test_who_waits_in_line_when_the_circuit_opens_is_answered_then(client: redis
 
     async def main() -> None:
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 20.0, [RANKER]) as store:
-            store.conductor.cancel()
+            store.roads[""].conductor.cancel()
             waiting = store.look_up(RANKER, "1")
-            store.switch(OPEN)
-            assert (await waiting).status == "error" and not store.queue and not store.flights
+            store.roads[""].switch(OPEN)
+            assert (await waiting).status == "error" and not store.roads[""].queue and not store.flights
             proxy.heal()
 
     asyncio.run(main())
@@ -157,7 +158,7 @@ def test_a_redis_that_is_killed_and_comes_back_empty(start_redis: Callable[[int 
                     await asyncio.sleep(0.5)
                     first.close()
                     store.cache.clear()
-                    await until(lambda: store.circuit == OPEN, 2.5)  # by the poll, if the cache should have answered all
+                    await until(lambda: circuit(store) == OPEN, 2.5)  # by the poll, if the cache should have answered all
                     with start_redis(port):
                         await until_closed(store)
                         await until(lambda: not store.generations["r"], 5.0)
@@ -218,7 +219,7 @@ def test_users_whose_key_is_of_another_type_open_no_circuit(client: redis.Redis,
             await until_closed(store)
             async with loaded(store) as load:
                 await asyncio.sleep(0.5)
-            assert set(load.since(0.0)) == {"default"} and store.circuit == CLOSED
+            assert set(load.since(0.0)) == {"default"} and circuit(store) == CLOSED
 
     asyncio.run(main())
 
@@ -291,14 +292,14 @@ def test_a_cancel_storm_never_yields_another_users_vector(client: redis.Redis, r
                     outcomes = await asyncio.gather(*(ask(store) for _ in range(30)), return_exceptions=True)
                     statuses += [outcome for outcome in outcomes if isinstance(outcome, str)]
                     assert all(isinstance(outcome, str | TimeoutError) for outcome in outcomes), outcomes
-                    store.switch(CLOSED)
+                    store.roads[""].switch(CLOSED)
                 assert len(statuses) < 60 * 30, "some went away"
                 assert "hit" in statuses
                 proxy.delay = 0.0
-                await until(lambda: not store.flights and not store.trips, 10.0)
+                await until(lambda: not store.flights and not store.roads[""].trips, 10.0)
                 await until_closed(store)
-                await until(lambda: store.circuit == CLOSED, 5.0)
-                assert proxy.open <= 4 * store.TRIPS
+                await until(lambda: circuit(store) == CLOSED, 5.0)
+                assert proxy.open <= 4 * Road.TRIPS
             await until(lambda: proxy.open == 0, 5.0)
 
     asyncio.run(main())

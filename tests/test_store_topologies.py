@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import ssl
 import subprocess
 import time
@@ -17,12 +19,13 @@ import trustme
 from redis.cluster import key_slot
 
 from app.generations import Generations, connect
-from app.meta_embeddings import CLOSED, OPEN, RedisStore
+from app.meta_embeddings import RedisStore
 from app.push import push
+from app.roads import CLOSED, OPEN
 from app.vectors import pointer_key, unpack, user_key
 from tests.conftest import free_port, redis_binary
 from tests.fault_proxy import fault_proxy
-from tests.store_load import DIM, RANKER, USERS, check, fill, loaded, until, until_closed, vectors_of
+from tests.store_load import DIM, RANKER, USERS, check, circuit, fill, loaded, until, until_closed, vectors_of
 
 BUDGET = 0.25  # seconds
 SLACK = 1.0
@@ -160,7 +163,7 @@ def test_slots_of_a_cluster_move_and_no_look_up_is_lost(cluster: list[redis.Redi
                 await asyncio.to_thread(move, pointer, source, target, others)
                 await asyncio.sleep(1.5)
             assert set(load.since(0.0)) == {"hit"} and len(load.answers) > 200
-            assert store.circuit == CLOSED
+            assert circuit(store) == CLOSED
 
     asyncio.run(main())
 
@@ -186,6 +189,49 @@ def test_everything_that_writes_works_on_a_cluster(cluster: list[redis.Redis]) -
             assert set(fields) == {b"7", b"6", b"4"}
             assert unpack(fields[b"6"], DIM)[0][:2].tolist() == [user, 4]
         assert set(client.hgetall(user_key("r", "s", "7"))) == {b"7"}
+
+
+def test_a_node_that_stands_still_takes_its_own_users_only_and_is_back_when_it_moves(cluster: list[redis.Redis]) -> None:
+    emptied(cluster)
+    with connect(cluster_url(cluster)) as client:
+        fill(client)
+    pointer = owner(cluster, key_slot(pointer_key("r", "s").encode()))
+    still = next(node for node in cluster if node is not pointer)
+    users = list(map(str, range(0, USERS, 10)))
+    mine = {user for user in users if owner(cluster, key_slot(user_key("r", "s", user).encode())) is still}
+    assert 0 < len(mine) < len(users)
+
+    async def main() -> None:
+        async with RedisStore(cluster_url(cluster), 0.1, [RANKER]) as store:
+
+            async def ask_all() -> dict[str, str]:
+                found = await asyncio.gather(*(store.look_up(RANKER, user) for user in users))
+                for user, each in zip(users, found, strict=True):
+                    check(user, each)
+                return {user: each.status for user, each in zip(users, found, strict=True)}
+
+            async def until_all_hit() -> None:
+                async with asyncio.timeout(10):
+                    while set((await ask_all()).values()) != {"hit"}:  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+
+            await until_all_hit()
+            pid = int(still.info("server")["process_id"])
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                begin, statuses = time.perf_counter(), []
+                while time.perf_counter() - begin < 1.5:  # less than the other nodes take to notice
+                    statuses.append(await ask_all())
+                    await asyncio.sleep(0.02)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            assert all(each[user] == "error" for each in statuses for user in mine)
+            others = [each[user] for each in statuses for user in users if user not in mine]
+            assert others.count("hit") > 0.9 * len(others)
+            assert sum(road.circuit != CLOSED for road in store.roads.values()) == 1
+            await until_all_hit()
+
+    asyncio.run(main())
 
 
 # Sentinel
@@ -215,7 +261,7 @@ def test_a_fail_over_costs_seconds_and_no_wrong_answer(tmp_path: Path) -> None:
                     await asyncio.sleep(0.5)
                     assert set(load.since(0.0)) == {"hit"}
                     process.kill()
-                    await until(lambda: store.circuit == OPEN, 3.0)
+                    await until(lambda: circuit(store) == OPEN, 3.0)
                     await until_closed(store, 30.0)
                     back = time.perf_counter()
                     await asyncio.sleep(0.5)
@@ -260,7 +306,7 @@ def test_tls_with_a_password_under_load(tmp_path: Path, authority: trustme.CA) -
                         await asyncio.sleep(0.7)
                         proxy.reset_all()
                         await asyncio.sleep(0.7)
-                    assert load.since(0.0)["hit"] > 0.9 * len(load.answers) and store.circuit == CLOSED
+                    assert load.since(0.0)["hit"] > 0.9 * len(load.answers) and circuit(store) == CLOSED
                     assert load.longest < BUDGET + SLACK
                 for wrong in (url.replace("p%40ss", "wrong"), url.replace("127.0.0.1", "localhost"), f"rediss://:p%40ss@127.0.0.1:{proxy.port}/0"):
                     async with RedisStore(wrong, BUDGET, [RANKER]) as store:  # another password, another name than the certificate's, nobody to trust

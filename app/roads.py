@@ -1,0 +1,175 @@
+"""The way to one Redis server: look-ups that share round trips, and a circuit that opens when these fail in a row.
+
+What a request waits for is a future with a timer; the round trips run in tasks of their own, so that a request that goes away
+never leaves half a reply in a connection. Knows flights and replies, and nothing of vectors.
+Before: `meta_embeddings.RedisStore` sends flights here. After: it gets each back with its reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+
+from app import metrics
+
+log = logging.getLogger("slatewise")
+
+CLOSED, HALF_OPEN, OPEN = range(3)
+
+
+@dataclass(eq=False)
+class Flight:
+    """A look-up on its way, and the requests that wait for it."""
+
+    user: tuple[str, str]  # ranker, user
+    key: str
+    waiting: list[asyncio.Future[Any]] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)  # what is asked for, as of departure
+    epoch: int = 0  # of the pointers at departure
+
+    @property
+    def wanted(self) -> bool:
+        return not all(future.done() for future in self.waiting)
+
+
+class Road:
+    """One round trip after the other; a second one only where the one before takes its time."""
+
+    TRIP_SECONDS = 1.0  # after which a connection is given up; nobody waits so long, but a connection may take longer to make than a look-up may
+    TRIPS = 4  # at a time
+    BATCH = 32  # users of one round trip: redis-py takes about a tenth of a millisecond for each, and all of them must be inside the budget
+    FAILURES = 3  # round trips in a row, each begun after the one before had failed, that open the circuit
+
+    def __init__(
+        self,
+        name: str,
+        timeout_seconds: float,
+        fetch: Callable[[list[Flight]], Awaitable[list[Any]]],
+        land: Callable[[Flight, Any], None],
+        drop: Callable[[Flight], None],
+        circuit: int,
+    ) -> None:
+        self.name, self.timeout = name, timeout_seconds
+        self.fetch, self.land, self.drop = fetch, land, drop  # land: with a reply or an exception; drop: who asks for this user from now on does so anew
+        self.circuit, self.failures, self.failed_at = circuit, 0, 0.0
+        self.queue: list[Flight] = []
+        self.arrived = asyncio.Event()
+        self.trips: set[asyncio.Task[None]] = set()
+        self.late: set[asyncio.Task[None]] = set()  # past the budget: nobody waits for them, and they hold nobody up
+        self.conductor = asyncio.create_task(self.conduct())
+
+    async def close(self) -> None:
+        self.conductor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.conductor
+        await asyncio.gather(*self.trips, *self.late, return_exceptions=True)
+        self.turn_back()
+
+    def send(self, flight: Flight) -> None:
+        self.queue.append(flight)
+        self.arrived.set()
+
+    async def conduct(self) -> None:
+        while True:
+            await self.arrived.wait()
+            self.arrived.clear()
+            while self.queue:
+                while len(self.trips) >= self.TRIPS or len(self.late) >= 2 * self.TRIPS:
+                    await asyncio.wait(self.trips | self.late, timeout=self.timeout / 4, return_when=asyncio.FIRST_COMPLETED)
+                batch, self.queue = self.queue[: self.BATCH], self.queue[self.BATCH :]
+                for flight in batch:
+                    if not flight.wanted:
+                        self.drop(flight)
+                batch = [flight for flight in batch if flight.wanted]
+                if batch:
+                    trip = asyncio.create_task(self.travel(batch))
+                    self.trips.add(trip)
+                    trip.add_done_callback(self.trips.discard)
+                    trip.add_done_callback(self.late.discard)
+                    await asyncio.wait([trip], timeout=self.timeout / 4)
+
+    async def travel(self, batch: list[Flight]) -> None:
+        loop, trip = asyncio.get_running_loop(), asyncio.current_task()
+        assert trip is not None
+        begin = loop.time()
+
+        def overdue() -> None:
+            self.trips.discard(trip)
+            self.late.add(trip)
+            self.failed(begin)
+            for flight in batch:
+                self.drop(flight)
+
+        timer = loop.call_later(self.timeout, overdue)
+        try:
+            async with asyncio.timeout(max(self.timeout, self.TRIP_SECONDS)):
+                try:
+                    replies = await self.fetch(batch)
+                except RedisConnectionError:  # a connection that the server had closed
+                    if loop.time() - begin > self.timeout:
+                        raise
+                    replies = await self.fetch(batch)
+        except Exception as error:  # also what redis-py makes of bytes that are no Redis
+            metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
+            replies = [error] * len(batch)
+        finally:
+            timer.cancel()
+            metrics.REDIS_DURATION.labels("hmget").observe(loop.time() - begin)
+        if trip not in self.late:
+            if all(isinstance(reply, Exception) and not is_wrong_type(reply) for reply in replies):
+                self.failed(begin)
+            else:
+                self.failures = 0
+        for flight, reply in zip(batch, replies, strict=True):
+            self.land(flight, reply)
+
+    def failed(self, begin: float) -> None:
+        """Count a failed round trip that began then. Those that were under way together count once: it may have been us who stood still."""
+        if begin < self.failed_at:
+            return
+        self.failures, self.failed_at = self.failures + 1, asyncio.get_running_loop().time()
+        if self.failures >= self.FAILURES:
+            self.switch(OPEN)
+
+    def switch(self, circuit: int) -> None:
+        if circuit == CLOSED != self.circuit:
+            self.failures = 0
+            log.info("redis%s: answers", self.name and f" {self.name}")
+        if circuit == OPEN and self.circuit == CLOSED:
+            log.warning("redis%s: no answer in time, meta-embeddings fall back to the default vector", self.name and f" {self.name}")
+        self.circuit = circuit
+        if circuit == OPEN:
+            self.turn_back()
+
+    def turn_back(self) -> None:
+        """Those that have not departed are answered now."""
+        for flight in self.queue:
+            self.land(flight, RedisError("not asked"))
+        self.queue = []
+
+    async def probe(self, ask: Callable[[], Awaitable[object]]) -> None:
+        """Close an open circuit if an answer comes inside the budget. The first try is off the clock, for it may have to connect."""
+        loop, least = asyncio.get_running_loop(), float("inf")
+        self.switch(HALF_OPEN)
+        try:
+            async with asyncio.timeout(max(self.timeout, self.TRIP_SECONDS)):
+                for timed in (False, True, True, True):
+                    begin = loop.time()
+                    await ask()
+                    if timed:
+                        least = min(least, loop.time() - begin)
+        except Exception:  # also what redis-py makes of bytes that are no Redis
+            least = float("inf")
+        self.switch(CLOSED if least <= self.timeout else OPEN)
+
+
+def is_wrong_type(reply: object) -> bool:
+    """The key holds no hash: one user's fault, and no sign that Redis is ill."""
+    return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")
