@@ -128,10 +128,15 @@ def run_here(work: Work, events: Events, users: list[str], chunks: int, done: se
     table = events.table.join(chosen.filter(~pl.col("chunk").is_in(sorted(done))), on="user_id", maintain_order="left").collect()
     parts = {int(key[0]): part.drop("chunk") for key, part in table.partition_by("chunk", as_dict=True).items()}
     empty = table.clear().drop("chunk")
+    todo = [chunk for chunk in range(chunks) if chunk not in done]
+    if processes == 1:
+        alone = Worker(work)
+        yield from (alone(chunk, parts.get(chunk, empty)) for chunk in todo)
+        return
     context = multiprocessing.get_context("spawn")  # a fork would copy threads of torch and polars in whatever state they are
     with ProcessPoolExecutor(processes, context, start_worker, (work,)) as pool:
         try:
-            for future in as_completed([pool.submit(run_chunk, k, parts.get(k, empty)) for k in range(chunks) if k not in done]):
+            for future in as_completed([pool.submit(run_chunk, chunk, parts.get(chunk, empty)) for chunk in todo]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -223,7 +228,7 @@ def refresh(folder: Path, events: Events, redis_url: str, *, full: bool, process
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -246,7 +251,7 @@ def main() -> None:
             command.add_argument("--ray", action="store_true", help="on Ray: RAY_ADDRESS's cluster, or one on this machine")
             command.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float32", help="of the stored vectors")
             command.add_argument("--ttl-days", type=float, default=0.0, help="after which a user who is not written again is dropped; 0: never")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         if args.command == "refresh":
             options = {"full": args.full, "processes": args.processes, "on_ray": args.ray, "dtype": args.dtype, "ttl_days": args.ttl_days}
@@ -262,7 +267,7 @@ def main() -> None:
             "forget": lambda: {"forgotten": store.forget(args.user)},
         }
         print(json.dumps(answers[args.command]()))
-    except (StoreError, ManifestError, RedisError, OSError, ValueError) as error:
+    except (StoreError, ManifestError, RedisError, pl.exceptions.PolarsError, OSError, ValueError) as error:
         sys.exit(f"{args.command}: {error}")
 
 
