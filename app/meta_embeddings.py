@@ -29,7 +29,7 @@ from app import metrics
 from app.bundle import Ranker
 from app.features import Float32
 from app.redis_clients import connect_async
-from app.roads import CLOSED, OPEN, Flight, Road, is_wrong_type
+from app.roads import CLOSED, OPEN, Flight, Road, call_after, is_wrong_type
 from app.vectors import Corrupt, Mismatched, about_key, pointer_key, read_pointer, unpack, user_key
 
 log = logging.getLogger("slatewise")
@@ -141,8 +141,7 @@ class RedisStore:
     # The request's side: nothing here waits for Redis
 
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[MetaEmbedding] = loop.create_future()
+        future: asyncio.Future[MetaEmbedding] = asyncio.get_running_loop().create_future()
         kept = self.cache.get((ranker.name, user))
         if kept is not None and kept[0] > time.monotonic():
             self.cache.move_to_end((ranker.name, user))
@@ -164,10 +163,10 @@ class RedisStore:
                 self.flights[flight.user] = flight
                 road.send(flight)
             flight.waiting.append(future)
-            begin, timer = time.perf_counter(), loop.call_later(self.timeout, self.give_up, ranker, future)
+            begin, cancel_timer = time.perf_counter(), call_after(self.timeout, partial(self.give_up, ranker, future))
 
             def ended(_: object) -> None:
-                timer.cancel()
+                cancel_timer()
                 metrics.EMBEDDING_DURATION.observe(time.perf_counter() - begin)
 
             future.add_done_callback(ended)

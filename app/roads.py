@@ -22,6 +22,24 @@ from app import metrics
 log = logging.getLogger("slatewise")
 
 CLOSED, HALF_OPEN, OPEN = range(3)
+STALL_SECONDS = 0.003
+
+
+def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
+    """A timer; returns what cancels it. Where the loop itself stood still meanwhile, what has arrived is read before `then` is called."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+
+    handle = loop.call_at(due, lambda: fire())
+
+    def fire() -> None:
+        nonlocal handle
+        if loop.time() - due > STALL_SECONDS:
+            handle = loop.call_later(STALL_SECONDS, then)
+        else:
+            then()
+
+    return lambda: handle.cancel()
 
 
 @dataclass(eq=False)
@@ -45,7 +63,7 @@ class Road:
     TRIP_SECONDS = 1.0  # after which a connection is given up; nobody waits so long, but a connection may take longer to make than a look-up may
     TRIPS = 4  # at a time
     BATCH = 32  # users of one round trip: redis-py takes about a tenth of a millisecond for each, and all of them must be inside the budget
-    FAILURES = 3  # round trips in a row, each begun after the one before had failed, that open the circuit
+    FAILURES = 5  # round trips in a row, each begun after the one before had failed, that open the circuit
 
     def __init__(
         self,
@@ -107,7 +125,7 @@ class Road:
             for flight in batch:
                 self.drop(flight)
 
-        timer = loop.call_later(self.timeout, overdue)
+        cancel_timer = call_after(self.timeout, overdue)
         try:
             async with asyncio.timeout(max(self.timeout, self.TRIP_SECONDS)):
                 try:
@@ -120,7 +138,7 @@ class Road:
             metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
             replies = [error] * len(batch)
         finally:
-            timer.cancel()
+            cancel_timer()
             metrics.REDIS_DURATION.labels("hmget").observe(loop.time() - begin)
         if trip not in self.late:
             if all(isinstance(reply, Exception) and not is_wrong_type(reply) for reply in replies):

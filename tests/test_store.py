@@ -16,10 +16,10 @@ from prometheus_client import REGISTRY
 from app import meta_embeddings
 from app.generations import Generations
 from app.meta_embeddings import EmbeddedStore, RedisStore
-from app.roads import OPEN, Road
+from app.roads import CLOSED, OPEN, Road
 from app.vectors import about_key, pack, pointer_key, user_key
 from tests.fault_proxy import fault_proxy
-from tests.store_load import DIM, RANKER, USERS, check, fill, loaded, until, until_closed, vectors_of
+from tests.store_load import DIM, RANKER, USERS, check, circuit, fill, loaded, until, until_closed, vectors_of
 
 GENEROUS = 20.0  # seconds
 
@@ -105,6 +105,25 @@ def test_a_round_trip_is_bounded(client: redis.Redis, redis_port: int, monkeypat
                 check(str(user), found)
                 assert found.status == "hit"
             assert round_trips() - trips == 10
+
+    asyncio.run(main())
+
+
+def test_who_stood_still_reads_what_arrived_before_giving_up(client: redis.Redis, redis_port: int) -> None:
+    fill(client)
+
+    async def main() -> None:
+        async with RedisStore(url(redis_port), 0.05, [RANKER]) as store:
+            await until_closed(store)
+            for user in map(str, range(20)):
+                asked = store.look_up(RANKER, user)
+                while not store.roads[""].trips:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.002)  # long enough for the command to be sent
+                time.sleep(0.1)  # noqa: ASYNC251 - that is the point
+                assert (await asked).status == "hit"
+                await until(lambda: not store.roads[""].trips, GENEROUS)
+            assert circuit(store) == CLOSED
 
     asyncio.run(main())
 
