@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +91,20 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
 def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(name: str, label: str, values: tuple[str, ...]) -> None:
     """Otherwise the first increase is invisible to rate()."""
     assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)
+
+
+RULES = DOCUMENT.parent.parent / "deploy" / "prometheus" / "rules.yml"
+
+
+def test_the_alerts_are_on_metrics_that_exist() -> None:
+    named = set(re.findall(r"\bslatewise_[a-z_]+", RULES.read_text()))
+    assert len(named) >= 4 and named <= {name_of(metric) for metric in METRICS}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+def test_the_alerts_fire_when_they_should() -> None:
+    subprocess.run(["promtool", "check", "rules", str(RULES)], check=True, timeout=60)
+    subprocess.run(["promtool", "test", "rules", str(RULES.with_name("rules_test.yml"))], check=True, timeout=60)
 
 
 class Clock:
