@@ -24,7 +24,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from app.features import Float32
 from app.redis_clients import Client
@@ -93,7 +93,8 @@ class Writing:
     def release(self) -> None:
         if not self.ended.is_set():
             self.ended.set()
-            self.store.script(RELEASE, [self.store.lock_key], self.lock)
+            with contextlib.suppress(RedisError):  # then it ends by itself, and what went wrong before is what to tell
+                self.store.script(RELEASE, [self.store.lock_key], self.lock)
 
     def __enter__(self) -> Writing:
         return self
@@ -172,12 +173,12 @@ class Generations:
         """
         if len(set(users)) != len(users) or len(users) != len(vectors):
             raise ValueError("users must be different, and as many as vectors")
-        size = self.put(generation, list(users), pack_many(vectors, generation, created_at, dtype))
+        size = self.put(generation, list(users), pack_many(vectors, generation, created_at, dtype), self.ttl_seconds)
         if not self.script(MARK, [self.writing_key], generation, f"chunk:{chunk}", f"{len(users)} {size}"):
             raise StoreError(f"generation {generation} is not being written any more")
         return size
 
-    def put(self, generation: int, users: list[str], values: list[bytes]) -> int:
+    def put(self, generation: int, users: list[str], values: list[bytes], ttl_seconds: int = 0) -> int:
         """Values of the generation at work into the users' hashes, dead fields out of them, and what is there now compared; their bytes."""
         current, dead = self.client.hmget(self.writing_key, "generation", "dead")
         if current is None or int(current) != generation:
@@ -190,15 +191,15 @@ class Generations:
                 pipe.hset(key, field, value)
                 if fields:
                     pipe.hdel(key, *fields)
-                if self.ttl_seconds:
-                    pipe.expire(key, self.ttl_seconds)
+                if ttl_seconds:
+                    pipe.expire(key, ttl_seconds)
                 pipe.hget(key, field)
             answers = pipe.execute(raise_on_error=False)
             read = answers[len(answers) // len(keys) - 1 :: len(answers) // len(keys)]
             odd = [k for k, answer in enumerate(read) if is_wrong_type(answer)]
             for k in odd:  # whatever it is, it is not ours, and would stop every refresh
                 self.client.delete(keys[k])
-                self.put(generation, [users[first + k]], [batch[k]])
+                self.put(generation, [users[first + k]], [batch[k]], ttl_seconds)
                 read[k] = batch[k]
             if fault := next((answer for answer in answers if isinstance(answer, Exception) and not is_wrong_type(answer)), None):
                 raise fault

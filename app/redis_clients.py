@@ -26,6 +26,7 @@ Client = redis.Redis | redis.RedisCluster
 AsyncClient = aioredis.Redis | aioredis.RedisCluster
 
 SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://", "redis+cluster://", "rediss+cluster://")
+COMMON = {"protocol": 2}  # its connections are made in fewer round trips, and nothing that 3 adds is used
 WRITER_SECONDS = 10.0  # a batch of a thousand users on a server that is busy
 
 
@@ -59,14 +60,15 @@ def opened(url: str, library: Any, node: Callable[..., Any], one: Callable[[str]
     if not path:
         raise ValueError("the service's name is missing: redis+sentinel://host:port/service")
     secret = {name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options}
-    shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl", "retry"))}
+    shared = {name: value for name, value in options.items() if name.startswith(("protocol", "socket_", "ssl", "retry"))}
     sentinel = library.sentinel.Sentinel(hosts, sentinel_kwargs=shared | secret, **options)
     return sentinel.master_for(path[0], db=int(path[1]) if len(path) > 1 else 0)
 
 
 def connect(url: str) -> Client:
     """A blocking client, for those who write: patient, and what it writes may be written twice."""
-    options = {"socket_timeout": WRITER_SECONDS, "socket_connect_timeout": 5.0, "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 5)}
+    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 5)
+    options: dict[str, Any] = COMMON | {"socket_timeout": WRITER_SECONDS, "socket_connect_timeout": 5.0, "retry": retry}
     client: Client = opened(url, redis, ClusterNode, lambda url: redis.Redis.from_url(url, **options), options)
     return client
 
@@ -74,6 +76,7 @@ def connect(url: str) -> Client:
 def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
     """A client for the server: nothing is tried twice. How long a reply may take is the caller's to bound: redis-py would set a timer for each."""
     options: dict[str, Any] = {
+        **COMMON,
         "socket_timeout": None,
         "socket_connect_timeout": timeout_seconds,
         "retry": Retry(NoBackoff(), 0),

@@ -122,6 +122,8 @@ class Road:
             self.trips.discard(trip)
             self.late.add(trip)
             self.failed(begin)
+            if len(self.late) >= 2 * self.TRIPS:  # nothing comes back at all
+                self.switch(OPEN)
             for flight in batch:
                 self.drop(flight)
 

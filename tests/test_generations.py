@@ -257,6 +257,9 @@ def test_days_to_live_are_given_and_renewed_by_a_write(client: redis.Redis) -> N
     client.expire(user_key("r", "s", "a"), 100)
     refresh(store, ["a"])
     assert client.ttl(user_key("r", "s", "a")) > 100 and client.ttl(user_key("r", "s", "b")) > 100
+    client.expire(user_key("r", "s", "b"), 100)
+    store.merge()
+    assert 0 < client.ttl(user_key("r", "s", "b")) <= 100, "a merge is no news of a user"
     refresh(Generations(client, "r", "s2"), ["a"])
     assert Generations(client, "r", "s").ttl_seconds == 0
 

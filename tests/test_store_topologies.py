@@ -347,3 +347,16 @@ def test_a_cluster_and_sentinels_are_reached_with_a_password(tmp_path: Path) -> 
                 assert (await store.look_up(RANKER, "1")).status == "hit"
 
         asyncio.run(main())
+
+
+def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
+    with redis_process(tmp_path, "--unixsocket", str(tmp_path / "redis.sock")):
+        url = f"unix://{tmp_path / 'redis.sock'}?db=3"
+        fill_at(url)
+
+        async def main() -> None:
+            async with RedisStore(url, BUDGET, [RANKER]) as store:
+                await until_closed(store)
+                assert (await store.look_up(RANKER, "1")).status == "hit"
+
+        asyncio.run(main())
