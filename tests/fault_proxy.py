@@ -21,6 +21,7 @@ class FaultProxy:
         self.may_speak = asyncio.Event()  # unset: a black hole; connections are taken, replies wait
         self.may_speak.set()
         self.cut = False  # half of a reply, then a reset
+        self.piece = 65_536  # bytes that are passed on at once
         self.answer: bytes | None = None  # instead of what Redis says
         self.down = False  # whoever connects is reset
         self.accepted = 0
@@ -32,7 +33,7 @@ class FaultProxy:
         return len(self.tasks)
 
     def heal(self) -> None:
-        self.delay, self.cut, self.answer, self.down = 0.0, False, None, False
+        self.delay, self.cut, self.piece, self.answer, self.down = 0.0, False, 65_536, None, False
         self.may_speak.set()
 
     def reset_all(self) -> None:
@@ -78,8 +79,11 @@ class FaultProxy:
                 await writer.drain()
                 writer.transport.abort()
                 raise ConnectionResetError
-            writer.write(data if self.answer is None else self.answer)
-            await writer.drain()
+            data = data if self.answer is None else self.answer
+            for first in range(0, len(data), self.piece):
+                writer.write(data[first : first + self.piece])
+                await writer.drain()
+                await asyncio.sleep(0)
         writer.close()
 
 
