@@ -3,7 +3,7 @@
 A miss and a fault take the same path, the un-adapted default vector; a fault says so. What a request waits for is bounded by
 the time budget, whatever Redis does.
 
-    request --> cache --> flight (one a user) --> road (one a server) --> round trip (many users, one HMGET each)
+    request --> cache --> look-up (one a user) --> node (one a server) --> round trip (many users, one HMGET each)
 
 The pointer is polled off the request path, and any change of it empties the cache; the poll also probes circuits that are open.
 Before: `generations.py` filled Redis. After: `pipeline.py` feeds the vector to late fusion.
@@ -29,7 +29,7 @@ from app import metrics
 from app.bundle import Ranker
 from app.features import Float32
 from app.redis_clients import connect_async
-from app.roads import CLOSED, OPEN, Flight, Road, call_after, is_wrong_type
+from app.redis_nodes import CLOSED, OPEN, LookUp, RedisNode, call_after, is_wrong_type
 from app.vectors import Corrupt, Mismatched, about_key, pointer_key, read_pointer, unpack, user_key
 
 log = logging.getLogger("slatewise")
@@ -107,8 +107,8 @@ class RedisStore:
         max_age_seconds: float = 0.0,
     ) -> None:
         self.timeout, self.max_age_seconds = timeout_seconds, max_age_seconds
-        self.patience = max(timeout_seconds, Road.TRIP_SECONDS)
-        self.client: Any = connect_async(url, self.patience, 4 * Road.TRIPS)  # redis-py is typed for both of its halves at once
+        self.patience = max(timeout_seconds, RedisNode.CONNECTION_SECONDS)
+        self.client: Any = connect_async(url, self.patience, 4 * RedisNode.ROUND_TRIPS)  # redis-py is typed for both of its halves at once
         self.is_cluster = isinstance(self.client, aioredis.RedisCluster)
         self.rankers = {ranker.name: ranker for ranker in rankers}
         self.pointers: dict[str, bytes | None] = {}  # ranker -> the pointer's bytes
@@ -117,13 +117,13 @@ class RedisStore:
         self.epoch = 0  # counts changes of a pointer
         self.cache: OrderedDict[tuple[str, str], tuple[float, Found]] = OrderedDict()  # least recently used first; until when (monotonic)
         self.cache_seconds, self.cache_users = cache_seconds, cache_users
-        self.flights: dict[tuple[str, str], Flight] = {}
-        self.roads: dict[str, Road] = {}  # by node; one without a name where there is no Cluster
+        self.pending: dict[tuple[str, str], LookUp] = {}
+        self.nodes: dict[str, RedisNode] = {}  # by node; one without a name where there is no Cluster
         self.closing = False
 
     async def __aenter__(self) -> RedisStore:
         if not self.is_cluster:
-            self.road_to("", OPEN)  # until the first poll
+            self.node_named("", OPEN)  # until the first poll
         await self.poll()
         self.poller = asyncio.create_task(self.keep_polling())
         return self
@@ -133,7 +133,7 @@ class RedisStore:
         self.poller.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.poller
-        await asyncio.gather(*(road.close() for road in self.roads.values()))
+        await asyncio.gather(*(node.close() for node in self.nodes.values()))
         await self.client.aclose()
         if sentinels := getattr(getattr(self.client, "connection_pool", None), "sentinel_manager", None):
             await sentinels.aclose()
@@ -149,20 +149,20 @@ class RedisStore:
             future.set_result(self.answer(ranker, found, "hit_local", "miss_local"))
         elif ranker.name not in self.pointers:  # never read
             future.set_result(default(ranker, "error", "error"))
-        elif not self.generations[ranker.name] and all(road.circuit == CLOSED for road in self.roads.values()):
+        elif not self.generations[ranker.name] and all(node.circuit == CLOSED for node in self.nodes.values()):
             future.set_result(default(ranker, "default", "miss"))
         else:
-            flight = self.flights.get((ranker.name, user))
-            if flight is None:
-                flight = Flight((ranker.name, user), user_key(ranker.name, ranker.manifest.space, user))
-                road = self.road_of(flight.key)
-                if road.circuit != CLOSED:
+            look_up = self.pending.get((ranker.name, user))
+            if look_up is None:
+                look_up = LookUp((ranker.name, user), user_key(ranker.name, ranker.manifest.space, user))
+                node = self.node_of(look_up.key)
+                if node.circuit != CLOSED:
                     future.set_result(default(ranker, "error", "error"))
                     metrics.EMBEDDING_DURATION.observe(0.0)
                     return future
-                self.flights[flight.user] = flight
-                road.send(flight)
-            flight.waiting.append(future)
+                self.pending[look_up.user] = look_up
+                node.send(look_up)
+            look_up.waiting.append(future)
             begin, cancel_timer = time.perf_counter(), call_after(self.timeout, partial(self.give_up, ranker, future))
 
             def ended(_: object) -> None:
@@ -183,32 +183,32 @@ class RedisStore:
         if not future.done():
             future.set_result(default(ranker, "error", "error"))
 
-    # Roads, and what travels on them
+    # Nodes, and what travels on them
 
-    def road_of(self, key: str) -> Road:
+    def node_of(self, key: str) -> RedisNode:
         """To the server that has the key; in a Cluster one that stands still takes its own users only."""
         if not self.is_cluster:
-            return self.roads[""]
+            return self.nodes[""]
         try:
-            return self.road_to(self.client.get_node_from_key(key).name, CLOSED)
+            return self.node_named(self.client.get_node_from_key(key).name, CLOSED)
         except RedisError:  # nobody has it
-            return self.road_to("none", CLOSED)
+            return self.node_named("none", CLOSED)
 
-    def road_to(self, name: str, circuit: int) -> Road:
-        if name not in self.roads:
-            self.roads[name] = Road(name, self.timeout, self.fetch, self.land, self.drop, circuit)
-            metrics.CIRCUIT_STATE.set_function(lambda: max((road.circuit for road in self.roads.values()), default=CLOSED))
-        return self.roads[name]
+    def node_named(self, name: str, circuit: int) -> RedisNode:
+        if name not in self.nodes:
+            self.nodes[name] = RedisNode(name, self.timeout, self.fetch, self.complete, self.drop, circuit)
+            metrics.CIRCUIT_STATE.set_function(lambda: max((node.circuit for node in self.nodes.values()), default=CLOSED))
+        return self.nodes[name]
 
-    async def fetch(self, batch: list[Flight]) -> list[Any]:
+    async def fetch(self, batch: list[LookUp]) -> list[Any]:
         """A reply or an exception for each, in one round trip."""
         pipe = self.client.pipeline(transaction=False)
-        for flight in batch:
-            flight.epoch, flight.fields = self.epoch, self.generations[flight.user[0]] or ["0"]
-            pipe.hmget(flight.key, flight.fields)
+        for look_up in batch:
+            look_up.epoch, look_up.fields = self.epoch, self.generations[look_up.user[0]] or ["0"]
+            pipe.hmget(look_up.key, look_up.fields)
         replies: list[Any] = await pipe.execute(raise_on_error=False)
-        for flight, reply in zip(batch, replies, strict=True):
-            if not isinstance(reply, Exception) and (not isinstance(reply, list) or len(reply) != len(flight.fields)):
+        for look_up, reply in zip(batch, replies, strict=True):
+            if not isinstance(reply, Exception) and (not isinstance(reply, list) or len(reply) != len(look_up.fields)):
                 await self.disconnect()  # whatever speaks there: no byte of it is to be taken for another's
                 raise RedisError("not an answer to HMGET")
         return replies
@@ -216,22 +216,22 @@ class RedisStore:
     async def disconnect(self) -> None:
         await (self.client if self.is_cluster else self.client.connection_pool).aclose()
 
-    def drop(self, flight: Flight) -> None:
-        if self.flights.get(flight.user) is flight:
-            del self.flights[flight.user]
+    def drop(self, look_up: LookUp) -> None:
+        if self.pending.get(look_up.user) is look_up:
+            del self.pending[look_up.user]
 
-    def land(self, flight: Flight, reply: Any) -> None:
+    def complete(self, look_up: LookUp, reply: Any) -> None:
         """Answer those who still wait, and keep what was found; a vector that was asked for before the pointer changed is not kept beyond."""
-        self.drop(flight)
-        ranker = self.rankers[flight.user[0]]
-        found, whole = self.understand(ranker, flight.fields, reply)
-        if found is not None and whole and flight.epoch == self.epoch and self.cache_seconds:
-            self.cache[flight.user] = time.monotonic() + self.cache_seconds, found
-            self.cache.move_to_end(flight.user)
+        self.drop(look_up)
+        ranker = self.rankers[look_up.user[0]]
+        found, whole = self.understand(ranker, look_up.fields, reply)
+        if found is not None and whole and look_up.epoch == self.epoch and self.cache_seconds:
+            self.cache[look_up.user] = time.monotonic() + self.cache_seconds, found
+            self.cache.move_to_end(look_up.user)
             while len(self.cache) > self.cache_users:
                 self.cache.popitem(last=False)
             metrics.EMBEDDING_CACHE_ENTRIES.set(len(self.cache))
-        for future in flight.waiting:
+        for future in look_up.waiting:
             if not future.done():
                 future.set_result(default(ranker, "error", "error") if found is None else self.answer(ranker, found, "hit_redis", "miss"))
 
@@ -262,11 +262,11 @@ class RedisStore:
 
     async def keep_polling(self) -> None:
         while not self.closing:
-            await asyncio.sleep(self.POLL_SECONDS if all(road.circuit == CLOSED for road in self.roads.values()) else self.POLL_SECONDS / 4)
+            await asyncio.sleep(self.POLL_SECONDS if all(node.circuit == CLOSED for node in self.nodes.values()) else self.POLL_SECONDS / 4)
             await self.poll()
 
     async def poll(self) -> None:
-        """Read the pointers, and try the roads whose circuit is open."""
+        """Read the pointers, and try the nodes whose circuit is open."""
         fault = None
         for _ in range(2):  # the connection may have been an old one
             try:
@@ -276,27 +276,27 @@ class RedisStore:
             except Exception as error:  # also what redis-py makes of bytes that are no Redis
                 fault = error
         if fault is not None and not self.is_cluster:
-            self.roads[""].switch(OPEN)
+            self.nodes[""].switch(OPEN)
         else:
             await self.probe()
         for name, (_, created_at) in self.created.items():
             metrics.GENERATION_AGE.labels(name).set(max(0.0, time.time() - created_at))
 
     async def probe(self) -> None:
-        """Try the roads whose circuit is open; in a Cluster, find out which nodes there are before."""
-        shut = [road for road in self.roads.values() if road.circuit != CLOSED]
+        """Try the nodes whose circuit is open; in a Cluster, find out which nodes there are before."""
+        shut = [node for node in self.nodes.values() if node.circuit != CLOSED]
         if not self.is_cluster:
-            await asyncio.gather(*(road.probe(self.read_pointers) for road in shut))
+            await asyncio.gather(*(node.probe(self.read_pointers) for node in shut))
         elif shut:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(self.patience / 2):
                     await self.client.nodes_manager.initialize()
             nodes = {node.name: node for node in self.client.get_primaries()}
-            for road in shut:
-                if road.name not in nodes:  # it failed over, or left
-                    del self.roads[road.name]
-                    await road.close()
-            await asyncio.gather(*(road.probe(partial(self.client.ping, target_nodes=nodes[road.name])) for road in shut if road.name in nodes))
+            for node in shut:
+                if node.name not in nodes:  # it failed over, or left
+                    del self.nodes[node.name]
+                    await node.close()
+            await asyncio.gather(*(node.probe(partial(self.client.ping, target_nodes=nodes[node.name])) for node in shut if node.name in nodes))
 
     async def read_pointers(self) -> None:
         begin = time.perf_counter()

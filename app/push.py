@@ -1,6 +1,6 @@
 """Fill a Redis store without torch: python -m app.push FILE --redis-url redis://127.0.0.1:6379/0
 
-FILE is a bundle's folder, or an .npz with `users` (U,), `vectors` (U, M), `ranker` and `space`. All of it becomes one full
+FILE is a bundle's folder, a ranker's (its newest version), or an .npz with `users` (U,), `vectors` (U, M), `ranker` and `space`. All of it becomes one full
 generation, visible at the end by one change of the pointer; a push that was stopped goes on where it was.
 The last line is JSON. Before: a bundle, or vectors of your own. After: `meta_embeddings.RedisStore` reads what this wrote.
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from app.bundle import versions
 from app.features import Float32
 from app.generations import BATCH, Generations, connect
-from app.manifest import read_manifest
+from app.manifest import ManifestError, read_manifest
 from app.vectors import DTYPES
 
 
@@ -49,8 +50,9 @@ def push(store: Generations, users: list[str], vectors: Float32, dtype: str = "f
 
 
 def read(path: Path) -> tuple[str, str, list[str], Float32]:
-    """(ranker, space, users, vectors) of a bundle's folder or an .npz."""
+    """(ranker, space, users, vectors) of a bundle's folder, of a ranker's newest bundle, or of an .npz."""
     if path.is_dir():
+        path = path if (path / "manifest.json").exists() else path / str(max(versions(path), default=0))
         manifest = read_manifest(path)
         users = json.loads((path / "users.json").read_text())
         return manifest.ranker, manifest.space, users, np.load(path / "meta_embeddings.npy", allow_pickle=False)
@@ -60,12 +62,15 @@ def read(path: Path) -> tuple[str, str, list[str], Float32]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="<root>/<ranker>/<version>, or an .npz")
+    parser.add_argument("file", type=Path, help="<root>/<ranker>/<version>, <root>/<ranker>, or an .npz")
     parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--ttl-days", type=float, default=0.0, help="forget users that were not written for so long; 0: never")
     args = parser.parse_args()
-    ranker, space, users, vectors = read(args.file)
+    try:
+        ranker, space, users, vectors = read(args.file)
+    except (ManifestError, OSError, ValueError, KeyError) as error:
+        sys.exit(f"{args.file}: {error}")
     said = time.monotonic()
 
     def progress(done: int) -> None:

@@ -32,7 +32,7 @@ from app.generations import Generations, connect
 from app.manifest import read_manifest
 from app.meta_embeddings import RedisStore
 from app.push import push
-from app.roads import CLOSED
+from app.redis_nodes import CLOSED
 from app.vectors import DTYPES
 from loadtest.client import ask, post
 from loadtest.client import connect as connect_http
@@ -232,11 +232,11 @@ async def faults(ranker: Any, users: list[str], port: int) -> dict[str, Any]:
                 opened = None
 
                 async def watch(store: RedisStore, begin: float) -> float:
-                    while store.roads[""].circuit == CLOSED:  # noqa: ASYNC110 - a watch
+                    while store.nodes[""].circuit == CLOSED:  # noqa: ASYNC110 - a watch
                         await asyncio.sleep(0.001)
                     return time.perf_counter() - begin
 
-                while store.roads[""].circuit != CLOSED:  # noqa: ASYNC110 - a loaded machine may miss the first poll
+                while store.nodes[""].circuit != CLOSED:  # noqa: ASYNC110 - a loaded machine may miss the first poll
                     await asyncio.sleep(0.05)
                 begin = time.perf_counter()
                 fault(proxy)
@@ -249,7 +249,7 @@ async def faults(ranker: Any, users: list[str], port: int) -> dict[str, Any]:
                 watcher.cancel()
                 healed = time.perf_counter()
                 proxy_loop_heal(proxy)
-                while store.roads[""].circuit != CLOSED:  # noqa: ASYNC110 - a watch
+                while store.nodes[""].circuit != CLOSED:  # noqa: ASYNC110 - a watch
                     await asyncio.sleep(0.005)
                 closed = time.perf_counter() - healed
                 result[name] = {

@@ -1,5 +1,5 @@
 """Low rank: a dense layer becomes two thin ones, out of what is known of its weights or of its outputs.
-The methods against each other: python -m models.low_rank models/bundles/movielens/3 models/movielens.toml
+The methods against each other: python -m models.low_rank models/bundles/movielens/4 models/movielens.toml
 
     svd     the best approximation of the weights (Eckart and Young 1936)
     fwsvd   of the weights, each row weighed by its Fisher information (FWSVD, arXiv 2207.00112)

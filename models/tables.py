@@ -1,4 +1,4 @@
-"""The item table in fewer bytes, and what that costs: python -m models.tables models/bundles/movielens/3 models/movielens.toml
+"""The item table in fewer bytes, and what that costs: python -m models.tables models/bundles/movielens/4 models/movielens.toml
 
     middle_max     int8 codes about each row's middle (LiRank, arXiv 2402.06859): what a bundle stores
     min_max        uint8 codes above each row's least value: what it is held against

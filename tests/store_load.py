@@ -17,7 +17,7 @@ import numpy as np
 from app.generations import Generations
 from app.meta_embeddings import MetaEmbedding, RedisStore
 from app.redis_clients import Client
-from app.roads import CLOSED
+from app.redis_nodes import CLOSED
 
 DIM, USERS = 8, 300
 RANKER: Any = SimpleNamespace(
@@ -103,8 +103,8 @@ async def until(condition: Callable[[], Any], patience: float) -> float:
 
 
 def circuit(store: RedisStore) -> int:
-    """Of all roads the worst."""
-    return max((road.circuit for road in store.roads.values()), default=CLOSED)
+    """Of all nodes the worst."""
+    return max((node.circuit for node in store.nodes.values()), default=CLOSED)
 
 
 async def until_closed(store: RedisStore, patience: float = 5.0) -> float:

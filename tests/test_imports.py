@@ -49,7 +49,7 @@ PLACES = {
     "fastapi_offline": {"main.py"},
     "uvicorn": {"main.py"},
     "starlette": {"body.py", "main.py", "routes.py"},
-    "redis": {"generations.py", "meta_embeddings.py", "redis_clients.py", "roads.py"},
+    "redis": {"generations.py", "meta_embeddings.py", "redis_clients.py", "redis_nodes.py"},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "routes.py"},
 }

@@ -20,7 +20,7 @@ from app.bundle import Ranker
 from app.generations import KEPT, Generations
 from app.meta_embeddings import EmbeddedStore, MetaEmbedding, RedisStore
 from app.push import push
-from app.roads import CLOSED, OPEN
+from app.redis_nodes import CLOSED, OPEN
 from app.vectors import FLOAT32, HEADER, MAGIC, pack, pointer_key, user_key
 from tests.fault_proxy import fault_proxy
 from tests.store_load import circuit
@@ -410,7 +410,7 @@ def test_what_is_not_redis_or_never_answers_is_an_error_within_the_budget(ranker
                 assert_default(await store.look_up(ranker, "u0"), ranker, "error")
                 await asyncio.sleep(0.02)
             assert not store.poller.done(), "the poll must go on, or the store never comes back"
-            store.roads[""].circuit, store.pointers, store.generations = (
+            store.nodes[""].circuit, store.pointers, store.generations = (
                 CLOSED,
                 {ranker.name: b"1"},
                 {ranker.name: ["2", "1"]},
@@ -462,7 +462,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
             fault_proxy(redis_port, lambda: chance.choice((0, 0, 0.001, 0.004, 0.01))) as proxy,
             RedisStore(url(proxy.port), timeout_seconds, [ranker]) as store,
         ):
-            store.roads[""].circuit, store.pointers, store.generations = (
+            store.nodes[""].circuit, store.pointers, store.generations = (
                 CLOSED,
                 {ranker.name: b"1"},
                 {ranker.name: ["1"]},
@@ -482,7 +482,7 @@ def test_a_look_up_that_is_cancelled_or_late_never_hands_its_reply_to_another(
                     else:
                         assert timeout_seconds < 1, found
                         assert_default(found, ranker, "error")
-                store.roads[""].circuit = CLOSED
+                store.nodes[""].circuit = CLOSED
         return hits, cancelled
 
     hits, cancelled = asyncio.run(main())
@@ -501,8 +501,8 @@ def test_a_look_up_that_nobody_awaits_ends_by_itself_and_leaves_nothing_behind(c
             counts = Counts()
             for user in users:
                 store.look_up(ranker, user)
-            assert len(store.flights) == len(users), "each has begun"
-            await until(lambda: asyncio.sleep(0, not store.flights))
+            assert len(store.pending) == len(users), "each has begun"
+            await until(lambda: asyncio.sleep(0, not store.pending))
             assert counts() == {"hit_redis": len(users)}
             np.testing.assert_array_equal((await store.look_up(ranker, users[3])).vector, sent[3])
         assert not complaints
@@ -523,8 +523,8 @@ def test_closing_waits_for_look_ups_that_nobody_waits_for(client: redis.Redis, r
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                assert store.roads[""].trips
-            assert not store.roads[""].trips
+                assert store.nodes[""].under_way
+            assert not store.nodes[""].under_way
             assert store.poller.done()
 
     asyncio.run(main())

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from app import meta_embeddings
 from app.generations import Generations
 from app.meta_embeddings import EmbeddedStore, RedisStore
-from app.roads import CLOSED, OPEN, Road
+from app.redis_nodes import CLOSED, OPEN, RedisNode
 from app.vectors import about_key, pack, pointer_key, user_key
 from tests.fault_proxy import fault_proxy
 from tests.store_load import DIM, RANKER, USERS, check, circuit, fill, loaded, until, until_closed, vectors_of
@@ -50,7 +50,7 @@ def gauge(name: str, **labels: str) -> float | None:
 def test_look_ups_of_one_moment_share_a_round_trip_and_a_users_own_share_a_command(
     client: redis.Redis, redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Road, "BATCH", 64)
+    monkeypatch.setattr(RedisNode, "BATCH", 64)
     fill(client)
 
     async def main() -> None:
@@ -82,7 +82,7 @@ def test_what_arrives_during_a_round_trip_goes_with_the_next_one(client: redis.R
             trips = round_trips()
             proxy.may_speak.clear()
             first = store.look_up(RANKER, "0")
-            await until(lambda: store.roads[""].trips, GENEROUS)
+            await until(lambda: store.nodes[""].under_way, GENEROUS)
             rest = [store.look_up(RANKER, str(user)) for user in range(1, 30)]
             await asyncio.sleep(0.05)
             proxy.may_speak.set()
@@ -95,7 +95,7 @@ def test_what_arrives_during_a_round_trip_goes_with_the_next_one(client: redis.R
 
 
 def test_a_round_trip_is_bounded(client: redis.Redis, redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Road, "BATCH", 10)
+    monkeypatch.setattr(RedisNode, "BATCH", 10)
     fill(client)
 
     async def main() -> None:
@@ -117,12 +117,12 @@ def test_who_stood_still_reads_what_arrived_before_giving_up(client: redis.Redis
             await until_closed(store)
             for user in map(str, range(20)):
                 asked = store.look_up(RANKER, user)
-                while not store.roads[""].trips:  # noqa: ASYNC110
+                while not store.nodes[""].under_way:  # noqa: ASYNC110
                     await asyncio.sleep(0)
                 await asyncio.sleep(0.002)  # long enough for the command to be sent
                 time.sleep(0.1)  # noqa: ASYNC251 - that is the point
                 assert (await asked).status == "hit"
-                await until(lambda: not store.roads[""].trips, GENEROUS)
+                await until(lambda: not store.nodes[""].under_way, GENEROUS)
             assert circuit(store) == CLOSED
 
     asyncio.run(main())
@@ -156,7 +156,7 @@ def test_a_kept_vector_is_served_without_redis_and_so_is_that_there_is_none(clie
                     check(user, found)
             assert counts() - before == Counter(hit_redis=1, hit_local=2, miss=1, miss_local=2)
             assert gauge("embedding_cache_entries") == 2
-            store.roads[""].switch(OPEN)
+            store.nodes[""].switch(OPEN)
             assert (await store.look_up(RANKER, "5")).status == "hit", "also while Redis is away"
             assert (await store.look_up(RANKER, "6")).status == "error"
 
@@ -261,7 +261,7 @@ def test_a_vector_asked_for_before_the_pointer_changed_is_not_kept_after(client:
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), GENEROUS, [RANKER], cache_seconds=60.0) as store:
             proxy.may_speak.clear()
             asked = store.look_up(RANKER, "5")
-            await until(lambda: store.roads[""].trips, GENEROUS)
+            await until(lambda: store.nodes[""].under_way, GENEROUS)
             await asyncio.sleep(0.05)
             store.pointed(RANKER, b"2,1")
             proxy.may_speak.set()
@@ -314,7 +314,7 @@ def test_number_and_age_of_the_generation_are_in_the_metrics(client: redis.Redis
             await until(lambda: store.generations["r"] == ["1"], 5.0)
             await until(lambda: gauge("embedding_generation_age_seconds", ranker="r") < 60, 5.0)
             assert gauge("embedding_generation", ranker="r") == 1
-            store.roads[""].switch(OPEN)
+            store.nodes[""].switch(OPEN)
             assert gauge("redis_circuit_state") == 2
             await until_closed(store)
             assert gauge("redis_circuit_state") == 0

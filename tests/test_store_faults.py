@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from app.meta_embeddings import RedisStore
-from app.roads import CLOSED, HALF_OPEN, OPEN, Road
+from app.redis_nodes import CLOSED, HALF_OPEN, OPEN, RedisNode
 from app.vectors import pointer_key, user_key
 from tests.fault_proxy import FaultProxy, fault_proxy
 from tests.store_load import RANKER, USERS, check, circuit, fill, loaded, until, until_closed
@@ -81,7 +81,7 @@ def test_a_fault_opens_the_circuit_within_a_second_and_is_forgotten_within_five_
                     await until(lambda: circuit(store) == OPEN, 1.0)
                     await asyncio.sleep(0.8)  # probes do not close it
                     assert circuit(store) in (OPEN, HALF_OPEN)
-                    assert proxy.open <= 4 * Road.TRIPS
+                    assert proxy.open <= 4 * RedisNode.ROUND_TRIPS
                     during = load.since(began + 0.1)
                     healed = time.perf_counter()
                     proxy.heal()
@@ -91,7 +91,7 @@ def test_a_fault_opens_the_circuit_within_a_second_and_is_forgotten_within_five_
                 assert during["error"] > 100 and during["default"] == 0
                 assert load.since(healed)["hit"] > 10, "after"
                 assert load.longest < BUDGET + SLACK
-                assert proxy.open <= 4 * Road.TRIPS
+                assert proxy.open <= 4 * RedisNode.ROUND_TRIPS
             await until(lambda: proxy.open == 0, 5.0)
         await until(lambda: client.info("clients")["connected_clients"] == 1, 5.0)
 
@@ -150,7 +150,7 @@ def test_a_circuit_that_is_open_answers_at_once(client: redis.Redis, redis_port:
     async def main() -> None:
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 20.0, [RANKER]) as store:
             black_hole(proxy)
-            store.roads[""].switch(OPEN)
+            store.nodes[""].switch(OPEN)
             begin = time.perf_counter()
             for user in map(str, range(100)):
                 check(user, await store.look_up(RANKER, user))
@@ -165,10 +165,10 @@ def test_who_waits_in_line_when_the_circuit_opens_is_answered_then(client: redis
 
     async def main() -> None:
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 20.0, [RANKER]) as store:
-            store.roads[""].conductor.cancel()
+            store.nodes[""].dispatcher.cancel()
             waiting = store.look_up(RANKER, "1")
-            store.roads[""].switch(OPEN)
-            assert (await waiting).status == "error" and not store.roads[""].queue and not store.flights
+            store.nodes[""].switch(OPEN)
+            assert (await waiting).status == "error" and not store.nodes[""].queue and not store.pending
             proxy.heal()
 
     asyncio.run(main())
@@ -323,14 +323,14 @@ def test_a_cancel_storm_never_yields_another_users_vector(client: redis.Redis, r
                     outcomes = await asyncio.gather(*(ask(store) for _ in range(30)), return_exceptions=True)
                     statuses += [outcome for outcome in outcomes if isinstance(outcome, str)]
                     assert all(isinstance(outcome, str | TimeoutError) for outcome in outcomes), outcomes
-                    store.roads[""].switch(CLOSED)
+                    store.nodes[""].switch(CLOSED)
                 assert len(statuses) < 60 * 30, "some went away"
                 assert "hit" in statuses
                 proxy.delay = 0.0
-                await until(lambda: not store.flights and not store.roads[""].trips, 10.0)
+                await until(lambda: not store.pending and not store.nodes[""].under_way, 10.0)
                 await until_closed(store)
                 await until(lambda: circuit(store) == CLOSED, 5.0)
-                assert proxy.open <= 4 * Road.TRIPS
+                assert proxy.open <= 4 * RedisNode.ROUND_TRIPS
             await until(lambda: proxy.open == 0, 5.0)
 
     asyncio.run(main())

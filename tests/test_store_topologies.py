@@ -21,7 +21,7 @@ from redis.cluster import key_slot
 from app.generations import Generations, connect
 from app.meta_embeddings import RedisStore
 from app.push import push
-from app.roads import CLOSED, OPEN
+from app.redis_nodes import CLOSED, OPEN
 from app.vectors import pointer_key, unpack, user_key
 from tests.conftest import free_port, redis_binary
 from tests.fault_proxy import fault_proxy
@@ -228,7 +228,7 @@ def test_a_node_that_stands_still_takes_its_own_users_only_and_is_back_when_it_m
             assert all(each[user] == "error" for each in statuses for user in mine)
             others = [each[user] for each in statuses for user in users if user not in mine]
             assert others.count("hit") > 0.9 * len(others)
-            assert sum(road.circuit != CLOSED for road in store.roads.values()) == 1
+            assert sum(node.circuit != CLOSED for node in store.nodes.values()) == 1
             await until_all_hit()
 
     asyncio.run(main())

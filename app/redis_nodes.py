@@ -1,8 +1,8 @@
 """The way to one Redis server: look-ups that share round trips, and a circuit that opens when these fail in a row.
 
 What a request waits for is a future with a timer; the round trips run in tasks of their own, so that a request that goes away
-never leaves half a reply in a connection. Knows flights and replies, and nothing of vectors.
-Before: `meta_embeddings.RedisStore` sends flights here. After: it gets each back with its reply.
+never leaves half a reply in a connection. Knows look-ups and replies, and nothing of vectors.
+Before: `meta_embeddings.RedisStore` sends look-ups here. After: it gets each back with its reply.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
 
 
 @dataclass(eq=False)
-class Flight:
+class LookUp:
     """A look-up on its way, and the requests that wait for it."""
 
     user: tuple[str, str]  # ranker, user
     key: str
     waiting: list[asyncio.Future[Any]] = field(default_factory=list)
-    fields: list[str] = field(default_factory=list)  # what is asked for, as of departure
-    epoch: int = 0  # of the pointers at departure
+    fields: list[str] = field(default_factory=list)  # what is asked for, as of when it was sent
+    epoch: int = 0  # of the pointers when it was sent
 
     @property
     def wanted(self) -> bool:
         return not all(future.done() for future in self.waiting)
 
 
-class Road:
+class RedisNode:
     """One round trip after the other; a second one only where the one before takes its time."""
 
-    TRIP_SECONDS = 1.0  # after which a connection is given up; nobody waits so long, but a connection may take longer to make than a look-up may
-    TRIPS = 4  # at a time
+    CONNECTION_SECONDS = 1.0  # after which a connection is given up; nobody waits so long, but a connection may take longer to make than a look-up may
+    ROUND_TRIPS = 4  # at a time
     BATCH = 32  # users of one round trip: redis-py takes about a tenth of a millisecond for each, and all of them must be inside the budget
     FAILURES = 5  # round trips in a row, each begun after the one before had failed, that open the circuit
 
@@ -69,67 +69,71 @@ class Road:
         self,
         name: str,
         timeout_seconds: float,
-        fetch: Callable[[list[Flight]], Awaitable[list[Any]]],
-        land: Callable[[Flight, Any], None],
-        drop: Callable[[Flight], None],
+        fetch: Callable[[list[LookUp]], Awaitable[list[Any]]],
+        complete: Callable[[LookUp, Any], None],
+        drop: Callable[[LookUp], None],
         circuit: int,
     ) -> None:
         self.name, self.timeout = name, timeout_seconds
-        self.fetch, self.land, self.drop = fetch, land, drop  # land: with a reply or an exception; drop: who asks for this user from now on does so anew
+        self.fetch, self.complete, self.drop = (
+            fetch,
+            complete,
+            drop,
+        )  # complete: with a reply or an exception; drop: who asks for this user from now on does so anew
         self.circuit, self.failures, self.failed_at = circuit, 0, 0.0
-        self.queue: list[Flight] = []
+        self.queue: list[LookUp] = []
         self.arrived = asyncio.Event()
-        self.trips: set[asyncio.Task[None]] = set()
+        self.under_way: set[asyncio.Task[None]] = set()
         self.late: set[asyncio.Task[None]] = set()  # past the budget: nobody waits for them, and they hold nobody up
-        self.conductor = asyncio.create_task(self.conduct())
+        self.dispatcher = asyncio.create_task(self.dispatch())
 
     async def close(self) -> None:
-        self.conductor.cancel()
+        self.dispatcher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self.conductor
-        await asyncio.gather(*self.trips, *self.late, return_exceptions=True)
-        self.turn_back()
+            await self.dispatcher
+        await asyncio.gather(*self.under_way, *self.late, return_exceptions=True)
+        self.refuse_queue()
 
-    def send(self, flight: Flight) -> None:
-        self.queue.append(flight)
+    def send(self, look_up: LookUp) -> None:
+        self.queue.append(look_up)
         self.arrived.set()
 
-    async def conduct(self) -> None:
+    async def dispatch(self) -> None:
         while True:
             await self.arrived.wait()
             self.arrived.clear()
             while self.queue:
-                while len(self.trips) >= self.TRIPS or len(self.late) >= 2 * self.TRIPS:
-                    await asyncio.wait(self.trips | self.late, timeout=self.timeout / 4, return_when=asyncio.FIRST_COMPLETED)
+                while len(self.under_way) >= self.ROUND_TRIPS or len(self.late) >= 2 * self.ROUND_TRIPS:
+                    await asyncio.wait(self.under_way | self.late, timeout=self.timeout / 4, return_when=asyncio.FIRST_COMPLETED)
                 batch, self.queue = self.queue[: self.BATCH], self.queue[self.BATCH :]
-                for flight in batch:
-                    if not flight.wanted:
-                        self.drop(flight)
-                batch = [flight for flight in batch if flight.wanted]
+                for look_up in batch:
+                    if not look_up.wanted:
+                        self.drop(look_up)
+                batch = [look_up for look_up in batch if look_up.wanted]
                 if batch:
-                    trip = asyncio.create_task(self.travel(batch))
-                    self.trips.add(trip)
-                    trip.add_done_callback(self.trips.discard)
-                    trip.add_done_callback(self.late.discard)
-                    await asyncio.wait([trip], timeout=self.timeout / 4)
+                    task = asyncio.create_task(self.round_trip(batch))
+                    self.under_way.add(task)
+                    task.add_done_callback(self.under_way.discard)
+                    task.add_done_callback(self.late.discard)
+                    await asyncio.wait([task], timeout=self.timeout / 4)
 
-    async def travel(self, batch: list[Flight]) -> None:
-        loop, trip = asyncio.get_running_loop(), asyncio.current_task()
-        assert trip is not None
+    async def round_trip(self, batch: list[LookUp]) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         begin = loop.time()
 
         def overdue() -> None:
-            self.trips.discard(trip)
-            self.late.add(trip)
+            self.under_way.discard(task)
+            self.late.add(task)
             self.failed(begin)
-            if len(self.late) >= 2 * self.TRIPS:  # nothing comes back at all
+            if len(self.late) >= 2 * self.ROUND_TRIPS:  # nothing comes back at all
                 self.switch(OPEN)
-            for flight in batch:
-                self.drop(flight)
+            for look_up in batch:
+                self.drop(look_up)
 
         cancel_timer = call_after(self.timeout, overdue)
         try:
-            async with asyncio.timeout(max(self.timeout, self.TRIP_SECONDS)):
+            async with asyncio.timeout(max(self.timeout, self.CONNECTION_SECONDS)):
                 try:
                     replies = await self.fetch(batch)
                 except RedisConnectionError:  # a connection that the server had closed
@@ -142,13 +146,13 @@ class Road:
         finally:
             cancel_timer()
             metrics.REDIS_DURATION.labels("hmget").observe(loop.time() - begin)
-        if trip not in self.late:
+        if task not in self.late:
             if all(isinstance(reply, Exception) and not is_wrong_type(reply) for reply in replies):
                 self.failed(begin)
             else:
                 self.failures = 0
-        for flight, reply in zip(batch, replies, strict=True):
-            self.land(flight, reply)
+        for look_up, reply in zip(batch, replies, strict=True):
+            self.complete(look_up, reply)
 
     def failed(self, begin: float) -> None:
         """Count a failed round trip that began then. Those that were under way together count once: it may have been us who stood still."""
@@ -166,12 +170,12 @@ class Road:
             log.warning("redis%s: no answer in time, meta-embeddings fall back to the default vector", self.name and f" {self.name}")
         self.circuit = circuit
         if circuit == OPEN:
-            self.turn_back()
+            self.refuse_queue()
 
-    def turn_back(self) -> None:
-        """Those that have not departed are answered now."""
-        for flight in self.queue:
-            self.land(flight, RedisError("not asked"))
+    def refuse_queue(self) -> None:
+        """Those that were not sent are answered now."""
+        for look_up in self.queue:
+            self.complete(look_up, RedisError("not asked"))
         self.queue = []
 
     async def probe(self, ask: Callable[[], Awaitable[object]]) -> None:
@@ -179,7 +183,7 @@ class Road:
         loop, least = asyncio.get_running_loop(), float("inf")
         self.switch(HALF_OPEN)
         try:
-            async with asyncio.timeout(max(self.timeout, self.TRIP_SECONDS)):
+            async with asyncio.timeout(max(self.timeout, self.CONNECTION_SECONDS)):
                 for timed in (False, True, True, True):
                     begin = loop.time()
                     await ask()
