@@ -51,6 +51,7 @@ from models.student import half, shrink
 from models.tables import middle_max
 from models.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
 
+LEAST_INTEGER_BOUND = 1e-4  # also where nothing moved: few requests meet a value beside a rounding step, and one that does was seen to move a score by 2e-5
 INTEGER_BOUND = 2e-3  # at most: a value beside a rounding step may take the other side where sums are done in another order
 SAMPLES, SLATE = 120, 200  # half of them for ranges, half for agreement
 SEEN_BATCHES = 40
@@ -293,7 +294,7 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     return Variant(
         items=table,
         bytes=bytes_on_disk(folder, list(manifest.graphs), stage / table),
-        bound=round_bound(measured),
+        bound=max(round_bound(measured), LEAST_INTEGER_BOUND if recipe.integers else FP32_BOUND),
         golden_bound=recipe.most,
         invariance=invariance.printed(measured),
         quality={} if outcome is None else quality_rows(tabulate(outcome), manifest.exits),

@@ -439,7 +439,7 @@ def test_a_slow_body_is_given_up(tiny: Tiny) -> None:
 
 
 def test_too_many_at_once_are_told_to_come_back(tiny: Tiny, example: dict[str, Any]) -> None:
-    """With room for one request in look_up, one whose body never comes takes the room."""
+    """With room for one request in flight, one whose body never comes takes the room."""
     with (
         serve(Settings(bundles=tiny.root, max_in_flight=1)) as client,
         socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection,
