@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from models.data import DataConfig, Head, Vocabulary, build_sequences, clean_eve
 from models.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from models.restore import restore
 
+CLOCKS_APART = 3_600.0  # seconds that the clock of an event may be ahead
 CHUNK_USERS = 1_000  # about as many are adapted, written and checked together; what is done is kept by chunk
 
 
@@ -70,7 +71,7 @@ class Work:
     """What a worker needs to know of a refresh, wherever it runs."""
 
     folder: Path
-    redis_url: str
+    redis_url: str = field(repr=False)  # may hold a password
     ranker: str
     space: str
     generation: int
@@ -109,7 +110,9 @@ class Events:
         return pl.concat([frame.with_columns(cast) for frame in frames], how="diagonal_relaxed")
 
     def newest(self) -> float:
-        found = self.table.filter(pl.col("timestamp").is_finite()).select(pl.col("timestamp").max()).collect().item()
+        """The time of the newest event, of those that can have happened: one of the far future would hide all that come before it."""
+        happened = pl.col("timestamp").is_finite() & (pl.col("timestamp") <= time.time() + CLOCKS_APART)
+        found = self.table.filter(happened).select(pl.col("timestamp").max()).collect().item()
         return float(found or 0.0)
 
     def users(self, after: float | None) -> list[str]:
@@ -212,6 +215,7 @@ def refresh(folder: Path, events: Events, redis_url: str, *, full: bool, process
                 progress.update(int(result["users"]))
         live = store.publish(writing, chunks, newest)
     seconds, adapted, cpu = time.time() - begin, int(sum(r["users"] for r in results)), sum(r["adapt_seconds"] for r in results)
+    removed = store.sweep() if full else 0  # an incremental one has removed them from those it wrote
     return {
         "generation": writing.generation,
         "kind": "full" if full else "incremental",
@@ -221,6 +225,7 @@ def refresh(folder: Path, events: Events, redis_url: str, *, full: bool, process
         "chunks": chunks,
         "chunks_resumed": resumed,
         "bytes": int(sum(r["bytes"] for r in results)),
+        "fields_removed": removed,
         "seconds": round(seconds, 2),
         "users_per_second": round(adapted / seconds, 1),
         "users_per_second_and_core": round(adapted / cpu, 1) if cpu else None,  # of the adaptation alone

@@ -94,6 +94,9 @@ def test_full_then_what_changed(tiny: Tiny, ranker: Ranker, client: redis.Redis,
         np.testing.assert_array_equal(now[1], old[user])
         if user in late:
             assert np.abs(now[2] - now[1]).max() > 1e-5, "new events, another vector"
+    future = read_table(new).head(1).with_columns(timestamp=pl.lit(4e9))
+    future.write_parquet(new.with_name("future.parquet"))
+    assert Events([before, new, new.with_name("future.parquet")]).newest() == Events([new]).newest(), "a clock that is wrong hides nothing"
     third = run(tiny, url, [before, new], full=True)
     assert (third["kind"], third["users"], third["live"]) == ("full", len(users), [3, 2, 1])
 
