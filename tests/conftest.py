@@ -69,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     config, toml = read_config(HERE / "tiny.toml")
     toml["data"] |= {name: str(base / toml["data"][name]) for name in ("events", "items")}
     trainer = train(load_data(config, toml), toml["model"], TrainConfig(**toml["train"]), base / "train")
-    learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(**toml["meta"])).train(base / "train")
+    learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(**toml["meta"])).train(base / "meta")
     export(trainer, learner, toml, base / "bundles", 1)
     return Tiny(base / "bundles", base / "train", toml, trainer, learner)
 

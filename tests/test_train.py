@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from app.features import FIRST_ITEM, GAP_FIRST, START_ITEM, request_context
 from models import train as training
-from models.data import Split
 from models.train import Data, TrainConfig, Trainer, build_model, epoch_windows, learning_rate, make_batch, train
 from tests.conftest import Tiny
 from tests.test_evaluate import make_data
@@ -33,7 +32,7 @@ def few(tiny: Tiny) -> Data:
     data = tiny.trainer.data
     lengths = data.split.train_lengths.copy()
     lengths[8:] = 0
-    return dataclasses.replace(data, split=Split(lengths, data.split.test_lengths, data.split.slate_users, data.split.validation_users[:3]))
+    return dataclasses.replace(data, split=dataclasses.replace(data.split, train_lengths=lengths, validation_users=data.split.validation_users[:3]))
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
