@@ -56,11 +56,27 @@ def cpu_quota() -> int:
         return cores
 
 
+def memory_limit() -> int:
+    """Bytes: the cgroup's limit where there is one, else the machine's memory."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return machine if limit == "max" else min(machine, int(limit))
+    except (OSError, ValueError):
+        return machine
+
+
 @asynccontextmanager
 async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> AsyncIterator[Pipeline]:
     """The parts in order, each opened and closed here."""
     async with AsyncExitStack() as stack:
-        workers = await stack.enter_async_context(Workers(settings.threads or cpu_quota()))
+        threads = settings.threads or cpu_quota()
+        workers = await stack.enter_async_context(Workers(threads))
+        metrics.THREADS.set(threads)
+        metrics.MEMORY_LIMIT.set(memory_limit())
+        metrics.IN_FLIGHT_LIMIT.set(settings.max_in_flight)
+        metrics.OUTSTANDING_TOKENS_LIMIT.set(settings.max_outstanding_tokens)
+        metrics.HISTORY_CACHE_LIMIT.set(int(settings.history_cache_mb * 2**20))
         url = settings.redis_url.get_secret_value()
         store: Store = EmbeddedStore(settings.embedding_max_age_s)
         if url:

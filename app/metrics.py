@@ -11,6 +11,9 @@ from app import VERSION
 # A 50 ms service: fine below, and the objective on an edge (seconds).
 BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 SIZE_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+SCORE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SIZES = ((100, "up to 100"), (500, "101 to 500"), (2_000, "501 to 2000"))  # events read and candidates: a closed list, for a label
+LARGER = "over 2000"
 
 STAGES = ("parse", "features", "embed", "queue", "encode", "score", "serialize")
 
@@ -20,20 +23,31 @@ REQUESTS = Counter(
 DURATION = Histogram(
     "slatewise_request_duration_seconds", "Time from entering the application to the answer.", ["endpoint", "ranker", "variant"], buckets=BUCKETS
 )
+DURATION_BY_SIZE = Histogram(
+    "slatewise_ranking_duration_seconds", "Duration of the requests that the model ranked, by events read and candidates.", ["size"], buckets=BUCKETS
+)
 STAGE = Histogram("slatewise_stage_duration_seconds", "Time of one stage of a request.", ["stage"], buckets=BUCKETS)
 IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that have entered and not ended.")
+IN_FLIGHT_LIMIT = Gauge("slatewise_requests_in_flight_limit", "Requests in flight above which new ones are refused.")
 OUTSTANDING_TOKENS = Gauge("slatewise_outstanding_tokens", "Events and candidates of the requests that are admitted and not answered.")
+OUTSTANDING_TOKENS_LIMIT = Gauge("slatewise_outstanding_tokens_limit", "Events and candidates above which answers are the input order.")
 QUEUE_LENGTH = Gauge("slatewise_queue_length", "Quanta that wait for a thread.")
+THREADS = Gauge("slatewise_threads", "Threads that run the model.")
+MEMORY_LIMIT = Gauge("slatewise_memory_limit_bytes", "The cgroup's memory limit, or the machine's memory where there is none.")
 DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that went away before their answer.")
 REJECTED = Counter("slatewise_rejected_total", "Requests refused for overload, by door.", ["reason"])
 DEGRADED = Counter("slatewise_degraded_total", "Answers that were degraded, by reason; an answer may have several.", ["reason"])
 DEADLINE_EXCEEDED = Counter("slatewise_deadline_exceeded_total", "Requests whose deadline passed.")
-CANDIDATES = Histogram("slatewise_candidates_per_request", "Candidates of a ranked request.", buckets=SIZE_BUCKETS)
+CANDIDATES = Histogram("slatewise_candidates_per_request", "Candidates of a ranked request.", ["ranker"], buckets=SIZE_BUCKETS)
 HISTORY_LENGTH = Histogram("slatewise_history_length", "Events read for a ranked request.", buckets=SIZE_BUCKETS)
 UNKNOWN_CANDIDATES = Counter("slatewise_unknown_candidates_total", "Candidates whose id the ranker does not know.", ["ranker"])
 EXITS = Counter("slatewise_exits_total", "Answers by exit.", ["ranker", "exit"])
+BEST_SCORE = Histogram(
+    "slatewise_best_score", "The highest score of an answer that the ranker's own head weights made.", ["ranker", "variant"], buckets=SCORE_BUCKETS
+)
 HISTORY_CACHE = Counter("slatewise_history_cache_total", "Requests by what the history cache had for them.", ["result"])
 HISTORY_CACHE_BYTES = Gauge("slatewise_history_cache_bytes", "Bytes of kept history state.")
+HISTORY_CACHE_LIMIT = Gauge("slatewise_history_cache_limit_bytes", "Bound of the kept history state.")
 HISTORY_REUSED = Counter("slatewise_history_events_reused_total", "Events whose kept state was used again.")
 HISTORY_ENCODED = Counter("slatewise_history_events_encoded_total", "Events that were encoded.")
 EMBEDDINGS = Counter("slatewise_embedding_lookups_total", "Meta-embedding look-ups by result.", ["result"])
@@ -62,6 +76,12 @@ for _result in ("hit", "extended", "miss", "none"):
 EMBEDDINGS_BY_RESULT = {
     result: EMBEDDINGS.labels(result) for result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")
 }
+DURATIONS = {size: DURATION_BY_SIZE.labels(size) for _, size in (*SIZES, (0, LARGER))}
+
+
+def size_of(tokens: int) -> str:
+    """The label `size` of a request with that many events and candidates."""
+    return next((size for most, size in SIZES if tokens <= most), LARGER)
 
 
 class Timings:

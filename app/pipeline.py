@@ -45,6 +45,7 @@ class Call:
     meta: MetaEmbedding | None = None
     unknown: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     degraded: set[str] = field(default_factory=set)
+    best_score: float | None = None  # by the ranker's own head weights; none where the request brought others
 
     @property
     def exit(self) -> str:

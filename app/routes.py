@@ -258,6 +258,8 @@ def respond(call: Call, by_score: bool) -> Response:
     positions = index.tolist()
     ids = request.candidates.item_ids
     ranked = call.probabilities is not None
+    if ranked and request.head_weights is None:
+        call.best_score = float(scores.max())
     heads = {} if call.probabilities is None else {h: call.probabilities[index, k].tolist() for k, h in enumerate(ranker.manifest.heads)}
     meta = call.meta
     milliseconds = {stage: round(call.timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES[:-1]}  # `serialize` is not over
@@ -298,7 +300,12 @@ def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds
     for reason in call.degraded:
         metrics.DEGRADED.labels(reason).inc()
     metrics.EXITS.labels(name, call.exit).inc()
-    metrics.CANDIDATES.observe(len(call.request.candidates.item_ids))
+    candidates = len(call.request.candidates.item_ids)
+    metrics.CANDIDATES.labels(name).observe(candidates)
+    if variant:
+        metrics.DURATIONS[metrics.size_of(call.history_used + candidates)].observe(seconds)
+    if call.best_score is not None:
+        metrics.BEST_SCORE.labels(name, variant).observe(call.best_score)
     metrics.HISTORY_LENGTH.observe(call.history_used)
     metrics.HISTORY_CACHE.labels(call.cache).inc()
     metrics.UNKNOWN_CANDIDATES.labels(name).inc(len(call.unknown))

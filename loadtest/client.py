@@ -47,9 +47,10 @@ class Outcome:
         }
 
 
-def post(path: str, body: bytes) -> bytes:
-    """The bytes of an HTTP/1.1 request."""
-    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+def post(path: str, body: bytes, user: str | None = None) -> bytes:
+    """The bytes of an HTTP/1.1 request, the user in a header too, for a balancer that hashes it."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return (head + (f"X-User-ID: {user}\r\n" if user else "") + "\r\n").encode() + body
 
 
 def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:

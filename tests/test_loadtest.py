@@ -19,6 +19,7 @@ from app.schemas import RankRequest
 from loadtest import cells, report, soak
 from loadtest.client import Outcome, ask, closed_loop, connect, lasting, open_loop, post
 from loadtest.server import Running
+from loadtest.traffic import visits
 from loadtest.workload import Shape, Workload
 from tests.conftest import Tiny
 
@@ -308,3 +309,23 @@ def test_every_group_is_measured_and_reported(client: httpx.Client, workload: Wo
 def test_a_soak_is_plotted(tmp_path: Path) -> None:
     report.plot_soak({"requests": 9, "largest_mb": 20.0}, [(0.0, 10.0), (1.0, 15.0), (2.0, 20.0)], tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 1_000
+
+
+def test_a_light_load_is_of_new_users_and_of_known_ones_whose_history_grows(tiny: Tiny) -> None:
+    longest: dict[str, list[str]] = {}
+    grown = 0
+    for request in itertools.islice(visits(Workload(tiny.root), deadline_ms=50), 600):
+        head, _, body = request.partition(b"\r\n\r\n")
+        parsed = RankRequest.model_validate_json(body)
+        assert f"X-User-ID: {parsed.user}".encode() in head
+        assert parsed.deadline_ms == 50 and parsed.user is not None
+        before, now = longest.get(parsed.user, []), parsed.history.item_ids
+        grown += 0 < len(before) < len(now) and now[: len(before)] == before
+        longest[parsed.user] = now
+    assert 0.3 * 600 < len(longest) < 0.9 * 600
+    assert grown > 50
+    assert any(user in tiny_users(tiny) for user in longest), "some have a meta-embedding"
+
+
+def tiny_users(tiny: Tiny) -> set[str]:
+    return set(json.loads((tiny.folder / "users.json").read_text()))
