@@ -40,7 +40,11 @@ class RankingError(Exception):
 
     @property
     def type(self) -> str:
-        return "urn:slatewise:problem:" + self.title.lower().replace(" ", "-")
+        return "urn:slatewise:problem:" + self.slug
+
+    @property
+    def slug(self) -> str:
+        return self.title.lower().replace(" ", "-")
 
 
 class NotJson(RankingError):

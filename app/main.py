@@ -10,7 +10,6 @@ import ctypes
 import hmac
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -35,8 +34,9 @@ from app.history_cache import HistoryCache
 from app.manifest import ManifestError
 from app.meta_embeddings import EmbeddedStore, RedisStore, Store
 from app.pipeline import Pipeline
-from app.routes import rerank, routes, score
-from app.schemas import REQUEST_ID, Problem, RankRequest
+from app.request_lines import open_lines
+from app.routes import request_id, rerank, routes, score
+from app.schemas import Problem, RankRequest
 from app.settings import Settings
 from app.workers import Workers
 
@@ -139,8 +139,7 @@ class Gate:
 
 def problem(request: Request, error: RankingError) -> Response:
     """RFC 9457 problem details, with the request's id: the body's where it was read, else the header's."""
-    header = request.headers.get("x-request-id", "")
-    identifier = getattr(request.state, "request_id", None) or (header if re.fullmatch(REQUEST_ID, header) else None)
+    identifier = request_id(request)
     body = Problem(
         type=error.type,
         title=error.title,
@@ -179,10 +178,10 @@ def create_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_pipeline(settings, rankers) as pipeline:
-            app.state.pipeline = pipeline
-            yield
-            app.state.pipeline = None
+        with open_lines(settings) as app.state.lines:
+            async with open_pipeline(settings, rankers) as app.state.pipeline:
+                yield
+                app.state.pipeline = None
 
     app = FastAPIOffline(
         title="Slatewise",

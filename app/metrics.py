@@ -61,6 +61,7 @@ GENERATION_AGE = Gauge("slatewise_embedding_generation_age_seconds", "Age of the
 CIRCUIT_STATE = Gauge("slatewise_redis_circuit_state", "0: requests ask Redis; 1: Redis is being tried; 2: it is left alone.")
 REDIS_DURATION = Histogram("slatewise_redis_command_duration_seconds", "Time of one Redis command.", ["command"], buckets=BUCKETS)
 REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
+LINES = Counter("slatewise_lines_total", "Lines for the log and the capture, written or dropped.", ["kind", "result"])
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
 BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
@@ -71,6 +72,9 @@ for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
     DEGRADED.labels(_reason)
 for _reason in ("in_flight", "tokens"):
     REJECTED.labels(_reason)
+for _kind in ("log", "capture"):
+    for _result in ("written", "dropped"):
+        LINES.labels(_kind, _result)
 for _result in ("hit", "extended", "miss", "none"):
     HISTORY_CACHE.labels(_result)
 EMBEDDINGS_BY_RESULT = {

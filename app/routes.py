@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -24,7 +25,7 @@ from app.bundle import Ranker
 from app.errors import MOST_FAULTS, Fault, Invalid, NotFound, NotJson, NotReady, Overloaded, RankingError, pointer
 from app.metrics import Timings
 from app.pipeline import Call, Pipeline, order
-from app.schemas import Health, Limits, ModelCard, ModelName, Models, Problem, RankRequest, RankResponse
+from app.schemas import REQUEST_ID, Health, Limits, ModelCard, ModelName, Models, Problem, RankRequest, RankResponse
 from app.settings import Settings
 
 TOO_MANY_FAULTS = 1_000  # to look at each
@@ -143,7 +144,7 @@ async def answer(request: Request, *, by_score: bool) -> Response:
     entered: float = request.scope["slatewise.entered"]
     state, endpoint = request.app.state, request.scope["path"]
     settings: Settings = state.settings
-    call, timings, code = None, Timings(entered), 500
+    call, timings, code, refusal = None, Timings(entered), 500, "internal-error"
     state.in_flight += 1
     metrics.IN_FLIGHT.inc()
     try:
@@ -157,19 +158,21 @@ async def answer(request: Request, *, by_score: bool) -> Response:
         await while_connected(request, pipeline.rank(call))
         response = respond(call, by_score)
         timings.lap("serialize")
-        code = 200
+        code, refusal = 200, ""
         return response
     except RankingError as error:
-        code = error.status
+        code, refusal = error.status, error.slug
         raise
     except ClientDisconnect:
-        code = CLIENT_GONE
+        code, refusal = CLIENT_GONE, "client-gone"
         metrics.DISCONNECTS.inc()
         return Response(status_code=CLIENT_GONE)  # nobody reads it
     finally:
         state.in_flight -= 1
         metrics.IN_FLIGHT.dec()
-        count(call, timings, endpoint, code, time.perf_counter() - entered)
+        seconds = time.perf_counter() - entered
+        labels = count(call, timings, endpoint, code, seconds)
+        state.lines.end(call, labels, request_id(request), refusal, timings.seconds, seconds)
 
 
 def parse(body: bytes, request: Request) -> RankRequest:
@@ -287,16 +290,23 @@ def respond(call: Call, by_score: bool) -> Response:
     return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)
 
 
-def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds: float) -> None:
-    """The one place where a request enters the metrics: when it ends."""
+def request_id(request: Request) -> str | None:
+    """The body's where it was read and has one, else the header's."""
+    header = request.headers.get("x-request-id", "")
+    return getattr(request.state, "request_id", None) or (header if re.fullmatch(REQUEST_ID, header) else None)
+
+
+def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds: float) -> dict[str, str]:
+    """The one place where a request enters the metrics: when it ends. The labels by which it was counted, for the log."""
     ranker = None if call is None else call.ranker
     name, version = ("", "") if ranker is None else (ranker.name, str(ranker.manifest.version))
     variant = "" if call is None or call.probabilities is None else call.variant or ""
     metrics.REQUESTS.labels(endpoint, name, version, variant, str(code)).inc()
     metrics.DURATION.labels(endpoint, name, variant).observe(seconds)
     timings.observe()
+    labels = {"endpoint": endpoint, "ranker": name, "version": version, "variant": variant, "code": str(code)}
     if call is None or code != 200:
-        return
+        return labels
     for reason in call.degraded:
         metrics.DEGRADED.labels(reason).inc()
     metrics.EXITS.labels(name, call.exit).inc()
@@ -309,3 +319,4 @@ def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds
     metrics.HISTORY_LENGTH.observe(call.history_used)
     metrics.HISTORY_CACHE.labels(call.cache).inc()
     metrics.UNKNOWN_CANDIDATES.labels(name).inc(len(call.unknown))
+    return labels

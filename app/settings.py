@@ -1,9 +1,9 @@
 """All settings, read once in `main.py` from `SLATEWISE_*`; from there on they are plain arguments."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.redis_clients import SCHEMES
@@ -35,6 +35,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1_000_000, ge=1, description="Longest request body, also after it is inflated.")
     body_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a request body.")
     drain_seconds: float = Field(2.0, ge=0, le=3_600, description="After SIGTERM, how long to serve on while /readyz already says no.")
+    slow_ms: float = Field(250.0, ge=0, allow_inf_nan=False, description="Requests that take as long are logged as `slow`, with their stages; 0: none.")
+    capture_file: str = Field("", description="File that a sample of the requests is written to, in the format of `warmup.jsonl`; empty: none is.")
+    capture_share: float = Field(0.01, gt=0, le=1, description="Share of the users whose requests are written, and of the requests without a user.")
+    capture_key: SecretStr = Field(SecretStr(""), description="Key of the hash that stands for a user's id in that file; needed with it.")
+    capture_mb: float = Field(100.0, gt=0, allow_inf_nan=False, description="Bound of that file and the one before it (`<name>.1`), in MiB.")
     max_in_flight: int = Field(256, ge=1, description="Requests in flight, above which new ones are refused before their body is read (429).")
     max_outstanding_tokens: int = Field(
         50_000, ge=1, description="Events and candidates at work, above which answers are the input order (or 503); above half of it the exit gives way."
@@ -46,6 +51,12 @@ class Settings(BaseSettings):
         if url.get_secret_value() and not url.get_secret_value().startswith(SCHEMES):
             raise ValueError(f"must start with {', '.join(SCHEMES)}")
         return url
+
+    @model_validator(mode="after")
+    def capture_has_a_key(self) -> Self:
+        if self.capture_file and not self.capture_key.get_secret_value():
+            raise ValueError("capture_file needs a capture_key")
+        return self
 
     def keys(self) -> tuple[str, ...]:
         return listed(self.api_keys.get_secret_value())

@@ -66,7 +66,7 @@ def test_the_runbook_names_metrics_and_panels_that_exist() -> None:
 
 
 def test_every_alert_is_tested_to_fire_and_to_clear() -> None:
-    tests = yaml.safe_load((FOLDER / "rules_test.yml").read_text())["tests"]
+    tests = [test for path in sorted(FOLDER.glob("*_test.yml")) for test in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for test in tests for case in test["alert_rule_test"]]
     for name in map(alert_name, ALERTS):
         fires = [bool(case["exp_alerts"]) for case in cases if case["alertname"] == name]
@@ -75,7 +75,7 @@ def test_every_alert_is_tested_to_fire_and_to_clear() -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
-@pytest.mark.parametrize("command", ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml"])
+@pytest.mark.parametrize("command", ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml", "test rules burn_test.yml"])
 def test_promtool_agrees(command: str) -> None:
     found = subprocess.run(["promtool", *command.split()], cwd=FOLDER, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stdout + found.stderr

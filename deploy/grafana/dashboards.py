@@ -218,7 +218,9 @@ STATE = [
            series("slatewise_redis_circuit_state"),
            {"0": ("closed", "green"), "1": ("tried", "orange"), "2": ("open", "red")}, width=12),
     graph("Users kept in process", "Users whose look-up is kept, those without a vector included.", "none",
-          ("{{instance}}", series("slatewise_embedding_cache_entries")), width=12),
+          ("{{instance}}", series("slatewise_embedding_cache_entries")), width=6),
+    graph("Log and capture", "Lines written, and dropped because nobody read them in time or the disk is full.", "ops",
+          ("{{kind}} {{result}}", rate("slatewise_lines_total", "kind, result")), width=6),
 ]  # fmt: skip
 
 MODELS = [
