@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import cache
+from typing import TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -15,6 +17,7 @@ SCORE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7
 SIZES = ((100, "up to 100"), (500, "101 to 500"), (2_000, "501 to 2000"))  # events read and candidates: a closed list, for a label
 LARGER = "over 2000"
 
+M = TypeVar("M", Counter, Gauge, Histogram)
 STAGES = ("parse", "features", "embed", "queue", "encode", "score", "serialize")
 
 REQUESTS = Counter(
@@ -81,6 +84,12 @@ EMBEDDINGS_BY_RESULT = {
     result: EMBEDDINGS.labels(result) for result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")
 }
 DURATIONS = {size: DURATION_BY_SIZE.labels(size) for _, size in (*SIZES, (0, LARGER))}
+
+
+@cache
+def of(metric: M, *labels: str) -> M:
+    """A metric's series: as `labels`, which takes the library longer than to count. All labels are closed lists, and so is what is kept."""
+    return metric.labels(*labels)
 
 
 def size_of(tokens: int) -> str:

@@ -301,22 +301,22 @@ def count(call: Call | None, timings: Timings, endpoint: str, code: int, seconds
     ranker = None if call is None else call.ranker
     name, version = ("", "") if ranker is None else (ranker.name, str(ranker.manifest.version))
     variant = "" if call is None or call.probabilities is None else call.variant or ""
-    metrics.REQUESTS.labels(endpoint, name, version, variant, str(code)).inc()
-    metrics.DURATION.labels(endpoint, name, variant).observe(seconds)
+    metrics.of(metrics.REQUESTS, endpoint, name, version, variant, str(code)).inc()
+    metrics.of(metrics.DURATION, endpoint, name, variant).observe(seconds)
     timings.observe()
     labels = {"endpoint": endpoint, "ranker": name, "version": version, "variant": variant, "code": str(code)}
     if call is None or code != 200:
         return labels
     for reason in call.degraded:
-        metrics.DEGRADED.labels(reason).inc()
-    metrics.EXITS.labels(name, call.exit).inc()
+        metrics.of(metrics.DEGRADED, reason).inc()
+    metrics.of(metrics.EXITS, name, call.exit).inc()
     candidates = len(call.request.candidates.item_ids)
-    metrics.CANDIDATES.labels(name).observe(candidates)
+    metrics.of(metrics.CANDIDATES, name).observe(candidates)
     if variant:
         metrics.DURATIONS[metrics.size_of(call.history_used + candidates)].observe(seconds)
     if call.best_score is not None:
-        metrics.BEST_SCORE.labels(name, variant).observe(call.best_score)
+        metrics.of(metrics.BEST_SCORE, name, variant).observe(call.best_score)
     metrics.HISTORY_LENGTH.observe(call.history_used)
-    metrics.HISTORY_CACHE.labels(call.cache).inc()
-    metrics.UNKNOWN_CANDIDATES.labels(name).inc(len(call.unknown))
+    metrics.of(metrics.HISTORY_CACHE, call.cache).inc()
+    metrics.of(metrics.UNKNOWN_CANDIDATES, name).inc(len(call.unknown))
     return labels
