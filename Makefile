@@ -3,6 +3,8 @@
 # make lint     format, lint and types alone
 # make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
 # make compress the newest version of the demo to one with smaller variants, each measured; stop and resume as you like
+# make dashboards-check   every panel and alert against a real Prometheus and faults made on purpose (apt-get installs it, as root)
+# make image-check   the Dockerfile's steps in a clean folder and environment
 # make lock     renew the locked versions
 # make reference-bundle   the shape that speed is measured with, seeded weights, below build/bundles/
 
@@ -11,7 +13,7 @@ SERVE := .venv-serve
 TEST := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: python-version serve test lint format movielens train compress reference-bundle lock clean
+.PHONY: python-version serve test lint format movielens train compress reference-bundle dashboards-check image-check lock clean
 
 serve: $(SERVE)/installed
 	$(SERVE)/bin/python -m app.main
@@ -40,6 +42,25 @@ train: movielens
 
 compress: movielens
 	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
+
+dashboards-check: $(TEST)/installed
+	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }
+	$(TEST)/bin/python -m loadtest.dashboards
+
+# What the Dockerfile does, without Docker: a clean folder and environment, the image's command, and its health check.
+IMAGE := build/image
+image-check: | python-version
+	rm -rf $(IMAGE)
+	$(PYTHON) -m venv $(IMAGE)/venv
+	$(IMAGE)/venv/bin/pip install --quiet --no-cache-dir --require-hashes -r deploy/serve.lock
+	mkdir -p $(IMAGE)/srv/models
+	cp -r app $(IMAGE)/srv/
+	cp -r models/bundles $(IMAGE)/srv/models/
+	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 SLATEWISE_PORT=18765 sh -c '\
+		python -m app.main & server=$$!; trap "kill $$server" EXIT; \
+		for k in $$(seq 60); do \
+			python -c "import urllib.request; urllib.request.urlopen(\"http://127.0.0.1:18765/readyz\", timeout=1)" 2>/dev/null && echo healthy && exit 0; sleep 1; \
+		done; exit 1'
 
 reference-bundle: $(TEST)/installed
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference

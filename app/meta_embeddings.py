@@ -322,6 +322,7 @@ class RedisStore:
         self.pointers[ranker.name], live = value, read_pointer(value)[0]
         self.generations[ranker.name] = list(map(str, live))
         self.epoch += 1
+        self.created.pop(ranker.name, None)  # a Redis that was emptied counts from 1 again
         self.cache.clear()
         metrics.EMBEDDING_CACHE_ENTRIES.set(0)
         metrics.GENERATION.labels(ranker.name).set(live[0] if live else 0)

@@ -130,3 +130,9 @@ def test_grafana_finds_source_and_dashboards() -> None:
     assert "./deploy/grafana/provisioning:/etc/grafana/provisioning:ro" in compose["services"]["grafana"]["volumes"]
     scrape = yaml.safe_load((FOLDER.parent / "prometheus" / "prometheus.yml").read_text())["global"]["scrape_interval"]
     assert source["jsonData"]["timeInterval"] == scrape, "$__rate_interval follows it"
+
+
+def test_the_last_report_is_of_these_panels_and_found_nothing_wrong() -> None:
+    report = (FOLDER.parent.parent / "docs" / "dashboards" / "report.md").read_text()
+    queries = sum(len(panel["targets"]) for _, panel in panels())
+    assert f"**{len(panels())} panels with {queries} queries, 0 without data; 0 things not as they should be.**" in report, "run: make dashboards-check"

@@ -1,0 +1,177 @@
+"""Two replicas behind the HAProxy of the compose file: python -m loadtest.scale_out
+
+Who comes back finds a kept history only where it was kept: hashing X-User-ID against going round, and what a replica's death and return
+cost. Real processes, deploy/haproxy/haproxy.cfg as it is. Prints tables in Markdown. Needs haproxy in the PATH (apt-get install haproxy).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadtest.server import Server, free_port
+from loadtest.workload import Shape, Workload, window
+
+ROOT = Path(__file__).parent.parent
+USERS, VISITS = 40, 6
+SHAPE = Shape(100, 20)
+THREADS = 4
+
+
+@contextmanager
+def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
+    """Its port, once it has found every replica ready."""
+    port = free_port()
+    environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)}
+    process = subprocess.Popen(["haproxy", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")], env=os.environ | environment, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(1.5)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def replicas(bundles: Path) -> Iterator[list[Server]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(replica(bundles)) for _ in range(2)]
+
+
+def replica(bundles: Path, port: int | None = None) -> Server:
+    return Server({"BUNDLES": str(bundles), "VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "0"}, port=port)
+
+
+class Users:
+    """Their histories, which grow by an event a visit."""
+
+    def __init__(self, bundles: Path, seed: int) -> None:
+        self.workload = Workload(bundles, seed=seed)
+        self.users = [(self.workload.new_user(), self.workload.history(SHAPE.history + 1_000)) for _ in range(USERS)]
+        self.visits = Counter[str]()
+
+    def body(self, k: int) -> tuple[str, bytes]:
+        user, history = self.users[k]
+        self.visits[user] += 1
+        return user, self.workload.body(user, window(history, 0, SHAPE.history + self.visits[user]), SHAPE.candidates)
+
+
+def visit(connection: http.client.HTTPConnection, user: str, body: bytes) -> tuple[int, str, int]:
+    """(status, what was kept of the history, events read)."""
+    connection.request("POST", "/rerank", body, {"Content-Type": "application/json", "X-User-ID": user})
+    answer = connection.getresponse()
+    content = json.loads(answer.read()) if answer.status == 200 else {}
+    history = content.get("history", {})
+    return answer.status, history.get("cache", ""), history.get("used", 0)
+
+
+def sample(server: Server, name: str) -> float:
+    text = str(server.get("/metrics")[1])
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+def hits(bundles: Path, balance: str) -> dict[str, Any]:
+    """Every user comes VISITS times: what was reused, how much was encoded, how much is kept."""
+    users = Users(bundles, 0)
+    with replicas(bundles) as servers, haproxy(balance, [server.port for server in servers]) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        encoded = [sample(server, "slatewise_history_events_encoded_total") for server in servers]
+        found = [visit(connection, *users.body(k)) for _ in range(VISITS) for k in order(users)]
+        encoded = [sample(server, "slatewise_history_events_encoded_total") - before for server, before in zip(servers, encoded)]
+        kept = sum(sample(server, "slatewise_history_cache_bytes") for server in servers)
+        answered = [sample(server, "slatewise_requests_total") for server in servers]
+    assert all(status == 200 for status, _, _ in found)
+    caches = Counter(cache for _, cache, _ in found)
+    return {
+        "balance": balance,
+        "reused": (caches["hit"] + caches["extended"]) / len(found),
+        "encoded_per_request": sum(encoded) / len(found),
+        "kept_mb": kept / 2**20,
+        "requests": answered,
+    }
+
+
+def order(users: Users) -> list[int]:
+    """A visit of each user, in a drawn order: a fixed one could fall in step with going round."""
+    return users.workload.rng.sample(range(USERS), USERS)
+
+
+@dataclass
+class Run:
+    """Every request: when it ended, its status (0: no answer), who asked, and what was kept of the history."""
+
+    answers: list[tuple[float, int, str, str]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def work(self, port: int, users: Users, mine: list[int]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        while not self.stop.is_set():
+            for k in mine:
+                user, body = users.body(k)
+                try:
+                    status, cache, _ = visit(connection, user, body)
+                except (OSError, http.client.HTTPException):
+                    connection.close()
+                    status, cache = 0, ""
+                self.answers.append((time.monotonic(), status, user, cache))
+                time.sleep(0.02)
+
+    def between(self, begin: float, end: float) -> list[tuple[float, int, str, str]]:
+        return [answer for answer in self.answers if begin <= answer[0] < end]
+
+
+def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
+    """A replica is killed while users keep coming, and comes back at its port: failures, and whose histories were lost."""
+    users, run = Users(bundles, 1), Run()
+    with replicas(bundles) as servers, haproxy("hdr(X-User-ID)", [server.port for server in servers]) as port, ExitStack() as stack:
+        threads = [threading.Thread(target=run.work, args=(port, users, list(range(k, USERS, THREADS)))) for k in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds)
+        killed = time.monotonic()
+        servers[1].process.kill()
+        time.sleep(seconds)
+        stack.enter_context(replica(bundles, servers[1].port))
+        back = time.monotonic()
+        time.sleep(seconds)
+        run.stop.set()
+        for thread in threads:
+            thread.join()
+    before, dead, after = run.between(0, killed), run.between(killed, back), run.between(back, time.monotonic())
+    lost = {user for _, _, user, cache in dead if cache == "miss"}  # those whose replica died
+    others = {user for user, _ in users.users} - lost
+    return {
+        "requests": len(run.answers),
+        "failed": [sum(status != 200 for _, status, _, _ in part) for part in (before, dead, after)],
+        "moved_users": len(lost),
+        "misses_of_others": sum(cache == "miss" for _, _, user, cache in dead + after if user in others),
+        "misses_when_back": sum(cache == "miss" for _, _, user, cache in after),
+        "share_of_the_one_that_came_back": sum(user in lost for _, _, user, _ in after) / len(after),
+    }
+
+
+def main() -> None:
+    bundles = ROOT / "models" / "bundles"
+    rows = [hits(bundles, balance) for balance in ("hdr(X-User-ID)", "roundrobin")]
+    print(f"{USERS} users, {VISITS} visits each, {SHAPE.history} events and one more a visit; two replicas\n")
+    print("| balance | requests that found a history | events encoded a request | histories kept, MB |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['balance']} | {row['reused']:.1%} | {row['encoded_per_request']:.1f} | {row['kept_mb']:.1f} |")
+    found = death(bundles)
+    print(f"\nA replica killed and back: {found['requests']} requests; failed before, while it was dead, and after: {found['failed']}; ")
+    print(f"{found['moved_users']} of {USERS} users moved, the others' histories were lost {found['misses_of_others']} times; ")
+    print(f"{found['misses_when_back']} histories were encoded anew when it was back.")
+
+
+if __name__ == "__main__":
+    main()
