@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class Users:
         return user, self.workload.body(user, window(history, 0, SHAPE.history + self.visits[user]), SHAPE.candidates)
 
 
+def connect(port: int) -> closing[http.client.HTTPConnection]:
+    return closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
+
+
 def visit(connection: http.client.HTTPConnection, user: str, body: bytes) -> tuple[int, str, int]:
     """(status, what was kept of the history, events read)."""
     connection.request("POST", "/rerank", body, {"Content-Type": "application/json", "X-User-ID": user})
@@ -83,8 +87,7 @@ def sample(server: Server, name: str) -> float:
 def hits(bundles: Path, balance: str) -> dict[str, Any]:
     """Every user comes VISITS times: what was reused, how much was encoded, how much is kept."""
     users = Users(bundles, 0)
-    with replicas(bundles) as servers, haproxy(balance, [server.port for server in servers]) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with replicas(bundles) as servers, haproxy(balance, [server.port for server in servers]) as port, connect(port) as connection:
         encoded = [sample(server, "slatewise_history_events_encoded_total") for server in servers]
         found = [visit(connection, *users.body(k)) for _ in range(VISITS) for k in order(users)]
         encoded = [sample(server, "slatewise_history_events_encoded_total") - before for server, before in zip(servers, encoded)]
@@ -114,17 +117,17 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def work(self, port: int, users: Users, mine: list[int]) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        while not self.stop.is_set():
-            for k in mine:
-                user, body = users.body(k)
-                try:
-                    status, cache, _ = visit(connection, user, body)
-                except (OSError, http.client.HTTPException):
-                    connection.close()
-                    status, cache = 0, ""
-                self.answers.append((time.monotonic(), status, user, cache))
-                time.sleep(0.02)
+        with connect(port) as connection:
+            while not self.stop.is_set():
+                for k in mine:
+                    user, body = users.body(k)
+                    try:
+                        status, cache, _ = visit(connection, user, body)
+                    except (OSError, http.client.HTTPException):
+                        connection.close()  # the next request opens it again
+                        status, cache = 0, ""
+                    self.answers.append((time.monotonic(), status, user, cache))
+                    time.sleep(0.02)
 
     def between(self, begin: float, end: float) -> list[tuple[float, int, str, str]]:
         return [answer for answer in self.answers if begin <= answer[0] < end]

@@ -322,6 +322,22 @@ def test_number_and_age_of_the_generation_are_in_the_metrics(client: redis.Redis
     asyncio.run(main())
 
 
+def test_the_age_begins_anew_in_a_redis_that_was_emptied_and_counts_from_1_again(client: redis.Redis, redis_port: int) -> None:
+    fill(client)
+    client.hset(about_key("r", "s"), "1", f'{{"created_at": {time.time() - 500}, "kind": "full", "users": 1}}')
+
+    async def main() -> None:
+        async with RedisStore(url(redis_port), GENEROUS, [RANKER]) as store:
+            assert gauge("embedding_generation_age_seconds", ranker="r") == pytest.approx(500, abs=60)
+            client.flushdb()
+            await until(lambda: store.generations["r"] == [], 5.0)
+            fill(client)
+            await until(lambda: store.generations["r"] == ["1"], 5.0)
+            await until(lambda: gauge("embedding_generation_age_seconds", ranker="r") < 60, 5.0)
+
+    asyncio.run(main())
+
+
 # Dtypes
 
 
