@@ -303,7 +303,7 @@ def test_metrics_count_requests_once_and_stages(client: httpx.Client, example: d
     count = value(refused)
     client.post("/rerank", json={})
     assert value(refused) - count == 1
-    assert value("slatewise_requests_in_flight") == 0
+    assert value("slatewise_requests_in_flight ") == 0
 
 
 SHAPES = [
@@ -375,9 +375,9 @@ def test_a_client_that_leaves_between_quanta_has_the_rest_not_run(tiny: Tiny, ex
             connection.sendall(head + body)
             assert stop.begun.wait(30)
         wait_for(client, gone[0], before[0] + 1)
-        wait_for(client, "slatewise_requests_in_flight", 0)
+        wait_for(client, "slatewise_requests_in_flight ", 0)
         assert sums(client, *gone) == [count + 1 for count in before]
-        assert sums(client, "slatewise_outstanding_tokens") == [0], "its room is free before its quantum has ended"
+        assert sums(client, "slatewise_outstanding_tokens ") == [0], "its room is free before its quantum has ended"
         stop.may_end.set()
         wait_for(client, "slatewise_queue_length", 0)
         assert ask(client, {"candidates": {"item_ids": ["1"]}}, exit="dot")["exit"] == "dot"  # by the one thread: what was before it has had its turn
