@@ -122,6 +122,7 @@ class Gate:
         request, endpoint = Request(scope, receive), self.RANKING.get(scope["path"])
         try:
             if self.keys and scope["path"] not in self.OPEN and not self.admits(request.headers):
+                metrics.REJECTED.labels("key").inc()
                 raise Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
             if endpoint is None or scope["method"] != "POST":
                 return await self.app(scope, receive, send)

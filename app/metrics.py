@@ -38,7 +38,7 @@ QUEUE_LENGTH = Gauge("slatewise_queue_length", "Quanta that wait for a thread.")
 THREADS = Gauge("slatewise_threads", "Threads that run the model.")
 MEMORY_LIMIT = Gauge("slatewise_memory_limit_bytes", "The cgroup's memory limit, or the machine's memory where there is none.")
 DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that went away before their answer.")
-REJECTED = Counter("slatewise_rejected_total", "Requests refused for overload, by door.", ["reason"])
+REJECTED = Counter("slatewise_rejected_total", "Requests refused, by door: without a valid key, or for overload.", ["reason"])
 DEGRADED = Counter("slatewise_degraded_total", "Answers that were degraded, by reason; an answer may have several.", ["reason"])
 DEADLINE_EXCEEDED = Counter("slatewise_deadline_exceeded_total", "Requests whose deadline passed.")
 CANDIDATES = Histogram("slatewise_candidates_per_request", "Candidates of a ranked request.", ["ranker"], buckets=SIZE_BUCKETS)
@@ -73,7 +73,7 @@ BUILD_INFO.labels(VERSION).set(1)
 STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 for _reason in ("deadline", "overload", "exit", "variant", "store_error"):
     DEGRADED.labels(_reason)
-for _reason in ("in_flight", "tokens"):
+for _reason in ("key", "in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _kind in ("log", "capture"):
     for _result in ("written", "dropped"):

@@ -20,6 +20,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -496,6 +497,9 @@ def answers(client: httpx.Client) -> bool:
 
 
 def test_keys_are_asked_for_where_they_are_set(tiny: Tiny, example: dict[str, Any]) -> None:
+    def refused() -> float:
+        return REGISTRY.get_sample_value("slatewise_rejected_total", {"reason": "key"}) or 0.0
+
     with serve(Settings(bundles=tiny.root, api_keys="first, second")) as client:  # type: ignore[arg-type]
         for path in ("/livez", "/readyz", "/metrics"):
             assert client.get(path).status_code == 200
@@ -507,8 +511,10 @@ def test_keys_are_asked_for_where_they_are_set(tiny: Tiny, example: dict[str, An
             {"Authorization": "Bearer f\u00e9"},
         ):
             raw = {k: v.encode() for k, v in headers.items()}
+            before = refused()
             answer = client.post("/score", json=example, headers=raw)
             assert_problem(answer, 401)
+            assert refused() == before + 1
             assert answer.headers["WWW-Authenticate"] == "Bearer"
             for path in ("/models", "/docs", "/openapi.json", "/no-such-path"):
                 assert_problem(client.get(path, headers=raw), 401)

@@ -82,7 +82,7 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
         ("slatewise_stage_duration_seconds_count", "stage", STAGES),
         ("slatewise_ranking_duration_seconds_count", "size", ("up to 100", "101 to 500", "501 to 2000", "over 2000")),
         ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
-        ("slatewise_rejected_total", "reason", ("in_flight", "tokens")),
+        ("slatewise_rejected_total", "reason", ("key", "in_flight", "tokens")),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
         ("slatewise_embedding_lookups_total", "result", ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")),
     ],

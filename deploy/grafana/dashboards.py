@@ -149,7 +149,7 @@ OVERVIEW = [
           ("memory", f"max({series('process_resident_memory_bytes')} / {series('slatewise_memory_limit_bytes')})"), line=0.9),
     graph("At work", "Requests that are in the service, and quanta that wait for a thread. Is work piling up?", "none",
           ("in flight", f"sum({series('slatewise_requests_in_flight')})"), ("queue", f"sum({series('slatewise_queue_length')})")),
-    graph("Refused by door", "in_flight: before the body is read. tokens: after it is parsed, then in input order if allowed. Are we refusing?", "reqps",
+    graph("Refused by door", "key: none valid. in_flight: before the body is read. tokens: after it, then in input order if allowed. Are we refusing?", "reqps",
           ("{{reason}}", rate("slatewise_rejected_total", "reason")), stacked=True),
     graph("Degraded by reason", "deadline, overload: less of the ladder (exit: a lower rung). store_error: without the user's vector. Are we degrading?",
           "reqps",
