@@ -28,7 +28,6 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.features import Float32
 from app.redis_clients import Client
-from app.redis_clients import connect as connect
 from app.vectors import Corrupt, about_key, pack_many, pointer_key, read_pointer, renumbered, user_key
 
 BATCH = 1_000  # users in one round trip

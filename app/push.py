@@ -21,8 +21,9 @@ import numpy as np
 
 from app.bundle import versions
 from app.features import Float32
-from app.generations import BATCH, Generations, connect
+from app.generations import BATCH, Generations
 from app.manifest import ManifestError, read_manifest
+from app.redis_clients import connect
 from app.vectors import DTYPES
 
 

@@ -70,16 +70,12 @@ class RedisNode:
         name: str,
         timeout_seconds: float,
         fetch: Callable[[list[LookUp]], Awaitable[list[Any]]],
-        complete: Callable[[LookUp, Any], None],
-        drop: Callable[[LookUp], None],
+        complete: Callable[[LookUp, Any], None],  # with a reply or an exception
+        drop: Callable[[LookUp], None],  # who asks for this user from now on does so anew
         circuit: int,
     ) -> None:
         self.name, self.timeout = name, timeout_seconds
-        self.fetch, self.complete, self.drop = (
-            fetch,
-            complete,
-            drop,
-        )  # complete: with a reply or an exception; drop: who asks for this user from now on does so anew
+        self.fetch, self.complete, self.drop = fetch, complete, drop
         self.circuit, self.failures, self.failed_at = circuit, 0, 0.0
         self.queue: list[LookUp] = []
         self.arrived = asyncio.Event()

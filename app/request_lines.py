@@ -86,12 +86,15 @@ class RequestLines:
         self.log, self.slow_seconds = log, slow_seconds
         self.capture, self.share, self.key = capture, share, key
 
-    def end(self, call: Call | None, labels: dict[str, str], request_id: str | None, refusal: str, stages: dict[str, float], seconds: float) -> None:
+    def end(
+        self, call: Call | None, labels: dict[str, str], request_id: Callable[[], str | None], refusal: str, stages: dict[str, float], seconds: float
+    ) -> None:
         slow = 0 < self.slow_seconds <= seconds
         degraded = sorted(call.degraded) if call is not None and not refusal else []
         if refusal or degraded or slow:
             reasons = [refusal] * bool(refusal) + degraded + ["slow"] * slow
-            self.log.put(lambda: log_line(call, labels, request_id, reasons, stages, seconds))
+            identifier = request_id()  # most requests leave no line
+            self.log.put(lambda: log_line(call, labels, identifier, reasons, stages, seconds))
         if self.capture is not None and call is not None and not refusal and self.sampled(call.request.user):
             request, now = call.request, datetime.now(UTC).timestamp()
             self.capture.put(lambda: capture_line(request, now, self.key))

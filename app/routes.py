@@ -11,6 +11,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import pydantic_core
@@ -172,7 +173,7 @@ async def answer(request: Request, *, by_score: bool) -> Response:
         metrics.IN_FLIGHT.dec()
         seconds = time.perf_counter() - entered
         labels = count(call, timings, endpoint, code, seconds)
-        state.lines.end(call, labels, request_id(request), refusal, timings.seconds, seconds)
+        state.lines.end(call, labels, partial(request_id, request), refusal, timings.seconds, seconds)
 
 
 def parse(body: bytes, request: Request) -> RankRequest:

@@ -33,8 +33,9 @@ import matplotlib
 import yaml
 
 from app.engine import processor
-from app.generations import Generations, connect
+from app.generations import Generations
 from app.push import push, read
+from app.redis_clients import connect
 from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
 from loadtest.traffic import visits

@@ -28,10 +28,11 @@ import redis
 import uvloop
 
 from app.engine import processor
-from app.generations import Generations, connect
+from app.generations import Generations
 from app.manifest import read_manifest
 from app.meta_embeddings import RedisStore
 from app.push import push
+from app.redis_clients import connect
 from app.redis_nodes import CLOSED
 from app.vectors import DTYPES
 from loadtest.client import ask, post

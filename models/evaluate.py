@@ -68,11 +68,11 @@ def rank_of(scores: np.ndarray, target: int) -> int:
     return int((scores > scores[target]).sum() + (scores[:target] == scores[target]).sum())
 
 
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
+def interval(values: np.ndarray, seed: int = 0, digits: int = 4) -> list[float]:
     """[mean, low, high]: a bootstrap over users, 95 %."""
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAPS)]
-    return [round(float(v), 4) for v in (values.mean(), *np.quantile(means, [0.025, 0.975]))]
+    return [round(float(v), digits) for v in (values.mean(), *np.quantile(means, [0.025, 0.975]))]
 
 
 Baselines = dict[str, Callable[[Case], np.ndarray]]

@@ -29,7 +29,7 @@ from app.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Var
 from app.schemas import RankRequest
 from models import invariance
 from models.calibrate import fit_calibration
-from models.data import Sequences, build_sequences, clean_events, read_config, read_table, values_of
+from models.data import Sequences, build_sequences, clean_events, read_table, values_of
 from models.evaluate import as_markdown, candidates_of, evaluate, slate_cases
 from models.graphs import Calibration, LigrGraphs, uncalibrated
 from models.ligr import EXITS, Ligr
@@ -410,13 +410,11 @@ def main() -> None:
     parser.add_argument("--version", type=int, help="default: one more than the newest")
     args = parser.parse_args()
     try:
-        config, toml = read_config(args.toml)
-        folder = args.folder or Path("build/train") / config.name
-        trainer = load_trainer(args.toml, folder)
+        trainer, toml, folder = load_trainer(args.toml, args.folder)
         if not (folder / META_BLOCK).exists():
             raise ValueError(f"{folder} has no {META_BLOCK}: `python -m models.limaml {args.toml}` learns it")
         learner, _ = load_learner(folder / META_BLOCK)
-        print(export(trainer, learner, toml, args.root, args.version or max(versions(args.root / config.name), default=0) + 1))
+        print(export(trainer, learner, toml, args.root, args.version or max(versions(args.root / trainer.data.config.name), default=0) + 1))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

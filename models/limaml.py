@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from app.features import FIRST_ITEM, UNKNOWN_ITEM
-from models.data import Sequences, from_table, read_config
+from models.data import Sequences, from_table
 from models.ligr import Ligr
 from models.train import Data, Slates, load_trainer, make_batch, read_slates
 
@@ -88,9 +88,14 @@ class Tasks:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
+def point_with(ranker: Ligr, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
+    """Logits (..., P, C, heads) of the exit `point` with vectors (..., M); base and dot as in `Tasks`."""
+    return dot + ranker.point_logits(base + ranker.meta_shift(vectors)[..., None, None, :])
+
+
 def event_losses(ranker: Ligr, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor) -> Tensor:
     """(..., P) of the exit `point`: vector (..., M), the rest as in `Tasks`. A head of kind `next` is a softmax over the candidates."""
-    logits = dot + ranker.point_logits(base + ranker.meta_shift(vector)[..., None, None, :])
+    logits = point_with(ranker, vector, base, dot)
     losses = torch.zeros_like(base[..., 0, 0])
     for head, kind in enumerate(kinds):
         if kind == "next":
@@ -298,9 +303,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the training; default: build/train/NAME")
     args = parser.parse_args()
     try:
-        config, toml = read_config(args.toml)
-        folder = args.folder or Path("build/train") / config.name
-        trainer = load_trainer(args.toml, folder)
+        trainer, toml, folder = load_trainer(args.toml, args.folder)
         meta = MetaTrainer(trainer.model, trainer.data, from_table(MetaConfig, toml.get("meta", {}), "meta"))
         save_learner(folder / META_BLOCK, meta.train(folder), meta.kinds)
     except (ValueError, OSError) as error:

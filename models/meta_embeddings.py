@@ -34,8 +34,9 @@ from redis.exceptions import RedisError
 from tqdm import tqdm
 
 from app.bundle import sha256
-from app.generations import Generations, StoreError, connect
+from app.generations import Generations, StoreError
 from app.manifest import ManifestError, read_manifest
+from app.redis_clients import connect
 from models.data import DataConfig, Head, Vocabulary, build_sequences, clean_events
 from models.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from models.restore import restore

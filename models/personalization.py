@@ -23,9 +23,9 @@ from tqdm import tqdm
 from app.features import FIRST_ITEM
 from app.vectors import pack_many, unpack
 from models.data import from_table, read_config
-from models.evaluate import ndcg
+from models.evaluate import interval, ndcg
 from models.ligr import Ligr
-from models.limaml import MetaConfig, MetaLearner, MetaTrainer, Tasks, event_losses, make_tasks
+from models.limaml import MetaConfig, MetaLearner, MetaTrainer, Tasks, event_losses, make_tasks, point_with
 from models.train import Data, Slates, TrainConfig, load_data, make_batch, read_slates, train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last: so many or more
@@ -88,7 +88,7 @@ def catalogue_logits(ranker: Ligr, table: Tensor, numeric: Tensor, data: Data, c
 
 def next_gains(ranker: Ligr, head: int, base: Tensor, dot: Tensor, target: Tensor, seen: list[np.ndarray], vectors: Tensor) -> np.ndarray:
     """(U,) NDCG@10 of the next event in the full catalogue, what was seen removed."""
-    scores = (dot + ranker.point_logits(base + ranker.meta_shift(vectors)[:, None]))[..., head].numpy()
+    scores = point_with(ranker, vectors, base[:, None], dot[:, None])[:, 0, :, head].numpy()
     gains = np.zeros(len(scores))
     for k, (row, place) in enumerate(zip(scores, target.tolist(), strict=True)):
         mine = row[place]
@@ -130,7 +130,7 @@ class Comparison:
         """(U,) NDCG@10 of the query's events ordered by the first head of kind `label`, NaN where all have one label."""
         head = self.kinds.index("label")
         with torch.no_grad():
-            logits = query.dot + self.ranker.point_logits(query.base + self.ranker.meta_shift(vectors)[:, None, None])
+            logits = point_with(self.ranker, vectors, query.base, query.dot)
         scores, labels, real = logits[:, :, 0, head].numpy(), query.labels[..., head].numpy(), query.real.numpy() > 0
         rows = [r & ~np.isnan(y) for r, y in zip(real, labels, strict=True)]
         return np.array([ndcg(s[r], y[r]) for s, y, r in zip(scores, labels, rows, strict=True)])
@@ -186,16 +186,10 @@ def tabulate(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict:
                 row = {"mean": round(float(values[kept].mean()), 5), "users": int(kept.sum())}
                 if name != "default":
                     difference = (values - arms["default"][metric])[kept]
-                    row["minus_default"] = [round(float(v), 6) for v in (difference.mean(), *percentiles(difference))]
+                    row["minus_default"] = interval(difference, digits=6)
                     row["p"] = round(sign_flip(difference), 4)
                 rows["arms"][name][metric] = row
     return report
-
-
-def percentiles(values: np.ndarray) -> np.ndarray:
-    """95 % of the mean over users drawn again and again."""
-    rng = np.random.default_rng(0)
-    return np.quantile([values[rng.integers(0, len(values), len(values))].mean() for _ in range(1_000)], [0.025, 0.975])
 
 
 METRICS = {"query_loss": "query loss", "next_ndcg10": "NDCG@10 of what is next", "like_ndcg10": "NDCG@10 of `like`"}

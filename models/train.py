@@ -413,14 +413,15 @@ class Trainer:
         self.epoch = state["epoch"]
 
 
-def load_trainer(toml_path: Path, folder: Path) -> Trainer:
-    """A training that has ended. Raises ValueError where it has not, or is another's."""
+def load_trainer(toml_path: Path, folder: Path | None) -> tuple[Trainer, dict, Path]:
+    """A training that has ended, its TOML and its folder, build/train/NAME if none is given. Raises ValueError where it has not, or is another's."""
     config, toml = read_config(toml_path)
+    folder = folder or Path("build/train") / config.name
     trainer = Trainer(load_data(config, toml), toml.get("model", {}), from_table(TrainConfig, toml.get("train", {}), "train"))
     trainer.load(folder / "checkpoint.pt")
     if trainer.epoch < trainer.config.epochs:
         raise ValueError(f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `python -m models.train {toml_path}` goes on")
-    return trainer
+    return trainer, toml, folder
 
 
 def plot_log(log: Path) -> None:

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import generations
-from app.generations import KEPT, MAX_LIVE, Busy, Generations, StoreError, connect, live_after
+from app.generations import KEPT, MAX_LIVE, Busy, Generations, StoreError, live_after
 from app.push import push
+from app.redis_clients import connect
 from app.vectors import HEADER, pack, read_pointer, unpack, user_key
 
 DIM = 8
@@ -183,7 +184,8 @@ def test_a_writer_that_died_holds_the_others_up_for_a_while_only(store: Generati
 def test_chunks_are_written_by_other_processes(store: Generations, redis_port: int) -> None:
     code = f"""
 import sys, numpy as np
-from app.generations import Generations, connect
+from app.generations import Generations
+from app.redis_clients import connect
 store, k = Generations(connect("redis://127.0.0.1:{redis_port}/0"), "r", "s"), int(sys.argv[1])
 store.write_chunk(1, k, [f"u{{k}}"], np.full((1, {DIM}), k, np.float32), 5.0)
 """

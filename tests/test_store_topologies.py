@@ -18,9 +18,10 @@ import redis
 import trustme
 from redis.cluster import key_slot
 
-from app.generations import Generations, connect
+from app.generations import Generations
 from app.meta_embeddings import RedisStore
 from app.push import push
+from app.redis_clients import connect
 from app.redis_nodes import CLOSED, OPEN
 from app.vectors import pointer_key, unpack, user_key
 from tests.conftest import free_port, redis_binary
@@ -320,6 +321,15 @@ def fill_at(url: str) -> None:
         fill(client)
 
 
+def assert_served(url: str) -> None:
+    async def main() -> None:
+        async with RedisStore(url, BUDGET, [RANKER]) as store:
+            await until_closed(store)
+            assert (await store.look_up(RANKER, "1")).status == "hit"
+
+    asyncio.run(main())
+
+
 @contextmanager
 def redis_process_with_password(folder: Path) -> Iterator[int]:
     with redis_process(folder) as (port, _), redis.Redis(port=port) as client:
@@ -340,23 +350,11 @@ def test_a_cluster_and_sentinels_are_reached_with_a_password(tmp_path: Path) -> 
         with redis.Redis(port=sentinel) as watcher:
             wait_for(lambda: watcher.sentinel_masters()["main"]["flags"] == "master")
         fill_at(url)
-
-        async def main() -> None:
-            async with RedisStore(url, BUDGET, [RANKER]) as store:
-                await until_closed(store)
-                assert (await store.look_up(RANKER, "1")).status == "hit"
-
-        asyncio.run(main())
+        assert_served(url)
 
 
 def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
     with redis_process(tmp_path, "--unixsocket", str(tmp_path / "redis.sock")):
         url = f"unix://{tmp_path / 'redis.sock'}?db=3"
         fill_at(url)
-
-        async def main() -> None:
-            async with RedisStore(url, BUDGET, [RANKER]) as store:
-                await until_closed(store)
-                assert (await store.look_up(RANKER, "1")).status == "hit"
-
-        asyncio.run(main())
+        assert_served(url)
