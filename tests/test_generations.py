@@ -201,8 +201,9 @@ def test_a_writer_that_is_killed_leaves_nothing_visible_and_the_next_goes_on(sto
     code = f"""
 import time, numpy as np
 from app import generations
+from app.redis_clients import connect
 generations.LOCK_SECONDS = 1
-store = generations.Generations(generations.connect("redis://127.0.0.1:{redis_port}/0"), "r", "s")
+store = generations.Generations(connect("redis://127.0.0.1:{redis_port}/0"), "r", "s")
 writing = store.begin("plan", True)
 store.write_chunk(writing.generation, 0, ["a"], np.full((1, {DIM}), 2, np.float32), 5.0)
 print("written", flush=True)
