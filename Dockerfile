@@ -10,7 +10,7 @@ WORKDIR /srv
 COPY app ./app
 COPY models/bundles ./models/bundles
 USER slatewise
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SLATEWISE_HOST=0.0.0.0
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/srv/app SLATEWISE_HOST=0.0.0.0
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=1)"]
-CMD ["python", "-m", "app.main"]
+CMD ["python", "-m", "slatewise.main"]

@@ -11,12 +11,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SERVE := .venv-serve
 TEST := .venv
+export PYTHONPATH := $(CURDIR)/app:$(CURDIR)/models
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: python-version serve test lint format movielens train compress reference-bundle dashboards-check image-check lock clean
 
 serve: $(SERVE)/installed
-	$(SERVE)/bin/python -m app.main
+	$(SERVE)/bin/python -m slatewise.main
 
 test: lint
 	$(TEST)/bin/python -m pytest
@@ -32,16 +33,16 @@ format: $(TEST)/installed
 
 # ML1M and ML_SMALL may name a local zip or folder; without them both are downloaded from GroupLens.
 movielens: $(TEST)/installed
-	test -f build/data/ml-1m/events.parquet || $(TEST)/bin/python -m models.movielens ml-1m $(if $(ML1M),--source $(ML1M))
-	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m models.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
+	test -f build/data/ml-1m/events.parquet || $(TEST)/bin/python -m slatewise_train.demo.movielens ml-1m $(if $(ML1M),--source $(ML1M))
+	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m slatewise_train.demo.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
 
 train: movielens
-	$(TEST)/bin/python -m models.train models/movielens.toml
-	$(TEST)/bin/python -m models.limaml models/movielens.toml
-	$(TEST)/bin/python -m models.export models/movielens.toml
+	$(TEST)/bin/python -m slatewise_train.train models/movielens.toml
+	$(TEST)/bin/python -m slatewise_train.meta.limaml models/movielens.toml
+	$(TEST)/bin/python -m slatewise_train.export models/movielens.toml
 
 compress: movielens
-	$(TEST)/bin/python -m models.compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
+	$(TEST)/bin/python -m slatewise_train.compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
 
 dashboards-check: $(TEST)/installed
 	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }
@@ -56,14 +57,14 @@ image-check: | python-version
 	mkdir -p $(IMAGE)/srv/models
 	cp -r app $(IMAGE)/srv/
 	cp -r models/bundles $(IMAGE)/srv/models/
-	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 SLATEWISE_PORT=18765 sh -c '\
-		python -m app.main & server=$$!; trap "kill $$server" EXIT; \
+	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=app SLATEWISE_PORT=18765 sh -c '\
+		python -m slatewise.main & server=$$!; trap "kill $$server" EXIT; \
 		for k in $$(seq 60); do \
 			python -c "import urllib.request; urllib.request.urlopen(\"http://127.0.0.1:18765/readyz\", timeout=1)" 2>/dev/null && echo healthy && exit 0; sleep 1; \
 		done; exit 1'
 
 reference-bundle: $(TEST)/installed
-	test -d build/bundles/reference/1 || $(TEST)/bin/python -m models.reference
+	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference
 
 python-version:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "Python 3.11 is needed; name it with make PYTHON=..."; exit 1; }

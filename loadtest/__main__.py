@@ -20,26 +20,56 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.engine import processor
 from loadtest import report, soak
 from loadtest.cells import GROUPS, Bench, Row
 from loadtest.server import Running, Server
 from loadtest.workload import Workload
+from slatewise.inference.engine import cpu_name
 
-REQUESTS, QUICK_REQUESTS = 800, 24
+REQUESTS = 800
+QUICK_REQUESTS = 24
 RETURNING_CACHE_MB = "1024"  # more than all returning users of the matrix fill
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundles", type=Path, default=Path("build/bundles"), help="root of the bundles, also for the ids of the requests")
-    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[], help="a setting of the server; repeat for more")
-    parser.add_argument("--port", type=int, help="measure the server that runs here, started by somebody else on the same bundles")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bundles",
+        type=Path,
+        default=Path("build/bundles"),
+        help="root of the bundles, also for the ids of the requests",
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the server; repeat for more",
+    )
+    parser.add_argument(
+        "--port", type=int, help="measure the server that runs here, started by somebody else on the same bundles"
+    )
     parser.add_argument("--cells", default=",".join(GROUPS), help="which groups (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=REQUESTS, help="of a cell; fewer where they are expensive (default: %(default)s)")
-    parser.add_argument("--quick", dest="requests", action="store_const", const=QUICK_REQUESTS, help=f"--requests {QUICK_REQUESTS}: does it run at all?")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=REQUESTS,
+        help="of a cell; fewer where they are expensive (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        dest="requests",
+        action="store_const",
+        const=QUICK_REQUESTS,
+        help=f"--requests {QUICK_REQUESTS}: does it run at all?",
+    )
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="no cells, but memory over that long")
-    parser.add_argument("--out", type=Path, default=Path("build/loadtest"), help="folder of the report (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/loadtest"), help="folder of the report (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.cells = args.cells.split(",")
     if unknown := set(args.cells) - set(GROUPS):
@@ -61,7 +91,10 @@ def own_server(args: argparse.Namespace, **settings: str) -> Server:
 def measure(args: argparse.Namespace, workload: Workload) -> Iterator[Row]:
     """Cold cells share one server; the returning users have one of their own, with room for all of them."""
     cold = [name for name in args.cells if name != "returning"]
-    for names, settings in ((cold, {}), ([name for name in args.cells if name == "returning"], {"HISTORY_CACHE_MB": RETURNING_CACHE_MB})):
+    for names, settings in (
+        (cold, {}),
+        ([name for name in args.cells if name == "returning"], {"HISTORY_CACHE_MB": RETURNING_CACHE_MB}),
+    ):
         if names:
             with Running(args.port) if args.port else own_server(args, **settings) as server:
                 bench = Bench(server, workload, args.requests)
@@ -73,11 +106,15 @@ def main() -> None:
     args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server ends with it
     args.out.mkdir(parents=True, exist_ok=True)
-    workload = Workload(args.bundles, seed=int(time.time()) if args.port else 0)  # a server that runs on has met the users of seed 0
+    workload = Workload(
+        args.bundles, seed=int(time.time()) if args.port else 0
+    )  # a server that runs on has met the users of seed 0
     about = [
-        processor(),
+        cpu_name(),
         f"ranker {workload.folder.parent.name}, version {workload.folder.name}",
-        f"a server at port {args.port}" if args.port else "settings: " + (", ".join(f"{k}={v}" for k, v in args.settings.items()) or "the defaults"),
+        f"a server at port {args.port}"
+        if args.port
+        else "settings: " + (", ".join(f"{k}={v}" for k, v in args.settings.items()) or "the defaults"),
     ]
     if args.soak:
         with own_server(args, HISTORY_CACHE_MB=str(soak.HISTORY_CACHE_MB)) as server:

@@ -21,14 +21,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from app.bundle import load_rankers
-from app.engine import processor
-from app.schemas import RankRequest
 from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
 from loadtest.workload import STEADY, W, Workload
+from slatewise.bundle.loader import load_rankers
+from slatewise.inference.engine import cpu_name
+from slatewise.schemas import RankRequest
 
-CONNECTIONS, INPUTS = 4, 40
+CONNECTIONS = 4
+INPUTS = 40
 
 
 def engine(bundles: Path, orders: Connection) -> None:
@@ -39,7 +40,9 @@ def engine(bundles: Path, orders: Connection) -> None:
     inputs = cycle([(ranker.history(r)[0], ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])
     orders.send(None)
     while seconds := orders.recv():
-        end, cpu, done = time.perf_counter() + seconds, time.process_time(), 0
+        end = time.perf_counter() + seconds
+        cpu = time.process_time()
+        done = 0
         while time.perf_counter() < end:
             engine.score(*next(inputs), ranker.default_meta, ranker.manifest.default_exit)
             done += 1
@@ -53,7 +56,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server ends with it
-    context, engines = multiprocessing.get_context("spawn"), []
+    context = multiprocessing.get_context("spawn")
+    engines = []
     for _ in os.sched_getaffinity(0):
         ours, theirs = context.Pipe()
         context.Process(target=engine, args=(args.bundles, theirs), daemon=True).start()
@@ -67,7 +71,9 @@ def main() -> None:
     with Server({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
         size = len(closed_loop(server.port, posts(-1, STEADY), CONNECTIONS, keep_bodies=True).bodies[-1])
         port = free_port()
-        with Server(command=[sys.executable, "-m", "loadtest.null_server", str(port), str(size)], port=port, ready="/") as null:
+        with Server(
+            command=[sys.executable, "-m", "loadtest.null_server", str(port), str(size)], port=port, ready="/"
+        ) as null:
             for turn in range(args.rounds):
                 requests = posts(turn, args.requests)
                 cpu = server.cpu_seconds()
@@ -87,10 +93,13 @@ def main() -> None:
                         "engine_cpu_ms": sum(seconds for _, seconds in results) / done * 1e3,
                     }
                 )
-                print(json.dumps({"round": turn} | {name: round(value, 3) for name, value in rounds[-1].items()}), flush=True)
+                print(
+                    json.dumps({"round": turn} | {name: round(value, 3) for name, value in rounds[-1].items()}),
+                    flush=True,
+                )
     for orders in engines:
         orders.send(0)
-    print(json.dumps({"machine": processor()} | {name: round(median(r[name] for r in rounds), 3) for name in rounds[0]}))
+    print(json.dumps({"machine": cpu_name()} | {name: round(median(r[name] for r in rounds), 3) for name in rounds[0]}))
 
 
 if __name__ == "__main__":

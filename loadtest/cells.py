@@ -30,10 +30,14 @@ Row = dict[str, Any]
 Result = TypeVar("Result")
 
 CONNECTIONS = (1, 4)
-HISTORIES, CANDIDATES = (50, 1_024, 2_048), (20, 512, 1_024, 4_096)  # W itself is a group of its own
-LOADS, OPEN_CONNECTIONS = (0.5, 0.8, 1.2), 64
-CHEAP, EXPENSIVE = Shape(50, 20), Shape(256, 4_096)
-CHEAP_CONNECTIONS, EXPENSIVE_CONNECTIONS = 2, (1, 2)
+HISTORIES = (50, 1_024, 2_048)
+CANDIDATES = (20, 512, 1_024, 4_096)  # W itself is a group of its own
+LOADS = (0.5, 0.8, 1.2)
+OPEN_CONNECTIONS = 64
+CHEAP = Shape(50, 20)
+EXPENSIVE = Shape(256, 4_096)
+CHEAP_CONNECTIONS = 2
+EXPENSIVE_CONNECTIONS = (1, 2)
 MOST_USERS = 50  # that return in one cell: about a megabyte of state each
 
 STAGE = re.compile(r'^slatewise_stage_duration_seconds_sum{stage="(\w+)"} (\S+)$', re.MULTILINE)
@@ -51,9 +55,13 @@ def durations(text: str) -> dict[str, float]:
 def breakdown(before: dict[str, float], after: dict[str, float]) -> Row:
     """Mean milliseconds a request by stage, and the share of the requests' time that their stages explain."""
     spent = {name: after[name] - before.get(name, 0.0) for name in after}
-    whole, count = spent.pop("sum"), spent.pop("count")
+    whole = spent.pop("sum")
+    count = spent.pop("count")
     means = {name: round(seconds / count * 1e3, 3) for name, seconds in spent.items()}
-    return {"stage_means_ms": means | {"request": round(whole / count * 1e3, 3)}, "stages_share": round(sum(spent.values()) / whole, 3)}
+    return {
+        "stage_means_ms": means | {"request": round(whole / count * 1e3, 3)},
+        "stages_share": round(sum(spent.values()) / whole, 3),
+    }
 
 
 def of_answers(bodies: list[bytes]) -> Row:
@@ -74,7 +82,9 @@ class Bench:
     """A server, and the requests for it."""
 
     def __init__(self, server: Running, workload: Workload, requests: int) -> None:
-        self.server, self.workload, self.requests = server, workload, requests
+        self.server = server
+        self.workload = workload
+        self.requests = requests
 
     def count(self, shape: Shape) -> int:
         """Requests of a cell: fewer where each is larger than W."""
@@ -96,13 +106,18 @@ class Bench:
 
     def metered(self, run: Callable[[], Result]) -> tuple[Result, Row]:
         """What `run` returns, and what it cost the server in all."""
-        before, spent = durations(self.server.get("/metrics")[1]), self.spent()
+        before = durations(self.server.get("/metrics")[1])
+        spent = self.spent()
         result = run()
         cost = breakdown(before, durations(self.server.get("/metrics")[1]))
         if isinstance(self.server, Server):
             seconds, server, client, machine = (after - before for before, after in zip(spent, self.spent()))
             others = max(0.0, machine - server - client) / seconds
-            cost |= {"cpu_seconds": server, "other_cores": round(others, 2), "resident_mb": round(self.server.resident_mb(), 1)}
+            cost |= {
+                "cpu_seconds": server,
+                "other_cores": round(others, 2),
+                "resident_mb": round(self.server.resident_mb(), 1),
+            }
         return result, cost
 
     def spent(self) -> tuple[float, ...]:
@@ -111,7 +126,16 @@ class Bench:
             return ()
         return time.perf_counter(), self.server.cpu_seconds(), time.process_time(), machine_cpu_seconds()
 
-    def row(self, group: str, users: str, shape: Shape, connections: int, run: Callable[[], Outcome], loop: str = "closed", **more: Any) -> Row:
+    def row(
+        self,
+        group: str,
+        users: str,
+        shape: Shape,
+        connections: int,
+        run: Callable[[], Outcome],
+        loop: str = "closed",
+        **more: Any,
+    ) -> Row:
         outcome, cost = self.metered(run)
         if "cpu_seconds" in cost:
             cost["cpu_ms"] = round(cost.pop("cpu_seconds") / len(outcome.latencies) * 1e3, 2)
@@ -125,7 +149,14 @@ class Bench:
 
 
 def describe(group: str, users: str, shape: Shape, connections: int, loop: str) -> Row:
-    return {"group": group, "users": users, "history": shape.history, "candidates": shape.candidates, "loop": loop, "connections": connections}
+    return {
+        "group": group,
+        "users": users,
+        "history": shape.history,
+        "candidates": shape.candidates,
+        "loop": loop,
+        "connections": connections,
+    }
 
 
 def requests_of(bodies: list[bytes]) -> list[bytes]:
@@ -138,7 +169,9 @@ def w(bench: Bench) -> Iterator[Row]:
 
 
 def neighbours(bench: Bench) -> Iterator[Row]:
-    for shape in chain((Shape(history, W.candidates) for history in HISTORIES), (Shape(W.history, n) for n in CANDIDATES)):
+    for shape in chain(
+        (Shape(history, W.candidates) for history in HISTORIES), (Shape(W.history, n) for n in CANDIDATES)
+    ):
         for connections in CONNECTIONS:
             yield bench.cold("neighbours", shape, connections)
 
@@ -163,30 +196,49 @@ def returning(bench: Bench) -> Iterator[Row]:
 
 def mixed(bench: Bench) -> Iterator[Row]:
     """Side by side both last as long as the expensive ones took alone; `rate_share` is of the rate alone."""
-    cheap, alone = CHEAP_CONNECTIONS, {}
+    cheap = CHEAP_CONNECTIONS
+    alone = {}
     for shape, connections in ((CHEAP, cheap), *((EXPENSIVE, n) for n in EXPENSIVE_CONNECTIONS)):
         row = bench.cold("mixed", shape, connections)
         alone[shape, connections] = row
         yield row | {"beside": "", "rate_share": 1.0}
     for expensive in EXPENSIVE_CONNECTIONS:
-        parts = ((CHEAP, cheap, f"{expensive} x {EXPENSIVE.candidates}"), (EXPENSIVE, expensive, f"{cheap} x {CHEAP.candidates}"))
+        parts = (
+            (CHEAP, cheap, f"{expensive} x {EXPENSIVE.candidates}"),
+            (EXPENSIVE, expensive, f"{cheap} x {CHEAP.candidates}"),
+        )
         seconds = bench.count(EXPENSIVE) / alone[EXPENSIVE, expensive]["per_second"]
         drawn = [bench.new(shape, int(1.5 * seconds * alone[shape, n]["per_second"]) + n) for shape, n, _ in parts]
         outcomes, cost = bench.metered(partial(bench.side_by_side, seconds, drawn, [n for _, n, _ in parts]))
-        cost = {name: cost[name] for name in ("other_cores", "resident_mb") if name in cost}  # the rest is of both together
+        cost = {
+            name: cost[name] for name in ("other_cores", "resident_mb") if name in cost
+        }  # the rest is of both together
         for (shape, n, beside), outcome in zip(parts, outcomes):
             share = {"beside": beside, "rate_share": round(outcome.per_second / alone[shape, n]["per_second"], 3)}
-            yield describe("mixed", "new", shape, n, "closed") | share | outcome.summary() | of_answers(outcome.bodies) | cost
+            yield (
+                describe("mixed", "new", shape, n, "closed")
+                | share
+                | outcome.summary()
+                | of_answers(outcome.bodies)
+                | cost
+            )
 
 
 def open_loops(bench: Bench) -> Iterator[Row]:
     full = bench.cold("open", W, CONNECTIONS[-1])
     yield full
     for load in LOADS:
-        requests, rate = bench.new(W, bench.count(W)), load * full["per_second"]
+        requests = bench.new(W, bench.count(W))
+        rate = load * full["per_second"]
         offered = {"load": load, "offered_per_second": round(rate, 1)}
         run = partial(open_loop, bench.server.port, requests, rate, OPEN_CONNECTIONS, keep_bodies=True)
         yield bench.row("open", "new", W, OPEN_CONNECTIONS, run, loop="open", **offered)
 
 
-GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {"w": w, "neighbours": neighbours, "returning": returning, "mixed": mixed, "open": open_loops}
+GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "w": w,
+    "neighbours": neighbours,
+    "returning": returning,
+    "mixed": mixed,
+    "open": open_loops,
+}

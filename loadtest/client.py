@@ -49,7 +49,9 @@ class Outcome:
 
 def post(path: str, body: bytes, user: str | None = None) -> bytes:
     """The bytes of an HTTP/1.1 request, the user in a header too, for a balancer that hashes it."""
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
     return (head + (f"X-User-ID: {user}\r\n" if user else "") + "\r\n").encode() + body
 
 
@@ -64,7 +66,8 @@ def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:
     length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
     if length is None:
         raise OSError("an answer without Content-Length")
-    parts, missing = [rest], length - len(rest)
+    parts = [rest]
+    missing = length - len(rest)
     while missing > 0:
         parts.append(receive(connection))
         missing -= len(parts[-1])
@@ -87,7 +90,8 @@ def connect(port: int) -> socket.socket:
 def drive(port: int, turns: Iterable[tuple[float | None, bytes]], connections: int, keep_bodies: bool) -> Outcome:
     """All requests, shared between the connections in order, each with the seconds from the start at which it falls due (None: at once)."""
     sockets = [connect(port) for _ in range(connections)]
-    left, lock = iter(turns), threading.Lock()  # a generator may be asked by one thread at a time
+    left = iter(turns)
+    lock = threading.Lock()  # a generator may be asked by one thread at a time
     answers: list[tuple[float, int, bytes]] = []
     failures: list[Exception] = []
 
@@ -125,7 +129,14 @@ def closed_loop(port: int, requests: Iterable[bytes], connections: int, keep_bod
     return drive(port, ((None, request) for request in requests), connections, keep_bodies)
 
 
-def open_loop(port: int, requests: Iterable[bytes], per_second: float, connections: int = 64, seed: int = 0, keep_bodies: bool = False) -> Outcome:
+def open_loop(
+    port: int,
+    requests: Iterable[bytes],
+    per_second: float,
+    connections: int = 64,
+    seed: int = 0,
+    keep_bodies: bool = False,
+) -> Outcome:
     """Poisson arrivals. With all connections busy a request waits here, and its latency says so."""
     rng = random.Random(seed)
     due = itertools.accumulate(rng.expovariate(per_second) for _ in itertools.count())

@@ -32,21 +32,22 @@ from typing import Any
 import matplotlib
 import yaml
 
-from app.engine import processor
-from app.generations import Generations
-from app.push import push, read
-from app.redis_clients import connect
 from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
 from loadtest.traffic import visits
 from loadtest.workload import Shape, Workload
+from slatewise.inference.engine import cpu_name
+from slatewise.store.client import connect
+from slatewise.store.generations import Generations
+from slatewise.store.push import push, read
 from tests.conftest import run_redis
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-PROMETHEUS, DASHBOARDS = ROOT / "deploy" / "prometheus", ROOT / "deploy" / "grafana" / "dashboards"
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 FASTER = 60
 UNITS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 RATE_INTERVAL = "8s"  # in place of $__rate_interval: a scrape a second
@@ -100,9 +101,16 @@ class Prometheus:
         config["scrape_configs"] = [{"job_name": config["scrape_configs"][0]["job_name"], "static_configs": targets}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "rules.yml").write_text(faster((PROMETHEUS / "rules.yml").read_text()))
-        flags = {"config.file": "prometheus.yml", "storage.tsdb.path": "data", "web.listen-address": f"127.0.0.1:{self.port}", "query.lookback-delta": "5s"}
+        flags = {
+            "config.file": "prometheus.yml",
+            "storage.tsdb.path": "data",
+            "web.listen-address": f"127.0.0.1:{self.port}",
+            "query.lookback-delta": "5s",
+        }
         with (folder / "prometheus.log").open("w") as log:
-            self.process = subprocess.Popen(["prometheus", *(f"--{name}={value}" for name, value in flags.items())], cwd=folder, stderr=log)
+            self.process = subprocess.Popen(
+                ["prometheus", *(f"--{name}={value}" for name, value in flags.items())], cwd=folder, stderr=log
+            )
 
     def __enter__(self) -> Prometheus:
         for _ in range(200):
@@ -119,7 +127,9 @@ class Prometheus:
 
     def series(self, expr: str, begin: float, end: float) -> list[Series]:
         parameters = urllib.parse.urlencode({"query": expr, "start": begin, "end": end, "step": 1})
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/query_range?{parameters}", timeout=60) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.port}/api/v1/query_range?{parameters}", timeout=60
+        ) as answer:
             found = json.load(answer)["data"]["result"]
         points = [(one["metric"], [(float(at), float(value)) for at, value in one["values"]]) for one in found]
         return [(labels, [(at, value) for at, value in values if math.isfinite(value)]) for labels, values in points]
@@ -139,15 +149,19 @@ class Scene:
     """What is served, what asks, and when which fault was made."""
 
     def __init__(self, stack: ExitStack, folder: Path, bundles: Path) -> None:
-        self.stack, self.folder, self.workload = stack, folder, Workload(bundles)
-        self.bundles, self.redis_port, self.ports = bundles, free_port(), [free_port(), free_port()]
+        self.stack = stack
+        self.folder = folder
+        self.workload = Workload(bundles)
+        self.bundles = bundles
+        self.redis_port = free_port()
+        self.ports = [free_port(), free_port()]
         self.servers: list[Server] = []
         self.faults: list[tuple[str, float, float]] = []
         self.stop = threading.Event()
 
     def serve(self, k: int) -> Server:
         settings = {"BUNDLES": str(self.bundles), "REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0"} | SETTINGS
-        command = ["sh", "-c", f"exec {sys.executable} -m app.main >> {self.folder}/replica-{k}.jsonl"]
+        command = ["sh", "-c", f"exec {sys.executable} -m slatewise.main >> {self.folder}/replica-{k}.jsonl"]
         return self.stack.enter_context(Server(settings, command, self.ports[k]))
 
     def fill(self) -> None:
@@ -184,7 +198,9 @@ class Scene:
 
         def run(port: int) -> None:
             bodies = [post("/rerank", body) for body in self.workload.distinct(shape, 40, **members)]
-            statuses.update(closed_loop(port, lasting(seconds, (bodies[k % 40] for k in range(10**6))), connections).statuses)
+            statuses.update(
+                closed_loop(port, lasting(seconds, (bodies[k % 40] for k in range(10**6))), connections).statuses
+            )
 
         threads = [threading.Thread(target=run, args=(port,)) for port in self.ports]
         for thread in threads:
@@ -230,7 +246,8 @@ def play(scene: Scene) -> None:
             scene.ask(6, 4, Shape(200, 500), deadline_ms=1)
         time.sleep(10)
         with scene.fault("items that nobody knows"):
-            known, scene.workload.ids = scene.workload.ids, [f"new-{k}" for k in range(1_000)]
+            known = scene.workload.ids
+            scene.workload.ids = [f"new-{k}" for k in range(1_000)]
             scene.ask(25, 1, Shape(5, 100), deadline_ms=1_000)
             scene.workload.ids = known
         time.sleep(10)
@@ -254,7 +271,10 @@ def play(scene: Scene) -> None:
 def log_against_metrics(scene: Scene) -> dict[str, tuple[int, int]]:
     """Of the replica that was never killed: degraded answers by reason, in the log and in the metrics."""
     text = str(scene.servers[1].get("/metrics")[1])
-    counted = {reason: int(float(value)) for reason, value in re.findall(r'slatewise_degraded_total\{reason="(\w+)"\} (\S+)', text)}
+    counted = {
+        reason: int(float(value))
+        for reason, value in re.findall(r'slatewise_degraded_total\{reason="(\w+)"\} (\S+)', text)
+    }
     dropped = re.search(r'slatewise_lines_total\{kind="log",result="dropped"\} (\S+)', text)
     assert dropped and float(dropped[1]) == 0, "lines were dropped"
     lines = [json.loads(line) for line in (scene.folder / "replica-1.jsonl").read_text().splitlines()]
@@ -264,30 +284,68 @@ def log_against_metrics(scene: Scene) -> dict[str, tuple[int, int]]:
 
 def report(scene: Scene, prometheus: Prometheus, begin: float, end: float, logged: dict[str, tuple[int, int]]) -> None:
     """Holds what was seen against what must be, draws and writes it. Ends the process where something is missing."""
-    empty, drawn = [], []
+    empty = []
+    drawn = []
     for board, panel in panels():
         found = [(target, prometheus.series(query(target), begin, end)) for target in panel["targets"]]
         drawn.append((board, panel, found))
-        empty += [f"{board}: {panel['title']}: {query(target)}" for target, series in found if not any(points for _, points in series)]
+        empty += [
+            f"{board}: {panel['title']}: {query(target)}"
+            for target, series in found
+            if not any(points for _, points in series)
+        ]
     firing = {
-        name: sorted(at for labels, points in prometheus.series('ALERTS{alertstate="firing"}', begin, end) if labels["alertname"] == name for at, _ in points)
+        name: sorted(
+            at
+            for labels, points in prometheus.series('ALERTS{alertstate="firing"}', begin, end)
+            if labels["alertname"] == name
+            for at, _ in points
+        )
         for name in sorted(set(re.findall(r"alert: (\w+)", (PROMETHEUS / "rules.yml").read_text())))
     }
-    wrong = [f"{name} did not fire during: {fault}" for fault, a, b in scene.faults for name in RAISED[fault] if not any(a <= t <= b + 8 for t in firing[name])]
-    wrong += [f"{name} fired before any fault" for name in firing if any(at < scene.faults[0][1] for at in firing[name])]
-    wrong += [f"{name} did not clear" for name in set.union(*RAISED.values()) if firing[name] and firing[name][-1] > end - 3]
+    wrong = [
+        f"{name} did not fire during: {fault}"
+        for fault, a, b in scene.faults
+        for name in RAISED[fault]
+        if not any(a <= t <= b + 8 for t in firing[name])
+    ]
+    wrong += [
+        f"{name} fired before any fault" for name in firing if any(at < scene.faults[0][1] for at in firing[name])
+    ]
+    wrong += [
+        f"{name} did not clear" for name in set.union(*RAISED.values()) if firing[name] and firing[name][-1] > end - 3
+    ]
     wrong += [f"log and metrics differ: {reason} {pair}" for reason, pair in logged.items() if pair[0] != pair[1]]
     ages = prometheus.series("max(slatewise_embedding_generation_age_seconds)", begin, end)[0][1]
     refilled = next(b for fault, _, b in scene.faults if fault == "Redis back, and empty")
-    wrong += ["the age of a generation did not begin anew in an emptied Redis"] if min(age for at, age in ages if refilled <= at <= refilled + 8) > 8 else []
+    wrong += (
+        ["the age of a generation did not begin anew in an emptied Redis"]
+        if min(age for at, age in ages if refilled <= at <= refilled + 8) > 8
+        else []
+    )
     folder = ROOT / "docs" / "dashboards"
     folder.mkdir(exist_ok=True)
     for board in dict.fromkeys(board for board, _, _ in drawn):
-        draw(folder / f"{board}.png", [(panel, found) for name, panel, found in drawn if name == board], scene.faults, begin, end)
+        draw(
+            folder / f"{board}.png",
+            [(panel, found) for name, panel, found in drawn if name == board],
+            scene.faults,
+            begin,
+            end,
+        )
     write(folder / "report.md", scene, drawn, firing, begin, logged, empty, wrong)
     for line in [*(f"no data: {query}" for query in empty), *wrong]:
         print(line, file=sys.stderr)
-    print(json.dumps({"panels": len(drawn), "queries": sum(len(f) for _, _, f in drawn), "empty": len(empty), "wrong": len(wrong)}))
+    print(
+        json.dumps(
+            {
+                "panels": len(drawn),
+                "queries": sum(len(f) for _, _, f in drawn),
+                "empty": len(empty),
+                "wrong": len(wrong),
+            }
+        )
+    )
     if empty or wrong:
         raise SystemExit(1)
 
@@ -297,7 +355,11 @@ def legend(target: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def draw(
-    path: Path, found: list[tuple[dict[str, Any], list[tuple[dict[str, Any], list[Series]]]]], faults: list[tuple[str, float, float]], begin: float, end: float
+    path: Path,
+    found: list[tuple[dict[str, Any], list[tuple[dict[str, Any], list[Series]]]]],
+    faults: list[tuple[str, float, float]],
+    begin: float,
+    end: float,
 ) -> None:
     """A picture of one dashboard: each panel from its own queries, the faults shaded and numbered."""
     rows = math.ceil(len(found) / 3)
@@ -311,7 +373,10 @@ def draw(
             draw_heat(axis, queries[0][1], begin)
         elif panel["type"] == "state-timeline":
             for row, (label, points) in enumerate(lines):
-                colors = ["#2a2" if value == 0 and "Circuit" not in label and panel["title"] != "Alerts" else "#d33" for _, value in points]
+                colors = [
+                    "#2a2" if value == 0 and "Circuit" not in label and panel["title"] != "Alerts" else "#d33"
+                    for _, value in points
+                ]
                 axis.scatter([at - begin for at, _ in points], [row] * len(points), c=colors, s=6, marker="s")
             axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=6)
         elif stacked and lines:
@@ -328,14 +393,17 @@ def draw(
                 axis.axhline(step["value"], color="red", linestyle="--", linewidth=0.8)
         for k, (_, a, b) in enumerate(faults):
             axis.axvspan(a - begin, b - begin, color="orange", alpha=0.15, linewidth=0)
-            axis.text((a + b) / 2 - begin, 0.93, str(k + 1), transform=axis.get_xaxis_transform(), fontsize=6, ha="center")
+            axis.text(
+                (a + b) / 2 - begin, 0.93, str(k + 1), transform=axis.get_xaxis_transform(), fontsize=6, ha="center"
+            )
         axis.set_xlim(0, end - begin)
         axis.tick_params(labelsize=6)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     names = "   ".join(f"{k + 1} {name}" for k, (name, _, _) in enumerate(faults))
     figure.suptitle(
-        f"Slatewise: {path.stem}. Drawn with matplotlib from the dashboard's own queries, not by Grafana; x in seconds.\nFaults: {names}", fontsize=10
+        f"Slatewise: {path.stem}. Drawn with matplotlib from the dashboard's own queries, not by Grafana; x in seconds.\nFaults: {names}",
+        fontsize=10,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=65)
@@ -352,7 +420,9 @@ def draw_heat(axis: Any, series: list[Series], begin: float) -> None:
         row = [points.get(at, 0.0) for at in times]
         grid.append([max(0.0, high - low) for high, low in zip(row, below)])
         below = row
-    axis.imshow(grid, aspect="auto", origin="lower", cmap="Blues", extent=(times[0] - begin, times[-1] - begin, 0, len(edges)))
+    axis.imshow(
+        grid, aspect="auto", origin="lower", cmap="Blues", extent=(times[0] - begin, times[-1] - begin, 0, len(edges))
+    )
     axis.set_yticks([k + 0.5 for k in range(0, len(edges), 3)], [f"{edge:g}" for edge, _ in edges[::3]])
 
 
@@ -361,7 +431,7 @@ def write(path: Path, scene: Scene, drawn: list[Any], firing: dict[str, list[flo
     version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True).stdout.split()[2]
     lines = [
         "# The dashboards and alerts, against faults made on purpose", "",
-        f"{datetime.now(UTC):%Y-%m-%d}, `make dashboards-check`, {processor()}; Prometheus {version}; two replicas of the demo "
+        f"{datetime.now(UTC):%Y-%m-%d}, `make dashboards-check`, {cpu_name()}; Prometheus {version}; two replicas of the demo "
         f"(version {scene.workload.folder.name}), {PER_SECOND} requests a second each beside the faults. Scraped every second, the rules' "
         "durations a sixtieth (5 minutes are 5 seconds), so that an alert on minutes can be seen to fire and to clear.", "",
         f"**{len(drawn)} panels with {sum(len(found) for _, _, found in drawn)} queries, {len(empty)} without data; "
@@ -384,7 +454,9 @@ def write(path: Path, scene: Scene, drawn: list[Any], firing: dict[str, list[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.dashboards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.dashboards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundles", type=Path, default=ROOT / "models" / "bundles")
     args = parser.parse_args()
     if not (shutil.which("prometheus") and shutil.which("promtool")):

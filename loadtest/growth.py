@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from app.bundle import load_rankers
-from app.engine import HISTORY_QUANTUM, Candidates, Engine, History, KeptState, processor
-from app.pipeline import climb, extend
-from app.workers import Quanta
+from slatewise.bundle.loader import load_rankers
+from slatewise.inference.engine import HISTORY_CHUNK, Candidates, Engine, History, KeptState, cpu_name
+from slatewise.inference.workers import Chunks
+from slatewise.ranking.pipeline import extend, run_cascade
 
-EVENTS, CANDIDATES, SLATES = (256, 512, 1_024, 2_048), (200, 512, 1_024, 2_048, 4_096), (200, 512, 1_024)
+EVENTS = (256, 512, 1_024, 2_048)
+CANDIDATES = (200, 512, 1_024, 2_048, 4_096)
+SLATES = (200, 512, 1_024)
 
 
-def finish(quanta: Quanta[Any]) -> Any:
+def finish(quanta: Chunks[Any]) -> Any:
     """What the generator returns, all quanta in this thread."""
     try:
         next(quanta)
@@ -49,7 +51,7 @@ def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[st
 def computed_for_nothing(events: int) -> float:
     """The share of a causal attention's products that its mask throws away, in chunks of HISTORY_QUANTUM behind the start token."""
     rows = np.arange(events)
-    computed = np.minimum((rows // HISTORY_QUANTUM + 1) * HISTORY_QUANTUM, events) + 1
+    computed = np.minimum((rows // HISTORY_CHUNK + 1) * HISTORY_CHUNK, events) + 1
     return float(1 - (rows + 2).sum() / computed.sum())
 
 
@@ -59,10 +61,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     ranker = next(iter(load_rankers(args.bundles, 1).values()))
-    engine, meta, rng = ranker.engines[ranker.default_variant], ranker.default_meta, np.random.default_rng(0)
+    engine = ranker.engines[ranker.default_variant]
+    meta = ranker.default_meta
+    rng = np.random.default_rng(0)
 
     def history(n: int) -> History:
-        return History(rng.integers(2, len(engine.items), n), rng.integers(0, len(ranker.manifest.actions), n), rng.integers(2, 9, n))
+        return History(
+            rng.integers(2, len(engine.items), n),
+            rng.integers(0, len(ranker.manifest.actions), n),
+            rng.integers(2, 9, n),
+        )
 
     def candidates(n: int) -> Candidates:
         vectors = engine.items.take(rng.integers(2, len(engine.items), n), axis=0)
@@ -72,17 +80,22 @@ def main() -> None:
     def encode(of: Engine, events: History) -> KeptState:
         return finish(extend(of, of.start, 0, events, pack=False))
 
-    histories, slates = {n: history(n) for n in EVENTS}, {n: candidates(n) for n in CANDIDATES}
+    histories = {n: history(n) for n in EVENTS}
+    slates = {n: candidates(n) for n in CANDIDATES}
     states = {n: encode(engine, events) for n, events in histories.items()}
-    state, more = states[256], history(1)
+    state = states[256]
+    more = history(1)
     runs: dict[str, Callable[[], object]] = {f"encode {n}": lambda n=n: encode(engine, histories[n]) for n in EVENTS}  # type: ignore[misc]
     kept = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
     runs |= {f"one event after {n - 1}": lambda n=n: engine.extend(kept[n], more) for n in EVENTS}  # type: ignore[misc]
-    runs |= {f"point {n}": lambda n=n: finish(climb(engine, slates[n], state, meta, "point", False, [])) for n in CANDIDATES}  # type: ignore[misc]
+    runs |= {
+        f"point {n}": lambda n=n: finish(run_cascade(engine, slates[n], state, meta, "point", False, []))
+        for n in CANDIDATES
+    }  # type: ignore[misc]
     points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
     runs |= {f"set-wise part {n}": lambda n=n: engine.set(points[n]) for n in SLATES}  # type: ignore[misc]
     found = milliseconds(runs, args.repeats)
-    print(f"{processor()}, one thread, medians of {args.repeats} runs\n\n| work | ms |\n| --- | --- |")
+    print(f"{cpu_name()}, one thread, medians of {args.repeats} runs\n\n| work | ms |\n| --- | --- |")
     for name, ms in found.items():
         print(f"| {name} | {ms:.2f} |")
     ratios = {
@@ -92,7 +105,7 @@ def main() -> None:
         "causal attention for nothing, 256": computed_for_nothing(256),
         "causal attention for nothing, 2,048": computed_for_nothing(2_048),
     }
-    print(json.dumps({"machine": processor(), "ms": found} | {name: round(value, 3) for name, value in ratios.items()}))
+    print(json.dumps({"machine": cpu_name(), "ms": found} | {name: round(value, 3) for name, value in ratios.items()}))
 
 
 if __name__ == "__main__":

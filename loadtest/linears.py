@@ -15,8 +15,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from app.engine import processor
-from models.quantize import CONTRIB, FULL_BITS, SAFE_BITS, input_scale, quantize, quantize_weight
+from slatewise.inference.engine import cpu_name
+from slatewise_train.compression.quantize import CONTRIB, FULL_BITS, SAFE_BITS, input_scale, quantize, quantize_weight
 
 SHAPES = ((128, 128), (128, 512), (512, 128))
 SPREAD = 4.0  # standard deviations that a constant scale covers
@@ -30,7 +30,9 @@ def model(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], inner: 
     inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", shapes[name]])] for name in "xy")
     weights = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_model(helper.make_graph(nodes, "layer", inputs, outputs, weights), opset_imports=opsets, ir_version=10)
+    return helper.make_model(
+        helper.make_graph(nodes, "layer", inputs, outputs, weights), opset_imports=opsets, ir_version=10
+    )
 
 
 def node(kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: int) -> onnx.NodeProto:
@@ -57,7 +59,15 @@ def signed(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
 def row_scale(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
     """A scale for each row, of standard operators."""
     codes, scale = quantize_weight(weight, SAFE_BITS)
-    constants = {"w": codes, "w_scale": scale, "b": bias, "most": np.float32(127), "zero": np.uint8(128), "middle": np.float32(128), "tiny": np.float32(1e-9)}
+    constants = {
+        "w": codes,
+        "w_scale": scale,
+        "b": bias,
+        "most": np.float32(127),
+        "zero": np.uint8(128),
+        "middle": np.float32(128),
+        "tiny": np.float32(1e-9),
+    }
     constants["last"] = np.array([-1])
     nodes = [
         node("Abs", ["x"], ["a"]),
@@ -84,7 +94,12 @@ def quantized_output(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
     spread = SPREAD * float(np.linalg.norm(weight, axis=0).max())
     y_scale, y_zero = input_scale(-spread, spread)
     constants = {"w": codes, "w_scale": scale, "w_zero": np.zeros(len(scale), np.int8), "b": bias}
-    constants |= {"x_scale": np.array(x_scale), "x_zero": np.array(x_zero), "y_scale": np.array(y_scale), "y_zero": np.array(y_zero)}
+    constants |= {
+        "x_scale": np.array(x_scale),
+        "x_zero": np.array(x_zero),
+        "y_scale": np.array(y_scale),
+        "y_zero": np.array(y_zero),
+    }
     nodes = [
         node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["c"]),
         node("DequantizeLinear", ["c", "x_scale", "x_zero"], ["d"]),
@@ -109,7 +124,12 @@ def blocks(bits: int) -> Form:
         packed = codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
         constants = {"w": packed, "w_scale": scale[..., 0].astype(np.float32), "b": bias}
         attributes = {"K": inner, "N": out, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
-        return model([node("MatMulNBits", ["x", "w", "w_scale", "", "", "b"], ["y"], CONTRIB, **attributes)], constants, inner, out)
+        return model(
+            [node("MatMulNBits", ["x", "w", "w_scale", "", "", "b"], ["y"], CONTRIB, **attributes)],
+            constants,
+            inner,
+            out,
+        )
 
     return form
 
@@ -117,7 +137,11 @@ def blocks(bits: int) -> Form:
 def tensor_scale(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
     """onnxruntime's dynamic quantization: one scale for the tensor."""
     codes, scale = quantize_weight(weight, SAFE_BITS)
-    return model([node("DynamicQuantizeMatMul", ["x", "w", "w_scale", "", "b"], ["y"], CONTRIB)], {"w": codes, "w_scale": scale, "b": bias}, *weight.shape)
+    return model(
+        [node("DynamicQuantizeMatMul", ["x", "w", "w_scale", "", "b"], ["y"], CONTRIB)],
+        {"w": codes, "w_scale": scale, "b": bias},
+        *weight.shape,
+    )
 
 
 FORMS: dict[str, Form] = {
@@ -135,7 +159,8 @@ FORMS: dict[str, Form] = {
 
 def open_form(form: Form, weight: np.ndarray, bias: np.ndarray) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
     return ort.InferenceSession(form(weight, bias).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -144,9 +169,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=300)
     args = parser.parse_args()
-    rng, cells = np.random.default_rng(0), {name: list[str]() for name in FORMS}
+    rng = np.random.default_rng(0)
+    cells = {name: list[str]() for name in FORMS}
     for inner, out in SHAPES:
-        weight, bias = rng.normal(0, inner**-0.5, (inner, out)).astype(np.float32), rng.normal(size=out).astype(np.float32)
+        weight = rng.normal(0, inner**-0.5, (inner, out)).astype(np.float32)
+        bias = rng.normal(size=out).astype(np.float32)
         x = rng.normal(size=(args.rows, inner)).astype(np.float32).clip(-SPREAD, SPREAD)
         other = np.concatenate([x[:-1], 10 * x[-1:]])
         exact = x.astype(np.float64) @ weight + bias
@@ -159,10 +186,17 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - begin)
         for name, session in sessions.items():
             found, beside = (session.run(None, {"x": rows})[0] for rows in (x, other))
-            error, moved = np.sqrt(np.square(found - exact).mean()) / exact.std(), np.abs(beside[:-1] - found[:-1]).max() / exact.std()
+            error = np.sqrt(np.square(found - exact).mean()) / exact.std()
+            moved = np.abs(beside[:-1] - found[:-1]).max() / exact.std()
             cells[name].append(f"{np.median(seconds[name]) * 1e6:.0f} | {error:.4f} | {moved:.4f}")
-    print(f"{args.rows} rows, one thread, {processor()}\n")
-    print("| form | " + " | ".join(f"{inner}x{out} us | error | moved" for inner, out in SHAPES) + " |\n" + "| --- " * (1 + 3 * len(SHAPES)) + "|")
+    print(f"{args.rows} rows, one thread, {cpu_name()}\n")
+    print(
+        "| form | "
+        + " | ".join(f"{inner}x{out} us | error | moved" for inner, out in SHAPES)
+        + " |\n"
+        + "| --- " * (1 + 3 * len(SHAPES))
+        + "|"
+    )
     for name, row in cells.items():
         print(f"| {name} | {' | '.join(row)} |")
 

@@ -18,10 +18,10 @@ from unittest.mock import patch
 import httpx
 from prometheus_client import Counter, Gauge, Histogram
 
-from app.bundle import load_rankers
-from app.engine import processor
-from app.main import create_app
-from app.settings import Settings
+from slatewise.bundle.loader import load_rankers
+from slatewise.inference.engine import cpu_name
+from slatewise.main import create_app
+from slatewise.settings import Settings
 
 REQUESTS = 1_000
 CALLS = (
@@ -69,13 +69,21 @@ def clock_seconds(calls: int = 100_000) -> float:
 def times(example: dict[str, Any], times: int) -> dict[str, Any]:
     """The example with as many times its candidates."""
     sent = example["candidates"]
-    return example | {"candidates": {"item_ids": sent["item_ids"] * times, "features": {name: column * times for name, column in sent["features"].items()}}}
+    return example | {
+        "candidates": {
+            "item_ids": sent["item_ids"] * times,
+            "features": {name: column * times for name, column in sent["features"].items()},
+        }
+    }
 
 
 async def measure(bundles: Path, times_its_candidates: int) -> tuple[float, int, float]:
     """(CPU milliseconds of a request, calls of the metrics' library, and their share of these milliseconds)."""
     app = create_app(Settings(bundles=bundles), load_rankers(bundles, 1, ()))
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
+    ):
         ranker = (await client.get("/models")).json()["models"][0]["name"]
         body = (await client.get(f"/models/{ranker}")).json()["example"]
         body = times(body, times_its_candidates)
@@ -98,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, default=Settings().bundles)
     args = parser.parse_args()
-    print(f"{processor()}\n\n| candidates | CPU ms a request, client included | calls of the metrics' library | of these ms |\n| --- | --- | --- | --- |")
+    print(
+        f"{cpu_name()}\n\n| candidates | CPU ms a request, client included | calls of the metrics' library | of these ms |\n| --- | --- | --- | --- |"
+    )
     for many in (1, 8):
         spent, calls, share = asyncio.run(measure(args.bundles, many))
         print(f"| {many} times the example's | {spent:.2f} | {calls} | {share:.1%} |")

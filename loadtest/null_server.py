@@ -19,7 +19,8 @@ class Fixed(asyncio.Protocol):
 
     def __init__(self, body: bytes) -> None:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.answer, self.received = head.encode() + body, bytearray()
+        self.answer = head.encode() + body
+        self.received = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

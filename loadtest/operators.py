@@ -21,9 +21,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from app.engine import processor
+from slatewise.inference.engine import cpu_name
 
-EVENTS, CANDIDATES = 256, 200
+EVENTS = 256
+CANDIDATES = 200
 REPEATS = 200
 
 
@@ -33,13 +34,15 @@ def session(model: str | bytes, profile: Path | None = None) -> ort.InferenceSes
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
     """Drawn inputs of W for a graph, by the names of its dimensions: T events behind P, K keys, L events, N candidates."""
-    rng, sizes = np.random.default_rng(0), {"B": 1, "T": EVENTS, "P": 1, "K": EVENTS + 1, "L": EVENTS, "N": CANDIDATES}
+    rng = np.random.default_rng(0)
+    sizes = {"B": 1, "T": EVENTS, "P": 1, "K": EVENTS + 1, "L": EVENTS, "N": CANDIDATES}
     lengths = {"length": EVENTS, "history_length": EVENTS + 1, "set_length": CANDIDATES}
     result = {}
     for value in inputs:
@@ -56,22 +59,34 @@ def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
 def flop(event: dict[str, Any]) -> int:
     """Of one call of an operator that multiplies matrices, of floats or of integers, from its shapes; 0 of any other."""
     kind = event["args"]["op_name"]
-    (x, *others), (y, *_) = ([next(iter(tensor.values())) for tensor in event["args"][f"{way}_type_shape"]] for way in ("input", "output"))
+    (x, *others), (y, *_) = (
+        [next(iter(tensor.values())) for tensor in event["args"][f"{way}_type_shape"]] for way in ("input", "output")
+    )
     if kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulIntegerToFloat"):
         return 2 * prod(y) * x[-1]
-    if kind == "Attention":  # queries (B, N, ...) on keys (B, K, ...): the scores, then the values; a causal one computes the masked half as well
+    if (
+        kind == "Attention"
+    ):  # queries (B, N, ...) on keys (B, K, ...): the scores, then the values; a causal one computes the masked half as well
         return 2 * (prod(x) + prod(y)) * others[0][1]
     return 0
 
 
 def gemm_rate() -> float:
     """FLOP/s of one thread."""
-    rows, inner, columns = EVENTS, 128, 512
+    rows = EVENTS
+    inner = 128
+    columns = 512
     weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(inner, columns)).astype(np.float32), "w")
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name, width in (("x", inner), ("y", columns)))
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
+        for name, width in (("x", inner), ("y", columns))
+    )
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "gemm", [x], [y], [weight])
-    model = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11).SerializeToString())
-    given, seconds = {"x": np.ones((rows, inner), np.float32)}, []
+    model = session(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11).SerializeToString()
+    )
+    given = {"x": np.ones((rows, inner), np.float32)}
+    seconds = []
     for _ in range(2_000):
         begin = time.perf_counter()
         model.run(None, given)
@@ -82,7 +97,8 @@ def gemm_rate() -> float:
 def profile(graph: Path) -> tuple[dict[str, float], dict[str, int], int, float]:
     """(microseconds by operator, calls by operator, floating-point operations, microseconds of a run without the profiler): medians."""
     plain = session(str(graph))
-    given, seconds = feeds(plain.get_inputs()), []
+    given = feeds(plain.get_inputs())
+    seconds = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
         plain.run(None, given)
@@ -111,20 +127,39 @@ def main() -> None:
     args = parser.parse_args()
     profiles = {name: profile(args.folder / f"{name}.onnx") for name in ("encode", "point", "set")}
     rate = gemm_rate()
-    kinds = sorted({kind for times, *_ in profiles.values() for kind in times}, key=lambda kind: -sum(p[0].get(kind, 0) for p in profiles.values()))
-    print(f"{args.folder}, {processor()}, one thread, medians of {REPEATS} runs; microseconds (calls)\n")
+    kinds = sorted(
+        {kind for times, *_ in profiles.values() for kind in times},
+        key=lambda kind: -sum(p[0].get(kind, 0) for p in profiles.values()),
+    )
+    print(f"{args.folder}, {cpu_name()}, one thread, medians of {REPEATS} runs; microseconds (calls)\n")
     print("| operator | encode | point | set | all |\n| --- | --- | --- | --- | --- |")
     for kind in kinds:
         cells = [f"{p[0][kind]:.0f} ({p[1][kind]})" if kind in p[0] else "" for p in profiles.values()]
         print(f"| {kind} | {' | '.join(cells)} | {sum(p[0].get(kind, 0) for p in profiles.values()):.0f} |")
-    totals = {"sum under the profiler": lambda p: sum(p[0].values()), "a run": lambda p: p[3], "matrix products at the limit": lambda p: p[2] / rate * 1e6}
+    totals = {
+        "sum under the profiler": lambda p: sum(p[0].values()),
+        "a run": lambda p: p[3],
+        "matrix products at the limit": lambda p: p[2] / rate * 1e6,
+    }
     for title, of in totals.items():
         values = [of(p) for p in profiles.values()]
         print(f"| **{title}** | {' | '.join(f'{v:.0f}' for v in values)} | {sum(values):.0f} |")
     work = sum(p[2] for p in profiles.values())
     share = work / rate * 1e6 / sum(p[3] for p in profiles.values())
-    print(f"\n{work / 1e9:.2f} GFLOP of matrix products; the limit, {rate / 1e9:.0f} GFLOP/s; the runs are at {share:.0%} of it.")
-    print(json.dumps({"machine": processor(), "gflop": work / 1e9, "gflops": rate / 1e9, "share": share, "us": {n: p[3] for n, p in profiles.items()}}))
+    print(
+        f"\n{work / 1e9:.2f} GFLOP of matrix products; the limit, {rate / 1e9:.0f} GFLOP/s; the runs are at {share:.0%} of it."
+    )
+    print(
+        json.dumps(
+            {
+                "machine": cpu_name(),
+                "gflop": work / 1e9,
+                "gflops": rate / 1e9,
+                "share": share,
+                "us": {n: p[3] for n, p in profiles.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -60,13 +60,22 @@ def kept_order(one: np.ndarray, two: np.ndarray) -> float:
 
 def compare(ones: list[bytes], twos: list[bytes]) -> dict[str, Any]:
     """Of the same requests, answered twice."""
-    differences, orders, tops, firsts, versions, exits = [], [], [], 0, set(), 0
+    differences = []
+    orders = []
+    tops = []
+    firsts = 0
+    versions = set()
+    exits = 0
     for one, two in zip(map(json.loads, ones), map(json.loads, twos), strict=True):
-        versions.add(f"{one['ranker']} {one['version']} {one['variant']} and {two['ranker']} {two['version']} {two['variant']}")
-        a, b = np.array(one["results"]["scores"]), np.array(two["results"]["scores"])
+        versions.add(
+            f"{one['ranker']} {one['version']} {one['variant']} and {two['ranker']} {two['version']} {two['variant']}"
+        )
+        a = np.array(one["results"]["scores"])
+        b = np.array(two["results"]["scores"])
         differences.append(np.abs(a - b))
         orders.append(kept_order(a, b))
-        best_a, best_b = np.argsort(-a, kind="stable")[:TOP], np.argsort(-b, kind="stable")[:TOP]
+        best_a = np.argsort(-a, kind="stable")[:TOP]
+        best_b = np.argsort(-b, kind="stable")[:TOP]
         tops.append(len(np.intersect1d(best_a, best_b)) / len(best_a))
         firsts += int(best_a[0] == best_b[0])
         exits += one["exit"] != two["exit"]
@@ -86,7 +95,9 @@ def compare(ones: list[bytes], twos: list[bytes]) -> dict[str, Any]:
 
 def replay(bodies: list[bytes], ports: list[int]) -> dict[str, Any]:
     """Raises ValueError where a server refuses a request: then there is nothing to compare."""
-    outcomes: list[Outcome] = [closed_loop(port, (post("/score", body) for body in bodies), 1, keep_bodies=True) for port in ports]
+    outcomes: list[Outcome] = [
+        closed_loop(port, (post("/score", body) for body in bodies), 1, keep_bodies=True) for port in ports
+    ]
     result: dict[str, Any] = {"servers": [outcome.summary() for outcome in outcomes]}
     if len(outcomes) == 2:
         if any(len(outcome.bodies) < len(bodies) for outcome in outcomes):
@@ -96,7 +107,9 @@ def replay(bodies: list[bytes], ports: list[int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="a capture, or a bundle's warmup.jsonl")
     parser.add_argument("servers", nargs="+", help="a port, or a bundle's folder; one or two")
     args = parser.parse_args()

@@ -60,7 +60,13 @@ TIMES = {quantile.replace("_", " "): key(quantile) for quantile in QUANTILES}
 CELLS = (
     {"group": key("group")}
     | CELL
-    | {"loop": lambda row: f"open, {row['load']:.0%}: {row['offered_per_second']}/s" if row["loop"] == "open" else f"closed, {row['connections']}"}
+    | {
+        "loop": lambda row: (
+            f"open, {row['load']:.0%}: {row['offered_per_second']}/s"
+            if row["loop"] == "open"
+            else f"closed, {row['connections']}"
+        )
+    }
     | {"requests": key("requests"), "requests/s": key("per_second")}
     | TIMES
     | {
@@ -74,7 +80,12 @@ CELLS = (
 )
 MIXED = (
     CELL
-    | {"connections": key("connections"), "beside": key("beside"), "requests/s": key("per_second"), "of the rate alone": key("rate_share")}
+    | {
+        "connections": key("connections"),
+        "beside": key("beside"),
+        "requests/s": key("per_second"),
+        "of the rate alone": key("rate_share"),
+    }
     | {"requests": key("requests")}
     | TIMES
 )
@@ -87,7 +98,11 @@ BREAKDOWN = (
 
 def write(folder: Path, about: list[str], rows: list[Row]) -> None:
     """report.md and the plots that the rows give."""
-    plots = [path.name for plot in (plot_sizes, plot_users, plot_open, plot_mixed, plot_stages) if (path := plot(rows, folder))]
+    plots = [
+        path.name
+        for plot in (plot_sizes, plot_users, plot_open, plot_mixed, plot_stages)
+        if (path := plot(rows, folder))
+    ]
     mixed = [row for row in rows if row["group"] == "mixed"]
     parts = ["# Load test", "\n".join(f"- {line}" for line in about)]
     parts += [
@@ -96,7 +111,10 @@ def write(folder: Path, about: list[str], rows: list[Row]) -> None:
         table(CELLS, rows),
     ]
     if mixed:
-        parts += ["## Cheap beside expensive\n\nEach stream's rate against its rate alone with as many connections.", table(MIXED, mixed)]
+        parts += [
+            "## Cheap beside expensive\n\nEach stream's rate against its rate alone with as many connections.",
+            table(MIXED, mixed),
+        ]
     parts += [
         "## Stages\n\nMilliseconds: medians of `timings_ms` of the answers; `serialize`, which they cannot hold, is a mean from `/metrics`. "
         "The last column is the sum of the stage histograms over that of whole requests.",
@@ -130,16 +148,22 @@ def plot_sizes(rows: list[Row], folder: Path) -> Path | None:
     if len({(row["history"], row["candidates"]) for row in cold}) < 2:
         return None
     figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 4.4), sharey=True)
-    for axis, size, other, unit in zip(axes, ("history", "candidates"), ("candidates", "history"), ("events", "candidates")):
+    for axis, size, other, unit in zip(
+        axes, ("history", "candidates"), ("candidates", "history"), ("events", "candidates")
+    ):
         line = sorted((row for row in cold if row[other] == getattr(W, other)), key=lambda row: row[size])
         for color, connections in zip(("tab:blue", "tab:orange"), sorted({row["connections"] for row in line})):
             chosen = [row for row in line if row["connections"] == connections]
             for style, quantile in (("o-", "p50_ms"), ("^:", "p99_ms")):
                 label = f"{quantile[:3]}, {connections} connection{'s' * (connections > 1)}"
-                axis.plot([row[size] for row in chosen], [row[quantile] for row in chosen], style, color=color, label=label)
+                axis.plot(
+                    [row[size] for row in chosen], [row[quantile] for row in chosen], style, color=color, label=label
+                )
         log_times(axis)
         axis.set(xscale="log", xlabel=f"{size} ({unit})" if unit != size else size, ylabel="latency, ms")
-        axis.set_title(f"every user new, {getattr(W, other)} {'candidates' if other == 'candidates' else 'events of history'}")
+        axis.set_title(
+            f"every user new, {getattr(W, other)} {'candidates' if other == 'candidates' else 'events of history'}"
+        )
         axis.set_xticks(sorted({row[size] for row in line}))
         axis.xaxis.set_major_formatter(FuncFormatter(number))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -159,7 +183,10 @@ def plot_users(rows: list[Row], folder: Path) -> Path | None:
     figure, axes = plt.subplots(1, len(both), layout="constrained", figsize=(11, 4.2), sharey=True, squeeze=False)
     for axis, connections in zip(axes[0], both):
         bars(axis, kinds, {row["users"]: row for row in chosen if row["connections"] == connections}, QUANTILES)
-        axis.set(title=f"{W.history} events, {W.candidates} candidates, {connections} connection{'s' * (connections > 1)}", ylabel="latency, ms")
+        axis.set(
+            title=f"{W.history} events, {W.candidates} candidates, {connections} connection{'s' * (connections > 1)}",
+            ylabel="latency, ms",
+        )
         axis.legend()
         axis.label_outer()
     return save(figure, folder / "users.png")
@@ -187,7 +214,12 @@ def plot_open(rows: list[Row], folder: Path) -> Path | None:
     if not chosen:
         return None
     figure, axis = plt.subplots(layout="constrained", figsize=(7.5, 4.2))
-    named = {f"{row['load']:.0%}\n{row['offered_per_second']}/s" if row["loop"] == "open" else f"closed loop\n{row['per_second']}/s": row for row in chosen}
+    named = {
+        f"{row['load']:.0%}\n{row['offered_per_second']}/s"
+        if row["loop"] == "open"
+        else f"closed loop\n{row['per_second']}/s": row
+        for row in chosen
+    }
     bars(axis, list(named), named, QUANTILES)
     log_times(axis)
     axis.set(ylabel="latency from due time, ms", title="W in the open loop, by share of the closed loop's rate")
@@ -202,16 +234,28 @@ def plot_mixed(rows: list[Row], folder: Path) -> Path | None:
         return None
     cheap_size = min(row["candidates"] for row in chosen)
     figure, (left, right) = plt.subplots(1, 2, layout="constrained", figsize=(11, 4.2))
-    cheap = {f"beside\n{row['beside']}" if row["beside"] else "alone": row for row in chosen if row["candidates"] == cheap_size}
+    cheap = {
+        f"beside\n{row['beside']}" if row["beside"] else "alone": row
+        for row in chosen
+        if row["candidates"] == cheap_size
+    }
     bars(left, list(cheap), cheap, QUANTILES)
     log_times(left)
-    left.set(ylabel="latency, ms", title=f"the cheap requests ({cheap_size} candidates, {next(iter(cheap.values()))['connections']} connections)")
+    left.set(
+        ylabel="latency, ms",
+        title=f"the cheap requests ({cheap_size} candidates, {next(iter(cheap.values()))['connections']} connections)",
+    )
     left.set_ylim(bottom=1)
     left.legend()
     beside = [row for row in chosen if row["beside"]]
-    drawn = right.barh([f"{row['connections']} x {row['candidates']}\nbeside {row['beside']}" for row in beside], [row["rate_share"] for row in beside])
+    drawn = right.barh(
+        [f"{row['connections']} x {row['candidates']}\nbeside {row['beside']}" for row in beside],
+        [row["rate_share"] for row in beside],
+    )
     right.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3)
-    right.set(xlim=(0, 1.1), xlabel="requests/s, as a share of the same alone", title="what each gets of its rate alone")
+    right.set(
+        xlim=(0, 1.1), xlabel="requests/s, as a share of the same alone", title="what each gets of its rate alone"
+    )
     right.invert_yaxis()
     right.grid(axis="x", alpha=0.3)
     return save(figure, folder / "mixed.png")
@@ -222,14 +266,21 @@ def plot_stages(rows: list[Row], folder: Path) -> Path | None:
     chosen = [row for row in rows if row["group"] in ("w", "neighbours", "returning") and row["connections"] == 1]
     if not chosen:
         return None
-    figure, (left, right) = plt.subplots(1, 2, layout="constrained", figsize=(12, 1.8 + 0.36 * len(chosen)), sharey=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, layout="constrained", figsize=(12, 1.8 + 0.36 * len(chosen)), sharey=True
+    )
     whole = [row["stage_means_ms"]["request"] for row in chosen]
     ends = [0.0] * len(chosen)
     for k, stage in enumerate((*STAGES, "outside the stages")):
         widths = [row["stage_means_ms"].get(stage, max(0.0, time - end)) for row, time, end in zip(chosen, whole, ends)]
         color = f"C{k}" if k < len(STAGES) else "0.8"
         left.barh(range(len(chosen)), widths, left=ends, label=stage, color=color)
-        right.barh(range(len(chosen)), [100 * w / t for w, t in zip(widths, whole)], left=[100 * e / t for e, t in zip(ends, whole)], color=color)
+        right.barh(
+            range(len(chosen)),
+            [100 * w / t for w, t in zip(widths, whole)],
+            left=[100 * e / t for e, t in zip(ends, whole)],
+            color=color,
+        )
         ends = [end + width for end, width in zip(ends, widths)]
     left.set_yticks(range(len(chosen)), [f"{row['users']}: {row['history']} + {row['candidates']}" for row in chosen])
     left.set(xlabel="mean milliseconds a request", title="users: history + candidates, one connection")
@@ -248,7 +299,11 @@ def plot_soak(row: Row, samples: list[Sample], path: Path) -> None:
     ends = [rest[0][0], rest[-1][0]]
     fit = [middle[1] + slope(rest) / 3_600 * (t - middle[0]) for t in ends]
     axis.plot([t / 60 for t in ends], fit, "--", label=f"after the first third: {slope(rest):+.1f} MB an hour")
-    axis.set(xlabel="minutes", ylabel="resident, MB", title=f"random sizes, {row['requests']} requests; the largest {row['largest_mb']:.0f} MB")
+    axis.set(
+        xlabel="minutes",
+        ylabel="resident, MB",
+        title=f"random sizes, {row['requests']} requests; the largest {row['largest_mb']:.0f} MB",
+    )
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")

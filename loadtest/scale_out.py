@@ -23,7 +23,8 @@ from loadtest.server import Server, free_port
 from loadtest.workload import Shape, Workload, window
 
 ROOT = Path(__file__).parent.parent
-USERS, VISITS = 40, 6
+USERS = 40
+VISITS = 6
 SHAPE = Shape(100, 20)
 THREADS = 4
 
@@ -32,8 +33,14 @@ THREADS = 4
 def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
     """Its port, once it has found every replica ready."""
     port = free_port()
-    environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)}
-    process = subprocess.Popen(["haproxy", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")], env=os.environ | environment, stderr=subprocess.DEVNULL)
+    environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {
+        f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)
+    }
+    process = subprocess.Popen(
+        ["haproxy", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
+        env=os.environ | environment,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         time.sleep(1.5)
         yield port
@@ -87,10 +94,17 @@ def sample(server: Server, name: str) -> float:
 def hits(bundles: Path, balance: str) -> dict[str, Any]:
     """Every user comes VISITS times: what was reused, how much was encoded, how much is kept."""
     users = Users(bundles, 0)
-    with replicas(bundles) as servers, haproxy(balance, [server.port for server in servers]) as port, connect(port) as connection:
+    with (
+        replicas(bundles) as servers,
+        haproxy(balance, [server.port for server in servers]) as port,
+        connect(port) as connection,
+    ):
         encoded = [sample(server, "slatewise_history_events_encoded_total") for server in servers]
         found = [visit(connection, *users.body(k)) for _ in range(VISITS) for k in order(users)]
-        encoded = [sample(server, "slatewise_history_events_encoded_total") - before for server, before in zip(servers, encoded)]
+        encoded = [
+            sample(server, "slatewise_history_events_encoded_total") - before
+            for server, before in zip(servers, encoded)
+        ]
         kept = sum(sample(server, "slatewise_history_cache_bytes") for server in servers)
         answered = [sample(server, "slatewise_requests_total") for server in servers]
     assert all(status == 200 for status, _, _ in found)
@@ -125,7 +139,8 @@ class Run:
                         status, cache, _ = visit(connection, user, body)
                     except (OSError, http.client.HTTPException):
                         connection.close()  # the next request opens it again
-                        status, cache = 0, ""
+                        status = 0
+                        cache = ""
                     self.answers.append((time.monotonic(), status, user, cache))
                     time.sleep(0.02)
 
@@ -135,9 +150,17 @@ class Run:
 
 def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
     """A replica is killed while users keep coming, and comes back at its port: failures, and whose histories were lost."""
-    users, run = Users(bundles, 1), Run()
-    with replicas(bundles) as servers, haproxy("hdr(X-User-ID)", [server.port for server in servers]) as port, ExitStack() as stack:
-        threads = [threading.Thread(target=run.work, args=(port, users, list(range(k, USERS, THREADS)))) for k in range(THREADS)]
+    users = Users(bundles, 1)
+    run = Run()
+    with (
+        replicas(bundles) as servers,
+        haproxy("hdr(X-User-ID)", [server.port for server in servers]) as port,
+        ExitStack() as stack,
+    ):
+        threads = [
+            threading.Thread(target=run.work, args=(port, users, list(range(k, USERS, THREADS))))
+            for k in range(THREADS)
+        ]
         for thread in threads:
             thread.start()
         time.sleep(seconds)
@@ -150,7 +173,9 @@ def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
         run.stop.set()
         for thread in threads:
             thread.join()
-    before, dead, after = run.between(0, killed), run.between(killed, back), run.between(back, time.monotonic())
+    before = run.between(0, killed)
+    dead = run.between(killed, back)
+    after = run.between(back, time.monotonic())
     lost = {user for _, _, user, cache in dead if cache == "miss"}  # those whose replica died
     others = {user for user, _ in users.users} - lost
     return {
@@ -167,12 +192,18 @@ def main() -> None:
     bundles = ROOT / "models" / "bundles"
     rows = [hits(bundles, balance) for balance in ("hdr(X-User-ID)", "roundrobin")]
     print(f"{USERS} users, {VISITS} visits each, {SHAPE.history} events and one more a visit; two replicas\n")
-    print("| balance | requests that found a history | events encoded a request | histories kept, MB |\n| --- | --- | --- | --- |")
+    print(
+        "| balance | requests that found a history | events encoded a request | histories kept, MB |\n| --- | --- | --- | --- |"
+    )
     for row in rows:
         print(f"| {row['balance']} | {row['reused']:.1%} | {row['encoded_per_request']:.1f} | {row['kept_mb']:.1f} |")
     found = death(bundles)
-    print(f"\nA replica killed and back: {found['requests']} requests; failed before, while it was dead, and after: {found['failed']}; ")
-    print(f"{found['moved_users']} of {USERS} users moved, the others' histories were lost {found['misses_of_others']} times; ")
+    print(
+        f"\nA replica killed and back: {found['requests']} requests; failed before, while it was dead, and after: {found['failed']}; "
+    )
+    print(
+        f"{found['moved_users']} of {USERS} users moved, the others' histories were lost {found['misses_of_others']} times; "
+    )
     print(f"{found['misses_when_back']} histories were encoded anew when it was back.")
 
 

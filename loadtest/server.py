@@ -23,7 +23,9 @@ def free_port() -> int:
 
 def machine_cpu_seconds() -> float:
     """Of all that ran on this machine since it started, and of what the hypervisor took from it."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
     return (user + nice + system + irq + softirq + steal) / TICKS
 
 
@@ -51,12 +53,23 @@ class Running:
 
 
 class Server(Running):
-    """A process that serves HTTP at `port`, ready when entered: `python -m app.main` unless another command is given."""
+    """A process that serves HTTP at `port`, ready when entered: `python -m slatewise.main` unless another command is given."""
 
-    def __init__(self, settings: dict[str, str] | None = None, command: list[str] | None = None, port: int | None = None, ready: str = "/readyz") -> None:
+    def __init__(
+        self,
+        settings: dict[str, str] | None = None,
+        command: list[str] | None = None,
+        port: int | None = None,
+        ready: str = "/readyz",
+    ) -> None:
         super().__init__(port or free_port())
-        self.ready, self.command = ready, command or [sys.executable, "-m", "app.main"]
-        self.environment = os.environ | {f"SLATEWISE_{name}": value for name, value in (settings or {}).items()} | {"SLATEWISE_PORT": str(self.port)}
+        self.ready = ready
+        self.command = command or [sys.executable, "-m", "slatewise.main"]
+        self.environment = (
+            os.environ
+            | {f"SLATEWISE_{name}": value for name, value in (settings or {}).items()}
+            | {"SLATEWISE_PORT": str(self.port)}
+        )
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
@@ -110,5 +123,9 @@ class Server(Running):
     def resident_mb(self) -> float:
         total = 0
         for pid in self.processes():
-            total += sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+            total += sum(
+                int(line.split()[1])
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                if line.startswith("VmRSS")
+            )
         return total / 1024

@@ -1,6 +1,6 @@
 """What W costs with fewer blocks, thinner feed-forward layers and cheaper attention, one thread: python -m loadtest.shapes
 
-Weights do not matter to time: each is `models/student.py`'s shrunk W, untrained. Milliseconds of history 200 and 200 candidates, in turns, medians.
+Weights do not matter to time: each is `models/slatewise_train/compression/student.py`'s shrunk W, untrained. Milliseconds of history 200 and 200 candidates, in turns, medians.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from app.engine import Engine, processor
-from app.manifest import read_manifest
-from models.export import measure_latency, write_graphs
-from models.graphs import LigrGraphs, uncalibrated
-from models.restore import restore
-from models.student import shrink
+from slatewise.bundle.manifest import read_manifest
+from slatewise.inference.engine import Engine, cpu_name
+from slatewise_train.compression.source import restore
+from slatewise_train.compression.student import shrink
+from slatewise_train.export import measure_latency, write_graphs
+from slatewise_train.rankers.ligr_onnx import LigrGraphs, uncalibrated
 
 SHAPES: dict[str, dict[str, int]] = {
     "W": {},
@@ -25,8 +25,18 @@ SHAPES: dict[str, dict[str, int]] = {
     "feed-forward x1": {"feed_forward": 1},
     "2 blocks": {"blocks": 2},
     "1 block": {"blocks": 1},
-    "2 blocks, feed-forward x1, two heads, keys of 16": {"blocks": 2, "feed_forward": 1, "attention_heads": 2, "key_size": 16},
-    "1 block, feed-forward x1, one head, keys of 16": {"blocks": 1, "feed_forward": 1, "attention_heads": 1, "key_size": 16},
+    "2 blocks, feed-forward x1, two heads, keys of 16": {
+        "blocks": 2,
+        "feed_forward": 1,
+        "attention_heads": 2,
+        "key_size": 16,
+    },
+    "1 block, feed-forward x1, one head, keys of 16": {
+        "blocks": 1,
+        "feed_forward": 1,
+        "attention_heads": 1,
+        "key_size": 16,
+    },
 }
 
 
@@ -34,20 +44,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("build/bundles/reference/1"))
     args = parser.parse_args()
-    manifest, (model, _) = read_manifest(args.bundle), restore(args.bundle)
-    identity, engines = uncalibrated(manifest.exits, len(manifest.heads)), {}
+    manifest = read_manifest(args.bundle)
+    (model, _) = restore(args.bundle)
+    identity = uncalibrated(manifest.exits, len(manifest.heads))
+    engines = {}
     with tempfile.TemporaryDirectory() as folder:
         for k, (name, shape) in enumerate(SHAPES.items()):
-            write_graphs(Path(folder) / str(k), LigrGraphs(shrink(model, shape), identity, manifest.limits.history_used).all())
+            write_graphs(
+                Path(folder) / str(k), LigrGraphs(shrink(model, shape), identity, manifest.limits.history_used).all()
+            )
             engines[name] = Engine(Path(folder) / str(k), model.item.weight.detach().numpy(), manifest.exits, 1)
         found = measure_latency(engines, manifest)
     print(
-        f"{args.bundle}, {processor()}, one thread, float32; history 200, 200 candidates\n\n| shape | encode ms | score ms | of W |\n| --- | --- | --- | --- |"
+        f"{args.bundle}, {cpu_name()}, one thread, float32; history 200, 200 candidates\n\n| shape | encode ms | score ms | of W |\n| --- | --- | --- | --- |"
     )
-    rows = {name: next(r for r in times["rows"] if (r["history"], r["candidates"]) == (200, 200)) for name, times in found.items()}
+    rows = {
+        name: next(r for r in times["rows"] if (r["history"], r["candidates"]) == (200, 200))
+        for name, times in found.items()
+    }
     whole = rows["W"]["encode_p50"] + rows["W"]["score_p50"]
     for name, row in rows.items():
-        print(f"| {name} | {row['encode_p50']:.2f} | {row['score_p50']:.2f} | {(row['encode_p50'] + row['score_p50']) / whole:.0%} |")
+        print(
+            f"| {name} | {row['encode_p50']:.2f} | {row['score_p50']:.2f} | {(row['encode_p50'] + row['score_p50']) / whole:.0%} |"
+        )
 
 
 if __name__ == "__main__":

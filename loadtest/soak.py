@@ -14,9 +14,12 @@ from loadtest.client import closed_loop, lasting, post
 from loadtest.server import Server
 from loadtest.workload import Workload
 
-CONNECTIONS, MOST_HISTORY, MOST_CANDIDATES = 4, 2_048, 4_096
+CONNECTIONS = 4
+MOST_HISTORY = 2_048
+MOST_CANDIDATES = 4_096
 HISTORY_CACHE_MB = 32
-SAMPLE_SECONDS, PROGRESS_SECONDS = 2.0, 20.0
+SAMPLE_SECONDS = 2.0
+PROGRESS_SECONDS = 20.0
 
 Sample = tuple[float, float]  # seconds, resident MB
 
@@ -24,7 +27,8 @@ Sample = tuple[float, float]  # seconds, resident MB
 def slope(samples: list[Sample]) -> float:
     """Megabytes an hour, by least squares."""
     n = len(samples)
-    time_mean, mb_mean = sum(t for t, _ in samples) / n, sum(mb for _, mb in samples) / n
+    time_mean = sum(t for t, _ in samples) / n
+    mb_mean = sum(mb for _, mb in samples) / n
     square = sum((t - time_mean) ** 2 for t, _ in samples)
     return 3_600 * sum((t - time_mean) * (mb - mb_mean) for t, mb in samples) / square if square else 0.0
 
@@ -37,7 +41,9 @@ def late(samples: list[Sample]) -> list[Sample]:
 def soak(server: Server, workload: Workload, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
     """A row and the samples. The requests are drawn while it runs, each anew: speed is not measured here."""
     requests = (post("/rerank", body) for body in workload.endless(MOST_HISTORY, MOST_CANDIDATES))
-    samples, begin, said = [(0.0, server.resident_mb())], time.monotonic(), 0.0
+    samples = [(0.0, server.resident_mb())]
+    begin = time.monotonic()
+    said = 0.0
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(closed_loop, server.port, lasting(seconds, requests), CONNECTIONS)
         while not run.done():
@@ -48,5 +54,9 @@ def soak(server: Server, workload: Workload, seconds: float) -> tuple[dict[str, 
                 print(f"soak: {said:.0f} of {seconds:.0f} s, {samples[-1][1]:.0f} MB", file=sys.stderr)
     outcome = run.result()
     row = {"group": "soak", "connections": CONNECTIONS, "seconds": round(outcome.seconds, 1)} | outcome.summary()
-    memory = {"first_mb": round(samples[0][1], 1), "largest_mb": max(mb for _, mb in samples), "last_mb": samples[-1][1]}
+    memory = {
+        "first_mb": round(samples[0][1], 1),
+        "largest_mb": max(mb for _, mb in samples),
+        "last_mb": samples[-1][1],
+    }
     return row | memory | {"slope_mb_per_hour": round(slope(late(samples)), 1)}, samples

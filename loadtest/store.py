@@ -27,44 +27,58 @@ import numpy as np
 import redis
 import uvloop
 
-from app.engine import processor
-from app.generations import Generations
-from app.manifest import read_manifest
-from app.meta_embeddings import RedisStore
-from app.push import push
-from app.redis_clients import connect
-from app.redis_nodes import CLOSED
-from app.vectors import DTYPES
 from loadtest.client import ask, post
 from loadtest.client import connect as connect_http
 from loadtest.server import Server
+from slatewise.bundle.manifest import read_manifest
+from slatewise.inference.engine import cpu_name
+from slatewise.store.client import connect
+from slatewise.store.codec import DTYPES
+from slatewise.store.generations import Generations
+from slatewise.store.lookup import RedisStore
+from slatewise.store.node import CLOSED
+from slatewise.store.push import push
 from tests.conftest import run_redis
-from tests.fault_proxy import FaultProxy, fault_proxy
+from tests.support.fault_proxy import FaultProxy, fault_proxy
 
-RATE, CONNECTIONS = 50, 16  # requests a second
+RATE = 50
+CONNECTIONS = 16  # requests a second
 ASKED_USERS = 500
 BUDGET = 0.01  # seconds: the default of REDIS_TIMEOUT_MS
-LOOK_UPS, FAULT_SECONDS, FAULT_RATE = 4_000, 2.5, 200
+LOOK_UPS = 4_000
+FAULT_SECONDS = 2.5
+FAULT_RATE = 200
 
 
 class Asking:
     """Requests that fall due at a fixed rate, whatever the server does, until it is left."""
 
     def __init__(self, port: int, example: dict[str, Any]) -> None:
-        self.port, self.example, self.stop = port, example, threading.Event()
+        self.port = port
+        self.example = example
+        self.stop = threading.Event()
         self.answers: list[tuple[float, float, int, dict[str, Any]]] = []  # due, ended (monotonic), status, answer
         self.failures: list[str] = []
-        self.next, self.lock, self.begin = 0, threading.Lock(), time.monotonic()
+        self.next = 0
+        self.lock = threading.Lock()
+        self.begin = time.monotonic()
 
     def work(self) -> None:
         connection = connect_http(self.port)
         while not self.stop.is_set():
             with self.lock:
-                turn, self.next = self.next, self.next + 1
+                turn = self.next
+                self.next = self.next + 1
             due = self.begin + turn / RATE
             time.sleep(max(0.0, due - time.monotonic()))
             try:
-                status, body = ask(connection, post("/rerank", json.dumps(self.example | {"user": f"u{turn * 37 % ASKED_USERS}", "id": f"{turn}"}).encode()))
+                status, body = ask(
+                    connection,
+                    post(
+                        "/rerank",
+                        json.dumps(self.example | {"user": f"u{turn * 37 % ASKED_USERS}", "id": f"{turn}"}).encode(),
+                    ),
+                )
                 self.answers.append((due, time.monotonic(), status, json.loads(body)))
             except Exception as error:
                 self.failures.append(repr(error))
@@ -85,7 +99,12 @@ class Asking:
     def last_served(self, version: str, since: float, until: float) -> float:
         """Seconds after `since` until the end of the last answer with that version, before `until`."""
         return max(
-            (ended - since for _, ended, _, answer in self.answers if since < ended < until and answer["meta_embedding"]["version"] == version), default=0.0
+            (
+                ended - since
+                for _, ended, _, answer in self.answers
+                if since < ended < until and answer["meta_embedding"]["version"] == version
+            ),
+            default=0.0,
         )
 
 
@@ -118,21 +137,30 @@ def serve(bundles: Path, ranker: str, space: str, dim: int, users: list[str], po
             switched_again = time.monotonic()
             time.sleep(4)
     old, new, newest = (str(each["generation"]) for each in (first, second, third))
-    result["pushed_alone"], result["pushed_while_served"] = first, [second, third]
-    result["requests"], result["failed"] = len(asking.answers), len(asking.failures) + sum(status != 200 for _, _, status, _ in asking.answers)
-    result["old_served_s"] = [asking.last_served(old, switched, rolled_back), asking.last_served(old, switched_again, float("inf"))]
+    result["pushed_alone"] = first
+    result["pushed_while_served"] = [second, third]
+    result["requests"] = len(asking.answers)
+    result["failed"] = len(asking.failures) + sum(status != 200 for _, _, status, _ in asking.answers)
+    result["old_served_s"] = [
+        asking.last_served(old, switched, rolled_back),
+        asking.last_served(old, switched_again, float("inf")),
+    ]
     result["rolled_back_served_s"] = asking.last_served(new, rolled_back, switched_again)
     result["versions"] = Counter(answer["meta_embedding"]["version"] for *_, answer in asking.answers)
     result["statuses"] = Counter(answer["meta_embedding"]["status"] for *_, answer in asking.answers)
     scores: dict[Any, set[Any]] = defaultdict(set)
     for *_, answer in asking.answers:
         user = int(answer["id"]) * 37 % ASKED_USERS
-        scores[user, answer["meta_embedding"]["version"], answer["exit"]].add(tuple(np.round(answer["results"]["scores"], 5)))
+        scores[user, answer["meta_embedding"]["version"], answer["exit"]].add(
+            tuple(np.round(answer["results"]["scores"], 5))
+        )
     by_user: dict[Any, set[Any]] = defaultdict(set)
     for (user, _, how), each in scores.items():
         by_user[user, how] |= each
     versions = Counter((user, how) for user, _, how in scores)
-    result["mixed"] = sum(len(each) > 1 for each in scores.values()) + sum(len(by_user[key]) != versions[key] for key in versions)
+    result["mixed"] = sum(len(each) > 1 for each in scores.values()) + sum(
+        len(by_user[key]) != versions[key] for key in versions
+    )
     result["latency_ms"] = summary([ended - due for due, ended, *_ in asking.answers])
     assert newest in result["versions"]
     client.close()
@@ -141,24 +169,31 @@ def serve(bundles: Path, ranker: str, space: str, dim: int, users: list[str], po
 
 def memory(ranker: str, space: str, dim: int, users: list[str], port: int) -> dict[str, Any]:
     client = redis.Redis(port=port)
-    store, result = Generations(client, ranker, space), {}
+    store = Generations(client, ranker, space)
+    result = {}
     for name in (*DTYPES, "float32, compact"):
         dtype = name.partition(",")[0]
         client.flushall()
         client.config_set("hash-max-ziplist-value", 256 if "compact" in name else 64)  # 64 is Redis' default
-        before, row = client.info("memory")["used_memory"], {}
+        before = client.info("memory")["used_memory"]
+        row = {}
         for live in (1, 2, 3):
             pushed = push(store, users, drawn(len(users), dim, live), dtype)
             row[f"live_{live}"] = (client.info("memory")["used_memory"] - before) / len(users)
             row[f"users_per_second_{live}"] = pushed["users_per_second"]
-        result[name] = {"vector": dim * {"float32": 4, "float16": 2, "int8": 1}[dtype], "value": pushed["bytes"] / len(users)} | row
+        result[name] = {
+            "vector": dim * {"float32": 4, "float16": 2, "int8": 1}[dtype],
+            "value": pushed["bytes"] / len(users),
+        } | row
     client.close()
     return result
 
 
 def stand_in(ranker: str, space: str, dim: int) -> Any:
     """What a store asks of a ranker."""
-    return SimpleNamespace(name=ranker, manifest=SimpleNamespace(space=space, meta_size=dim), default_meta=np.zeros(dim, np.float32))
+    return SimpleNamespace(
+        name=ranker, manifest=SimpleNamespace(space=space, meta_size=dim), default_meta=np.zeros(dim, np.float32)
+    )
 
 
 async def timed(store: RedisStore, ranker: Any, user: str) -> tuple[float, str]:
@@ -173,15 +208,22 @@ async def look_ups(ranker: Any, users: list[str], port: int) -> dict[str, Any]:
         for at_once in (1, 64):
             answers = []
             for first in range(0, LOOK_UPS, at_once):
-                answers += await asyncio.gather(*(timed(store, ranker, users[(first + k) * 7919 % len(users)]) for k in range(at_once)))
-            result[at_once] = {"ms": summary([seconds for seconds, _ in answers]), "statuses": Counter(status for _, status in answers)}
+                answers += await asyncio.gather(
+                    *(timed(store, ranker, users[(first + k) * 7919 % len(users)]) for k in range(at_once))
+                )
+            result[at_once] = {
+                "ms": summary([seconds for seconds, _ in answers]),
+                "statuses": Counter(status for _, status in answers),
+            }
     return result
 
 
 @contextmanager
 def proxy_of_its_own(port: int) -> Iterator[FaultProxy]:
     """In a thread with a loop of its own, so that it does not wait for whom it serves."""
-    ready, over, found = threading.Event(), asyncio.Event(), list[FaultProxy]()
+    ready = threading.Event()
+    over = asyncio.Event()
+    found = list[FaultProxy]()
     loop = asyncio.new_event_loop()
 
     async def main() -> None:
@@ -272,15 +314,18 @@ def proxy_loop_heal(proxy: FaultProxy) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundles", type=Path, default=Path("models/bundles"))
     parser.add_argument("--ranker", default="movielens")
     parser.add_argument("--users", type=int, default=200_000)
     args = parser.parse_args()
     folder = max((args.bundles / args.ranker).glob("[0-9]*"), key=lambda path: int(path.name))
     manifest = read_manifest(folder)
-    users, ranker = [f"u{k}" for k in range(args.users)], stand_in(manifest.ranker, manifest.space, manifest.meta_size)
-    result: dict[str, Any] = {"machine": processor(), "users": args.users, "dim": manifest.meta_size}
+    users = [f"u{k}" for k in range(args.users)]
+    ranker = stand_in(manifest.ranker, manifest.space, manifest.meta_size)
+    result: dict[str, Any] = {"machine": cpu_name(), "users": args.users, "dim": manifest.meta_size}
     with tempfile.TemporaryDirectory() as home, run_redis(Path(home)) as port:
         result["serve"] = serve(args.bundles, manifest.ranker, manifest.space, manifest.meta_size, users, port)
         result["look_ups"] = uvloop.run(look_ups(ranker, users, port))
@@ -291,21 +336,28 @@ def main() -> None:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    served, users = result["serve"], result["users"]
+    served = result["serve"]
+    users = result["users"]
     print(f"{result['machine']}; {users:,} users, {result['dim']} dimensions\n")
     print(f"| {served['rate']} requests a second, pushed, switched, rolled back, pushed | |\n| --- | --- |")
     print(f"| requests, failed | {served['requests']:,}, {served['failed']} |")
     print(f"| answers whose version was not their vector's | {served['mixed']} |")
-    print(f"| old generation still served after a switch, s | {', '.join(f'{s:.2f}' for s in served['old_served_s'])} |")
+    print(
+        f"| old generation still served after a switch, s | {', '.join(f'{s:.2f}' for s in served['old_served_s'])} |"
+    )
     print(f"| rolled-back generation still served, s | {served['rolled_back_served_s']:.2f} |")
     pushes = [served["pushed_alone"], *served["pushed_while_served"]]
-    print(f"| a push alone, and two while serving, s | {', '.join(str(round(each['seconds'], 1)) for each in pushes)} |")
+    print(
+        f"| a push alone, and two while serving, s | {', '.join(str(round(each['seconds'], 1)) for each in pushes)} |"
+    )
     print(f"| request p50, p99, longest, ms | {', '.join(f'{ms:.1f}' for ms in served['latency_ms'])} |")
     print(f"| statuses | {dict(served['statuses'])} |")
     print("\nCompact: hash-max-ziplist-value (or -listpack-value) 256 instead of Redis' 64.\n")
     print("| bytes a user | vector | value | in Redis, 1 generation | 2 | 3 |\n| --- | --- | --- | --- | --- | --- |")
     for dtype, row in result["memory"].items():
-        print(f"| {dtype} | {row['vector']} | {row['value']:.0f} | {row['live_1']:.0f} | {row['live_2']:.0f} | {row['live_3']:.0f} |")
+        print(
+            f"| {dtype} | {row['vector']} | {row['value']:.0f} | {row['live_1']:.0f} | {row['live_2']:.0f} | {row['live_3']:.0f} |"
+        )
     print("\n| look-ups at once | p50 ms | p99 ms | longest ms | |\n| --- | --- | --- | --- | --- |")
     for at_once, row in result["look_ups"].items():
         print(f"| {at_once} | {' | '.join(f'{ms:.2f}' for ms in row['ms'])} | {dict(row['statuses'])} |")
@@ -315,7 +367,9 @@ def print_tables(result: dict[str, Any]) -> None:
     plain = result["faults"]["none"]["ms"][1]
     for name, row in result["faults"].items():
         times = " | ".join("" if row[key] is None else f"{row[key]:.2f}" for key in ("opened_s", "closed_s"))
-        print(f"| {name} | {row['ms'][0]:.2f} | {row['ms'][1]:.2f} | {row['ms'][1] - plain:.2f} | {times} | {dict(row['statuses'])} |")
+        print(
+            f"| {name} | {row['ms'][0]:.2f} | {row['ms'][1]:.2f} | {row['ms'][1] - plain:.2f} | {times} | {dict(row['statuses'])} |"
+        )
 
 
 if __name__ == "__main__":

@@ -15,21 +15,27 @@ from typing import Any
 from loadtest.client import lasting, open_loop, post
 from loadtest.workload import Workload, window
 
-MOST_EVENTS, MOST_CANDIDATES, KNOWN_USERS = 200, 200, 200
+MOST_EVENTS = 200
+MOST_CANDIDATES = 200
+KNOWN_USERS = 200
 CONNECTIONS = 16
 
 
 def visits(workload: Workload, **members: Any) -> Iterator[bytes]:
     """Requests without end: a user's history grows by up to three events a visit, and begins anew when it is long."""
-    rng, folder = workload.rng, workload.folder
+    rng = workload.rng
+    folder = workload.folder
     named: list[str] = json.loads((folder / "users.json").read_text()) if (folder / "users.json").exists() else []
-    users = named[: KNOWN_USERS // 2] + [workload.new_user() for _ in range(KNOWN_USERS - len(named[: KNOWN_USERS // 2]))]
+    users = named[: KNOWN_USERS // 2] + [
+        workload.new_user() for _ in range(KNOWN_USERS - len(named[: KNOWN_USERS // 2]))
+    ]
     known: dict[str, tuple[int, dict[str, list[Any]]]] = {}
     while True:
         user = rng.choice(users) if rng.random() < 0.5 else workload.new_user()
         sent, history = known.get(user, (0, {"item_ids": []}))
         if sent >= len(history["item_ids"]):
-            sent, history = rng.randint(1, MOST_EVENTS // 2), workload.history(MOST_EVENTS)
+            sent = rng.randint(1, MOST_EVENTS // 2)
+            history = workload.history(MOST_EVENTS)
         if user in users:
             known[user] = (sent + rng.randint(0, 3), history)
         body = workload.body(user, window(history, 0, sent), int(MOST_CANDIDATES ** rng.random()), **members)
@@ -37,8 +43,15 @@ def visits(workload: Workload, **members: Any) -> Iterator[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundles", type=Path, default=Path("models/bundles"), help="root of the bundles, for the ids (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bundles",
+        type=Path,
+        default=Path("models/bundles"),
+        help="root of the bundles, for the ids (default: %(default)s)",
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--per-second", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=600.0)

@@ -17,14 +17,21 @@ from statistics import median
 
 import numpy as np
 
-from app.bundle import rows_of
-from app.engine import processor
+from slatewise.bundle.loader import rows_of
+from slatewise.inference.engine import cpu_name
 
 IDS = 456  # of one request W
 
 
 def resident_mb() -> float:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmRSS")
+        )
+        / 1024
+    )
 
 
 def microseconds(look_up: Callable[[list[str]], object], requests: list[list[str]], sweep: np.ndarray) -> float:
@@ -46,7 +53,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[5_000, 100_000, 10_000_000])
     parser.add_argument("--requests", type=int, default=200)
     args = parser.parse_args()
-    rng, sweep, rows = random.Random(0), np.zeros(4_000_000, np.float32), []
+    rng = random.Random(0)
+    sweep = np.zeros(4_000_000, np.float32)
+    rows = []
     for items in args.items:
         ids = [str(k * 7 + 10**8) for k in range(items)]
         requests = [[ids[rng.randrange(items)][:] for _ in range(IDS)] for _ in range(args.requests)]
@@ -57,11 +66,14 @@ def main() -> None:
         in_order = np.array(ids, "S")  # they ascend
         for name, look_up in (("dict", partial(rows_of, table)), ("binary search", partial(search, in_order))):
             rows.append({"items": items, "way": name, "us": microseconds(look_up, requests, sweep)})
-        rows[-2]["mb"], rows[-1]["mb"] = round(table_mb), round(in_order.nbytes / 2**20)
-    print(f"{processor()}\n\n| items | way | us for {IDS} ids | MB of the table, its ids not counted |\n| --- | --- | --- | --- |")
+        rows[-2]["mb"] = round(table_mb)
+        rows[-1]["mb"] = round(in_order.nbytes / 2**20)
+    print(
+        f"{cpu_name()}\n\n| items | way | us for {IDS} ids | MB of the table, its ids not counted |\n| --- | --- | --- | --- |"
+    )
     for row in rows:
         print(f"| {row['items']:,} | {row['way']} | {row['us']} | {row['mb']} |")
-    print(json.dumps({"machine": processor(), "rows": rows}))
+    print(json.dumps({"machine": cpu_name(), "rows": rows}))
 
 
 if __name__ == "__main__":

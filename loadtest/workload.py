@@ -34,8 +34,11 @@ class Workload:
         self.folder = max((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
         manifest = json.loads((self.folder / "manifest.json").read_text())
         self.ids: list[str] = json.loads((self.folder / "ids.json").read_text())
-        self.actions, self.features = manifest["actions"], manifest["features"]
-        self.rng, self.seed, self.users = random.Random(seed), seed, 0
+        self.actions = manifest["actions"]
+        self.features = manifest["features"]
+        self.rng = random.Random(seed)
+        self.seed = seed
+        self.users = 0
 
     def new_user(self) -> str:
         self.users += 1
@@ -54,12 +57,19 @@ class Workload:
         return {"item_ids": self.rng.choices(self.ids, k=n), "features": features}
 
     def body(self, user: str, history: dict[str, Any], candidates: int, **members: Any) -> bytes:
-        content = {"user": user, "history": history, "candidates": self.candidates(candidates), "request_time": START_TIME + 2 * 10**7}
+        content = {
+            "user": user,
+            "history": history,
+            "candidates": self.candidates(candidates),
+            "request_time": START_TIME + 2 * 10**7,
+        }
         return json.dumps(content | members).encode()
 
     def distinct(self, shape: Shape, count: int, **members: Any) -> list[bytes]:
         """Each from a user that was never seen."""
-        return [self.body(self.new_user(), self.history(shape.history), shape.candidates, **members) for _ in range(count)]
+        return [
+            self.body(self.new_user(), self.history(shape.history), shape.candidates, **members) for _ in range(count)
+        ]
 
     def returning(self, shape: Shape, users: int, rounds: int) -> tuple[list[bytes], list[bytes]]:
         """(requests that make the users known, requests of the same histories with new candidates)."""
@@ -70,7 +80,10 @@ class Workload:
     def growing(self, shape: Shape, users: int, rounds: int) -> tuple[list[bytes], list[bytes]]:
         """(requests that make the users known, requests with one more event each)."""
         known = [(self.new_user(), self.history(shape.history + rounds)) for _ in range(users)]
-        requests = [[self.body(user, window(history, 0, shape.history + k), shape.candidates) for user, history in known] for k in range(rounds + 1)]
+        requests = [
+            [self.body(user, window(history, 0, shape.history + k), shape.candidates) for user, history in known]
+            for k in range(rounds + 1)
+        ]
         return requests[0], [body for one in requests[1:] for body in one]
 
     def sliding(self, shape: Shape, users: int, rounds: int, offset: bool) -> tuple[list[bytes], list[bytes]]:
@@ -83,7 +96,10 @@ class Workload:
         def slid(begin: int, history: dict[str, list[Any]], k: int) -> dict[str, Any]:
             return window(history, k, k + shape.history) | ({"offset": begin + k} if offset else {})
 
-        requests = [[self.body(user, slid(begin, history, k), shape.candidates) for user, begin, history in known] for k in range(rounds + 1)]
+        requests = [
+            [self.body(user, slid(begin, history, k), shape.candidates) for user, begin, history in known]
+            for k in range(rounds + 1)
+        ]
         return requests[0], [body for one in requests[1:] for body in one]
 
     def endless(self, most_history: int, most_candidates: int, known_users: int = 50) -> Iterator[bytes]:

@@ -23,16 +23,19 @@ import hypothesis
 import pytest
 import uvicorn
 
-from app.bundle import Ranker, load_bundle, load_rankers
-from app.engine import Engine
-from app.main import create_app
-from app.settings import Settings
+from slatewise.bundle.loader import Ranker, load_bundle, load_rankers
+from slatewise.inference.engine import Engine
+from slatewise.main import create_app
+from slatewise.settings import Settings
 
-hypothesis.settings.register_profile("ci", derandomize=True)  # the same drawn cases every time; by hand they are new ones
+hypothesis.settings.register_profile(
+    "ci", derandomize=True
+)  # the same drawn cases every time; by hand they are new ones
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "app"), str(HERE.parent / "models")])  # of subprocesses
 DEMO = HERE.parent / "models" / "bundles"
 
 
@@ -43,8 +46,8 @@ class Tiny:
     root: Path  # holds tiny/1/
     training: Path  # checkpoint.pt, log.csv, log.png
     toml: dict[str, Any]
-    trainer: Any  # models.train.Trainer
-    learner: Any  # models.limaml.MetaLearner
+    trainer: Any  # slatewise_train.train.Trainer
+    learner: Any  # slatewise_train.meta.limaml.MetaLearner
 
     @property
     def folder(self) -> Path:
@@ -55,11 +58,11 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     import torch
 
-    from models.data import read_config
-    from models.export import export
-    from models.limaml import MetaConfig, MetaTrainer
-    from models.movielens import read_movielens
-    from models.train import TrainConfig, load_data, train
+    from slatewise_train.data import read_config
+    from slatewise_train.demo.movielens import read_movielens
+    from slatewise_train.export import export
+    from slatewise_train.meta.limaml import MetaConfig, MetaTrainer
+    from slatewise_train.train import TrainConfig, load_data, train
 
     torch.set_num_threads(1)
     base = tmp_path_factory.mktemp("tiny")
@@ -134,7 +137,19 @@ def redis_binary() -> str:
 def run_redis(folder: Path, port: int | None = None) -> Iterator[int]:
     """A real Redis server on loopback without persistence; its port."""
     port = port or free_port()
-    command = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    command = [
+        redis_binary(),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(folder),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         give_up = time.monotonic() + 10
@@ -168,7 +183,9 @@ class Stop:
     """In place of a method of Engine: counts its calls, holds each until told."""
 
     def __init__(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, self.begun, self.may_end = 0, threading.Event(), threading.Event()
+        self.calls = 0
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
         original = getattr(Engine, method)
 
         def held(engine: Engine, *arguments: Any, **options: Any) -> Any:

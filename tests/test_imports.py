@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from app import VERSION
+from slatewise import VERSION
 
 ROOT = Path(__file__).parent.parent
-SERVER = sorted((ROOT / "app").glob("*.py"))
-OFFLINE = ("torch", "models", "polars", "pandas", "onnx", "matplotlib", "tqdm", "sklearn", "ray", "tests")
+SERVER = sorted((ROOT / "app").rglob("*.py"))
+OFFLINE = ("torch", "slatewise_train", "polars", "pandas", "onnx", "matplotlib", "tqdm", "sklearn", "ray", "tests")
 
 
 def imported(path: Path) -> set[str]:
@@ -29,35 +29,37 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", ["app.main", "app.push"])
+@pytest.mark.parametrize("module", ["slatewise.main", "slatewise.store.push"])
 def test_the_server_loads_nothing_of_training(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     loaded = set(result.stdout.split())
-    assert "app" in loaded
+    assert "slatewise" in loaded
     assert not loaded & set(OFFLINE)
 
 
-@pytest.mark.parametrize("path", SERVER, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SERVER, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_of_the_server_imports_training(path: Path) -> None:
     assert not imported(path) & set(OFFLINE)
 
 
 PLACES = {
-    "onnxruntime": {"engine.py"},
-    "fastapi": {"main.py", "routes.py"},
+    "onnxruntime": {"inference/engine.py"},
+    "fastapi": {"main.py", "http/rank.py"},
     "fastapi_offline": {"main.py"},
     "uvicorn": {"main.py"},
-    "starlette": {"body.py", "main.py", "routes.py"},
-    "redis": {"generations.py", "meta_embeddings.py", "redis_clients.py", "redis_nodes.py"},
+    "starlette": {"http/body.py", "main.py", "http/rank.py"},
+    "redis": {"store/generations.py", "store/lookup.py", "store/client.py", "store/node.py"},
     "pydantic_settings": {"settings.py"},
-    "prometheus_client": {"metrics.py", "routes.py"},
+    "prometheus_client": {"metrics.py", "http/rank.py"},
 }
 
 
 @pytest.mark.parametrize("library", PLACES)
 def test_a_library_is_imported_in_its_place_only(library: str) -> None:
-    places = {path.name for path in SERVER if library in imported(path)}
+    places = {path.relative_to(ROOT / "app" / "slatewise").as_posix() for path in SERVER if library in imported(path)}
     assert places, "not used at all"
     assert places <= PLACES[library]
 
@@ -66,7 +68,7 @@ def test_every_library_of_the_server_is_a_declared_dependency() -> None:
     declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     assert declared
     names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', declared[1])} | {
-        "app",
+        "slatewise",
         "starlette",
         "pydantic_core",
         "google",

@@ -12,11 +12,24 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from app import metrics
-from app.metrics import STAGES, Timings
+from slatewise import metrics
+from slatewise.metrics import STAGES, Timings
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
-LABELS = {"endpoint", "ranker", "version", "variant", "code", "stage", "reason", "exit", "result", "command", "kind", "size"}  # none of them an id
+LABELS = {
+    "endpoint",
+    "ranker",
+    "version",
+    "variant",
+    "code",
+    "stage",
+    "reason",
+    "exit",
+    "result",
+    "command",
+    "kind",
+    "size",
+}  # none of them an id
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
@@ -84,10 +97,16 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
         ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
         ("slatewise_rejected_total", "reason", ("key", "in_flight", "tokens")),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
-        ("slatewise_embedding_lookups_total", "result", ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")),
+        (
+            "slatewise_embedding_lookups_total",
+            "result",
+            ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error"),
+        ),
     ],
 )
-def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(name: str, label: str, values: tuple[str, ...]) -> None:
+def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(
+    name: str, label: str, values: tuple[str, ...]
+) -> None:
     """Otherwise the first increase is invisible to rate()."""
     assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)
 
@@ -108,20 +127,29 @@ def test_laps_add_up_to_the_time_since_entry_exactly(laps: list[tuple[str, int, 
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(metrics, "time", clock)
-        entered, timings, expected = clock.perf_counter(), Timings(clock.perf_counter()), dict.fromkeys(STAGES, 0)
+        entered = clock.perf_counter()
+        timings = Timings(clock.perf_counter())
+        expected = dict.fromkeys(STAGES, 0)
         for stage, took, queued in laps:
             clock.ticks += took
             timings.lap(stage, queued / 1024)
             expected["queue"] += min(queued, took)
             expected[stage] += took - min(queued, took)
         assert timings.entered == entered
-        assert sum(timings.seconds.values()) == clock.perf_counter() - entered == sum(took for _, took, _ in laps) / 1024
-        assert {stage: seconds * 1024 for stage, seconds in timings.seconds.items() if seconds} == {stage: n for stage, n in expected.items() if n}
+        assert (
+            sum(timings.seconds.values()) == clock.perf_counter() - entered == sum(took for _, took, _ in laps) / 1024
+        )
+        assert {stage: seconds * 1024 for stage, seconds in timings.seconds.items() if seconds} == {
+            stage: n for stage, n in expected.items() if n
+        }
 
 
 def test_timings_add_up_by_stage_and_are_observed_once_each() -> None:
     def count_and_sum(stage: str) -> tuple[float, float]:
-        found = [REGISTRY.get_sample_value(f"slatewise_stage_duration_seconds_{part}", {"stage": stage}) for part in ("count", "sum")]
+        found = [
+            REGISTRY.get_sample_value(f"slatewise_stage_duration_seconds_{part}", {"stage": stage})
+            for part in ("count", "sum")
+        ]
         return found[0] or 0.0, found[1] or 0.0
 
     before = {stage: count_and_sum(stage) for stage in STAGES}
@@ -139,4 +167,6 @@ def test_timings_add_up_by_stage_and_are_observed_once_each() -> None:
     after = {stage: count_and_sum(stage) for stage in STAGES}
     assert timings.seconds == {"encode": 0.75, "score": 0.25}
     assert after["encode"][1] - before["encode"][1] == pytest.approx(0.75)
-    assert {stage: after[stage][0] - before[stage][0] for stage in STAGES} == {stage: float(stage in ("encode", "score")) for stage in STAGES}
+    assert {stage: after[stage][0] - before[stage][0] for stage in STAGES} == {
+        stage: float(stage in ("encode", "score")) for stage in STAGES
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.settings import Settings
+from slatewise.settings import Settings
 
 README = Path(__file__).parent.parent / "README.md"
 SECRET = "s3cr3t-of-mine"
@@ -32,7 +32,9 @@ def test_every_setting_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_in_the_readmes_table(name: str) -> None:
-    assert re.search(rf"^\|.*\bSLATEWISE_{name.upper()}\b", README.read_text(), re.MULTILINE), f"README.md has no row for SLATEWISE_{name.upper()}"
+    assert re.search(rf"^\|.*\bSLATEWISE_{name.upper()}\b", README.read_text(), re.MULTILINE), (
+        f"README.md has no row for SLATEWISE_{name.upper()}"
+    )
 
 
 def test_the_readme_names_no_setting_that_does_not_exist() -> None:
@@ -109,7 +111,15 @@ def test_a_value_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://h:1/0", "rediss://h:1/0", "unix:///run/redis.sock", "redis+sentinel://h:1,i:2/s/0", "rediss+cluster://:p@h:1,i:2", ""]
+    "url",
+    [
+        "redis://h:1/0",
+        "rediss://h:1/0",
+        "unix:///run/redis.sock",
+        "redis+sentinel://h:1,i:2/s/0",
+        "rediss+cluster://:p@h:1,i:2",
+        "",
+    ],
 )
 def test_a_redis_url_of_a_known_scheme_is_taken(url: str) -> None:
     assert Settings(redis_url=url).redis_url.get_secret_value() == url

@@ -27,7 +27,9 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 FOLDER = Path(__file__).parent / "dashboards"
 SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")  # as in provisioning/datasources
-OBJECTIVE_SECONDS, FAILED_OBJECTIVE, SLOW_OBJECTIVE = 0.05, 0.001, 0.01  # as in deploy/prometheus/rules.yml
+OBJECTIVE_SECONDS = 0.05
+FAILED_OBJECTIVE = 0.001
+SLOW_OBJECTIVE = 0.01  # as in deploy/prometheus/rules.yml
 
 Panel = timeseries.Panel | stat.Panel | statetimeline.Panel | heatmap.Panel
 P = TypeVar("P", timeseries.Panel, stat.Panel, statetimeline.Panel, heatmap.Panel)
@@ -62,7 +64,9 @@ def share(part: str, whole: str) -> str:
 def finish(panel: P, title: str, description: str, unit: str, queries: list[tuple[str, str]]) -> P:
     panel.title(title).description(description).unit(unit).datasource(SOURCE).height(8)
     for k, (legend, expr) in enumerate(queries):
-        panel.with_target(prometheus.Dataquery().ref_id(chr(ord("A") + k)).expr(expr).legend_format(legend).range().datasource(SOURCE))
+        panel.with_target(
+            prometheus.Dataquery().ref_id(chr(ord("A") + k)).expr(expr).legend_format(legend).range().datasource(SOURCE)
+        )
     return panel
 
 
@@ -74,7 +78,13 @@ def limit(panel: timeseries.Panel, value: float) -> timeseries.Panel:
 
 
 def graph(
-    title: str, description: str, unit: str, *queries: tuple[str, str], stacked: bool = False, line: float | None = None, width: int = 8
+    title: str,
+    description: str,
+    unit: str,
+    *queries: tuple[str, str],
+    stacked: bool = False,
+    line: float | None = None,
+    width: int = 8,
 ) -> timeseries.Panel:
     panel = finish(timeseries.Panel(), title, description, unit, list(queries)).span(width).min(0)
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
@@ -84,7 +94,14 @@ def graph(
 
 
 def number(
-    title: str, description: str, unit: str, legend: str, expr: str, red_from: float | None = None, red_below: float | None = None, width: int = 4
+    title: str,
+    description: str,
+    unit: str,
+    legend: str,
+    expr: str,
+    red_from: float | None = None,
+    red_below: float | None = None,
+    width: int = 4,
 ) -> stat.Panel:
     steps = [Threshold(None, "green" if red_below is None else "red")]
     if red_from is not None:
@@ -95,7 +112,9 @@ def number(
     return panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
 
 
-def states(title: str, description: str, legend: str, expr: str, names: dict[str, tuple[str, str]], width: int = 8) -> statetimeline.Panel:
+def states(
+    title: str, description: str, legend: str, expr: str, names: dict[str, tuple[str, str]], width: int = 8
+) -> statetimeline.Panel:
     mapping = ValueMap({value: ValueMappingResult(text=text, color=color) for value, (text, color) in names.items()})
     return finish(statetimeline.Panel(), title, description, "none", [(legend, expr)]).span(width).mappings([mapping])
 
@@ -103,8 +122,20 @@ def states(title: str, description: str, legend: str, expr: str, names: dict[str
 def heat(title: str, description: str, unit: str, histogram: str, where: str = "", width: int = 8) -> heatmap.Panel:
     panel = finish(heatmap.Panel(), title, description, unit, []).span(width)
     expr = f"sum by (le) (increase({series(histogram + '_bucket', where)}[$__rate_interval]))"
-    query = prometheus.Dataquery().ref_id("A").expr(expr).legend_format("{{le}}").format(PromQueryFormat.HEATMAP).range().datasource(SOURCE)
-    return panel.with_target(query).y_axis(heatmap.YAxisConfig().unit(unit)).color(heatmap.HeatmapColorOptions().scheme("Blues"))
+    query = (
+        prometheus.Dataquery()
+        .ref_id("A")
+        .expr(expr)
+        .legend_format("{{le}}")
+        .format(PromQueryFormat.HEATMAP)
+        .range()
+        .datasource(SOURCE)
+    )
+    return (
+        panel.with_target(query)
+        .y_axis(heatmap.YAxisConfig().unit(unit))
+        .color(heatmap.HeatmapColorOptions().scheme("Blues"))
+    )
 
 
 RANKED = 'variant!=""'  # the model was asked: refusals and input order are quick, and would flatter the latency
@@ -244,11 +275,22 @@ MODELS = [
 
 
 def build(name: str, title: str, panels: list[Panel]) -> dashboard.Dashboard:
-    instance = dashboard.QueryVariable("instance").label("replica").datasource(SOURCE).query("label_values(slatewise_build_info, instance)")
+    instance = (
+        dashboard.QueryVariable("instance")
+        .label("replica")
+        .datasource(SOURCE)
+        .query("label_values(slatewise_build_info, instance)")
+    )
     instance.multi(True).include_all(True).all_value(".*").refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
     board = dashboard.Dashboard(f"Slatewise: {title}").uid(f"slatewise-{name}").tags(["slatewise"]).readonly()
     board.time("now-30m", "now").refresh("10s").tooltip(DashboardCursorSync.CROSSHAIR).with_variable(instance)
-    board.link(dashboard.DashboardLink("Slatewise").type(DashboardLinkType.DASHBOARDS).tags(["slatewise"]).keep_time(True).include_vars(True))
+    board.link(
+        dashboard.DashboardLink("Slatewise")
+        .type(DashboardLinkType.DASHBOARDS)
+        .tags(["slatewise"])
+        .keep_time(True)
+        .include_vars(True)
+    )
     for k, panel in enumerate(panels):
         board.with_panel(panel.id(k + 1))
     return board
@@ -256,7 +298,12 @@ def build(name: str, title: str, panels: list[Panel]) -> dashboard.Dashboard:
 
 DASHBOARDS = {
     name: build(name, title, panels).build()
-    for name, title, panels in (("overview", "Overview", OVERVIEW), ("latency", "Latency", LATENCY), ("state", "State", STATE), ("models", "Models", MODELS))
+    for name, title, panels in (
+        ("overview", "Overview", OVERVIEW),
+        ("latency", "Latency", LATENCY),
+        ("state", "State", STATE),
+        ("models", "Models", MODELS),
+    )
 }
 
 

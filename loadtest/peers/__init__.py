@@ -1,4 +1,4 @@
 """Textbook servers of the same ranker, beside our own: `python -m loadtest.peers`.
 
-Before: `models/reference.py` (the bundle and its graph rank.onnx). After: build/peers/report/.
+Before: `models/slatewise_train/demo/reference.py` (the bundle and its graph rank.onnx). After: build/peers/report/.
 """

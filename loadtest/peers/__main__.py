@@ -20,7 +20,16 @@ from pathlib import Path
 
 from loadtest.peers.contenders import OURS, PEERS, Setup
 from loadtest.peers.environments import BUILD, GRAPHS, prepare
-from loadtest.peers.measurements import BOUND, Cell, Entry, measure_distinct, measure_known, our_scores, sample_bodies, worst_difference
+from loadtest.peers.measurements import (
+    BOUND,
+    Cell,
+    Entry,
+    measure_distinct,
+    measure_known,
+    our_scores,
+    sample_bodies,
+    worst_difference,
+)
 from loadtest.peers.report import Cells, choices, plot, ratios, side_by_side
 
 CHOICE_RUNS = 2  # of each set-up, the better of which counts
@@ -30,7 +39,8 @@ class Run:
     """One side by side: its cells as they come, on the screen and in a file."""
 
     def __init__(self, out: Path, peers: Sequence[str], variants: Sequence[str]) -> None:
-        self.out, self.peers = out, peers
+        self.out = out
+        self.peers = peers
         self.ours = [Entry(OURS, variant) for variant in variants]
         self.entries = [Entry(name, graph) for graph in GRAPHS for name in peers]
         self.cells: list[Cell] = []
@@ -50,7 +60,10 @@ class Run:
         expected = our_scores(bodies, self.out)
         for entry in self.entries:
             worst = worst_difference(entry, bodies, expected, self.out)
-            print(f"{entry.title}, {entry.graph}: scores within {worst:.1e} of ours over {len(bodies)} requests", flush=True)
+            print(
+                f"{entry.title}, {entry.graph}: scores within {worst:.1e} of ours over {len(bodies)} requests",
+                flush=True,
+            )
             if not worst <= BOUND:
                 raise SystemExit(f"the bound is {BOUND:.0e}")
 
@@ -59,13 +72,16 @@ class Run:
         chosen: dict[tuple[Entry, int], Setup] = {}
         for entry in self.entries:
             setups = PEERS[entry.name].setups()[: 1 if quick else None]
-            rates, waits = dict.fromkeys(setups, 0.0), dict.fromkeys(setups, float("inf"))
+            rates = dict.fromkeys(setups, 0.0)
+            waits = dict.fromkeys(setups, float("inf"))
             for turn in range(1 if quick else CHOICE_RUNS):
                 for setup in setups:
                     cells = list(measure_distinct(entry, setup, (4, 1), count, self.out, "choice", turn))
-                    rates[setup], waits[setup] = max(rates[setup], cells[0].per_second), min(waits[setup], cells[1].p50_ms)
+                    rates[setup] = max(rates[setup], cells[0].per_second)
+                    waits[setup] = min(waits[setup], cells[1].p50_ms)
                     self.add(cells)
-            chosen[entry, 4], chosen[entry, 1] = max(setups, key=rates.__getitem__), min(setups, key=waits.__getitem__)
+            chosen[entry, 4] = max(setups, key=rates.__getitem__)
+            chosen[entry, 1] = min(setups, key=waits.__getitem__)
         return chosen
 
     def measure(self, chosen: dict[tuple[Entry, int], Setup], count: int, turn: int) -> None:
@@ -80,12 +96,20 @@ class Run:
                 self.add(list(measure_distinct(entry, chosen[entry, 4], (4, 1), count, self.out, "measurement", turn)))
             else:
                 for connections in (4, 1):
-                    self.add(list(measure_distinct(entry, chosen[entry, connections], (connections,), count, self.out, "measurement", turn)))
+                    self.add(
+                        list(
+                            measure_distinct(
+                                entry, chosen[entry, connections], (connections,), count, self.out, "measurement", turn
+                            )
+                        )
+                    )
 
     def report(self) -> None:
         cells = Cells(self.cells, self.ours, self.entries)
         versions = ", ".join(f"{PEERS[name].title} {version(name)}" for name in self.peers)
-        text = "\n\n".join([versions, side_by_side(cells), ratios(cells), choices(self.cells), "![side by side](report.png)"])
+        text = "\n\n".join(
+            [versions, side_by_side(cells), ratios(cells), choices(self.cells), "![side by side](report.png)"]
+        )
         (self.out / "report.md").write_text(text + "\n")
         plot(cells, self.out / "report.png")
         print(text)
@@ -98,7 +122,9 @@ def version(peer: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our server and textbook servers of the same ranker, side by side.")
     parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas (%(default)s)")
-    parser.add_argument("--variants", default="fp32", help="of our own server, each a contender, separated by commas (%(default)s)")
+    parser.add_argument(
+        "--variants", default="fp32", help="of our own server, each a contender, separated by commas (%(default)s)"
+    )
     parser.add_argument("--requests", type=int, help="a cell (400, or 40 with --quick)")
     parser.add_argument("--rounds", type=int, help="medians are over these (5, or 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one set-up a peer")
@@ -110,7 +136,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the contender that runs ends with it
     for name in [name for name in os.environ if name.startswith("SLATEWISE_")]:  # our server at its defaults
         del os.environ[name]
-    count, rounds = options.requests or (40 if options.quick else 400), options.rounds or (1 if options.quick else 5)
+    count = options.requests or (40 if options.quick else 400)
+    rounds = options.rounds or (1 if options.quick else 5)
     prepare(peers)
     run = Run(options.out, peers, options.variants.split(","))
     run.check()

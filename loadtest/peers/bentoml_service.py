@@ -18,7 +18,9 @@ from loadtest.peers.ranker import Ranker
 THREADS_A_WORKER = 4
 
 
-@bentoml.service(workers=int(os.environ["PEER_WORKERS"]), threads=THREADS_A_WORKER, logging={"access": {"enabled": False}})
+@bentoml.service(
+    workers=int(os.environ["PEER_WORKERS"]), threads=THREADS_A_WORKER, logging={"access": {"enabled": False}}
+)
 class Rerank:
     def __init__(self) -> None:
         self.ranker = Ranker.from_environment()

@@ -37,7 +37,13 @@ def same(body: bytes) -> bytes:
 
 def v2_request(body: bytes) -> bytes:
     """The Open Inference Protocol: the body as the one string of a tensor."""
-    tensor = {"name": "body", "shape": [1], "datatype": "BYTES", "parameters": {"content_type": "str"}, "data": [body.decode()]}
+    tensor = {
+        "name": "body",
+        "shape": [1],
+        "datatype": "BYTES",
+        "parameters": {"content_type": "str"},
+        "data": [body.decode()],
+    }
     return json.dumps({"inputs": [tensor]}).encode()
 
 
@@ -65,14 +71,32 @@ class Peer:
 PEERS = {
     "fastapi": Peer(
         "FastAPI",
-        (f"{BUILD}/fastapi/bin/uvicorn", "loadtest.peers.fastapi_server:app", "--port", "{port}", "--workers", "{workers}", "--no-access-log"),
+        (
+            f"{BUILD}/fastapi/bin/uvicorn",
+            "loadtest.peers.fastapi_server:app",
+            "--port",
+            "{port}",
+            "--workers",
+            "{workers}",
+            "--no-access-log",
+        ),
     ),
     "bentoml": Peer(
         "BentoML",
-        (f"{BUILD}/bentoml/bin/bentoml", "serve", "loadtest.peers.bentoml_service:Rerank", "--host", "127.0.0.1", "--port", "{port}"),
+        (
+            f"{BUILD}/bentoml/bin/bentoml",
+            "serve",
+            "loadtest.peers.bentoml_service:Rerank",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+        ),
         environment={"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(BUILD / "bentoml/home")},
     ),
-    "litserve": Peer("LitServe", (f"{BUILD}/litserve/bin/python", "-m", "loadtest.peers.litserve_server"), ready="/health"),
+    "litserve": Peer(
+        "LitServe", (f"{BUILD}/litserve/bin/python", "-m", "loadtest.peers.litserve_server"), ready="/health"
+    ),
     "mlserver": Peer(
         "MLServer",
         (f"{BUILD}/mlserver/bin/mlserver", "start", str(HERE / "mlserver")),
@@ -134,7 +158,13 @@ def all_processes() -> dict[int, tuple[int, str]]:
 
 def our_server(variant: str, log: Path) -> Contender:
     """With its default settings, but for the variant that it loads."""
-    return Contender((sys.executable, "-m", "app.main"), {"SLATEWISE_BUNDLES": str(BUNDLES), "SLATEWISE_VARIANTS": variant}, free_port(), "/readyz", log)
+    return Contender(
+        (sys.executable, "-m", "slatewise.main"),
+        {"SLATEWISE_BUNDLES": str(BUNDLES), "SLATEWISE_VARIANTS": variant},
+        free_port(),
+        "/readyz",
+        log,
+    )
 
 
 def peer_server(peer: Peer, graph: str, setup: Setup, log: Path) -> Contender:
@@ -148,4 +178,6 @@ def peer_server(peer: Peer, graph: str, setup: Setup, log: Path) -> Contender:
         "PEER_PORT": "{port}",
     } | peer.environment
     command = tuple(part.format(**values) for part in peer.command)
-    return Contender(command, {name: value.format(**values) for name, value in environment.items()}, values["port"], peer.ready, log)
+    return Contender(
+        command, {name: value.format(**values) for name, value in environment.items()}, values["port"], peer.ready, log
+    )

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-HERE, BUILD = Path(__file__).parent, Path("build/peers")
-BUNDLES, RANKER = Path("build/bundles"), "reference"
+HERE = Path(__file__).parent
+BUILD = Path("build/peers")
+BUNDLES = Path("build/bundles")
+RANKER = "reference"
 BUNDLE = BUNDLES / RANKER / "1"
-RANK_GRAPH, STRAIGHTFORWARD_GRAPH = BUNDLE / "variants/fp32/rank.onnx", BUILD / "straightforward.onnx"
+RANK_GRAPH = BUNDLE / "variants/fp32/rank.onnx"
+STRAIGHTFORWARD_GRAPH = BUILD / "straightforward.onnx"
 GRAPHS = {"rank": RANK_GRAPH, "straightforward": STRAIGHTFORWARD_GRAPH}
 
 
@@ -22,21 +25,37 @@ def prepare(peers: Iterable[str]) -> None:
     for name in peers:
         install(name)
     if not RANK_GRAPH.exists():
-        run(sys.executable, "-m", "models.reference")
+        run(sys.executable, "-m", "slatewise_train.demo.reference")
     if not STRAIGHTFORWARD_GRAPH.exists() or STRAIGHTFORWARD_GRAPH.stat().st_mtime < RANK_GRAPH.stat().st_mtime:
         install("straightforward", "--no-deps")
-        run(sys.executable, "-m", "loadtest.peers.straightforward", path=BUILD / "straightforward/lib/python3.11/site-packages")
+        run(
+            sys.executable,
+            "-m",
+            "loadtest.peers.straightforward",
+            path=BUILD / "straightforward/lib/python3.11/site-packages",
+        )
 
 
 def install(name: str, *options: str) -> None:
     """Its requirements into a new environment, unless the very same are there."""
-    requirements, folder = HERE / "requirements" / f"{name}.txt", BUILD / name
+    requirements = HERE / "requirements" / f"{name}.txt"
+    folder = BUILD / name
     installed = folder / "installed.txt"
     if installed.exists() and installed.read_text() == requirements.read_text():
         return
     print(f"installing {requirements.name} into {folder}", flush=True)
     run(sys.executable, "-m", "venv", "--clear", str(folder))
-    run(str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options, "--requirement", str(requirements))
+    run(
+        str(folder / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *options,
+        "--requirement",
+        str(requirements),
+    )
     installed.write_text(requirements.read_text())
 
 

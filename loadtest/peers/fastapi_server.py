@@ -41,7 +41,8 @@ class RerankResponse(BaseModel):
     results: Results
 
 
-app, ranker = FastAPI(), Ranker.from_environment()
+app = FastAPI()
+ranker = Ranker.from_environment()
 
 
 @app.get("/readyz")

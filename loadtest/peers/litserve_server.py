@@ -28,7 +28,9 @@ class RerankApi(litserve.LitAPI):
 
 def main() -> None:
     api = RerankApi(api_path="/rerank", enable_async=True)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(os.environ["PEER_WORKERS"]), fast_queue=True)
+    server = litserve.LitServer(
+        api, accelerator="cpu", workers_per_device=int(os.environ["PEER_WORKERS"]), fast_queue=True
+    )
     server.run(host="127.0.0.1", port=int(os.environ["PEER_PORT"]), log_level="warning", generate_client_file=False)
 
 

@@ -20,7 +20,9 @@ from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server,
 from loadtest.peers.environments import BUNDLES, RANKER
 from loadtest.workload import STEADY, Shape, W, Workload
 
-WARM_UP, RETURNING_USERS, BOUND = 20, 40, 1e-5
+WARM_UP = 20
+RETURNING_USERS = 40
+BOUND = 1e-5
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,20 @@ def measure(contender: Contender, requests: Sequence[bytes], connections: int, *
     )
 
 
-def measure_distinct(entry: Entry, setup: Setup | None, connections: Sequence[int], count: int, logs: Path, phase: str, turn: int) -> Iterator[Cell]:
+def measure_distinct(
+    entry: Entry, setup: Setup | None, connections: Sequence[int], count: int, logs: Path, phase: str, turn: int
+) -> Iterator[Cell]:
     """`count` requests at 4 connections, half of that at 1, none of whose users the server knows."""
     with entry.serving(setup, logs, STEADY if phase == "measurement" else WARM_UP) as contender:
         for k in connections:
             bodies = Workload(BUNDLES, RANKER, seed=10 * turn + k).distinct(W, count if k > 1 else ceil(count / 2))
-            labels = {"phase": phase, "round": turn, "name": entry.name, "graph": entry.graph, "setup": str(setup) if setup else None}
+            labels = {
+                "phase": phase,
+                "round": turn,
+                "name": entry.name,
+                "graph": entry.graph,
+                "setup": str(setup) if setup else None,
+            }
             yield measure(contender, entry.requests(bodies), k, users="distinct", **labels)
 
 
@@ -118,9 +128,13 @@ def sample_bodies() -> list[bytes]:
     """Of W and of other sizes, with a user of the bundle, nulls, unknown ids and columns left out."""
     workload = Workload(BUNDLES, RANKER, seed=7)
     sizes = (W, W, W, Shape(1, 1), Shape(40, 24), Shape(300, 500), Shape(2_048, 100))
-    bodies = workload.distinct(W, 1) + [workload.body("u7", workload.history(size.history), size.candidates) for size in sizes]
+    bodies = workload.distinct(W, 1) + [
+        workload.body("u7", workload.history(size.history), size.candidates) for size in sizes
+    ]
     gaps: dict[str, Any] = json.loads(workload.body("u8", workload.history(30), 20))
-    gaps["history"]["timestamps"][3] = gaps["history"]["actions"][4] = gaps["candidates"]["features"][workload.features[0]][5] = None
+    gaps["history"]["timestamps"][3] = gaps["history"]["actions"][4] = gaps["candidates"]["features"][
+        workload.features[0]
+    ][5] = None
     gaps["history"]["item_ids"][6] = gaps["candidates"]["item_ids"][7] = "no-such-item"
     bare: dict[str, Any] = json.loads(workload.body("u9", workload.history(30), 20))
     del bare["history"]["actions"], bare["history"]["timestamps"], bare["candidates"]["features"], bare["user"]
@@ -136,12 +150,19 @@ def our_scores(bodies: Sequence[bytes], logs: Path) -> list[np.ndarray]:
 
 def worst_difference(entry: Entry, bodies: Sequence[bytes], expected: Sequence[np.ndarray], logs: Path) -> float:
     """Of a peer's scores from ours. Raises RuntimeError where they are not sorted, or the ids not those that were sent."""
-    peer, worst = PEERS[entry.name], 0.0
+    peer = PEERS[entry.name]
+    worst = 0.0
     with entry.serving(peer.setups()[0], logs) as contender:
         for body, request, scores in zip(bodies, entry.requests(bodies), expected, strict=True):
             results = json.loads(peer.unwrap(answer_of(contender.port, request)))["results"]
-            index, found, ids = results["index"], results["scores"], json.loads(body)["candidates"]["item_ids"]
-            if found != sorted(found, reverse=True) or sorted(index) != list(range(len(ids))) or results["item_ids"] != [ids[k] for k in index]:
+            index = results["index"]
+            found = results["scores"]
+            ids = json.loads(body)["candidates"]["item_ids"]
+            if (
+                found != sorted(found, reverse=True)
+                or sorted(index) != list(range(len(ids)))
+                or results["item_ids"] != [ids[k] for k in index]
+            ):
                 raise RuntimeError(f"{entry}: not the candidates in the order of their scores")
             worst = max(worst, float(np.abs(np.array(found) - scores[index]).max()))
     return worst

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from app.features import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM, gap_buckets, request_context
+from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM, gap_buckets, request_context
 
 
 class Ranker:
     def __init__(self, bundle: Path, graph: Path, threads: int) -> None:
-        manifest, ids, users = (json.loads((bundle / name).read_text()) for name in ("manifest.json", "ids.json", "users.json"))
+        manifest, ids, users = (
+            json.loads((bundle / name).read_text()) for name in ("manifest.json", "ids.json", "users.json")
+        )
         self.features: list[str] = manifest["features"]
         self.items = {name: row for row, name in enumerate(ids, FIRST_ITEM)}
         self.actions = {name: row for row, name in enumerate(manifest["actions"], 1)}
         self.users = {name: row for row, name in enumerate(users)}
-        self.metas, self.default_meta = np.load(bundle / "meta_embeddings.npy"), np.load(bundle / "default_meta.npy")
+        self.metas = np.load(bundle / "meta_embeddings.npy")
+        self.default_meta = np.load(bundle / "default_meta.npy")
         options = onnxruntime.SessionOptions()  # the rest as ONNX Runtime has it: full optimisation, threads that spin
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -37,9 +40,13 @@ class Ranker:
 
     def feeds(self, request: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The graph's inputs, a batch of one."""
-        history, candidates = request.get("history") or {}, request["candidates"]
-        events, actions, times = history.get("item_ids") or [], history.get("actions"), history.get("timestamps")
-        ids, features = candidates["item_ids"], candidates.get("features") or {}
+        history = request.get("history") or {}
+        candidates = request["candidates"]
+        events = history.get("item_ids") or []
+        actions = history.get("actions")
+        times = history.get("timestamps")
+        ids = candidates["item_ids"]
+        features = candidates.get("features") or {}
         numeric = np.full((len(ids), len(self.features)), np.nan, np.float32)
         for k, name in enumerate(self.features):
             if name in features:
@@ -48,7 +55,9 @@ class Ranker:
         asked = request.get("request_time")
         return {
             "history": np.array([[self.items.get(item, UNKNOWN_ITEM) for item in events]], np.int64),
-            "actions": np.array([[self.actions.get(action, UNKNOWN_ACTION) for action in actions or [None] * len(events)]], np.int64),
+            "actions": np.array(
+                [[self.actions.get(action, UNKNOWN_ACTION) for action in actions or [None] * len(events)]], np.int64
+            ),
             "gaps": gap_buckets(np.array(times or [None] * len(events), np.float64))[None],
             "candidates": np.array([[self.items.get(item, UNKNOWN_ITEM) for item in ids]], np.int64),
             "numeric": numeric[None],
@@ -58,6 +67,7 @@ class Ranker:
 
     def rank(self, request: Mapping[str, Any]) -> dict[str, Any]:
         (scores,) = self.session.run(["scores"], self.feeds(request))[0]
-        order, ids = np.argsort(-scores, kind="stable"), request["candidates"]["item_ids"]
+        order = np.argsort(-scores, kind="stable")
+        ids = request["candidates"]["item_ids"]
         index = order.tolist()
         return {"results": {"index": index, "item_ids": [ids[k] for k in index], "scores": scores[order].tolist()}}

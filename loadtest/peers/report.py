@@ -24,11 +24,15 @@ TITLE = EXACT.title
 
 class Cells:
     def __init__(self, cells: Sequence[Cell], ours: Sequence[Entry], peers: Sequence[Entry]) -> None:
-        self.cells, self.ours, self.peers = [cell for cell in cells if cell.phase == "measurement"], ours, peers
+        self.cells = [cell for cell in cells if cell.phase == "measurement"]
+        self.ours = ours
+        self.peers = peers
 
     def of(self, entry: Entry, connections: int, users: str = "distinct") -> Series:
         labels = (entry.name, entry.graph, connections, users)
-        return sorted((c for c in self.cells if (c.name, c.graph, c.connections, c.users) == labels), key=lambda c: c.round)
+        return sorted(
+            (c for c in self.cells if (c.name, c.graph, c.connections, c.users) == labels), key=lambda c: c.round
+        )
 
     def best(self, graph: str, connections: int, value: Callable[[Cell], float]) -> tuple[Entry, Series]:
         """The peer whose median value is highest."""
@@ -60,18 +64,35 @@ def spread(series: Series, value: Callable[[Cell], float]) -> str:
 def side_by_side(cells: Cells) -> str:
     rows = []
     for entry in (*cells.ours, *cells.peers):
-        four, one = cells.of(entry, 4), cells.of(entry, 1)
+        four = cells.of(entry, 4)
+        one = cells.of(entry, 1)
         rows.append(row(name_of(entry), "distinct", four, one))
     for entry in cells.ours:
         for users in ("returning", "growing"):
             rows.append(row(name_of(entry), users, cells.of(entry, 4, users), []))
-    names = ["server", "users", "workers x threads, 4 connections", "req/s", "p50 ms", "p99 ms", "CPU ms a request", "resident MB"]
+    names = [
+        "server",
+        "users",
+        "workers x threads, 4 connections",
+        "req/s",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms a request",
+        "resident MB",
+    ]
     names += ["workers x threads, 1 connection", "p50 ms"]
     return "\n".join([f"| {' | '.join(names)} |", "| --- " * len(names) + "|", *rows])
 
 
 def row(title: str, users: str, four: Series, one: Series) -> str:
-    columns = [title, users, four[0].setup or "default", spread(four, throughput), spread(four, lambda c: c.p50_ms), spread(four, lambda c: c.p99_ms)]
+    columns = [
+        title,
+        users,
+        four[0].setup or "default",
+        spread(four, throughput),
+        spread(four, lambda c: c.p50_ms),
+        spread(four, lambda c: c.p99_ms),
+    ]
     columns += [f"{middle(four, lambda c: c.cpu_ms):.1f}", f"{middle(four, lambda c: c.resident_mb):.0f}"]
     columns += [one[0].setup or "default", spread(one, lambda c: c.p50_ms)] if one else ["", ""]
     return f"| {' | '.join(columns)} |"
@@ -81,23 +102,68 @@ def ratios(cells: Cells) -> str:
     """Each is formed round by round; the median over the rounds, and the least and the greatest."""
     rows = []
 
-    def add(entry: Entry, title: str, ours: Series, value: Callable[[Cell], float], best: tuple[Entry, Series], its: Callable[[Cell], float]) -> None:
+    def add(
+        entry: Entry,
+        title: str,
+        ours: Series,
+        value: Callable[[Cell], float],
+        best: tuple[Entry, Series],
+        its: Callable[[Cell], float],
+    ) -> None:
         found = [value(a) / its(b) for a, b in zip(ours, best[1], strict=True)]
-        rows.append(f"| {entry.graph} | {title} | {best[0].title} | {median(found):.2f} | {min(found):.2f} to {max(found):.2f} |")
+        rows.append(
+            f"| {entry.graph} | {title} | {best[0].title} | {median(found):.2f} | {min(found):.2f} to {max(found):.2f} |"
+        )
 
     for entry in cells.ours:
-        ours4, ours1 = cells.of(entry, 4), cells.of(entry, 1)
+        ours4 = cells.of(entry, 4)
+        ours1 = cells.of(entry, 1)
         for graph in GRAPHS:
-            add(entry, f"req/s at 4 connections, the peer on {graph}", ours4, throughput, cells.best(graph, 4, throughput), throughput)
+            add(
+                entry,
+                f"req/s at 4 connections, the peer on {graph}",
+                ours4,
+                throughput,
+                cells.best(graph, 4, throughput),
+                throughput,
+            )
         for users in ("returning", "growing"):
-            best, known = cells.best("straightforward", 4, throughput), cells.of(entry, 4, users)
-            add(entry, f"req/s at 4 connections, our users {users}, the peer on straightforward", known, throughput, best, throughput)
+            best = cells.best("straightforward", 4, throughput)
+            known = cells.of(entry, 4, users)
+            add(
+                entry,
+                f"req/s at 4 connections, our users {users}, the peer on straightforward",
+                known,
+                throughput,
+                best,
+                throughput,
+            )
         for graph in GRAPHS:
-            add(entry, f"p50 at 1 connection, the peer on {graph}", ours1, lambda c: c.p50_ms, cells.best(graph, 1, quickness), lambda c: c.p50_ms)
+            add(
+                entry,
+                f"p50 at 1 connection, the peer on {graph}",
+                ours1,
+                lambda c: c.p50_ms,
+                cells.best(graph, 1, quickness),
+                lambda c: c.p50_ms,
+            )
         for graph in GRAPHS:
             best = cells.best(graph, 4, quickness)
-            add(entry, f"our p99 to the peer's p50 at 4 connections, the peer on {graph}", ours4, lambda c: c.p99_ms, best, lambda c: c.p50_ms)
-    return "\n".join(["| variant | ours / the best peer's | best peer | ratio | over the rounds |", "| --- | --- | --- | --- | --- |", *rows])
+            add(
+                entry,
+                f"our p99 to the peer's p50 at 4 connections, the peer on {graph}",
+                ours4,
+                lambda c: c.p99_ms,
+                best,
+                lambda c: c.p50_ms,
+            )
+    return "\n".join(
+        [
+            "| variant | ours / the best peer's | best peer | ratio | over the rounds |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def choices(cells: Sequence[Cell]) -> str:
@@ -106,14 +172,25 @@ def choices(cells: Sequence[Cell]) -> str:
     rows = []
     for name, graph, setup in dict.fromkeys((c.name, c.graph, c.setup) for c in tried):
         mine = [c for c in tried if (c.name, c.graph, c.setup) == (name, graph, setup)]
-        four, one = max(c.per_second for c in mine if c.connections == 4), min(c.p50_ms for c in mine if c.connections == 1)
+        four = max(c.per_second for c in mine if c.connections == 4)
+        one = min(c.p50_ms for c in mine if c.connections == 1)
         rows.append(f"| {PEERS[name].title}, {graph} | {setup} | {four:.1f} | {one:.1f} |")
-    return "\n".join(["| server | workers x threads | req/s, 4 connections | p50 ms, 1 connection |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(
+        [
+            "| server | workers x threads | req/s, 4 connections | p50 ms, 1 connection |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def plot(cells: Cells, path: Path) -> None:
     """Medians, with the least and the greatest over the rounds."""
-    bars = [(f"{name_of(entry)}, {users}", cells.of(entry, 4, users)) for entry in reversed(cells.ours) for users in ("growing", "returning")]
+    bars = [
+        (f"{name_of(entry)}, {users}", cells.of(entry, 4, users))
+        for entry in reversed(cells.ours)
+        for users in ("growing", "returning")
+    ]
     entries = [*cells.ours, *cells.peers]
     bars += [(name_of(entry), cells.of(entry, 4)) for entry in reversed(entries)]
     waits = [(name_of(entry), cells.of(entry, 1)) for entry in reversed(entries)]

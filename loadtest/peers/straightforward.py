@@ -2,7 +2,7 @@
 
     python -m loadtest.peers.straightforward      (onnxscript on the path; `environments.py` sees to that)
 
-Before: `models/reference.py`. After: build/peers/straightforward.onnx, which the peers serve beside rank.onnx.
+Before: `models/slatewise_train/demo/reference.py`. After: build/peers/straightforward.onnx, which the peers serve beside rank.onnx.
 Of the two exporters this is the one whose graph runs faster in ONNX Runtime; opset 24 has attention as one operator.
 """
 
@@ -18,12 +18,13 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from app.features import CONTEXT_SIZE, GAP_BUCKETS, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
 from loadtest.peers.environments import BUNDLE, RANK_GRAPH, STRAIGHTFORWARD_GRAPH
-from models.ligr import Ligr
-from models.reference import reference_model
+from slatewise.bundle.features import CONTEXT_SIZE, GAP_BUCKETS, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from slatewise_train.demo.reference import reference_model
+from slatewise_train.rankers.ligr import Ligr
 
-OPSET, BOUND = 24, 1e-5
+OPSET = 24
+BOUND = 1e-5
 SIZES = ((1, 1), (7, 3), (256, 200), (2_048, 500))  # events, candidates
 
 
@@ -36,11 +37,21 @@ class Straightforward(nn.Module):
         self.register_buffer("head_weights", torch.tensor(head_weights))
 
     def forward(
-        self, history: Tensor, actions: Tensor, gaps: Tensor, candidates: Tensor, numeric: Tensor, meta: Tensor, context: Tensor
+        self,
+        history: Tensor,
+        actions: Tensor,
+        gaps: Tensor,
+        candidates: Tensor,
+        numeric: Tensor,
+        meta: Tensor,
+        context: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(1, L) int64 thrice, (1, N) int64, (1, N, F), (1, M), (1, 4) -> probabilities (1, N, heads), scores (1, N)."""
         model = self.model
-        history, actions, gaps = (behind(row, column) for row, column in ((START_ITEM, history), (UNKNOWN_ACTION, actions), (GAP_MISSING, gaps)))
+        history, actions, gaps = (
+            behind(row, column)
+            for row, column in ((START_ITEM, history), (UNKNOWN_ACTION, actions), (GAP_MISSING, gaps))
+        )
         state, users = model.encode(model.tokens(model.item(history), actions, gaps))
         vectors = model.item(candidates)
         position = torch.tensor([0]) + history.shape[1]  # all stand right after the history
@@ -55,7 +66,8 @@ def behind(row: int, column: Tensor) -> Tensor:
 
 
 def draw(model: Ligr, events: int, candidates: int) -> dict[str, np.ndarray]:
-    rng, config = np.random.default_rng(events), model.config
+    rng = np.random.default_rng(events)
+    config = model.config
     numeric = rng.normal(size=(1, candidates, config.numeric)).astype(np.float32)
     return {
         "history": rng.integers(0, config.items, (1, events)),
@@ -71,7 +83,8 @@ def draw(model: Ligr, events: int, candidates: int) -> dict[str, np.ndarray]:
 def export(model: Ligr, path: Path) -> None:
     weights = list(json.loads((BUNDLE / "manifest.json").read_text())["heads"].values())
     example = draw(model, 40, 24)
-    events, candidates = torch.export.Dim("L", min=1, max=4_096), torch.export.Dim("N", min=1, max=4_096)
+    events = torch.export.Dim("L", min=1, max=4_096)
+    candidates = torch.export.Dim("N", min=1, max=4_096)
     shapes = {"history": events, "actions": events, "gaps": events, "candidates": candidates, "numeric": candidates}
     torch.onnx.export(
         Straightforward(model, weights).eval(),
@@ -91,13 +104,16 @@ def worst_difference(model: Ligr, path: Path) -> float:
     """Of the scores from those of rank.onnx, over drawn inputs of several sizes."""
     ours, theirs = (onnxruntime.InferenceSession(graph) for graph in (RANK_GRAPH, path))
     drawn = [draw(model, *size) for size in SIZES]
-    return max(float(np.abs(ours.run(["scores"], feeds)[0] - theirs.run(["scores"], feeds)[0]).max()) for feeds in drawn)
+    return max(
+        float(np.abs(ours.run(["scores"], feeds)[0] - theirs.run(["scores"], feeds)[0]).max()) for feeds in drawn
+    )
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # what the exporter says of itself
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    model, draft = reference_model(), STRAIGHTFORWARD_GRAPH.with_suffix(".part")
+    model = reference_model()
+    draft = STRAIGHTFORWARD_GRAPH.with_suffix(".part")
     with torch.no_grad():
         export(model, draft)
     worst = worst_difference(model, draft)

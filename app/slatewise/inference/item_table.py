@@ -1,0 +1,44 @@
+"""The item table of a variant: float32 rows, or int8 rows that become float32 as they are taken.
+
+Before: a .npy file that `models/slatewise_train/compression/item_quantization.py` wrote. After: `bundle.py` and `engine.py` take the rows of a request.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from slatewise.bundle.features import Float32, Int64
+
+
+def record(width: int) -> np.dtype[Any]:
+    """One item in int8: x = middle + scale * code (middle-max of LiRank, arXiv 2402.06859)."""
+    columns: list[tuple[str, DTypeLike] | tuple[str, DTypeLike, tuple[int]]] = [
+        ("scale", "<f2"),
+        ("middle", "<f2"),
+        ("codes", "i1", (width,)),
+    ]
+    return np.dtype(columns)
+
+
+class Int8Items:
+    """Looks like the float32 table (rows, d) to who takes rows of it."""
+
+    def __init__(self, records: NDArray[Any]) -> None:
+        self.records = records  # (rows,) of `record(d)`
+        self.shape = (len(records), records.dtype["codes"].shape[0])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
+        taken = self.records.take(rows, axis=axis)
+        scale, middle = (taken[name].astype(np.float32)[..., None] for name in ("scale", "middle"))
+        result: Float32 = np.multiply(taken["codes"], scale, dtype=np.float32)
+        result += middle
+        return result
+
+
+ItemTable = Float32 | Int8Items

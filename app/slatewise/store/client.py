@@ -1,0 +1,111 @@
+"""A Redis by its URL: one server, one behind Sentinel, or a Cluster; with TLS and a password.
+
+    redis://[user:password@]host:port/db            rediss:// with TLS, unix:///path/of/socket?db=0
+    redis+sentinel://[user:password@]host:port,host:port/service/db?sentinel_password=...
+    redis+cluster://[user:password@]host:port,host:port
+
+An `s` behind `redis` is TLS in each; options as redis-py takes them go into the query (`?ssl_ca_certs=ca.pem`).
+Before: `SLATEWISE_REDIS_URL`. After: `generations.py` writes with the one client, `meta_embeddings.py` reads with the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import redis
+import redis.asyncio as aioredis
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.cluster import ClusterNode
+from redis.connection import parse_url
+from redis.retry import Retry
+
+Client = redis.Redis | redis.RedisCluster
+AsyncClient = aioredis.Redis | aioredis.RedisCluster
+
+SCHEMES = (
+    "redis://",
+    "rediss://",
+    "unix://",
+    "redis+sentinel://",
+    "rediss+sentinel://",
+    "redis+cluster://",
+    "rediss+cluster://",
+)
+COMMON = {"protocol": 2}  # its connections are made in fewer round trips, and nothing that 3 adds is used
+WRITER_SECONDS = 10.0  # a batch of a thousand users on a server that is busy
+
+
+def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, Any]]:
+    """(kind, hosts, parts of the path, options) of a URL with several hosts. Raises ValueError."""
+    parts = urlsplit(url)
+    secure, _, kind = parts.scheme.partition("+")
+    if not url.startswith(SCHEMES):
+        raise ValueError(f"must start with {', '.join(SCHEMES)}")
+    who, _, listed = parts.netloc.rpartition("@")
+    hosts = []
+    for each in listed.split(","):
+        host, _, port = each.rpartition(":") if ":" in each.rpartition("]")[2] else (each, "", "")
+        hosts.append((host.strip("[]"), int(port or (26379 if kind == "sentinel" else 6379))))
+    options: dict[str, Any] = dict(parse_url(f"{secure}://h/?{parts.query}"))  # type: ignore[no-untyped-call]  # redis-py knows the type of each option
+    for name in ("host", "connection_class"):
+        options.pop(name, None)
+    user, _, password = who.partition(":")
+    options |= {name: unquote(value) for name, value in (("username", user), ("password", password)) if value}
+    return (
+        kind,
+        hosts,
+        [unquote(part) for part in parts.path.split("/") if part],
+        options | ({"ssl": True} if secure == "rediss" else {}),
+    )
+
+
+def make_client(
+    url: str, library: Any, node: Callable[..., Any], one: Callable[[str], Any], options: dict[str, Any]
+) -> Any:
+    """The client of a URL, of redis-py's blocking or its asyncio half."""
+    if not url.partition("://")[0].endswith(("+sentinel", "+cluster")):
+        return one(url)
+    kind, hosts, path, given = split(url)
+    options = options | given
+    if kind == "cluster":
+        return library.RedisCluster(
+            startup_nodes=[node(host, port) for host, port in hosts], require_full_coverage=False, **options
+        )
+    if not path:
+        raise ValueError("the service's name is missing: redis+sentinel://host:port/service")
+    secret = {
+        name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options
+    }
+    shared = {
+        name: value for name, value in options.items() if name.startswith(("protocol", "socket_", "ssl", "retry"))
+    }
+    sentinel = library.sentinel.Sentinel(hosts, sentinel_kwargs=shared | secret, **options)
+    return sentinel.master_for(path[0], db=int(path[1]) if len(path) > 1 else 0)
+
+
+def connect(url: str) -> Client:
+    """A blocking client, for those who write: patient, and what it writes may be written twice."""
+    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 5)
+    options: dict[str, Any] = COMMON | {"socket_timeout": WRITER_SECONDS, "socket_connect_timeout": 5.0, "retry": retry}
+    client: Client = make_client(url, redis, ClusterNode, lambda url: redis.Redis.from_url(url, **options), options)
+    return client
+
+
+def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
+    """A client for the server: nothing is tried twice. How long a reply may take is the caller's to bound: redis-py would set a timer for each."""
+    options: dict[str, Any] = {
+        **COMMON,
+        "socket_timeout": None,
+        "socket_connect_timeout": timeout_seconds,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": connections,
+    }
+    if "+cluster://" in url:
+        options |= {"reinitialize_steps": 0}  # a slot that moved closes no connections
+    client: AsyncClient = make_client(
+        url, aioredis, AsyncClusterNode, lambda url: aioredis.Redis.from_url(url, **options), options
+    )
+    return client

@@ -1,0 +1,119 @@
+"""A stored meta-embedding: header and vector to bytes and back, and the names of the keys.
+
+    slatewise:<ranker>:<space>:generations       "7,6,5": live generations, newest first; "7,6,5#3" once three users were forgotten
+    slatewise:<ranker>:<space>:emb:{<user>}      hash; field = generation, value = header + vector
+
+A vector is stored as float32, as float16, or as int8: its scale (float32) and one whole number a dimension.
+Before: `generations.py` packs what it writes. After: `meta_embeddings.py` unpacks what it read.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+
+import numpy as np
+
+from slatewise.bundle.features import Float32
+
+HEADER = struct.Struct("<4sBxHdQI")  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all the rest
+MAGIC = b"SLWM"
+DTYPES = {"float32": 0, "float16": 1, "int8": 2}
+FLOAT32, FLOAT16, INT8 = DTYPES.values()
+
+
+class Corrupt(ValueError):
+    """Bytes that no writer of ours wrote, or that changed since."""
+
+
+class Mismatched(ValueError):
+    """A good value, of another size or another generation than it should be."""
+
+
+def pack(vector: Float32, generation: int, created_at: float, dtype: str = "float32") -> bytes:
+    """A stored value, little-endian. Raises ValueError where a number is not finite, or too large for the dtype."""
+    return pack_many(vector[None], generation, created_at, dtype)[0]
+
+
+def pack_many(vectors: Float32, generation: int, created_at: float, dtype: str = "float32") -> list[bytes]:
+    """The stored values of (users, M) vectors: one conversion for all, one checksum each."""
+    code = DTYPES[dtype]
+    dim = vectors.shape[1]
+    if not np.isfinite(vectors).all():
+        raise ValueError("a number is not finite")
+    if code == INT8:
+        scales = (np.abs(vectors).max(axis=1, initial=0.0) / 127).astype("<f4")  # (users,)
+        steps = np.divide(vectors, scales[:, None], out=np.zeros(vectors.shape, np.float32), where=scales[:, None] > 0)
+        body = np.hstack(
+            [scales[:, None].view(np.uint8), np.clip(np.rint(steps), -127, 127).astype(np.int8).view(np.uint8)]
+        )
+    else:
+        with np.errstate(over="ignore"):
+            body = vectors.astype("<f4" if code == FLOAT32 else "<f2")
+        if not np.isfinite(body).all():
+            raise ValueError(f"a number is too large for {dtype}")
+    header = HEADER.pack(MAGIC, code, dim, created_at, generation, 0)
+    start = header[:-4]
+    end = zlib.crc32(header)
+    return [start + zlib.crc32(row, end).to_bytes(4, "little") + row for row in map(bytes, body)]
+
+
+def check(value: bytes) -> tuple[int, int, float, int]:
+    """(dtype, dim, created_at, generation) of a stored value that is whole. Raises Corrupt."""
+    if not isinstance(value, bytes) or len(value) < HEADER.size:
+        raise Corrupt("shorter than a header")
+    magic, code, dim, created_at, generation, crc = HEADER.unpack_from(value)
+    if magic != MAGIC or code not in DTYPES.values():
+        raise Corrupt("not a vector")
+    if len(value) != HEADER.size + (4 * dim, 2 * dim, 4 + dim)[code]:
+        raise Corrupt(f"{len(value)} bytes")
+    if (
+        zlib.crc32(value[: HEADER.size - 4] + bytes(4) + value[HEADER.size :]) != crc
+    ):  # of the bytes as they came, padding too
+        raise Corrupt("checksum differs")
+    return code, dim, created_at, generation
+
+
+def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
+    """(vector, generation, created_at) of a stored value. Raises Corrupt, or Mismatched where it has another size."""
+    code, found, created_at, generation = check(value)
+    if code == INT8:
+        scale = np.frombuffer(value, "<f4", 1, HEADER.size)
+        vector = scale * np.frombuffer(value, np.int8, found, HEADER.size + 4).astype(np.float32)
+    else:
+        vector = np.frombuffer(value, "<f4" if code == FLOAT32 else "<f2", found, HEADER.size).astype(np.float32)
+    if not np.isfinite(vector).all() or not math.isfinite(created_at):
+        raise Corrupt("a number is not finite")
+    if found != dim:
+        raise Mismatched(f"{found} dimensions, expected {dim}")
+    return vector, generation, created_at
+
+
+def renumbered(value: bytes, generation: int) -> bytes:
+    """The same vector, of the same age, under another generation. Raises Corrupt."""
+    code, dim, created_at, _ = check(value)
+    header = HEADER.pack(MAGIC, code, dim, created_at, generation, 0)
+    body = value[HEADER.size :]
+    return header[:-4] + zlib.crc32(body, zlib.crc32(header)).to_bytes(4, "little") + body
+
+
+def pointer_key(ranker: str, space: str) -> str:
+    return f"slatewise:{ranker}:{space}:generations"
+
+
+def user_key(ranker: str, space: str, user: str) -> str:
+    return f"slatewise:{ranker}:{space}:emb:{{{user}}}"
+
+
+def metadata_key(ranker: str, space: str) -> str:
+    """Hash of what is known of each generation: JSON, `created_at` in it."""
+    return f"{{{pointer_key(ranker, space)}}}:about"
+
+
+def read_pointer(value: bytes | None) -> tuple[list[int], int]:
+    """(live generations, users forgotten) of a pointer's bytes; what is not a number is passed over."""
+    live, _, forgotten = (value or b"").decode("ascii", "replace").partition("#")
+    return [int(g) for g in live.split(",") if g.isdecimal() and str(int(g)) == g and int(g) < 2**64], int(
+        forgotten
+    ) if forgotten.isdecimal() else 0

@@ -1,0 +1,228 @@
+"""Times to gap buckets, histories to windows, moments to context; each beside a slow, obvious reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slatewise.bundle.features import (
+    CONTEXT_SIZE,
+    GAP_BUCKETS,
+    GAP_FIRST,
+    GAP_MISSING,
+    gap_buckets,
+    request_context,
+    window_start,
+)
+
+# quarters of a second: floats hold them exactly, so the reference may count in whole numbers
+quarters = st.integers(0, 4 * 99_999_999_999)
+times = st.lists(st.none() | quarters, max_size=80)
+
+
+def buckets_of(timestamps: Sequence[float | None]) -> list[int]:
+    result = gap_buckets(np.array(timestamps, np.float64))
+    assert result.dtype == np.int64
+    return result.tolist()
+
+
+def slow_bucket(gap: int) -> int:
+    """By whole numbers: how often (gap + 1) can be halved; gap in quarters of a second."""
+    left = gap + 4
+    halvings = 0
+    while left >= 8:
+        left = left // 2
+        halvings = halvings + 1
+    return min(2 + halvings, GAP_BUCKETS - 1)
+
+
+def slow_buckets(timestamps: list[int | None]) -> list[int]:
+    result = []
+    for k, now in enumerate(timestamps):
+        before = timestamps[k - 1] if k else None
+        if k == 0:
+            result.append(GAP_FIRST)
+        elif now is None or before is None:
+            result.append(GAP_MISSING)
+        else:
+            result.append(slow_bucket(max(0, now - before)))
+    return result
+
+
+@given(times)
+def test_gap_buckets_equal_the_reference(timestamps: list[int | None]) -> None:
+    assert buckets_of([None if t is None else t / 4 for t in timestamps]) == slow_buckets(timestamps)
+
+
+@given(st.integers(0, 40), st.integers(-2, 2))
+def test_gap_buckets_equal_the_reference_at_powers_of_two(power: int, aside: int) -> None:
+    gap = max(0, 4 * 2**power + aside - 4)
+    assert buckets_of([0.0, gap / 4])[1] == slow_bucket(gap)
+
+
+def formula(timestamps: list[float]) -> list[int]:
+    """2 + floor(log2(gap + 1)), clamped, by exact fractions; NaN is a missing time."""
+    result = [GAP_FIRST][: len(timestamps)]
+    for before, now in itertools.pairwise(timestamps):
+        if math.isnan(before) or math.isnan(now):
+            result.append(GAP_MISSING)
+            continue
+        left = Fraction(max(0.0, now - before)) + 1
+        power = 0
+        while left >= 2 ** (power + 1):
+            power += 1
+        result.append(min(2 + power, GAP_BUCKETS - 1))
+    return result
+
+
+near_powers = st.builds(  # of two, less one: where a bucket begins, and the floats on either side
+    lambda power, aside: float(np.nextafter(2.0**power - 1, aside)),
+    st.integers(0, 40),
+    st.sampled_from([-math.inf, math.inf]),
+) | st.integers(0, 40).map(lambda power: 2.0**power - 1)
+gap_sizes = near_powers | near_powers.map(lambda gap: gap + 1) | st.floats(0, 1e10) | st.just(0.0)
+
+
+@given(st.lists(st.just(math.nan) | st.floats(-1e11, 1e11), max_size=60))
+def test_gap_buckets_equal_the_formula_over_drawn_times(timestamps: list[float]) -> None:
+    assert buckets_of(timestamps) == formula(timestamps)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["gap", "gap", "gap", "back", "missing"]), gap_sizes), max_size=60))
+def test_gap_buckets_equal_the_formula_at_the_edges_of_the_buckets(steps: list[tuple[str, float]]) -> None:
+    """Each step from 0, where the difference of two times is the gap to the last bit."""
+    timestamps = [0.0]
+    for kind, gap in steps:
+        timestamps += {"gap": [gap, 0.0], "back": [-gap, 0.0], "missing": [math.nan, gap, 0.0]}[kind]
+    assert buckets_of(timestamps) == formula(timestamps)
+
+
+@pytest.mark.parametrize("power", range(1, 33))
+def test_a_bucket_begins_at_a_power_of_two_less_one_and_not_before(power: int) -> None:
+    """Also where gap + 1 would be rounded up to the power."""
+    edge = 2.0**power - 1
+    assert buckets_of([0.0, edge, 0.0, float(np.nextafter(edge, 0))])[1::2] == [
+        min(2 + power, GAP_BUCKETS - 1),
+        min(1 + power, GAP_BUCKETS - 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gap", "bucket"),
+    [(0, 2), (0.5, 2), (1, 3), (2, 3), (3, 4), (59, 7), (3_600, 13), (86_400, 18), (2**31 - 2, 32), (2**31 - 1, 33)],
+)
+def test_gap_buckets_are_as_documented(gap: float, bucket: int) -> None:
+    assert buckets_of([1_000.0, 1_000.0 + gap]) == [GAP_FIRST, bucket]
+
+
+def test_no_events_have_no_buckets_and_one_event_is_the_first() -> None:
+    assert buckets_of([]) == []
+    assert buckets_of([5.0]) == buckets_of([None]) == [GAP_FIRST]
+
+
+def test_a_missing_time_takes_both_its_gaps() -> None:
+    assert buckets_of([0.0, None, 1.0, 2.0]) == [GAP_FIRST, GAP_MISSING, GAP_MISSING, 3]
+
+
+def test_a_clock_that_went_backwards_is_a_gap_of_nothing() -> None:
+    assert buckets_of([100.0, 40.0]) == buckets_of([100.0, 100.0])
+
+
+@pytest.mark.parametrize("gap", [1e10, 1e15, 1e300])
+def test_a_huge_gap_is_in_the_last_bucket(gap: float) -> None:
+    assert buckets_of([0.0, gap])[1] == GAP_BUCKETS - 1
+
+
+@given(times)
+def test_buckets_stay_inside_the_table(timestamps: list[int | None]) -> None:
+    assert all(0 <= b < GAP_BUCKETS for b in buckets_of([None if t is None else t / 4 for t in timestamps]))
+
+
+@given(times, st.integers(0, 10**9))
+def test_gaps_do_not_depend_on_when_the_clock_began(timestamps: list[int | None], shift: int) -> None:
+    moved = [None if t is None else (t + 4 * shift) / 4 for t in timestamps]
+    assert buckets_of(moved) == buckets_of([None if t is None else t / 4 for t in timestamps])
+
+
+def slow_window_start(offset: int, length: int, longest: int) -> int:
+    """Event by event: the first readable one at a multiple of 64 that leaves half; else of 32, of 16, ..."""
+    readable = [k for k in range(length) if length - k <= longest]
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        for k in readable:
+            if (offset + k) % step == 0 and 2 * (length - k) >= len(readable):
+                return k
+    return 0
+
+
+offsets = st.integers(0, 1_000) | st.integers(0, 2**31)
+lengths = st.integers(0, 700)
+longests = st.integers(1, 600)
+
+
+@given(offsets, lengths, longests)
+def test_window_start_equals_the_reference(offset: int, length: int, longest: int) -> None:
+    assert window_start(offset, length, longest) == slow_window_start(offset, length, longest)
+
+
+@given(offsets, st.integers(1, 700), longests)
+def test_a_window_leaves_one_to_longest_events_and_half_of_them_at_least(
+    offset: int, length: int, longest: int
+) -> None:
+    start = window_start(offset, length, longest)
+    assert 0 <= start < length
+    assert 1 <= length - start <= longest
+    assert 2 * (length - start) >= min(length, longest)
+
+
+def test_an_empty_history_starts_at_nothing() -> None:
+    assert window_start(0, 0, 1) == window_start(7, 0, 128) == 0
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128])
+def test_a_whole_history_that_fits_is_read_whole(length: int) -> None:
+    assert window_start(0, length, 128) == 0
+
+
+@given(st.integers(126, 400), st.integers(126, 600), st.integers(0, 5_000))
+def test_a_sliding_window_keeps_its_start_until_it_moves_by_64(longest: int, length: int, begin: int) -> None:
+    starts = [
+        begin + k + window_start(begin + k, length, longest) for k in range(200)
+    ]  # each request one event further
+    moves = [after - before for before, after in itertools.pairwise(starts) if after != before]
+    assert set(moves) == {64}
+    assert len(moves) in (3, 4)  # of 199 steps, 64 apart
+
+
+@given(st.integers(8, 125), st.integers(0, 5_000))
+def test_a_short_sliding_window_moves_by_steps_of_a_quarter_at_least(length: int, begin: int) -> None:
+    starts = [begin + k + window_start(begin + k, length, 256) for k in range(300)]
+    assert len(set(starts)) <= 300 / (length / 4) + 2
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 1_000))
+def test_what_is_read_does_not_depend_on_how_much_more_was_sent(longest: int, beyond: int, dropped: int) -> None:
+    length = longest + beyond
+    assert dropped + window_start(dropped, length, longest) == window_start(0, dropped + length, longest)
+
+
+@given(st.floats(0, 99_999_999_999))
+def test_context_is_two_circles_with_the_periods_of_a_day_and_a_week(moment: float) -> None:
+    context = request_context(moment)
+    assert (context.shape, context.dtype) == ((CONTEXT_SIZE,), np.float32)
+    day = math.fmod(moment, 86_400) / 86_400
+    week = math.fmod(moment, 604_800) / 604_800
+    expected = [f(2 * math.pi * turn) for turn in (day, week) for f in (math.sin, math.cos)]
+    np.testing.assert_allclose(context, expected, atol=1e-5)
+
+
+def test_context_tells_hours_and_weekdays_apart() -> None:
+    moments = np.array([request_context(3_600.0 * hour) for hour in range(168)])
+    distances = np.abs(moments[:, None] - moments[None]).max(axis=2) + np.eye(168)
+    assert distances.min() > 0.01

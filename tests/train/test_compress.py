@@ -1,0 +1,447 @@
+"""A bundle's next version: variants that are what their names say, held to their bounds and to the gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from slatewise.bundle.loader import Ranker, load_bundle
+from slatewise.bundle.manifest import Variant, read_manifest
+from slatewise.settings import Settings
+from slatewise_train import compress as compressing
+from slatewise_train.compress import (
+    GATE,
+    NAMES,
+    Options,
+    Recipe,
+    Source,
+    agreement,
+    as_markdown,
+    compress,
+    dominated,
+    draft,
+    make_base,
+    read_shape,
+    round_bound,
+    within_gate,
+)
+from slatewise_train.compression.distill import DistillConfig
+from slatewise_train.compression.low_rank import dense_layers
+from slatewise_train.evaluation.offline import Outcome
+from slatewise_train.train import TrainConfig
+from tests.conftest import Tiny, serve
+
+ALL = ["fp32", *NAMES]
+TIMES = {
+    "machine": "none",
+    "rows": [
+        {"history": 200, "candidates": 200, "encode_p50": 1.0, "encode_p99": 1.5, "score_p50": 2.0, "score_p99": 2.5}
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> pytest.MonkeyPatch:
+    """The tiny ranker's layers are small, and so may be what is measured on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slatewise_train.compression.quantize.SMALLEST", 3)
+        patch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
+        patch.setattr(compressing, "SAMPLES", 12)
+        patch.setattr(compressing, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
+    return Source(tiny.folder, tiny.trainer.data, TrainConfig(**tiny.toml["train"]), most_users=20)
+
+
+@pytest.fixture(scope="module")
+def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("compressed")
+    learning = DistillConfig(epochs=1, batch_events=1024, positions=64, items=128, windows=4, warmup_steps=2)
+    return compress(
+        source, base / "bundles", list(NAMES), Options(distill=learning, checkpoints=base / "checkpoints"), force=True
+    )
+
+
+def test_every_variant_is_published_served_and_measured(folder: Path, source: Source) -> None:
+    ranker = load_bundle(folder, 1)
+    assert list(ranker.engines) == ALL and not ranker.refused
+    assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, (
+        "vectors stay what they were"
+    )
+    for name, variant in ranker.manifest.variants.items():
+        graphs = [path for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank"]
+        assert variant.items == ("items8.npy" if "tables8" in name else "items.npy")
+        assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
+        worst = max(value for what, value in variant.invariance.items() if what != "int8_history_state")
+        assert worst <= variant.bound / 2 and 1e-5 <= variant.bound <= (variant.golden_bound or 1e-5) <= 2e-3
+        assert (
+            variant.quality.keys() == {"dot", "point", "set"}
+            and (variant.resident_bytes or 0) > 0
+            and variant.latency_ms == TIMES
+        )
+        if name != "fp32":
+            assert -1 <= variant.agreement["kendall_tau"] <= 1 and variant.within_gate is not None
+            assert set(variant.difference) == {
+                "leave_one_out_hr10",
+                "leave_one_out_ndcg10",
+                "slate_ndcg10",
+                "slate_auc",
+            }
+    assert (
+        ranker.manifest.variants["int8"].agreement["kendall_tau"]
+        > 0.95
+        < ranker.manifest.variants["int8"].agreement["top10_overlap"] + 0.1
+    )
+    assert ranker.manifest.variants["student"].bytes < ranker.manifest.variants["fp32"].bytes
+
+
+def test_the_source_is_left_as_it_was_and_nothing_staged_remains(folder: Path, tiny: Tiny) -> None:
+    assert read_manifest(tiny.folder).variants.keys() == {"fp32"}
+    assert [path.name for path in folder.parent.iterdir()] == ["2"] and not (folder / "draft").exists()
+    for graph in (tiny.folder / "variants/fp32").glob("*.onnx"):
+        assert (folder / "variants/fp32" / graph.name).read_bytes() == graph.read_bytes()
+
+
+def test_what_learned_has_a_checkpoint_of_its_own(folder: Path) -> None:
+    names = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt", "student,blocks=1,feed_forward=2,key_size=4.pt"]
+    assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir() if path.is_file()) == names
+
+
+def test_what_was_measured_before_it_was_stopped_is_not_measured_again(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(checkpoints=tmp_path / "checkpoints")
+    calls = list[str]()
+    original = compressing.measure
+
+    def measured(source: Source, stage: Path, name: str, *rest: Any) -> Variant:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(name)
+        return original(source, stage, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressing, "measure", measured)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+        calls.clear()
+        calls.append("nothing yet")
+        patch.setattr(compressing, "measure", lambda *given: calls.append(given[2]) or original(*given))
+        folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+    assert calls == ["nothing yet", "int8-tables8"]
+    again = compress(
+        source, tmp_path / "again", ["int8", "int8-tables8"], Options(checkpoints=tmp_path / "other"), force=True
+    )
+    for name in ("int8", "int8-tables8"):
+        for graph in (again / "variants" / name).iterdir():
+            assert (folder / "variants" / name / graph.name).read_bytes() == graph.read_bytes()
+    assert not [path for path in (tmp_path / "bundles/tiny").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_variants_graphs_are_what_its_name_says(folder: Path, name: str) -> None:
+    for graph in ("encode", "point", "set"):
+        found = onnx.load(folder / "variants" / name / f"{graph}.onnx").graph
+        kinds = {node.op_type for node in found.node}
+        weights = {weight.name for weight in found.initializer}
+        assert ("MatMulIntegerToFloat" in kinds) == ("int8" in name)
+        assert any(".first." in weight for weight in weights) == ("lowrank" in name)
+        if graph != "set":
+            assert any(weight.startswith("blocks.1.") for weight in weights) == ("student" not in name), (
+                "a student has half the blocks"
+            )
+
+
+def test_low_rank_keeps_its_budget(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["variants"].keys() == set(ALL) and all(row["published"] for row in report["variants"].values())
+    assert any(report["ranks"].values())
+
+    def dense(name: str) -> int:
+        sizes: dict[str, int] = {}
+        for graph in ("encode", "point", "set"):
+            for weight in onnx.load(folder / "variants" / name / f"{graph}.onnx").graph.initializer:
+                if "blocks." in weight.name and len(weight.dims) == 2:
+                    sizes[weight.name] = int(np.prod(weight.dims))
+        return sum(sizes.values())
+
+    assert dense("lowrank") <= Options().share * dense("fp32")
+
+
+def test_the_report_has_a_table_and_a_picture(folder: Path) -> None:
+    table = (folder / "variants.md").read_text()
+    manifest = read_manifest(folder)
+    assert all(f"| {name} |" in table for name in ALL) and (folder / "variants.png").stat().st_size > 1_000
+    rows = json.loads((folder / "report.json").read_text())["variants"]
+    reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
+    assert table.strip() == as_markdown(manifest.variants, manifest.default_exit, reasons)
+    assert {"variants.md", "variants.png", "items8.npy"} <= manifest.files.keys()
+
+
+def test_a_request_may_name_a_variant_and_none_shares_anothers_history(folder: Path) -> None:
+    with serve(Settings(bundles=folder.parent.parent)) as client:
+        card = client.get("/models/tiny").json()
+        assert list(card["variants"]) == ALL and card["default_variant"] in ALL
+        example = card["example"]
+        answers = {name: client.post("/score", json=example | {"variant": name}).json() for name in ALL}
+        assert all(
+            answer["variant"] == name and answer["history"]["cache"] == "miss" for name, answer in answers.items()
+        )
+        assert len({tuple(answer["results"]["scores"]) for answer in answers.values()}) == len(ALL)
+        again = {name: client.post("/score", json=example | {"variant": name}).json() for name in ALL}
+        assert all(answer["history"]["cache"] == "hit" for answer in again.values())
+        for name in ALL:
+            np.testing.assert_allclose(again[name]["results"]["scores"], answers[name]["results"]["scores"], atol=1e-5)
+        assert client.post("/score", json=example | {"variant": "auto"}).json()["variant"] == card["default_variant"]
+
+
+def scores_of(client: httpx.Client, body: dict[str, Any]) -> np.ndarray:
+    answer = client.post("/score", json=body)
+    assert answer.status_code == 200, answer.text
+    return np.array(answer.json()["results"]["scores"])
+
+
+def picked(body: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """With these of its candidates, in this order."""
+    candidates = body["candidates"]
+    features = {name: [column[k] for k in rows] for name, column in candidates["features"].items()}
+    return body | {"candidates": {"item_ids": [candidates["item_ids"][k] for k in rows], "features": features}}
+
+
+def until(body: dict[str, Any], events: int) -> dict[str, Any]:
+    """With the first events of its history alone."""
+    return body | {"history": {name: column[:events] for name, column in body["history"].items()}}
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[httpx.Client]:
+    with serve(Settings(bundles=folder.parent.parent)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["int8", "student-int8-tables8"])
+def test_nothing_that_must_not_change_a_score_does_over_http(served: httpx.Client, name: str) -> None:
+    """Order, company, what is kept and who else asks: within the printed bound, and in the same order."""
+    card = served.get("/models/tiny").json()
+    bound = card["variants"][name]["bound"]
+    body = card["example"] | {"variant": name}
+    alone = body | {"user": None}
+    scores = scores_of(served, alone | {"user": None})
+    n = len(body["candidates"]["item_ids"])
+    mine = scores_of(served, body)
+    assert bound <= 2e-3
+    order = np.random.default_rng(0).permutation(n)
+    same = {"permuted": (scores_of(served, picked(alone, order.tolist())), scores[order])}
+    point = scores_of(served, alone | {"exit": "point"})
+    same["one by one"] = (
+        np.concatenate([scores_of(served, picked(alone, [k]) | {"exit": "point"}) for k in range(n)]),
+        point,
+    )
+    events = len(body["history"]["item_ids"])
+    for first in (1, events // 2, events - 1):
+        served.post("/score", json=until(body, first) | {"user": f"grown-{name}-{first}"})
+        grown, fresh = (scores_of(served, body | {"user": f"{kind}-{name}-{first}"}) for kind in ("grown", "fresh"))
+        same[f"extended from {first}"] = (grown, fresh)
+    with ThreadPoolExecutor(8) as pool:
+        others = [
+            pool.submit(scores_of, served, until(picked(alone, list(range(1 + k % n))), 1 + k % events))
+            for k in range(24)
+        ]
+        same["in company"] = (pool.submit(scores_of, served, body).result(), mine)
+        assert all(len(other.result()) for other in others)
+    for what, (found, wanted) in same.items():
+        assert np.abs(found - wanted).max() <= bound, what
+        first, second = (np.sign(values[:, None] - values) for values in (found, wanted))
+        assert (first * second).sum() / np.abs(second).sum() >= 0.999, f"Kendall's tau, {what}"
+
+
+@pytest.mark.parametrize("chosen", ["int8", "fp32,student-int8", "lowrank, int8-tables8"])
+def test_any_of_the_variants_can_be_served_alone(folder: Path, chosen: str) -> None:
+    names = {name.strip() for name in chosen.split(",")}
+    with serve(Settings(bundles=folder.parent.parent, variants=chosen)) as client:
+        card = client.get("/models/tiny").json()
+        assert set(card["variants"]) == names and card["default_variant"] in names
+        assert client.post("/score", json=card["example"]).json()["variant"] == card["default_variant"]
+        assert client.post("/score", json=card["example"] | {"variant": "int8-nothing"}).status_code == 404
+        for name in set(ALL) - names:
+            assert client.post("/score", json=card["example"] | {"variant": name}).status_code == 404
+
+
+def gained(ranks: list[int]) -> Outcome:
+    return Outcome({"set": np.array(ranks)}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("worst", "bound"),
+    [(0.0, 1e-5), (4e-6, 1e-5), (1.8e-5, 5e-5), (2.4e-5, 5e-5), (2.6e-5, 1e-4), (4e-4, 1e-3), (1e-3, 2e-3)],
+)
+def test_the_printed_bound_is_twice_the_worst_that_was_measured_rounded_up(worst: float, bound: float) -> None:
+    assert round_bound({"padding": worst, "permutation": worst / 3, "int8_history_state": 0.5}) == bound
+
+
+def test_the_gate_is_ninety_nine_hundredths_of_fp32() -> None:
+    exact = gained([0] * 100)
+    assert within_gate("set", gained([0] * 99 + [50]), exact) and not within_gate(
+        "set", gained([0] * 98 + [50, 50]), exact
+    )
+    assert GATE == 0.99 and within_gate("dot", gained([50]), exact), (
+        "where nothing is known of an exit, nothing is held against it"
+    )
+
+
+def test_what_is_below_the_gate_or_above_its_bound_is_not_published(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressing, "within_gate", lambda *_: False)
+    folder = compress(source, tmp_path, ["int8-tables8"], Options(checkpoints=tmp_path / "first"))
+    assert (
+        list(load_bundle(folder, 1).engines) == ["fp32"]
+        and not (folder / "variants/int8-tables8").exists()
+        and not (folder / "items8.npy").exists()
+    )
+    row = json.loads((folder / "report.json").read_text())["variants"]["int8-tables8"]
+    assert row["published"] is False and "99%" in row["reason"], "the report says what was tried"
+    assert "no: keeps less than 99%" in (folder / "variants.md").read_text()
+    forced = read_manifest(compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "second"), force=True))
+    assert forced.variants["int8"].within_gate is False and forced.default_variant == "fp32", (
+        "published because forced, and says so"
+    )
+    found = iter([0.0, 1.0])  # of fp32, then of int8
+    monkeypatch.setattr(
+        "slatewise_train.evaluation.parity.measure", lambda *_: {"padding": next(found), "onnx_against_torch": 0.0}
+    )
+    with pytest.raises(ValueError, match="int8 is above half of its bound"):
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "third"))
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir() if not path.name.startswith(".")) == ["2", "3"]
+
+
+def variant(ms: float, size: int, ndcg: float, gate: bool | None = True) -> Variant:
+    rows = {"rows": [{"history": 200, "candidates": 200, "encode_p50": ms / 2, "score_p50": ms / 2}]}
+    quality = {"set": {"slates": {"ndcg10": [ndcg, ndcg, ndcg]}}}
+    return Variant(
+        bytes=size, bound=1e-5, invariance={}, quality=quality, latency_ms=rows, within_gate=gate, golden_scores=[]
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (variant(2, 100, 0.5), "student-int8"),
+        (variant(2.05, 104, 0.5), "student-int8"),  # of about the same cost
+        (variant(2.2, 100, 0.5), None),
+        (variant(2, 110, 0.5), None),
+        (variant(2, 100, 0.49), None),
+    ],
+)
+def test_low_rank_is_not_published_where_a_student_of_its_cost_is_as_good(other: Variant, found: str | None) -> None:
+    variants = {"fp32": variant(4, 400, 0.6), "lowrank-int8": variant(2, 100, 0.5), "student-int8": other}
+    assert dominated("lowrank-int8", variants, "set") == found
+
+
+def test_what_is_on_the_front_stays() -> None:
+    variants = {
+        "fp32": variant(4, 400, 0.6),
+        "int8": variant(3, 200, 0.59),
+        "int8-tables8": variant(3.1, 150, 0.59),
+        "student": variant(3.2, 300, 0.58),
+    }
+    assert [dominated(name, variants, "set") for name in variants] == [None, None, None, "int8"]
+    unknown = {name: row.model_copy(update={"quality": {}}) for name, row in variants.items()}
+    assert not any(dominated(name, unknown, "set") for name in unknown), "without quality nobody can say"
+
+
+def test_without_data_nothing_learns_and_the_calibration_is_fp32s(
+    tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = Source(tiny.folder, None)
+    base = make_base(source, "lowrank", Options(distill=DistillConfig(), checkpoints=tmp_path))
+    graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")
+    assert (
+        calibrations is source.calibrations
+        and source.outcome is None
+        and set(graphs) == {"encode", "dot", "point", "set"}
+    )
+    assert not list(tmp_path.rglob("*.pt"))
+    assert agreement(source, source.exact) == {
+        "kendall_tau": 1.0,
+        "top10_overlap": 1.0,
+        "largest_score_difference": 0.0,
+    }
+
+
+def test_a_time_budget_is_met_by_measured_times_and_the_ranks_stay(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def microseconds(weights: list[torch.Tensor], rows: int) -> float:
+        return 10.0 + sum(weight.numel() for weight in weights)
+
+    monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", microseconds)
+    options = Options(budget="time", share=0.7, checkpoints=tmp_path)
+    ranks = make_base(source, "lowrank", options).ranks
+    layers = {name: layer.weight for name, layer in dense_layers(source.model).items()}
+    cost = {
+        name: 10.0 + (weight.numel() if ranks[name] is None else ranks[name] * sum(weight.shape))
+        for name, weight in layers.items()
+    }
+    assert any(ranks.values()) and sum(cost.values()) <= 0.7 * sum(10.0 + weight.numel() for weight in layers.values())
+    monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", lambda weights, rows: 1.0)
+    assert make_base(source, "lowrank", options).ranks == ranks, "what was stopped goes on"
+
+
+def test_low_rank_that_would_save_nothing_is_refused_before_any_work(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would save nothing"):
+        make_base(source, "lowrank", Options(share=1.0, checkpoints=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"],
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is no variant|fp32 is what"):
+        Recipe.named(name)
+
+
+def test_names_say_what_is_done() -> None:
+    assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
+        Recipe("fp32", True, False),
+        Recipe("lowrank", True, True),
+        Recipe("student", False, False),
+        Recipe("fp32", False, True),
+    ]
+
+
+def test_a_students_shape_is_read() -> None:
+    assert read_shape("blocks=1,key_size=16") == {"blocks": 1, "key_size": 16} and read_shape("") == {}
+    with pytest.raises(ValueError, match="is no shape"):
+        read_shape("blocks:1")
+
+
+def test_a_variant_that_claims_what_it_is_not_stops_the_publishing(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressing, "quantize", lambda graph, *_: graph)
+    with pytest.raises(ValueError, match="named int8, and"):
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"))
+    assert not (tmp_path / "tiny/2").exists()
+
+
+def test_other_data_than_the_bundles_is_refused(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:
+    folder = tmp_path / "1"
+    shutil.copytree(tiny.folder, folder)
+    np.save(folder / "items.npy", ranker.items[:-1])
+    with pytest.raises(ValueError, match="other data"):
+        Source(folder, tiny.trainer.data)

@@ -1,0 +1,313 @@
+"""The measures against slow, obvious versions, and what the evaluation may look at."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slatewise.bundle.features import FIRST_ITEM, gap_buckets, request_context, window_start
+from slatewise.bundle.loader import Ranker
+from slatewise.inference.engine import Candidates, History, PointScores
+from slatewise_train.data import (
+    DataConfig,
+    Head,
+    build_catalogue,
+    build_sequences,
+    clean_events,
+    count_popularity,
+    split_sequences,
+    training_events,
+)
+from slatewise_train.evaluation.offline import (
+    BINS,
+    as_markdown,
+    auc,
+    calibration_error,
+    evaluate,
+    interval,
+    item_knn,
+    leave_one_out,
+    make_baselines,
+    ndcg,
+    next_cases,
+    popularity,
+    rank_of,
+    slate_cases,
+    slates,
+)
+from slatewise_train.train import Data
+from tests.conftest import Tiny
+
+SCORES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=30)  # few values, so many ties
+
+
+def columns(drawn: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.array(drawn, float).reshape(-1, 2).T
+    return scores, labels
+
+
+def make_data(histories: dict[str, list[str]], items: list[str], **split: Any) -> Data:
+    """A user's k-th event is at 1000 k seconds; liked where k is even."""
+    config = DataConfig(
+        "shop", (Head("watch", "next", 1.0), Head("like", "label", 0.5)), numeric=("popularity",), **split
+    )
+    rows = [
+        (user, item, 1000.0 * k, float(k % 2 == 0))
+        for user, sequence in histories.items()
+        for k, item in enumerate(sequence)
+    ]
+    events, bad = clean_events(pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "label_like"], orient="row"), 0.0)
+    catalogue = build_catalogue(pl.DataFrame({"item_id": items}, schema={"item_id": pl.String}), events, config)
+    sequences = build_sequences(events, catalogue.vocabulary, config)
+    division = split_sequences(sequences, config)
+    count_popularity(catalogue, sequences, division, config)
+    return Data(config, catalogue, sequences, division, bad)
+
+
+class FakeEngine:
+    """An engine whose score of an item is what `worth` says of its row, the same at every exit; it keeps what it was asked."""
+
+    start = None
+
+    def __init__(self, worth: np.ndarray) -> None:
+        self.items = np.arange(len(worth), dtype=np.float32)[:, None]  # an item's vector is its row
+        self.sessions = dict.fromkeys(("encode", "dot", "point", "set"))
+        self.worth = worth
+        self.asked: list[tuple[History, Candidates]] = []
+
+    def extend(self, state: None, history: History) -> History:
+        return history
+
+    def point(self, candidates: Candidates, meta: np.ndarray, state: History) -> PointScores:
+        self.asked.append((state, candidates))
+        rows = candidates.vectors[:, 0].astype(int)
+        probabilities = np.repeat(self.worth[rows][:, None], 2, axis=1)
+        return PointScores(probabilities, probabilities, candidates.vectors)
+
+    def dot(self, candidates: Candidates, state: History) -> np.ndarray:
+        return self.point(candidates, np.zeros(0), state).probabilities
+
+    def set(self, point: PointScores) -> np.ndarray:
+        return point.probabilities
+
+    def score(self, history: History, candidates: Candidates, meta: np.ndarray, exit: str) -> np.ndarray:
+        return self.point(candidates, meta, history).probabilities
+
+
+@given(SCORES.filter(bool), st.data())
+@settings(max_examples=60, deadline=None)
+def test_rank_is_the_place_in_a_stable_sort(drawn: list[tuple[int, int]], data: st.DataObject) -> None:
+    scores, _ = columns(drawn)
+    target = data.draw(st.integers(0, len(scores) - 1))
+    order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
+    assert rank_of(scores, target) == order.index(target)
+
+
+@given(SCORES, st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
+def test_ndcg_is_its_definition_with_ties_by_input_order(drawn: list[tuple[int, int]], depth: int) -> None:
+    scores, labels = columns(drawn)
+    found = ndcg(scores, labels, depth)
+    if len(set(labels)) < 2:
+        assert math.isnan(found)
+        return
+    order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
+    gain = sum(labels[k] / math.log2(place + 2) for place, k in enumerate(order[:depth]))
+    best = sum(1 / math.log2(place + 2) for place in range(min(depth, int(labels.sum()))))
+    assert found == pytest.approx(gain / best)
+
+
+def test_ndcg_by_hand() -> None:
+    assert ndcg(np.array([3.0, 2.0, 1.0]), np.array([0, 1, 1])) == pytest.approx(
+        (1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3))
+    )
+    assert ndcg(np.array([1.0, 1.0]), np.array([1, 0])) == 1.0
+    assert ndcg(np.array([1.0, 1.0]), np.array([0, 1])) == pytest.approx(1 / math.log2(3))
+
+
+@given(SCORES)
+@settings(max_examples=80, deadline=None)
+def test_auc_is_the_share_of_pairs_in_order_with_ties_half(drawn: list[tuple[int, int]]) -> None:
+    scores, labels = columns(drawn)
+    found = auc(scores, labels)
+    pairs = list(itertools.product(scores[labels == 1], scores[labels == 0]))
+    if not pairs:
+        assert math.isnan(found)
+        return
+    assert found == pytest.approx(sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs))
+
+
+@given(n=st.integers(1, 100), seed=st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_calibration_error_is_the_mean_distance_over_bins_of_equal_size(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities = rng.random(n)
+    labels = (rng.random(n) < 0.5).astype(float)
+    ranked = sorted(zip(probabilities, labels, strict=True))
+    expected = 0.0
+    first = 0
+    for k in range(BINS):
+        size = n // BINS + (k < n % BINS)
+        part = ranked[first : first + size]
+        first = first + size
+        expected += abs(sum(p for p, _ in part) - sum(label for _, label in part)) / n
+    assert calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+def test_calibration_error_by_hand() -> None:
+    assert calibration_error(np.full(30, 0.7), np.zeros(30)) == pytest.approx(0.7)
+    assert calibration_error(np.repeat([0.0, 1.0], 30), np.repeat([0.0, 1.0], 30)) == 0.0
+
+
+def test_interval_covers_the_mean_and_narrows_with_the_sample() -> None:
+    rng = np.random.default_rng(0)
+    small = interval(rng.random(50))
+    large = interval(rng.random(5000))
+    for mean, low, high in (small, large):
+        assert low < mean < high
+    expected = 1.96 * math.sqrt(1 / 12 / 5000)  # of a mean of uniform numbers
+    assert (large[2] - large[1]) / 2 == pytest.approx(expected, rel=0.15)
+    assert small[2] - small[1] > 3 * (large[2] - large[1])
+    assert interval(np.full(7, 0.25)) == [0.25, 0.25, 0.25]
+    assert interval(np.arange(9.0), seed=3) == interval(np.arange(9.0), seed=3)
+
+
+def test_leave_one_out_never_ranks_an_item_of_the_history() -> None:
+    items = [f"i{k}" for k in range(150)]
+    data = make_data({"u": ["i9", "i3", "i9", "i5"], "v": ["i0", "i1"], "short": ["i1"]}, items)
+    worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
+    worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # better than everything: only what u and v have seen matters
+    engine = FakeEngine(worth)
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
+    # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
+    expected = [144 - 1, 148]
+    for exit in ("dot", "point", "set"):
+        assert ranks[exit].tolist() == expected, exit
+    assert all(len(found) == 2 for found in ranks.values()), "one event is no history"
+
+
+def test_leave_one_out_of_a_small_catalogue_never_ranks_an_item_of_the_history_at_set_either() -> None:
+    data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
+    engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    assert ranks["point"].tolist() == [0]
+    assert ranks["set"].tolist() == [0]
+
+
+def test_leave_one_out_reranks_the_best_of_point_and_keeps_the_rank_of_the_rest() -> None:
+    items = [f"i{k}" for k in range(300)]
+    data = make_data({"in": ["i299", "i250"], "out": ["i299", "i5"]}, items)
+    engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
+    reverse = lambda point: -point.probabilities  # noqa: E731
+    engine.set = reverse  # type: ignore[method-assign]
+    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    assert ranks["point"].tolist() == [48, 293]
+    assert ranks["set"].tolist() == [99 - 48, 293]
+
+
+def test_leave_one_out_knows_neither_the_target_nor_its_time() -> None:
+    data = make_data({"u": [f"i{k}" for k in range(9)], "v": ["i0", "i1"]}, [])
+    engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
+    (case,) = next_cases(data, np.array([0]))
+    assert case.time == 7000.0 and case.upcoming.tolist() == [data.sequences.items[8]]
+    leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    assert engine.asked
+    for history, candidates in engine.asked:
+        assert history.items.tolist() == data.sequences.items[:8].tolist()
+        np.testing.assert_array_equal(candidates.context[0], request_context(7000.0))
+
+
+@given(length=st.integers(2, 30), longest=st.integers(1, 30))
+@settings(max_examples=30, deadline=None)
+def test_a_case_reads_the_same_window_as_a_request(length: int, longest: int) -> None:
+    data = make_data({"u": [f"i{k}" for k in range(length)]}, [], history_length=longest)
+    (case,) = next_cases(data, np.array([0]))
+    first = window_start(0, length - 1, longest)
+    s = data.sequences
+    assert case.history.items.tolist() == s.items[first : length - 1].tolist()
+    np.testing.assert_array_equal(case.history.gaps, gap_buckets(s.timestamps[first : length - 1]))
+    assert case.seen.tolist() == s.items[: length - 1].tolist(), "also what is no longer read is removed"
+
+
+def test_slate_cases_are_exactly_the_held_out_events() -> None:
+    data = make_data(
+        {user: [f"{user}{k}" for k in range(n)] for user, n in (("a", 20), ("b", 15), ("c", 4), ("d", 13))},
+        [],
+        slate_size=5,
+        slate_users=2,
+    )
+    cases = slate_cases(data, data.split.slate_users)
+    assert [case.user for case in cases] == data.split.slate_users.tolist() and len(cases) == 2
+    for case in cases:
+        mine = data.sequences.items[data.sequences.offsets[case.user] : data.sequences.offsets[case.user + 1]]
+        assert case.upcoming.tolist() == mine[-5:].tolist()
+        assert case.seen.tolist() == mine[:-5].tolist() and len(case.seen) == data.split.train_lengths[case.user]
+        assert case.time == 1000.0 * (len(mine) - 6)
+        np.testing.assert_array_equal(case.labels[:, 1], [float(k % 2 == 0) for k in range(len(mine) - 5, len(mine))])
+
+
+def test_no_case_of_the_trained_ranker_predicts_what_training_saw(tiny: Tiny) -> None:
+    data = tiny.trainer.data
+    lengths = np.diff(data.sequences.offsets)
+    split = data.split
+    for user, case in zip(split.validation_users, slate_cases(data, split.validation_users), strict=True):
+        mine = data.sequences.items[data.sequences.offsets[user] : data.sequences.offsets[user + 1]]
+        assert case.upcoming.tolist() == mine[split.train_lengths[user] : -1].tolist(), (
+            "the last one is left to leave-one-out"
+        )
+    for case in next_cases(data, np.arange(len(lengths))):
+        assert split.train_lengths[case.user] <= lengths[case.user] - 1 == len(case.seen)
+
+
+def test_slates_leave_out_events_without_a_label() -> None:
+    data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
+    data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
+    engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
+    found = slates(engine, data, 1, np.zeros(0), make_baselines(data))  # type: ignore[arg-type]
+    for name in ("dot", "point", "set", "popularity", "item-kNN"):
+        assert [len(scores) for scores, _ in found[name]] == [len(labels) for _, labels in found[name]] == [3, 4, 4]
+        assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
+
+
+def test_training_events_and_popularity_stop_before_what_is_held_out() -> None:
+    data = make_data({"u": ["a", "b", "c"], "v": ["b", "b", "a"], "w": ["c"]}, list("abcd"))
+    users, items = training_events(data.sequences, data.split)
+    assert users.tolist() == [0, 0, 1, 1]
+    assert [data.catalogue.vocabulary.items[i - FIRST_ITEM] for i in items] == ["a", "b", "b", "b"]
+    (case, *_) = next_cases(data, np.array([0]))
+    assert popularity(data)(case).tolist() == [0, 0, 1, 3, 0, 0]
+
+
+def test_item_knn_by_hand() -> None:
+    """Users u: a b, v: a b c, w: c (training events); cosine(a, b) = 1, cosine(a, c) = cosine(b, c) = 1/2."""
+    data = make_data({"u": ["a", "b", "x"], "v": ["a", "b", "c", "x"], "w": ["c", "x"]}, list("abcx"))
+    u, _, w = next_cases(data, np.arange(3))
+    np.testing.assert_allclose(item_knn(data)(u), [0, 0, 1, 1, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(item_knn(data)(w), [0, 0, 0.5, 0.5, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(item_knn(data, neighbours=1)(u), [0, 0, 1, 1, 0, 0], atol=1e-6)
+
+
+def test_evaluate_has_a_row_for_every_exit_and_baseline_and_the_paired_difference(ranker: Ranker, tiny: Tiny) -> None:
+    report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta, most_users=6)
+    names = {"dot", "point", "set", "popularity", "item-kNN"}
+    assert set(report["leave_one_out"]) == set(report["slates"]) == names
+    assert {row["users"] for row in report["leave_one_out"].values()} == {6}
+    assert set(report["set_against_point"]) == {
+        "leave_one_out_hr10",
+        "leave_one_out_ndcg10",
+        "slate_ndcg10",
+        "slate_auc",
+    }
+    for metric, table, key in (("slate_ndcg10", "slates", "ndcg10"), ("slate_auc", "slates", "auc_in_slate")):
+        difference = report[table]["set"][key][0] - report[table]["point"][key][0]
+        assert report["set_against_point"][metric][0] == pytest.approx(difference, abs=2e-4)
+    assert {name for name, row in report["slates"].items() if "calibration_error" in row} == {"dot", "point", "set"}
+    text = as_markdown(report)
+    assert all(text.count(f"| {name} |") == 2 for name in names)

@@ -1,0 +1,111 @@
+"""The evidence for meta-embeddings: who is held out of what, what is compared, and that a difference that is not there is not found."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slatewise_train.data import split_sequences, training_events
+from slatewise_train.evaluation.personalization import (
+    LENGTHS,
+    METRICS,
+    Comparison,
+    as_markdown,
+    cases_of,
+    fit_vectors,
+    plot,
+    sign_flip,
+    tabulate,
+)
+from slatewise_train.meta.limaml import MetaTrainer
+from slatewise_train.train import Data, epoch_windows
+from tests.conftest import Tiny
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Tiny) -> Data:
+    """The tiny data with users held out; the ranker of `tiny` has seen them, which matters to no test here."""
+    whole = tiny.trainer.data
+    config = dataclasses.replace(whole.config, held_out_users=12, slate_users=5, validation_users=5)
+    return dataclasses.replace(whole, config=config, split=split_sequences(whole.sequences, config))
+
+
+@pytest.fixture(scope="module")
+def comparison(tiny: Tiny, data: Data) -> Comparison:
+    return Comparison(data, tiny.trainer.model.eval().requires_grad_(True), tiny.learner)
+
+
+def test_nobody_learns_from_who_is_held_out(tiny: Tiny, data: Data) -> None:
+    split = data.split
+    held = set(split.held_out_users.tolist())
+    assert len(held) == 12 and not held & {*split.slate_users.tolist(), *split.validation_users.tolist()}
+    assert not held & set(training_events(data.sequences, split)[0].tolist())
+    windows = epoch_windows(split.train_lengths, 128, 1024, np.random.default_rng(0))
+    assert not held & {user for batch in windows for user, _, _ in batch}
+    trainer = MetaTrainer(tiny.trainer.model, data, tiny.learner.config)
+    assert not held & {user for batch in trainer.cases(np.random.default_rng(0)) for user, _ in batch}
+
+
+def test_cases_have_the_events_they_say_and_the_query_behind_them(data: Data) -> None:
+    lengths = np.diff(data.sequences.offsets)
+    everyone = np.arange(len(lengths))
+    for length in LENGTHS:
+        cases = cases_of(data, everyone, length, 4).cases
+        assert {user for user, _ in cases} == set(np.flatnonzero(lengths >= length + 4).tolist())
+        assert all(now == (length if length < LENGTHS[-1] else lengths[user] - 4) for user, now in cases)
+
+
+def test_the_arms_differ_in_the_vector_alone(comparison: Comparison, data: Data) -> None:
+    cases = cases_of(data, data.split.held_out_users, 5, comparison.config.query)
+    found = comparison.run(cases, (0.1, 10))
+    assert set(found) == {"adapted", "default", "own vector", "nothing", "adapted, float16", "adapted, int8"}
+    for metrics in found.values():
+        assert {len(values) for values in metrics.values()} == {len(cases.cases)}
+    batch = cases.batches()[0]
+    torch.manual_seed(1)
+    _, query = comparison.tasks(batch)
+    nothing = torch.zeros(len(batch), comparison.ranker.config.meta_size)
+    np.testing.assert_allclose(
+        found["nothing"]["query_loss"][: len(batch)], comparison.query_losses(query, nothing), rtol=1e-5
+    )
+    assert np.abs(found["adapted, float16"]["query_loss"] - found["adapted"]["query_loss"]).max() < 1e-3
+    assert np.abs(found["adapted"]["query_loss"] - found["default"]["query_loss"]).max() > 1e-5
+    assert all(
+        0 <= value <= 1
+        for name in ("next_ndcg10", "like_ndcg10")
+        for value in found["adapted"][name]
+        if not np.isnan(value)
+    )
+
+
+def test_a_vector_of_ones_own_lowers_the_loss_it_is_fitted_to(comparison: Comparison, data: Data) -> None:
+    torch.manual_seed(0)
+    support, _ = comparison.tasks(cases_of(data, data.split.held_out_users, 10, 4).batches()[0])
+    fitted = fit_vectors(comparison.ranker, comparison.kinds, support, 0.05, 20, comparison.config.support)
+    start = comparison.ranker.default_meta.detach().expand_as(fitted)
+    assert (comparison.query_losses(support, fitted) < comparison.query_losses(support, start)).all()
+
+
+def test_signs_are_flipped() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=300)
+    noise -= noise.mean()
+    assert sign_flip(noise + 1e-9) > 0.9
+    assert sign_flip(noise + 0.5) < 0.001
+    assert sign_flip(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(2 / 16, abs=0.02)
+
+
+def test_tables_and_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arms = {name: {metric: rng.random(40) for metric in METRICS} for name in ("default", "adapted", "own vector")}
+    arms["adapted"]["query_loss"] = arms["default"]["query_loss"] - 0.25
+    report = {"lengths": tabulate({5: arms, 50: arms})}
+    assert report["lengths"]["5"]["arms"]["adapted"]["query_loss"]["minus_default"] == [-0.25, -0.25, -0.25]
+    table = as_markdown(report)
+    assert table.count("\n") == 2 * 3 + 1 and "| 50+ | 40 | adapted |" in table and "-0.25000" in table
+    plot(report, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 5_000

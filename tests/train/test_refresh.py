@@ -1,0 +1,272 @@
+"""The refresh job against a real Redis: what it writes and when it is seen, what changed only, stop and resume, Ray, the other commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import redis
+from pydantic import SecretStr
+
+from slatewise.bundle.loader import Ranker
+from slatewise.settings import Settings
+from slatewise.store.codec import unpack, user_key
+from slatewise_train.data import read_table
+from slatewise_train.meta import refresh as job
+from slatewise_train.meta.refresh import Adapter, Events, Worker, chunk_of, refresh
+from tests.conftest import Tiny, serve
+
+OPTIONS: dict[str, Any] = {"full": False, "processes": 1, "on_ray": False, "dtype": "float32", "ttl_days": 0.0}
+CUT = 4  # events of a user that come later
+
+
+@pytest.fixture
+def url(redis_port: int) -> str:
+    return f"redis://127.0.0.1:{redis_port}/0"
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture(scope="module")
+def events(tiny: Tiny) -> pl.DataFrame:
+    return read_table(Path(tiny.toml["data"]["events"]))
+
+
+@pytest.fixture
+def files(events: pl.DataFrame, tmp_path: Path) -> tuple[Path, Path]:
+    """All events but the newest of three users, and these."""
+    late = sorted(events["user_id"].unique().to_list())[:3]
+    rank = pl.col("timestamp").rank("ordinal", descending=True).over("user_id")
+    newest = pl.col("user_id").is_in(late) & (rank <= CUT)
+    events = events.with_columns(pl.col("timestamp").cast(pl.Float64))
+    after = float(events.select(pl.col("timestamp").max()).item()) + 60.0
+    before = events.filter(~newest)
+    new = events.filter(newest).with_columns(timestamp=pl.lit(after) + rank)
+    before.write_parquet(tmp_path / "before.parquet")
+    new.write_parquet(tmp_path / "new.parquet")
+    return tmp_path / "before.parquet", tmp_path / "new.parquet"
+
+
+def stored(client: redis.Redis, ranker: Ranker, user: str) -> dict[int, np.ndarray]:
+    """Generation -> vector."""
+    found = client.hgetall(user_key(ranker.name, ranker.manifest.space, user))
+    assert isinstance(found, dict)
+    for field, value in found.items():
+        assert unpack(value, ranker.manifest.meta_size)[1] == int(field)
+    return {int(field): unpack(value, ranker.manifest.meta_size)[0] for field, value in found.items()}
+
+
+def run(tiny: Tiny, url: str, paths: list[Path], **options: Any) -> dict[str, Any]:
+    return refresh(tiny.folder, Events(paths), url, **OPTIONS | options)
+
+
+def test_full_then_what_changed(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], events: pl.DataFrame
+) -> None:
+    before, new = files
+    users = sorted(events["user_id"].unique().to_list())
+    late = sorted(read_table(new)["user_id"].unique().to_list())
+    first = run(tiny, url, [before])
+    assert (first["generation"], first["kind"], first["users"], first["live"]) == (1, "full", len(users), [1]), (
+        "the first of all is full"
+    )
+    assert first["bytes"] == len(users) * (28 + 4 * ranker.manifest.meta_size) and first["users_per_second"] > 0
+    old = {user: stored(client, ranker, user)[1] for user in users}
+    expected, vectors = Adapter(tiny.folder).vectors_of(read_table(before))
+    assert sorted(expected) == users
+    for user, vector in zip(expected, vectors, strict=True):
+        np.testing.assert_allclose(old[user], vector, rtol=0, atol=1e-5)
+
+    assert (
+        run(tiny, url, [before])["kind"] == "nothing new"
+        and client.get(f"slatewise:tiny:{ranker.manifest.space}:generations") == b"1"
+    )
+    second = run(tiny, url, [before, new])
+    assert (second["generation"], second["kind"], second["users"], second["live"]) == (
+        2,
+        "incremental",
+        len(late),
+        [2, 1],
+    )
+    for user in users:
+        now = stored(client, ranker, user)
+        assert sorted(now) == ([1, 2] if user in late else [1])
+        np.testing.assert_array_equal(now[1], old[user])
+        if user in late:
+            assert np.abs(now[2] - now[1]).max() > 1e-5, "new events, another vector"
+    future = read_table(new).head(1).with_columns(timestamp=pl.lit(4e9))
+    future.write_parquet(new.with_name("future.parquet"))
+    assert Events([before, new, new.with_name("future.parquet")]).newest() == Events([new]).newest(), (
+        "a clock that is wrong hides nothing"
+    )
+    third = run(tiny, url, [before, new], full=True)
+    assert (third["kind"], third["users"], third["live"]) == ("full", len(users), [3, 2, 1])
+
+
+def test_a_vector_says_what_the_user_likes(tiny: Tiny, events: pl.DataFrame) -> None:
+    adapter = Adapter(tiny.folder)
+    user = events["user_id"][0]
+    mine = events.filter(pl.col("user_id") == user).sort("timestamp", maintain_order=True)
+    (_, [whole]) = adapter.vectors_of(mine)
+    (_, [again]) = adapter.vectors_of(mine)
+    np.testing.assert_array_equal(whole, again)
+    (_, [flipped]) = adapter.vectors_of(mine.with_columns(label_like=1 - pl.col("label_like")))
+    assert np.abs(flipped - whole).max() > 1e-3, "who likes the opposite is another user"
+    nobody = mine.with_columns(item_id=pl.lit("nothing that is known"))
+    assert adapter.vectors_of(nobody)[0] == []
+
+
+def test_stopped_is_invisible_and_goes_on(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "CHUNK_USERS", 15)
+    pointer = f"slatewise:tiny:{ranker.manifest.space}:generations"
+    calls = []
+
+    def here(
+        work: job.Work, events: Events, users: list[str], chunks: int, done: set[int], processes: int
+    ) -> Iterator[dict[str, float]]:
+        """Chunk after chunk in this process, stopped before the third."""
+        worker = Worker(work)
+        table = events.table.collect()
+        for chunk in range(chunks):
+            if chunk in done:
+                continue
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(chunk)
+            mine = [user for user in users if chunk_of(user, chunks) == chunk]
+            yield worker(chunk, table.filter(pl.col("user_id").is_in(mine)))
+
+    monkeypatch.setattr(job, "run_here", here)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, url, [files[0]])
+    assert client.get(pointer) is None, "half a generation is not seen"
+    assert any(stored(client, ranker, user) for user in read_table(files[0])["user_id"].unique())
+    calls[:] = [-1, -1, -1]
+    done = run(tiny, url, [files[0]])
+    assert done["chunks_resumed"] == 2 and done["generation"] == 1 and calls[3:] == list(range(2, done["chunks"]))
+    assert client.get(pointer) == b"1"
+    users = read_table(files[0])["user_id"].unique().to_list()
+    assert all(list(stored(client, ranker, user)) == [1] for user in users)
+
+
+def test_processes_write_what_one_writes(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
+) -> None:
+    """Spawned processes and this one: the same vectors, to the bit. Chunks are drawn for each alone."""
+    run(tiny, url, [files[0]], processes=2, dtype="float16")
+    users = read_table(files[0])["user_id"].unique().to_list()
+    assert (
+        len(client.hget(user_key("tiny", ranker.manifest.space, users[0]), "1") or b"")
+        == 28 + 2 * ranker.manifest.meta_size
+    )
+    first = {user: stored(client, ranker, user)[1] for user in users}
+    run(tiny, url, [files[0]], full=True, dtype="float16")
+    for user in users:
+        np.testing.assert_array_equal(stored(client, ranker, user)[2], first[user])
+
+
+def test_a_server_uses_what_is_refreshed_without_a_restart(
+    tiny: Tiny, client: redis.Redis, url: str, files: tuple[Path, Path]
+) -> None:
+    """B3, from end to end: default, then the first generation's vector, then the one of the user's new events."""
+    user = read_table(files[1])["user_id"][0]
+    with serve(Settings(bundles=tiny.root, redis_url=SecretStr(url), embedding_cache_s=3600)) as server:
+        body = server.get("/models/tiny").json()["example"] | {"user": user}
+
+        def answer() -> tuple[str, str | None, list[float]]:
+            found = server.post("/score", json=body).json()
+            return found["meta_embedding"]["status"], found["meta_embedding"]["version"], found["results"]["scores"]
+
+        def until(version: str) -> list[float]:
+            give_up = time.monotonic() + 20
+            while (found := answer())[1] != version:
+                assert time.monotonic() < give_up, found
+                time.sleep(0.1)
+            assert found[0] == "hit"
+            return found[2]
+
+        status, version, without = answer()
+        assert (status, version) == ("default", None)
+        run(tiny, url, [files[0]])
+        first = until("1")
+        run(tiny, url, list(files))
+        second = until("2")
+        assert np.abs(np.subtract(first, without)).max() > 1e-6 and np.abs(np.subtract(second, first)).max() > 1e-6
+
+
+def test_on_two_workers_of_ray(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
+) -> None:
+    run(tiny, url, [files[0]])
+    users = read_table(files[0])["user_id"].unique().to_list()
+    expected = {user: stored(client, ranker, user)[1] for user in users}
+    line = [
+        sys.executable,
+        "-m",
+        "slatewise_train.meta.refresh",
+        "refresh",
+        tiny.folder,
+        files[0],
+        "--full",
+        "--ray",
+        "--processes",
+        "2",
+        "--redis-url",
+        url,
+    ]
+    ended = subprocess.run(
+        line, capture_output=True, text=True, timeout=200, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    done = json.loads(ended.stdout.splitlines()[-1])
+    assert (done["generation"], done["users"], done["live"], done["processes"]) == (2, len(users), [2, 1], 2)
+    for user in users:
+        np.testing.assert_allclose(stored(client, ranker, user)[2], expected[user], rtol=0, atol=1e-6)
+
+
+def test_the_other_commands(
+    tiny: Tiny,
+    ranker: Ranker,
+    client: redis.Redis,
+    url: str,
+    files: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(name: str, *arguments: str, at: str = url) -> Any:
+        job.main([name, str(tiny.folder), *arguments, "--redis-url", at])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    user = read_table(files[1])["user_id"][0]
+    assert command("refresh", str(files[0]), "--processes", "1")["live"] == [1]
+    assert command("refresh", *map(str, files), "--processes", "1")["live"] == [2, 1]
+    status = command("status")
+    assert (
+        status["live"] == [2, 1]
+        and status["writing"] is None
+        and [g["kind"] for g in status["generations"]] == ["incremental", "full"]
+    )
+    assert command("roll-back") == {"live": [1]}
+    with pytest.raises(SystemExit, match=r"^roll-back: nothing to roll back to"):
+        command("roll-back")
+    assert command("forget", user) == {"forgotten": True}
+    assert not stored(client, ranker, user)
+    with pytest.raises(SystemExit, match=r"^status: "):
+        command("status", at="redis://127.0.0.1:1/0")
+    with pytest.raises(SystemExit, match=r"^refresh: "):
+        command("refresh", "nowhere.parquet")

@@ -1,0 +1,236 @@
+"""A student is its teacher where nothing shrinks, has its teacher's weights where both have them, and learns what is left."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slatewise_train.compression.distill import DistillConfig, Distiller, distill, distillation_loss, listwise_kl
+from slatewise_train.compression.student import half, regroup, shrink
+from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.train import TrainConfig, Trainer
+from tests.conftest import Tiny
+
+torch.set_num_threads(1)
+
+
+def make_teacher(**shape: int) -> Ligr:
+    torch.manual_seed(1)
+    given = {"width": 16, "blocks": 4, "attention_heads": 2, "set_blocks": 2, "meta_size": 4} | shape
+    teacher = Ligr(LigrConfig(40, 4, {}, 2, 2, **given), {}, torch.full((2,), 2.0), torch.full((2,), 3.0))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return teacher.eval()
+
+
+def test_a_student_of_the_same_shape_is_its_teacher() -> None:
+    teacher = make_teacher()
+    student = shrink(teacher, {"blocks": 4, "key_heads": 2, "key_size": 8})
+    wanted = teacher.state_dict()
+    found = student.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+        assert value.data_ptr() != found[name].data_ptr(), "and shares nothing with it"
+
+
+@given(
+    blocks=st.integers(1, 4),
+    set_blocks=st.integers(1, 2),
+    feed_forward=st.integers(1, 4),
+    heads=st.sampled_from([(2, 2), (2, 1), (1, 1)]),
+    key_size=st.sampled_from([2, 4, 8]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_smaller_student_has_the_shape_that_was_asked_for_and_works(
+    blocks: int, set_blocks: int, feed_forward: int, heads: tuple[int, int], key_size: int
+) -> None:
+    teacher = make_teacher()
+    shape = {
+        "blocks": blocks,
+        "set_blocks": set_blocks,
+        "feed_forward": feed_forward,
+        "attention_heads": heads[0],
+        "key_heads": heads[1],
+        "key_size": key_size,
+    }
+    student = shrink(teacher, shape)
+    assert {name: getattr(student.config, name) for name in shape} == shape
+    for name in (
+        "item.weight",
+        "action.weight",
+        "gap.weight",
+        "fusion.weight",
+        "point_up.weight",
+        "set_out.weight",
+        "numeric_mean",
+        "default_meta",
+    ):
+        torch.testing.assert_close(student.state_dict()[name], teacher.state_dict()[name])
+    state, users = student.encode(
+        student.tokens(
+            student.item.weight[None, :9], torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)
+        )
+    )
+    assert (
+        len(state) == blocks
+        and state[0][0].shape == (1, heads[1], 9, key_size)
+        and state[0][1].shape == (1, heads[1], 9, 16 // heads[0])
+    )
+    hidden = student.hidden(student.item.weight[None, 9:20], state, torch.tensor([9]), None, torch.zeros(1, 11, 16))
+    assert torch.isfinite(student.set_logits(hidden)).all() and users.shape == (1, 9, 16)
+
+
+def test_blocks_are_spread_evenly_over_the_teachers() -> None:
+    teacher = make_teacher()
+    student = shrink(teacher, {"blocks": 2})
+    for k, original in enumerate((0, 2)):
+        torch.testing.assert_close(student.blocks[k].up.weight, teacher.blocks[original].up.weight)
+
+
+def test_the_hidden_units_that_weigh_most_stay() -> None:
+    teacher = make_teacher(blocks=1)
+    with torch.no_grad():
+        teacher.blocks[0].down.weight[:, ::2] *= 1e-3
+    student = shrink(teacher, {"feed_forward": 2})
+    torch.testing.assert_close(student.blocks[0].up.weight, teacher.blocks[0].up.weight[1::2])
+    torch.testing.assert_close(student.blocks[0].down.weight, teacher.blocks[0].down.weight[:, 1::2])
+
+
+def test_a_smaller_head_keeps_the_pairs_whose_frequencies_it_has() -> None:
+    rows = torch.arange(16.0)[:, None]  # two heads of 8: pairs (0, 4), (1, 5), ... and (8, 12), ...
+    assert regroup(rows, 2, 2, 8, 4)[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert regroup(rows, 2, 1, 8, 8)[:, 0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11], "shared keys are the mean of theirs"
+    before, after = (10_000.0 ** (-np.arange(half) / half) for half in (4, 2))
+    np.testing.assert_allclose(before[::2], after)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"width": 8}, "has its teacher's width"),
+        ({"blocks": 5}, "blocks = 4"),
+        ({"blocks": 0}, "blocks = 4"),
+        ({"key_size": 16}, "key_size = 8"),
+        ({"key_size": 3}, "must be even"),
+        ({"key_heads": 3}, "key_heads = 2"),
+        ({"attention_heads": 3, "key_heads": 1}, "attention_heads = 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(shape: dict[str, int], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        shrink(make_teacher(), shape)
+
+
+def test_heads_that_do_not_divide_or_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="must divide"):
+        shrink(make_teacher(attention_heads=4), {"key_heads": 3})
+    with pytest.raises(ValueError, match="keeps its attention_heads"):
+        shrink(make_teacher(attention_heads=4, key_heads=2), {"attention_heads": 2})
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_queries_that_come_to_share_equal_keys_read_what_they_read_before(key_heads: int) -> None:
+    """Where the heads that are shared were equal, their mean is each of them."""
+    teacher = make_teacher(attention_heads=4, blocks=1)
+    with torch.no_grad():
+        for layer in (teacher.blocks[0].key, teacher.blocks[0].value):
+            for part in (layer.weight, layer.bias):
+                heads = part.unflatten(0, (key_heads, 4 // key_heads, -1))
+                part.copy_(heads[:, :1].expand_as(heads).flatten(0, 2))
+    student = shrink(teacher, {"key_heads": key_heads})
+    x = torch.randn(1, 9, 16)
+    for one, other in zip(*(model.encode(x)[1] for model in (teacher, student)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_where_nothing_is_said_a_student_is_half_of_its_teacher() -> None:
+    assert half(make_teacher().config) == {"blocks": 2, "feed_forward": 2, "key_size": 4}
+    assert (
+        shrink(
+            make_teacher(blocks=1, feed_forward=1), half(make_teacher(blocks=1, feed_forward=1).config)
+        ).config.blocks
+        == 1
+    )
+
+
+def test_who_agrees_has_nothing_to_learn() -> None:
+    logits = 3 * torch.randn(5, 7, 2)
+    assert abs(distillation_loss(logits, logits)) < 1e-6 and distillation_loss(logits + 1, logits) > 0
+    assert abs(listwise_kl(logits + 1, logits)) < 1e-6, "a shift changes scores and no order"
+    assert listwise_kl(-logits, logits) > listwise_kl(0.9 * logits, logits) > 0
+
+
+@pytest.fixture
+def trainer(tiny: Tiny) -> Trainer:
+    """With the trained tiny ranker, its fields folded into the item table, as `restore` gives it."""
+    model = tiny.trainer.model
+    folded = Ligr(LigrConfig(**{**vars(model.config), "fields": {}}), {}, model.numeric_mean, model.numeric_std)
+    folded.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if name in folded.state_dict()}, strict=False
+    )
+    with torch.no_grad():
+        folded.item.weight.copy_(model.item_table())
+    return Trainer(tiny.trainer.data, {}, TrainConfig(**tiny.toml["train"]), model=folded.eval())
+
+
+CONFIG = DistillConfig(
+    epochs=3, batch_events=1024, positions=128, items=256, windows=8, warmup_steps=2, learning_rate=0.01
+)
+VECTORS = np.random.default_rng(0).normal(0, 0.3, (10, 8)).astype(np.float32)
+
+
+def test_a_student_learns_and_its_item_table_stays_and_so_does_the_teacher(trainer: Trainer, tmp_path: Path) -> None:
+    student = shrink(trainer.model, {"blocks": 1, "feed_forward": 1})
+    teacher = copy.deepcopy(trainer.model.state_dict())
+    items = student.item.weight.detach().clone()
+    losses = distill(student, trainer, VECTORS, CONFIG, tmp_path / "student.pt")
+    assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
+    torch.testing.assert_close(student.item.weight.detach(), items, rtol=0, atol=0)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, teacher[name], rtol=0, atol=0)
+
+
+def test_a_teacher_beside_itself_has_nothing_to_learn(trainer: Trainer) -> None:
+    distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
+    assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
+
+
+def test_learning_that_was_stopped_goes_on_to_the_same_student(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"blocks": 1, "key_size": 4}
+    whole = shrink(trainer.model, shape)
+    stopped = shrink(trainer.model, shape)
+    losses = distill(whole, trainer, VECTORS, CONFIG, tmp_path / "whole.pt")
+    with monkeypatch.context() as patch:
+        original = Distiller.run_epoch
+        calls = []
+
+        def twice(distiller: Distiller) -> float:
+            if calls.append(0) or len(calls) > 2:
+                raise KeyboardInterrupt
+            return original(distiller)
+
+        patch.setattr(Distiller, "run_epoch", twice)
+        with pytest.raises(KeyboardInterrupt):
+            distill(stopped, trainer, VECTORS, CONFIG, tmp_path / "stopped.pt")
+    again = shrink(trainer.model, shape)
+    assert distill(again, trainer, VECTORS, CONFIG, tmp_path / "stopped.pt") == losses
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_checkpoint_of_other_work_is_not_gone_on_from(trainer: Trainer, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "student.pt"
+    distill(shrink(trainer.model, {"blocks": 1}), trainer, VECTORS, CONFIG, checkpoint)
+    losses = distill(shrink(trainer.model, {"blocks": 1, "key_size": 4}), trainer, VECTORS, CONFIG, checkpoint)
+    assert len(losses) == 3 and losses[0] > 0
