@@ -24,7 +24,7 @@ from loadtest import report, soak
 from loadtest.cells import GROUPS, Bench, Row
 from loadtest.server import Running, Server
 from loadtest.workload import Workload
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 
 REQUESTS = 800
 QUICK_REQUESTS = 24

@@ -25,7 +25,7 @@ from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
 from loadtest.workload import STEADY, W, Workload
 from slatewise.bundle.loader import load_rankers
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 from slatewise.schemas import RankRequest
 
 CONNECTIONS = 4

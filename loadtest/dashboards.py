@@ -36,7 +36,7 @@ from loadtest.client import closed_loop, lasting, open_loop, post
 from loadtest.server import Server, free_port
 from loadtest.traffic import visits
 from loadtest.workload import Shape, Workload
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 from slatewise.store.client import connect
 from slatewise.store.generations import Generations
 from slatewise.store.push import push, read

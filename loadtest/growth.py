@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from slatewise.bundle.loader import load_rankers
-from slatewise.inference.engine import HISTORY_CHUNK, Candidates, Engine, History, KeptState, cpu_name
+from slatewise.inference.arrays import Candidates, History, KeptState
+from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.workers import Chunks
+from slatewise.process import cpu_name
 from slatewise.ranking.pipeline import extend, run_cascade
 
 EVENTS = (256, 512, 1_024, 2_048)

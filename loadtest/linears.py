@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 from slatewise_train.compression.quantize import CONTRIB, FULL_BITS, SAFE_BITS, input_scale, quantize, quantize_weight
 
 SHAPES = ((128, 128), (128, 512), (512, 128))

@@ -19,8 +19,8 @@ import httpx
 from prometheus_client import Counter, Gauge, Histogram
 
 from slatewise.bundle.loader import load_rankers
-from slatewise.inference.engine import cpu_name
-from slatewise.main import create_app
+from slatewise.main import build_app
+from slatewise.process import cpu_name
 from slatewise.settings import Settings
 
 REQUESTS = 1_000
@@ -79,7 +79,7 @@ def times(example: dict[str, Any], times: int) -> dict[str, Any]:
 
 async def measure(bundles: Path, times_its_candidates: int) -> tuple[float, int, float]:
     """(CPU milliseconds of a request, calls of the metrics' library, and their share of these milliseconds)."""
-    app = create_app(Settings(bundles=bundles), load_rankers(bundles, 1, ()))
+    app = build_app(Settings(bundles=bundles), load_rankers(bundles, 1, ()))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,

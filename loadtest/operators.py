@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 
 EVENTS = 256
 CANDIDATES = 200

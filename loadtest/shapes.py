@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from slatewise.bundle.manifest import read_manifest
-from slatewise.inference.engine import Engine, cpu_name
+from slatewise.inference.engine import Engine
+from slatewise.process import cpu_name
 from slatewise_train.compression.source import restore
 from slatewise_train.compression.student import shrink
 from slatewise_train.export import measure_latency, write_graphs

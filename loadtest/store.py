@@ -31,7 +31,7 @@ from loadtest.client import ask, post
 from loadtest.client import connect as connect_http
 from loadtest.server import Server
 from slatewise.bundle.manifest import read_manifest
-from slatewise.inference.engine import cpu_name
+from slatewise.process import cpu_name
 from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
 from slatewise.store.generations import Generations

@@ -17,8 +17,8 @@ from statistics import median
 
 import numpy as np
 
-from slatewise.bundle.loader import rows_of
-from slatewise.inference.engine import cpu_name
+from slatewise.bundle.ranker import rows_of
+from slatewise.process import cpu_name
 
 IDS = 456  # of one request W
 

@@ -23,9 +23,10 @@ import hypothesis
 import pytest
 import uvicorn
 
-from slatewise.bundle.loader import Ranker, load_bundle, load_rankers
+from slatewise.bundle.loader import load_bundle, load_rankers
+from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise.main import create_app
+from slatewise.main import build_app
 from slatewise.settings import Settings
 
 hypothesis.settings.register_profile(
@@ -92,7 +93,7 @@ def free_port() -> int:
 def serve(settings: Settings) -> Iterator[httpx.Client]:
     """The application behind a real uvicorn on a real socket; a client of it, without the environment's proxies."""
     port = free_port()
-    app = create_app(settings, load_rankers(settings.bundles, 1, settings.chosen_variants()))
+    app = build_app(settings, load_rankers(settings.bundles, 1, settings.chosen_variants()))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

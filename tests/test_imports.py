@@ -47,10 +47,10 @@ def test_no_file_of_the_server_imports_training(path: Path) -> None:
 
 PLACES = {
     "onnxruntime": {"inference/engine.py"},
-    "fastapi": {"main.py", "http/rank.py"},
-    "fastapi_offline": {"main.py"},
+    "fastapi": {"main.py", "http/app.py", "http/rank.py"},
+    "fastapi_offline": {"http/app.py"},
     "uvicorn": {"main.py"},
-    "starlette": {"http/body.py", "main.py", "http/rank.py"},
+    "starlette": {"http/app.py", "http/body.py", "http/rank.py"},
     "redis": {"store/generations.py", "store/lookup.py", "store/client.py", "store/node.py"},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/rank.py"},

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM, gap_buckets, request_context
+from slatewise.bundle.features import gap_buckets, request_context
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM
 
 
 class Ranker:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loadtest.peers.environments import BUNDLE, RANK_GRAPH, STRAIGHTFORWARD_GRAPH
-from slatewise.bundle.features import CONTEXT_SIZE, GAP_BUCKETS, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
 from slatewise_train.demo.reference import reference_model
 from slatewise_train.rankers.ligr import Ligr
 

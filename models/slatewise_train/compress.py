@@ -30,12 +30,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from slatewise.bundle.features import FIRST_ITEM, request_context
+from slatewise.bundle.features import request_context
 from slatewise.bundle.graph_check import parts_of
 from slatewise.bundle.loader import load_bundle, sha256, versions
 from slatewise.bundle.manifest import Variant, read_manifest
-from slatewise.inference.engine import HISTORY_CHUNK, Candidates, Engine, History, cpu_name
+from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
+from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.item_table import Int8Items, ItemTable
+from slatewise.process import cpu_name
 from slatewise.settings import listed
 from slatewise_train.compression.distill import DistillConfig, digest_weights, distill
 from slatewise_train.compression.item_quantization import middle_max

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import polars as pl
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ACTION, gap_buckets
+from slatewise.bundle.features import gap_buckets
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 
 MULTI_VALUE_SEPARATOR = "|"
 T = TypeVar("T")

@@ -22,10 +22,11 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.bundle.loader import load_bundle, make_ranker, score_request, sha256, versions
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, Tensor, Variant
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Candidates, Engine, cpu_name
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.process import cpu_name
 from slatewise.schemas import RankRequest
 from slatewise_train.data import Sequences, build_sequences, clean_events, read_table, values_of
 from slatewise_train.evaluation import parity as invariance

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from slatewise.bundle.features import CONTEXT_SIZE, FIRST_ITEM, START_ITEM, UNKNOWN_ITEM, request_context, window_start
+from slatewise.bundle.features import request_context, window_start
+from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.data import (
     Catalogue,
     DataConfig,

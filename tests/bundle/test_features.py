@@ -12,15 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import (
-    CONTEXT_SIZE,
-    GAP_BUCKETS,
-    GAP_FIRST,
-    GAP_MISSING,
-    gap_buckets,
-    request_context,
-    window_start,
-)
+from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, GAP_FIRST, GAP_MISSING
 
 # quarters of a second: floats hold them exactly, so the reference may count in whole numbers
 quarters = st.integers(0, 4 * 99_999_999_999)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from pydantic import ValidationError
 
-from slatewise.bundle.features import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
-from slatewise.bundle.loader import Ranker, load_bundle, load_rankers, rows_of, score_request
+from slatewise.bundle.loader import load_bundle, load_rankers, score_request
 from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.ranker import Ranker, rows_of
 from slatewise.http.rank import refusal
+from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
 from slatewise.schemas import RankRequest
 from slatewise_train.compression.item_quantization import middle_max
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from prometheus_client import REGISTRY
 
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.store.lookup import EmbeddedStore
 
 USERS = 100_000

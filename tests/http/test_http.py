@@ -24,10 +24,10 @@ from prometheus_client import REGISTRY
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.errors import RankingError
 from slatewise.http.rank import PROBLEMS
-from slatewise.main import create_app
+from slatewise.main import build_app
 from slatewise.schemas import Problem, RankResponse
 from slatewise.settings import Settings
 from tests.conftest import DEMO, Stop, Tiny, free_port, serve
@@ -476,7 +476,7 @@ def test_a_server_that_stops_between_quanta_answers_503(
     tiny: Tiny, example: dict[str, Any], ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a request outlives the grace: what runs and what waits is told so, and so is who comes later."""
-    app = create_app(Settings(bundles=tiny.root, threads=1), {"tiny": ranker})
+    app = build_app(Settings(bundles=tiny.root, threads=1), {"tiny": ranker})
     stop = Stop("point", monkeypatch)
 
     async def main() -> list[httpx.Response]:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slatewise.bundle.loader import Ranker
-from slatewise.inference.engine import Engine, History, HistoryState
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import History, HistoryState
+from slatewise.inference.engine import Engine
 from slatewise_train.evaluation.parity import Requests
 
 sizes = st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e30, -1e30, 1e-30, 1e-45])

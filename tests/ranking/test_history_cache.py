@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slatewise.inference.engine import History, HistoryState
+from slatewise.inference.arrays import History, HistoryState
 from slatewise.inference.workers import Job
 from slatewise.ranking.history_cache import Entry, HistoryCache
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import Float64
-from slatewise.bundle.loader import Ranker
 from slatewise.bundle.manifest import BundleLimits
+from slatewise.bundle.ranker import Ranker
 from slatewise.errors import DeadlineExceeded, Invalid, NotFound, OverloadedUndegraded
-from slatewise.inference.engine import Engine, HistoryState, PackedState
+from slatewise.inference.arrays import Float64, HistoryState, PackedState
+from slatewise.inference.engine import Engine
 from slatewise.inference.workers import Workers
 from slatewise.metrics import Timings
 from slatewise.ranking.history_cache import ENTRY_OVERHEAD, HistoryCache

@@ -16,7 +16,7 @@ import pytest
 import redis
 from prometheus_client import REGISTRY
 
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.store.codec import FLOAT32, HEADER, MAGIC, pack, pointer_key, user_key
 from slatewise.store.generations import KEPT, Generations
 from slatewise.store.lookup import EmbeddedStore, MetaEmbedding, RedisStore

@@ -15,8 +15,9 @@ import onnx
 import pytest
 import torch
 
-from slatewise.bundle.loader import Ranker, load_bundle
+from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import Variant, read_manifest
+from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from slatewise_train import compress as compressing
 from slatewise_train.compress import (

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM, gap_buckets
+from slatewise.bundle.features import gap_buckets
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM
 from slatewise_train.data import (
     DataConfig,
     Head,

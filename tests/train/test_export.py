@@ -17,10 +17,12 @@ import polars as pl
 import pytest
 import torch
 
-from slatewise.bundle.features import FIRST_ITEM, request_context
-from slatewise.bundle.loader import Ranker, load_bundle, load_rankers, rows_of
+from slatewise.bundle.features import request_context
+from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError, read_manifest
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Candidates, Engine, History
+from slatewise.bundle.ranker import Ranker, rows_of
+from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train import export as exporting
 from slatewise_train.data import DataConfig, Head, read_table

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slatewise.bundle.features import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.rankers.ligr import Block, Ligr, LigrConfig, rotate
 
 torch.set_num_threads(1)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, GAP_FIRST
-from slatewise.bundle.loader import Ranker
-from slatewise.inference.engine import Candidates, Engine, History
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, GAP_FIRST, Candidates, History
+from slatewise.inference.engine import Engine
 from slatewise_train.evaluation.parity import torch_logits
 from slatewise_train.rankers.ligr import EXITS, Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ITEM, gap_buckets, request_context
-from slatewise.bundle.loader import Ranker
-from slatewise.inference.engine import Candidates, History
+from slatewise.bundle.features import gap_buckets, request_context
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates, History
 from slatewise.store.codec import pack, unpack
 from slatewise_train.meta.limaml import (
     MetaConfig,

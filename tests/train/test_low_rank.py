@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slatewise.bundle.features import GAP_BUCKETS
+from slatewise.inference.arrays import GAP_BUCKETS
 from slatewise_train.compression.low_rank import (
     METHODS,
     Layer,

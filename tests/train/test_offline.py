@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import FIRST_ITEM, gap_buckets, request_context, window_start
-from slatewise.bundle.loader import Ranker
-from slatewise.inference.engine import Candidates, History, PointScores
+from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import FIRST_ITEM, Candidates, History, PointScores
 from slatewise_train.data import (
     DataConfig,
     Head,

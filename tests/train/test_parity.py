@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slatewise.bundle.features import GAP_FIRST
-from slatewise.bundle.loader import Ranker
-from slatewise.inference.engine import Engine, HistoryState, PackedState, PointScores
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import GAP_FIRST, HistoryState, PackedState, PointScores
+from slatewise.inference.engine import Engine
 from slatewise_train.evaluation import parity as invariance
 from slatewise_train.evaluation.parity import Requests
 from slatewise_train.export import FP32_BOUND

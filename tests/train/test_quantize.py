@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from loadtest.linears import FORMS, open_form
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
 from slatewise_train.compress import Recorder
 from slatewise_train.compression.quantize import (

@@ -17,7 +17,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from slatewise.store.codec import unpack, user_key
 from slatewise_train.data import read_table

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.schemas import RankRequest
 from slatewise_train.demo.show import recommend
 from tests.conftest import Tiny

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import FIRST_ITEM, GAP_FIRST, START_ITEM, request_context
+from slatewise.bundle.features import request_context
+from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, START_ITEM
 from slatewise_train import train as training
 from slatewise_train.train import (
     Data,

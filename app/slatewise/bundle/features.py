@@ -4,26 +4,8 @@ Before: `schemas.py` (lists from the wire) or `models/slatewise_train/data.py` (
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-UNKNOWN_ITEM = 0  # row of an item that the bundle does not know
-START_ITEM = 1  # row of the learned start token
-FIRST_ITEM = 2  # row of the first real item
-
-UNKNOWN_ACTION = 0
-
-GAP_MISSING = 0  # this event or the one before it has no time
-GAP_FIRST = 1  # the first event that is kept
-GAP_BUCKETS = 34  # then 2 + floor(log2(gap + 1)), clamped
-
-WINDOW_STEP = 64  # windows start at multiples of this, so that a sliding history still extends
-
-CONTEXT_SIZE = 4
-
-Int64 = NDArray[np.int64]
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-
+from slatewise.inference.arrays import GAP_BUCKETS, GAP_FIRST, GAP_MISSING, WINDOW_STEP, Float32, Float64, Int64
 
 GAP_EDGES = np.append(
     2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from slatewise import metrics
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotFound, NotJson, NotReady, Overloaded, RankingError, pointer
 from slatewise.http.body import read_body
 from slatewise.metrics import Timings

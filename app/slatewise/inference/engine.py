@@ -6,9 +6,6 @@ one graph and safe to run from several threads at once: a state is a value, noth
 
 from __future__ import annotations
 
-import os
-import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slatewise.bundle.features import GAP_MISSING, START_ITEM, UNKNOWN_ACTION, Float32, Float64, Int64
 from slatewise.bundle.manifest import ManifestError
+from slatewise.inference.arrays import (
+    GAP_MISSING,
+    START_ITEM,
+    UNKNOWN_ACTION,
+    Candidates,
+    Float32,
+    Float64,
+    History,
+    HistoryState,
+    PointScores,
+)
 from slatewise.inference.item_table import ItemTable
 
 HISTORY_CHUNK = 256  # events of one call
@@ -26,114 +33,6 @@ CANDIDATE_CHUNK = 512  # candidates of one call
 
 class EngineError(RuntimeError):
     """The model failed on a request, or its output is not finite."""
-
-
-@dataclass(frozen=True)
-class HistoryState:
-    """An encoded history: what candidates read, and what new events extend. Immutable, shared between requests."""
-
-    keys: tuple[Float32, ...]  # per block (1, K, key width), K = events + 1 for the start token
-    values: tuple[Float32, ...]  # per block (1, K, value width)
-    user: Float32  # (1, d) the newest event's hidden state; (1, 0) where it is not known, of a `prefix`
-
-    @property
-    def events(self) -> int:
-        return int(self.keys[0].shape[1]) - 1
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.keys, *self.values, self.user))
-
-    def unpacked(self) -> HistoryState:
-        return self
-
-    def packed(self) -> PackedState:
-        return PackedState(pack(self.keys), pack(self.values), self.user)
-
-
-Packed = tuple[NDArray[np.int8], Float32]  # codes (blocks, K, width), scales (blocks, K, 1)
-
-
-def pack(arrays: tuple[Float32, ...]) -> Packed:
-    rows = np.concatenate(arrays)
-    scales = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
-    return np.rint(rows / scales).astype(np.int8), scales
-
-
-@dataclass(frozen=True)
-class PackedState:
-    """The same in about a quarter of the bytes: int8 with a scale for each token, symmetric."""
-
-    keys: Packed
-    values: Packed
-    user: Float32
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.keys, *self.values, self.user))
-
-    def unpacked(self) -> HistoryState:
-        keys, values = (np.multiply(codes, scales, dtype=np.float32) for codes, scales in (self.keys, self.values))
-        return HistoryState(tuple(keys[:, None]), tuple(values[:, None]), self.user)
-
-    def packed(self) -> PackedState:
-        return self
-
-
-KeptState = HistoryState | PackedState
-
-
-@dataclass(frozen=True)
-class History:
-    """The events a ranker reads, as rows: (L,) each."""
-
-    items: Int64
-    actions: Int64
-    gaps: Int64
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, rows: slice) -> History:
-        return History(self.items[rows], self.actions[rows], self.gaps[rows])
-
-    @property
-    def nbytes(self) -> int:
-        return self.items.nbytes + self.actions.nbytes + self.gaps.nbytes
-
-    def equals(self, other: History) -> bool:
-        return len(self) == len(other) == self.common_prefix(other)
-
-    def common_prefix(self, other: History) -> int:
-        """How many first events two histories share."""
-        n = min(len(self), len(other))
-        same = (
-            (self.items[:n] == other.items[:n])
-            & (self.actions[:n] == other.actions[:n])
-            & (self.gaps[:n] == other.gaps[:n])
-        )
-        return n if same.all() else int(same.argmin())
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The candidates of a request, and what joins late: (N, d) vectors, (N, F) numeric features with NaN for missing."""
-
-    vectors: Float32
-    numeric: Float32
-    context: Float32  # (1, 4)
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-
-@dataclass(frozen=True)
-class PointScores:
-    """Result of the exit `point`, and what the exit `set` goes on from."""
-
-    probabilities: Float64  # (N, heads)
-    logits: Float32  # (N, heads)
-    hidden: Float32  # (N, d)
 
 
 class Engine:
@@ -282,24 +181,3 @@ def open_session(graph: Path, threads: int) -> ort.InferenceSession:
     options.enable_cpu_mem_arena = False  # it never shrinks, and costs as much time as malloc (docs/performance.md)
     options.log_severity_level = 3
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-
-def join(chunks: list[PointScores]) -> PointScores:
-    """Chunks of one request, end to end."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return PointScores(
-        np.concatenate([c.probabilities for c in chunks]),
-        np.concatenate([c.logits for c in chunks]),
-        np.concatenate([c.hidden for c in chunks]),
-    )
-
-
-def cpu_name() -> str:
-    """The machine that a measurement was made on."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from slatewise.bundle.features import Float32, Int64
+from slatewise.inference.arrays import Float32, Int64
 
 
 def record(width: int) -> np.dtype[Any]:

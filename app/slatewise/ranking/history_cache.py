@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
-from slatewise.inference.engine import History, KeptState
+from slatewise.inference.arrays import History, KeptState
 from slatewise.inference.workers import Job
 
 ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around an entry's arrays, rounded up

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slatewise import metrics
-from slatewise.bundle.features import UNKNOWN_ITEM, Float32, Float64, Int64
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
 from slatewise.errors import (
     MOST_FAULTS,
     DeadlineExceeded,
@@ -27,16 +26,8 @@ from slatewise.errors import (
     RankingError,
     pointer,
 )
-from slatewise.inference.engine import (
-    CANDIDATE_CHUNK,
-    HISTORY_CHUNK,
-    Candidates,
-    Engine,
-    EngineError,
-    History,
-    KeptState,
-    join,
-)
+from slatewise.inference.arrays import UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64, KeptState, join
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
 from slatewise.metrics import Timings
 from slatewise.ranking.history_cache import Entry, HistoryCache

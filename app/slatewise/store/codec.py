@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from slatewise.bundle.features import Float32
+from slatewise.inference.arrays import Float32
 
 HEADER = struct.Struct("<4sBxHdQI")  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all the rest
 MAGIC = b"SLWM"

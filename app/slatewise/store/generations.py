@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from redis.exceptions import RedisError, ResponseError
 
-from slatewise.bundle.features import Float32
+from slatewise.inference.arrays import Float32
 from slatewise.store.client import Client
 from slatewise.store.codec import Corrupt, metadata_key, pack_many, pointer_key, read_pointer, renumbered, user_key
 

@@ -26,8 +26,8 @@ import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
 from slatewise import metrics
-from slatewise.bundle.features import Float32
-from slatewise.bundle.loader import Ranker
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import Float32
 from slatewise.store.client import connect_async
 from slatewise.store.codec import Corrupt, Mismatched, metadata_key, pointer_key, read_pointer, unpack, user_key
 from slatewise.store.node import CLOSED, OPEN, LookUp, RedisNode, call_after, is_wrong_type

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.features import Float32
 from slatewise.bundle.loader import versions
 from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise.inference.arrays import Float32
 from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
 from slatewise.store.generations import BATCH, Generations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slatewise.bundle.features import FIRST_ITEM
+from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.rankers.ligr import Ligr
 from slatewise_train.train import Trainer, make_batch, one_epoch, read_slates
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slatewise.bundle.features import FIRST_ITEM
+from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.export import BundleContent, publish, staging, warmup_requests, write_content
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ITEM
-from slatewise.bundle.loader import Ranker, load_bundle, read_json, versions
-from slatewise.inference.engine import Candidates
+from slatewise.bundle.loader import load_bundle, read_json, versions
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
 from slatewise_train.data import build_sequences, clean_events, read_config, read_table
 from slatewise_train.evaluation.offline import RERANKED

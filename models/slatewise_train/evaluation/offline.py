@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from slatewise.bundle.features import FIRST_ITEM, gap_buckets, request_context, window_start
-from slatewise.inference.engine import Candidates, Engine, History
+from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
+from slatewise.inference.engine import Engine
 from slatewise_train.data import training_events
 from slatewise_train.rankers.ligr import EXITS
 from slatewise_train.train import Data

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slatewise.bundle.features import (
+from slatewise.bundle.manifest import Manifest
+from slatewise.inference.arrays import (
     CONTEXT_SIZE,
     FIRST_ITEM,
     GAP_BUCKETS,
@@ -18,9 +19,13 @@ from slatewise.bundle.features import (
     GAP_MISSING,
     START_ITEM,
     UNKNOWN_ACTION,
+    Candidates,
+    History,
+    HistoryState,
+    PointScores,
+    join,
 )
-from slatewise.bundle.manifest import Manifest
-from slatewise.inference.engine import Candidates, Engine, History, HistoryState, PointScores, join
+from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
 from slatewise_train.rankers.ligr import Ligr
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slatewise.bundle.features import FIRST_ITEM
+from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.store.codec import pack_many, unpack
 from slatewise_train.data import from_table, read_config
 from slatewise_train.evaluation.offline import interval, ndcg

@@ -30,7 +30,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from slatewise.bundle.features import FIRST_ITEM, UNKNOWN_ITEM
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train.data import Sequences, from_table
 from slatewise_train.rankers.ligr import Ligr
 from slatewise_train.train import Data, Slates, load_trainer, make_batch, read_slates

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slatewise.bundle.features import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 
 EXITS = ("dot", "point", "set")
 

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.features import CONTEXT_SIZE, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
 from slatewise_train.rankers.ligr import Ligr
 
 OPSET = 24
