@@ -30,7 +30,10 @@ from slatewise.http.rank import PROBLEMS
 from slatewise.main import build_app
 from slatewise.schemas import Problem, RankResponse
 from slatewise.settings import Settings
-from tests.conftest import DEMO, Stop, Tiny, free_port, serve
+from tests.conftest import DEMO, Tiny
+from tests.support.application import serve
+from tests.support.blocked_engine import BlockedMethod
+from tests.support.network import free_port
 
 BOUND = 1e-5
 
@@ -455,8 +458,8 @@ def test_a_client_that_leaves_between_quanta_has_the_rest_not_run(
         head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         gone = ("slatewise_client_disconnects_total", 'slatewise_requests_total{code="499"')
         before = sums(client, *gone)
-        stop = Stop(method, monkeypatch)
-        scored = Stop("point", monkeypatch) if method == "extend" else None
+        stop = BlockedMethod(method, monkeypatch)
+        scored = BlockedMethod("point", monkeypatch) if method == "extend" else None
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
             connection.sendall(head + body)
             assert stop.begun.wait(30)
@@ -477,7 +480,7 @@ def test_a_server_that_stops_between_quanta_answers_503(
 ) -> None:
     """Where a request outlives the grace: what runs and what waits is told so, and so is who comes later."""
     app = build_app(Settings(bundles=tiny.root, threads=1), {"tiny": ranker})
-    stop = Stop("point", monkeypatch)
+    stop = BlockedMethod("point", monkeypatch)
 
     async def main() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:

@@ -20,7 +20,8 @@ from slatewise.http.request_log import LineWriter, appending, capture_line, pseu
 from slatewise.metrics import STAGES
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
-from tests.conftest import DEMO, serve
+from tests.conftest import DEMO
+from tests.support.application import serve
 
 USER = "somebody@example.org"
 KEY = "key-of-the-capture"

@@ -25,7 +25,8 @@ from slatewise.ranking.history_cache import ENTRY_OVERHEAD, HistoryCache
 from slatewise.ranking.pipeline import Call, Pipeline, order
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import EmbeddedStore, MetaEmbedding
-from tests.conftest import Stop, Tiny
+from tests.conftest import Tiny
+from tests.support.blocked_engine import BlockedMethod
 
 BOUND = 1e-5
 ACTIONS = ["love", "like", "view", "dislike", "hate", "something else", None]
@@ -508,7 +509,7 @@ def test_a_request_that_is_cancelled_between_quanta_is_not_run_further(
     request = draw_request(
         ranker, 600 if method == "extend" else 5, 2900, 15, user=user, exit="point"
     )  # three chunks of events, or six of candidates
-    stop = Stop(method, monkeypatch)
+    stop = BlockedMethod(method, monkeypatch)
 
     async def leave(pipeline: Pipeline) -> tuple[int, int]:
         task = asyncio.create_task(rank(pipeline, request))
@@ -531,7 +532,7 @@ def test_closing_the_workers_between_quanta_cancels_the_request(
     ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = draw_request(ranker, 5, 2900, 17, exit="point")
-    stop = Stop("point", monkeypatch)
+    stop = BlockedMethod("point", monkeypatch)
 
     async def close(pipeline: Pipeline) -> None:
         task = asyncio.create_task(rank(pipeline, request))

@@ -1,6 +1,6 @@
-"""A TCP proxy between a store and a real Redis that does what networks do: it is slow, silent, gone, cuts replies, speaks nonsense.
+"""A TCP proxy in front of a real Redis that injects network faults: delay, silence, refusal, cut replies, garbage.
 
-With a TLS context it ends the TLS of its clients, for a redis-server that was built without.
+With a TLS context it terminates its clients' TLS, for a redis-server that was built without TLS.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from contextlib import asynccontextmanager
 
 
 class FaultProxy:
-    """Change its attributes while it runs; `heal` takes all faults back."""
+    """Change its attributes while it runs; `heal` removes all faults."""
 
     def __init__(self, upstream: int, delay: Callable[[], float] | float = 0.0) -> None:
         self.upstream = upstream
         self.delay = delay
         self.port = 0
-        self.may_speak = asyncio.Event()  # unset: a black hole; connections are taken, replies wait
+        self.may_speak = asyncio.Event()  # cleared: a black hole that accepts connections and never replies
         self.may_speak.set()
-        self.cut = False  # half of a reply, then a reset
-        self.piece = 65_536  # bytes that are passed on at once
-        self.answer: bytes | None = None  # instead of what Redis says
-        self.down = False  # whoever connects is reset
+        self.cut = False  # send half of a reply, then reset the connection
+        self.piece = 65_536  # largest number of bytes forwarded at once
+        self.answer: bytes | None = None  # sent instead of Redis' reply
+        self.down = False  # reset every new connection
         self.accepted = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.writers: set[asyncio.StreamWriter] = set()

@@ -1,4 +1,4 @@
-"""Look-ups without end for tests of the store, each checked: every vector says whose it is and of which generation."""
+"""Continuous, checked look-ups for tests of the store: each vector names its user and its generation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIM = 8
 USERS = 300
 RANKER: Any = SimpleNamespace(
     name="r", manifest=SimpleNamespace(space="s", meta_size=DIM), default_meta=np.full(DIM, -1, np.float32)
-)  # what a store asks of one
+)  # the attributes of a ranker that a store reads
 
 
 def vectors_of(generation: int, users: int = USERS) -> np.ndarray:
@@ -35,7 +35,7 @@ def vectors_of(generation: int, users: int = USERS) -> np.ndarray:
 
 
 def fill(client: Client, users: int = USERS, full: bool = True) -> int:
-    """Publish a generation of users "0" to "299"; its number."""
+    """Publish a generation of users "0" to "299", and return its number."""
     store = Generations(client, RANKER.name, RANKER.manifest.space)
     with store.begin(f"{time.time()}", full) as writing:
         store.write_chunk(
@@ -46,10 +46,10 @@ def fill(client: Client, users: int = USERS, full: bool = True) -> int:
 
 
 def check(user: str, found: MetaEmbedding) -> None:
-    """A vector is this user's, and of the generation that the answer names; everything else is the default."""
+    """Assert that a found vector is the user's, of the answer's generation, and otherwise the default vector."""
     if found.status in ("hit", "stale"):
         assert (str(int(found.vector[0])), str(int(found.vector[1]))) == (user, found.version), (
-            "somebody else's, or of another generation"
+            "another user's vector, or of another generation"
         )
     else:
         assert found.status in ("default", "error") and found.version is None
@@ -86,7 +86,7 @@ class Load:
 
 @asynccontextmanager
 async def loaded(store: RedisStore) -> AsyncIterator[Load]:
-    """About 300 look-ups a second; every one is answered, and has been checked, when this ends."""
+    """About 300 look-ups a second. On exit all are answered and checked."""
     load = Load(store)
     runner = asyncio.create_task(load.run())
     try:
@@ -100,16 +100,16 @@ async def loaded(store: RedisStore) -> AsyncIterator[Load]:
 
 
 async def until(condition: Callable[[], Any], patience: float) -> float:
-    """Seconds until it is so."""
+    """Wait until the condition holds, and return the seconds it took. Fails after `patience` seconds."""
     begin = time.perf_counter()
     while not condition():
-        assert time.perf_counter() - begin < patience, "it did not happen"
+        assert time.perf_counter() - begin < patience, f"still false after {patience} s"
         await asyncio.sleep(0.005)
     return time.perf_counter() - begin
 
 
 def circuit(store: RedisStore) -> int:
-    """Of all nodes the worst."""
+    """The worst circuit state of all nodes."""
     return max((node.circuit for node in store.nodes.values()), default=CLOSED)
 
 

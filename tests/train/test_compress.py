@@ -40,7 +40,8 @@ from slatewise_train.compression.distill import DistillConfig
 from slatewise_train.compression.low_rank import dense_layers
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.train import TrainConfig
-from tests.conftest import Tiny, serve
+from tests.conftest import Tiny
+from tests.support.application import serve
 
 ALL = ["fp32", *NAMES]
 TIMES = {

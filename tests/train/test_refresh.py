@@ -23,7 +23,8 @@ from slatewise.store.codec import unpack, user_key
 from slatewise_train.data import read_table
 from slatewise_train.meta import refresh as job
 from slatewise_train.meta.refresh import Adapter, Events, Worker, chunk_of, refresh
-from tests.conftest import Tiny, serve
+from tests.conftest import Tiny
+from tests.support.application import serve
 
 OPTIONS: dict[str, Any] = {"full": False, "processes": 1, "on_ray": False, "dtype": "float32", "ttl_days": 0.0}
 CUT = 4  # events of a user that come later
