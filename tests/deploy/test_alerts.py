@@ -1,4 +1,4 @@
-"""Alerts, their tests, their paragraphs in the runbook and the metrics they are on: each knows of the others."""
+"""Alerts, their promtool tests, their runbook paragraphs and their metrics are consistent."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def rule_name(rule: dict[str, Any]) -> str:
     return str(rule.get("alert") or rule.get("record"))
 
 
-def test_every_alert_has_its_paragraph_and_every_paragraph_its_alert() -> None:
+def test_runbook_paragraphs_equal_alerts() -> None:
     assert sorted(HEADINGS) == sorted(map(alert_name, ALERTS))
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=alert_name)
-def test_an_alert_points_at_its_paragraph_and_says_how_grave_it_is(rule: dict[str, Any]) -> None:
+def test_alert_has_runbook_link_severity_and_summary(rule: dict[str, Any]) -> None:
     assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"].endswith(".")
 
 
 @pytest.mark.parametrize("name", HEADINGS)
-def test_a_paragraph_says_what_it_means_how_to_confirm_and_what_to_do(name: str) -> None:
+def test_runbook_paragraph_has_means_confirm_and_do(name: str) -> None:
     paragraph = re.search(rf"^### {name}$(.*?)(?=^##|\Z)", RUNBOOK, re.DOTALL | re.MULTILINE)
     assert paragraph
     assert all(word in paragraph[1] for word in ("**Means.**", "**Confirm.**", "**Do.**"))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
-def test_a_rule_is_on_metrics_and_labels_that_exist(rule: dict[str, Any]) -> None:
+def test_rule_uses_existing_metrics_and_labels(rule: dict[str, Any]) -> None:
     known = labels_by_sample()
     named = names_in(rule["expr"])
     assert named and named <= known.keys()
     assert labels_in(rule["expr"]) <= set.union(*(known[name] for name in named))
 
 
-def test_the_runbook_names_metrics_and_panels_that_exist() -> None:
+def test_runbook_names_existing_metrics_and_panels() -> None:
     known = labels_by_sample()
     assert set(re.findall(r"\bslatewise_[a-z_]+[a-z]", RUNBOOK)) <= known.keys()
     named = {tuple(text.split(" > ")) for text in re.findall(r"(?<!\*)\*(\w+ > [^*]+)\*", " ".join(RUNBOOK.split()))}
@@ -68,19 +68,17 @@ def test_the_runbook_names_metrics_and_panels_that_exist() -> None:
         for panel in board.panels
     }
     assert named and named <= shown
-    assert not re.search(r"(?<![*`])(?:Overview|Latency|State|Models) > ", RUNBOOK), (
-        "a panel is written *Board > Panel*"
-    )
+    assert not re.search(r"(?<![*`])(?:Overview|Latency|State|Models) > ", RUNBOOK), "write a panel as *Board > Panel*"
 
 
-def test_every_alert_is_tested_to_fire_and_to_clear() -> None:
+def test_every_alert_is_tested_quiet_firing_and_cleared() -> None:
     tests = [test for path in sorted(FOLDER.glob("*_test.yml")) for test in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for test in tests for case in test["alert_rule_test"]]
     for name in map(alert_name, ALERTS):
         fires = [bool(case["exp_alerts"]) for case in cases if case["alertname"] == name]
-        assert True in fires, f"{name} is not shown to fire"
+        assert True in fires, f"no test shows {name} firing"
         assert False in fires[: fires.index(True)] and False in fires[fires.index(True) :], (
-            f"{name} is not shown to be quiet before and after"
+            f"no test shows {name} quiet before and after"
         )
 
 
@@ -89,6 +87,6 @@ def test_every_alert_is_tested_to_fire_and_to_clear() -> None:
     "command",
     ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml", "test rules burn_test.yml"],
 )
-def test_promtool_agrees(command: str) -> None:
+def test_promtool_command_succeeds(command: str) -> None:
     found = subprocess.run(["promtool", *command.split()], cwd=FOLDER, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -1,4 +1,4 @@
-"""The dashboards: what their queries name exists, each panel says what it is, and the files that Grafana mounts are what the code makes."""
+"""The dashboards: queries use existing metrics, panels describe themselves, and the JSON files match the code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from deploy.grafana import dashboards
+from deploy.grafana import dashboards, objectives
 from slatewise.metrics import BUCKETS
 from tests.test_metrics import METRICS, name_of
 
 FOLDER = Path(dashboards.__file__).parent
 RULES = FOLDER.parent / "prometheus" / "rules.yml"
 COMMON = {"job", "instance"}
-FOREIGN = {  # of Prometheus itself, and of the client library
+FOREIGN = {  # from Prometheus itself, and from its client library
     "up": COMMON,
     "ALERTS": {*COMMON, "alertname", "alertstate"},
     "process_cpu_seconds_total": COMMON,
@@ -28,7 +28,7 @@ UNITS = {"none", "s", "reqps", "ops", "bytes", "percentunit"}
 
 
 def labels_by_sample() -> dict[str, set[str]]:
-    """Every name that can be queried -> its labels."""
+    """Name of each metric that can be queried -> its labels."""
     found = dict(FOREIGN)
     for metric in METRICS:
         labels = COMMON | set(metric._labelnames)
@@ -68,13 +68,13 @@ def title(panel: tuple[str, dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("name", dashboards.DASHBOARDS)
-def test_the_files_are_what_the_code_makes(name: str) -> None:
+def test_json_files_equal_generated_text(name: str) -> None:
     assert (FOLDER / "dashboards" / f"{name}.json").read_text() == dashboards.text(name), (
         "run: python -m deploy.grafana.dashboards"
     )
 
 
-def test_there_are_four_and_no_other_file() -> None:
+def test_folder_has_exactly_four_dashboards() -> None:
     assert (
         {path.stem for path in (FOLDER / "dashboards").iterdir()}
         == set(dashboards.DASHBOARDS)
@@ -83,7 +83,7 @@ def test_there_are_four_and_no_other_file() -> None:
 
 
 @pytest.mark.parametrize("panel", panels(), ids=title)
-def test_a_panel_has_a_unit_and_says_what_it_means(panel: tuple[str, dict[str, Any]]) -> None:
+def test_panel_has_unit_description_and_queries(panel: tuple[str, dict[str, Any]]) -> None:
     _, content = panel
     assert content["fieldConfig"]["defaults"]["unit"] in UNITS
     assert content["description"].endswith((".", "?"))
@@ -92,7 +92,7 @@ def test_a_panel_has_a_unit_and_says_what_it_means(panel: tuple[str, dict[str, A
 
 
 @pytest.mark.parametrize("panel", panels(), ids=title)
-def test_what_its_queries_name_exists(panel: tuple[str, dict[str, Any]]) -> None:
+def test_panel_queries_use_existing_metrics_and_labels(panel: tuple[str, dict[str, Any]]) -> None:
     known = labels_by_sample()
     for target in panel[1]["targets"]:
         expr = target["expr"]
@@ -105,8 +105,8 @@ def test_what_its_queries_name_exists(panel: tuple[str, dict[str, Any]]) -> None
 
 
 @pytest.mark.parametrize("panel", panels(), ids=title)
-def test_its_queries_aggregate_over_replicas_and_windows(panel: tuple[str, dict[str, Any]]) -> None:
-    """Rates before sums, quantiles of summed buckets, windows that follow the screen, and the dashboard's replicas only."""
+def test_panel_queries_aggregate_rates_over_replicas(panel: tuple[str, dict[str, Any]]) -> None:
+    """Sums of rates, quantiles of summed buckets, windows that follow the zoom, only the selected replicas."""
     for target in panel[1]["targets"]:
         expr = target["expr"]
         assert set(re.findall(r"\[([^\]]*)\]", expr)) <= {"$__rate_interval"}
@@ -114,12 +114,12 @@ def test_its_queries_aggregate_over_replicas_and_windows(panel: tuple[str, dict[
         for argument in re.findall(r"histogram_quantile\([\d.]+, (.*)", expr):
             assert re.match(r"sum by \(le\b[^)]*\) \(rate\(", argument)
         for name in re.findall(r"\b(slatewise_\w+_(?:total|bucket|count|sum))\{", expr):
-            assert re.search(rf"\b(?:rate|increase)\({name}\{{", expr), "a counter is shown as a rate"
+            assert re.search(rf"\b(?:rate|increase)\({name}\{{", expr), "show a counter as a rate"
         for matchers in re.findall(r"\b(?:slatewise|process)_\w+\{([^}]*)\}", expr):
             assert matchers.startswith('instance=~"$instance"')
 
 
-def test_no_two_panels_have_one_place_and_none_is_wider_than_the_screen() -> None:
+def test_panels_do_not_overlap_and_fit_the_width() -> None:
     for name in dashboards.DASHBOARDS:
         taken: set[tuple[int, int]] = set()
         for panel in json.loads(dashboards.text(name))["panels"]:
@@ -130,14 +130,14 @@ def test_no_two_panels_have_one_place_and_none_is_wider_than_the_screen() -> Non
             taken |= cells
 
 
-def test_the_objectives_drawn_are_those_of_the_rules() -> None:
+def test_dashboard_objectives_equal_alert_rules() -> None:
     rules = RULES.read_text()
-    assert dashboards.OBJECTIVE_SECONDS in BUCKETS and f'le="{dashboards.OBJECTIVE_SECONDS}"' in rules
-    assert f"14.4 * {dashboards.FAILED_OBJECTIVE}" in rules and f"14.4 * {dashboards.SLOW_OBJECTIVE}" in rules
+    assert objectives.OBJECTIVE_SECONDS in BUCKETS and f'le="{objectives.OBJECTIVE_SECONDS}"' in rules
+    assert f"14.4 * {objectives.FAILED_OBJECTIVE}" in rules and f"14.4 * {objectives.SLOW_OBJECTIVE}" in rules
 
 
-def test_grafana_finds_source_and_dashboards() -> None:
-    """The names that provisioning, dashboards and docker-compose.yml share."""
+def test_grafana_provisioning_matches_dashboards_and_compose() -> None:
+    """Provisioning, dashboards and docker-compose.yml agree on names and paths."""
     provisioning = FOLDER / "provisioning"
     source = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"][0]
     assert (source["uid"], source["type"]) == (dashboards.SOURCE.uid, dashboards.SOURCE.type_val)
@@ -148,12 +148,12 @@ def test_grafana_finds_source_and_dashboards() -> None:
     assert f"./deploy/grafana/dashboards:{path}:ro" in compose["services"]["grafana"]["volumes"]
     assert "./deploy/grafana/provisioning:/etc/grafana/provisioning:ro" in compose["services"]["grafana"]["volumes"]
     scrape = yaml.safe_load((FOLDER.parent / "prometheus" / "prometheus.yml").read_text())["global"]["scrape_interval"]
-    assert source["jsonData"]["timeInterval"] == scrape, "$__rate_interval follows it"
+    assert source["jsonData"]["timeInterval"] == scrape, "$__rate_interval is derived from it"
 
 
-def test_the_last_report_is_of_these_panels_and_found_nothing_wrong() -> None:
+def test_dashboards_report_is_current_and_clean() -> None:
     report = (FOLDER.parent.parent / "docs" / "dashboards" / "report.md").read_text()
     queries = sum(len(panel["targets"]) for _, panel in panels())
-    assert (
-        f"**{len(panels())} panels with {queries} queries, 0 without data; 0 things not as they should be.**" in report
-    ), "run: make dashboards-check"
+    assert f"**{len(panels())} panels with {queries} queries, 0 without data; 0 failed checks.**" in report, (
+        "run: make dashboards-check"
+    )

@@ -1,0 +1,149 @@
+"""Is the service healthy, and since when is it not?"""
+
+from __future__ import annotations
+
+from deploy.grafana.objectives import FAILED_OBJECTIVE, OBJECTIVE_SECONDS, SLOW_OBJECTIVE
+from deploy.grafana.panels import Panel, graph, number, states
+from deploy.grafana.promql import RANKED, quantile, quantiles, rate, series, share
+
+OVERVIEW: list[Panel] = [
+    number(
+        "Replicas",
+        "Replicas that answer Prometheus. Is the service up?",
+        "none",
+        "up",
+        'sum(up{job="slatewise", instance=~"$instance"})',
+        red_below=1,
+    ),
+    number(
+        "Failed in the last hour",
+        "Share of requests answered 429 or 5xx over all replicas, last hour; the objective is 0.1 %. Is it healthy?",
+        "percentunit",
+        "{{job}}",
+        "job:slatewise_requests_failed:ratio_rate1h",
+        red_from=FAILED_OBJECTIVE,
+    ),
+    number(
+        "Slow in the last hour",
+        "Share of requests ranked in more than 50 ms over all replicas, last hour; the objective is 1 %. Is it slow?",
+        "percentunit",
+        "{{job}}",
+        "job:slatewise_requests_slow:ratio_rate1h",
+        red_from=SLOW_OBJECTIVE,
+    ),
+    number(
+        "p99",
+        "99 % of the ranked requests take at most this, now.",
+        "s",
+        "p99",
+        quantile(0.99, "slatewise_request_duration_seconds", where=RANKED),
+        red_from=OBJECTIVE_SECONDS,
+    ),
+    number(
+        "Degraded",
+        "Share of degraded answers: a cheaper exit, the input order, or without the user's vector.",
+        "percentunit",
+        "degraded",
+        share(
+            rate("slatewise_degraded_total", where='reason=~"deadline|overload|store_error"'),
+            rate("slatewise_exits_total"),
+        ),
+        red_from=0.05,
+    ),
+    number(
+        "Firing alerts",
+        "Alerts that fire now. docs/runbook.md has a paragraph on each.",
+        "none",
+        "firing",
+        'count(ALERTS{alertstate="firing"}) or vector(0)',
+        red_from=1,
+    ),
+    graph(
+        "Requests",
+        "Finished requests by status code. 499: the client disconnected. How are requests answered?",
+        "reqps",
+        ("{{code}}", rate("slatewise_requests_total", "code")),
+        stacked=True,
+    ),
+    graph(
+        "Failed requests",
+        "Share of requests answered 429 or 5xx; the line is the objective. Are requests failing, and since when?",
+        "percentunit",
+        ("failed", share(rate("slatewise_requests_total", where='code=~"429|5.."'), rate("slatewise_requests_total"))),
+        line=FAILED_OBJECTIVE,
+    ),
+    graph(
+        "Latency",
+        "Time in the application of requests ranked by the model; the line is the objective of 50 ms.",
+        "s",
+        *quantiles("slatewise_request_duration_seconds", RANKED),
+        line=OBJECTIVE_SECONDS,
+    ),
+    graph(
+        "Error budget",
+        "Burn rate of the month's error budget over the last hour. 1 spends it exactly; above 14.4 an alert pages.",
+        "none",
+        ("failed", f"job:slatewise_requests_failed:ratio_rate1h / {FAILED_OBJECTIVE}"),
+        ("slow", f"job:slatewise_requests_slow:ratio_rate1h / {SLOW_OBJECTIVE}"),
+        line=1,
+    ),
+    graph(
+        "Saturation",
+        "Use of the fullest replica, relative to its limits: threads, requests in flight, tokens, memory.",
+        "percentunit",
+        (
+            "processor",
+            f"max(rate({series('process_cpu_seconds_total')}[$__rate_interval]) / {series('slatewise_threads')})",
+        ),
+        (
+            "in flight",
+            f"max({series('slatewise_requests_in_flight')} / {series('slatewise_requests_in_flight_limit')})",
+        ),
+        ("tokens", f"max({series('slatewise_outstanding_tokens')} / {series('slatewise_outstanding_tokens_limit')})"),
+        ("memory", f"max({series('process_resident_memory_bytes')} / {series('slatewise_memory_limit_bytes')})"),
+        line=0.9,
+    ),
+    graph(
+        "Work in progress",
+        "Requests in flight, and chunks of work that wait for a thread. Does work pile up?",
+        "none",
+        ("in flight", f"sum({series('slatewise_requests_in_flight')})"),
+        ("queue", f"sum({series('slatewise_queue_length')})"),
+    ),
+    graph(
+        "Refused by reason",
+        "key: invalid key. in_flight, tokens: too much load, before or after reading the body. Are requests refused?",
+        "reqps",
+        ("{{reason}}", rate("slatewise_rejected_total", "reason")),
+        stacked=True,
+    ),
+    graph(
+        "Degraded by reason",
+        "deadline, overload: stopped early. exit: a cheaper exit. store_error: no vector. Are answers degraded?",
+        "reqps",
+        ("{{reason}}", rate("slatewise_degraded_total", "reason")),
+    ),
+    graph(
+        "Deadlines and clients",
+        "Requests whose deadline passed, answered or not, and clients that disconnected.",
+        "reqps",
+        ("deadline exceeded", rate("slatewise_deadline_exceeded_total")),
+        ("client disconnected", rate("slatewise_client_disconnects_total")),
+    ),
+    graph(
+        "Memory",
+        "Resident memory of each replica, and its limit.",
+        "bytes",
+        ("{{instance}}", series("process_resident_memory_bytes")),
+        ("limit of {{instance}}", series("slatewise_memory_limit_bytes")),
+        width=12,
+    ),
+    states(
+        "Alerts",
+        "Times at which each alert was firing.",
+        "{{alertname}} {{instance}}",
+        'max by (alertname, instance) (ALERTS{alertstate="firing"})',
+        {"1": ("firing", "red")},
+        width=12,
+    ),
+]
