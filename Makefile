@@ -46,7 +46,7 @@ compress: movielens
 
 dashboards-check: $(TEST)/installed
 	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }
-	$(TEST)/bin/python -m loadtest.dashboards
+	$(TEST)/bin/python -m loadtest.observability.dashboards
 
 # What the Dockerfile does, without Docker: a clean folder and environment, the image's command, and its health check.
 IMAGE := build/image

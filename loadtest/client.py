@@ -1,9 +1,9 @@
-"""A load generator that costs little beside the server on the same cores: raw sockets, requests made before the clock starts.
+"""A load generator with little CPU use of its own: raw sockets, and requests serialized before the clock starts.
 
-    closed loop   each connection asks again as soon as it is answered
-    open loop     requests fall due at a rate, whatever the server does; their latency counts from when they fell due
+    closed loop   each connection sends its next request when the previous answer has arrived
+    open loop     requests arrive at a fixed rate, independent of the server; latency counts from the arrival time
 
-Before: `workload.py` (bodies). After: `cells.py` and `soak.py`.
+Called by: every measurement over HTTP. Calls: nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TIMEOUT_SECONDS = 60.0
 
 @dataclass
 class Outcome:
-    """Of one run: seconds and status of each answer in the order of their end, the bodies if they were to be kept, and the seconds of the whole."""
+    """The answers of one run, in the order of completion. `latencies` and `seconds` (the whole run) are in seconds."""
 
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    bodies: list[bytes] = field(default_factory=list)  # of status 200
+    bodies: list[bytes] = field(default_factory=list)  # of answers with status 200, if `keep_bodies` was set
     seconds: float = 0.0
 
     def quantile(self, q: float) -> float:
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def post(path: str, body: bytes, user: str | None = None) -> bytes:
-    """The bytes of an HTTP/1.1 request, the user in a header too, for a balancer that hashes it."""
+    """Return the bytes of an HTTP/1.1 request; `user` also goes into X-User-ID, which a load balancer can hash."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
@@ -56,7 +56,7 @@ def post(path: str, body: bytes, user: str | None = None) -> bytes:
 
 
 def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:
-    """Status and body of one answer. Raises OSError where the server does not keep to HTTP/1.1 with a Content-Length."""
+    """Status and body of one answer. Raises OSError if the connection ends early or Content-Length is missing."""
     connection.sendall(request)
     data = b""
     while b"\r\n\r\n" not in data:
@@ -88,10 +88,13 @@ def connect(port: int) -> socket.socket:
 
 
 def drive(port: int, turns: Iterable[tuple[float | None, bytes]], connections: int, keep_bodies: bool) -> Outcome:
-    """All requests, shared between the connections in order, each with the seconds from the start at which it falls due (None: at once)."""
+    """Send all requests in order, shared between the connections. Raises the first error of any connection.
+
+    turns: (arrival in seconds after the start, or None for at once; request).
+    """
     sockets = [connect(port) for _ in range(connections)]
     left = iter(turns)
-    lock = threading.Lock()  # a generator may be asked by one thread at a time
+    lock = threading.Lock()  # a generator cannot be advanced by two threads at once
     answers: list[tuple[float, int, bytes]] = []
     failures: list[Exception] = []
 
@@ -107,7 +110,7 @@ def drive(port: int, turns: Iterable[tuple[float | None, bytes]], connections: i
                 time.sleep(max(0.0, asked - time.perf_counter()))
                 status, body = ask(connection, request)
                 answers.append((time.perf_counter() - asked, status, body if keep_bodies and status == 200 else b""))
-        except Exception as error:  # of any kind: the caller hears of it
+        except Exception as error:  # raised again in the caller's thread
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(connection,)) for connection in sockets]
@@ -137,14 +140,14 @@ def open_loop(
     seed: int = 0,
     keep_bodies: bool = False,
 ) -> Outcome:
-    """Poisson arrivals. With all connections busy a request waits here, and its latency says so."""
+    """Poisson arrivals. While all connections are busy, a request waits here; its latency includes the wait."""
     rng = random.Random(seed)
     due = itertools.accumulate(rng.expovariate(per_second) for _ in itertools.count())
     return drive(port, zip(due, requests), connections, keep_bodies)
 
 
-def lasting(seconds: float, requests: Iterable[bytes]) -> Iterator[bytes]:
-    """The requests until that long after the first one was taken."""
+def limit_time(seconds: float, requests: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the requests until `seconds` after the first one."""
     end = None
     for request in requests:
         now = time.perf_counter()

@@ -1,11 +1,14 @@
-"""Requests that were captured (SLATEWISE_CAPTURE_FILE) or that a bundle warms up with, asked again:
+"""Send captured requests (SLATEWISE_CAPTURE_FILE) or a bundle's warm-up requests again.
 
-    python -m loadtest.replay capture.jsonl 8000                     the server at that port: statuses and latencies
+    python -m loadtest.replay capture.jsonl 8000
+        to the server at a port: statuses and latencies
     python -m loadtest.replay capture.jsonl models/bundles/movielens/3 models/bundles/movielens/4
-                                                                     two bundles, or two ports: and how their scores differ
+        to two bundles, or two ports: also how the scores differ
 
-In the order of the file, one at a time, so that histories grow as they did. Deadlines are left out: an answer is to depend on the
-bundle alone. The last line is JSON.
+Requests are sent in the order of the file, one at a time, so histories grow as they did. Deadlines are removed, so an
+answer depends on the bundle alone. The last line is JSON.
+
+Called by: the command line. Calls: `client.py`, `server_process.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from loadtest.client import Outcome, closed_loop, post
-from loadtest.server import Server
+from loadtest.server_process import ServerProcess
 
 TOP = 10
 
 
 def read(path: Path) -> list[bytes]:
-    """The requests for /score, without what makes an answer depend on the hour or the load."""
+    """Return bodies for POST /score, without the members that make an answer depend on time or load."""
     bodies = []
     for line in filter(None, path.read_text().splitlines()):
         request = json.loads(line)
@@ -39,7 +42,7 @@ def read(path: Path) -> list[bytes]:
 
 @contextmanager
 def serving(where: str) -> Iterator[int]:
-    """The port of a server that runs there, or of our own on one bundle's folder."""
+    """The port of a running server (`where` is a port), or of a new server on one bundle (`where` is its folder)."""
     if where.isdecimal():
         yield int(where)
         return
@@ -47,19 +50,19 @@ def serving(where: str) -> Iterator[int]:
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / folder.parent.name).mkdir()
         (Path(root) / folder.parent.name / folder.name).symlink_to(folder)
-        with Server({"BUNDLES": root, "DRAIN_SECONDS": "0"}) as server:
+        with ServerProcess({"BUNDLES": root, "DRAIN_SECONDS": "0"}) as server:
             yield server.port
 
 
-def kept_order(one: np.ndarray, two: np.ndarray) -> float:
-    """Kendall's tau of two lists of scores, pairs that are tied in one of them left out."""
+def kendall_tau(one: np.ndarray, two: np.ndarray) -> float:
+    """Rank correlation of two lists of scores; pairs that are tied in one of them do not count."""
     upper = np.triu_indices(len(one), 1)
     signs = np.sign(one[upper[0]] - one[upper[1]]) * np.sign(two[upper[0]] - two[upper[1]])
     return float(signs.sum() / np.count_nonzero(signs)) if signs.any() else 1.0
 
 
 def compare(ones: list[bytes], twos: list[bytes]) -> dict[str, Any]:
-    """Of the same requests, answered twice."""
+    """Differences between two lists of answers to the same requests."""
     differences = []
     orders = []
     tops = []
@@ -73,7 +76,7 @@ def compare(ones: list[bytes], twos: list[bytes]) -> dict[str, Any]:
         a = np.array(one["results"]["scores"])
         b = np.array(two["results"]["scores"])
         differences.append(np.abs(a - b))
-        orders.append(kept_order(a, b))
+        orders.append(kendall_tau(a, b))
         best_a = np.argsort(-a, kind="stable")[:TOP]
         best_b = np.argsort(-b, kind="stable")[:TOP]
         tops.append(len(np.intersect1d(best_a, best_b)) / len(best_a))
@@ -94,7 +97,7 @@ def compare(ones: list[bytes], twos: list[bytes]) -> dict[str, Any]:
 
 
 def replay(bodies: list[bytes], ports: list[int]) -> dict[str, Any]:
-    """Raises ValueError where a server refuses a request: then there is nothing to compare."""
+    """Statuses and latencies of each server and, of two, their differences. Raises ValueError if a request failed."""
     outcomes: list[Outcome] = [
         closed_loop(port, (post("/score", body) for body in bodies), 1, keep_bodies=True) for port in ports
     ]
@@ -110,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="a capture, or a bundle's warmup.jsonl")
+    parser.add_argument("file", type=Path, help="a captured file, or a bundle's warmup.jsonl")
     parser.add_argument("servers", nargs="+", help="a port, or a bundle's folder; one or two")
     args = parser.parse_args()
     if len(args.servers) > 2:

@@ -1,7 +1,9 @@
-"""A light, mixed load on a server that runs: python -m loadtest.traffic --port 8000 --per-second 20 --seconds 600
+"""A light, mixed load on a running server: python -m loadtest.traffic --port 8000 --per-second 20 --seconds 600
 
-Half of the requests come from users whose history grew since, some of them with a meta-embedding in the bundle; the rest is new. So
-that dashboards show something, not to measure: for that there is `python -m loadtest`.
+Half of the requests come from returning users with a longer history, the rest from new users. Some returning users
+have a meta-embedding in the bundle. Use it to fill dashboards; `python -m loadtest.server` is for measurements.
+
+Called by: docker-compose.yml (service `load`), `observability/dashboards.py`. Calls: `client.py`, `workload.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loadtest.client import lasting, open_loop, post
+from loadtest.client import limit_time, open_loop, post
 from loadtest.workload import Workload, window
 
 MOST_EVENTS = 200
@@ -22,7 +24,7 @@ CONNECTIONS = 16
 
 
 def visits(workload: Workload, **members: Any) -> Iterator[bytes]:
-    """Requests without end: a user's history grows by up to three events a visit, and begins anew when it is long."""
+    """Endless requests: a user's history grows by up to three events a visit, and starts again when it is used up."""
     rng = workload.rng
     folder = workload.folder
     named: list[str] = json.loads((folder / "users.json").read_text()) if (folder / "users.json").exists() else []
@@ -50,13 +52,15 @@ def main() -> None:
         "--bundles",
         type=Path,
         default=Path("models/bundles"),
-        help="root of the bundles, for the ids (default: %(default)s)",
+        help="root folder of the bundles, for item and user ids (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--per-second", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=600.0)
     args = parser.parse_args()
-    outcome = open_loop(args.port, lasting(args.seconds, visits(Workload(args.bundles))), args.per_second, CONNECTIONS)
+    outcome = open_loop(
+        args.port, limit_time(args.seconds, visits(Workload(args.bundles))), args.per_second, CONNECTIONS
+    )
     print(json.dumps(outcome.summary()))
 
 

@@ -1,6 +1,6 @@
-"""Request bodies, drawn from a seed over a bundle's own ids: W of docs/performance.md and its neighbours.
+"""Request bodies, drawn at random from a seed, with the item ids of a bundle.
 
-Before: a bundle's folder. After: `client.py` sends them.
+Called by: every measurement over HTTP. Calls: a bundle's manifest.json and ids.json. `client.py` sends the bodies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Shape:
     candidates: int = 200
 
 
-W = Shape()
-STEADY = 300  # requests of W until our history cache is full at its default, as it is in use
+W = Shape()  # the reference request of docs/performance.md
+STEADY = 300  # requests of shape W that fill the history cache at its default size
 
 
 class Workload:
-    """Draws requests for the newest version of a bundle root's only ranker, or of the one that is named."""
+    """Draws requests for the newest version of `ranker`, by default the first ranker below `bundles`."""
 
     def __init__(self, bundles: Path, ranker: str | None = None, seed: int = 0) -> None:
         folder = bundles / ranker if ranker else next(path for path in sorted(bundles.iterdir()) if path.is_dir())
@@ -66,19 +66,19 @@ class Workload:
         return json.dumps(content | members).encode()
 
     def distinct(self, shape: Shape, count: int, **members: Any) -> list[bytes]:
-        """Each from a user that was never seen."""
+        """`count` requests, each from a new user."""
         return [
             self.body(self.new_user(), self.history(shape.history), shape.candidates, **members) for _ in range(count)
         ]
 
     def returning(self, shape: Shape, users: int, rounds: int) -> tuple[list[bytes], list[bytes]]:
-        """(requests that make the users known, requests of the same histories with new candidates)."""
+        """(first requests of the users, then requests with the same histories and new candidates)."""
         known = [(self.new_user(), self.history(shape.history)) for _ in range(users)]
         first = [self.body(user, history, shape.candidates) for user, history in known]
         return first, [self.body(user, history, shape.candidates) for _ in range(rounds) for user, history in known]
 
     def growing(self, shape: Shape, users: int, rounds: int) -> tuple[list[bytes], list[bytes]]:
-        """(requests that make the users known, requests with one more event each)."""
+        """(first requests of the users, then requests with one more event each)."""
         known = [(self.new_user(), self.history(shape.history + rounds)) for _ in range(users)]
         requests = [
             [self.body(user, window(history, 0, shape.history + k), shape.candidates) for user, history in known]
@@ -87,9 +87,10 @@ class Workload:
         return requests[0], [body for one in requests[1:] for body in one]
 
     def sliding(self, shape: Shape, users: int, rounds: int, offset: bool) -> tuple[list[bytes], list[bytes]]:
-        """The same from clients that send the last `shape.history` events, with or without `offset`.
+        """As `growing`, from clients that send only the last `shape.history` events, with or without `offset`.
 
-        Each user begins at an offset of its own: the server's window moves on once in 64 events, for one user in 64 at a time.
+        The first offsets differ by user: the server's window moves every 64 events, so about one user in 64 moves in
+        each round.
         """
         known = [(self.new_user(), self.rng.randrange(64), self.history(shape.history + rounds)) for _ in range(users)]
 
@@ -103,9 +104,9 @@ class Workload:
         return requests[0], [body for one in requests[1:] for body in one]
 
     def endless(self, most_history: int, most_candidates: int, known_users: int = 50) -> Iterator[bytes]:
-        """Log-uniform sizes, 0 to `most_history` events and 1 to `most_candidates`.
+        """Endless requests of log-uniform sizes: 0 to `most_history` events and 1 to `most_candidates` candidates.
 
-        Half of the requests come from one of the last `known_users`, with as much of the history as is drawn: all of it, the half, or between.
+        Half of them come from one of the last `known_users` new users, with the first 50 to 100 % of its history.
         """
         known: deque[tuple[str, dict[str, list[Any]]]] = deque(maxlen=known_users)
         while True:

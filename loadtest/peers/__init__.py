@@ -1,4 +1,4 @@
-"""Textbook servers of the same ranker, beside our own: `python -m loadtest.peers`.
+"""Other servers with the same model, measured like Slatewise: `python -m loadtest.peers`.
 
-Before: `models/slatewise_train/demo/reference.py` (the bundle and its graph rank.onnx). After: build/peers/report/.
+Called by: the command line. Calls: `slatewise_train/demo/reference.py` (the bundle and its graph rank.onnx).
 """

@@ -1,10 +1,11 @@
-"""Our server and textbook servers of the same ranker, side by side: python -m loadtest.peers
+"""Slatewise and other servers with the same model, side by side: python -m loadtest.peers
 
-    check       every peer, on every graph, gives our scores
-    choice      each peer's best number of workers and of threads, by short runs: req/s at 4 connections, p50 at 1
-    measurement all contenders, each started anew in every round, in an order drawn for the round
+    check        the scores of every peer, on every graph, equal those of Slatewise
+    choice       short runs find each peer's best number of workers and threads: req/s at 4 connections, p50 at 1
+    measurement  all contenders in rounds; each starts anew in every round, in random order
 
-Before: nothing; `environments.py` makes what is missing. After: build/peers/report/ with report.md, report.png, cells.jsonl.
+Called by: the command line. Calls: `environments.py` installs missing parts. Output: build/peers/report/ with
+report.md, report.png and cells.jsonl.
 """
 
 from __future__ import annotations
@@ -12,31 +13,29 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
-import sys
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
 from loadtest.peers.contenders import OURS, PEERS, Setup
-from loadtest.peers.environments import BUILD, GRAPHS, prepare
+from loadtest.peers.environments import BUILD, GRAPHS, prepare, site_packages
 from loadtest.peers.measurements import (
     BOUND,
+    Batch,
     Cell,
     Entry,
-    measure_distinct,
-    measure_known,
     our_scores,
     sample_bodies,
     worst_difference,
 )
 from loadtest.peers.report import Cells, choices, plot, ratios, side_by_side
+from loadtest.server_process import exit_on_sigterm
 
-CHOICE_RUNS = 2  # of each set-up, the better of which counts
+CHOICE_RUNS = 2  # runs of each set-up; the better one counts
 
 
 class Run:
-    """One side by side: its cells as they come, on the screen and in a file."""
+    """One comparison. Prints its cells, and appends them to a file, as soon as they are measured."""
 
     def __init__(self, out: Path, peers: Sequence[str], variants: Sequence[str]) -> None:
         self.out = out
@@ -68,7 +67,7 @@ class Run:
                 raise SystemExit(f"the bound is {BOUND:.0e}")
 
     def choose(self, count: int, quick: bool) -> dict[tuple[Entry, int], Setup]:
-        """By entry and connections."""
+        """The best set-up by (entry, connections)."""
         chosen: dict[tuple[Entry, int], Setup] = {}
         for entry in self.entries:
             setups = PEERS[entry.name].setups()[: 1 if quick else None]
@@ -76,7 +75,7 @@ class Run:
             waits = dict.fromkeys(setups, float("inf"))
             for turn in range(1 if quick else CHOICE_RUNS):
                 for setup in setups:
-                    cells = list(measure_distinct(entry, setup, (4, 1), count, self.out, "choice", turn))
+                    cells = list(Batch(entry, setup, "choice", turn, count, self.out).measure_distinct((4, 1)))
                     rates[setup] = max(rates[setup], cells[0].per_second)
                     waits[setup] = min(waits[setup], cells[1].p50_ms)
                     self.add(cells)
@@ -85,24 +84,21 @@ class Run:
         return chosen
 
     def measure(self, chosen: dict[tuple[Entry, int], Setup], count: int, turn: int) -> None:
-        """One round."""
+        """One round of the measurement."""
         order = [*self.ours, *self.entries]
         random.Random(turn).shuffle(order)
         for entry in order:
             if entry in self.ours:
-                self.add(list(measure_distinct(entry, None, (4, 1), count, self.out, "measurement", turn)))
-                self.add(list(measure_known(entry, count, self.out, turn)))
+                plan = [(None, (4, 1))]
             elif chosen[entry, 4] == chosen[entry, 1]:
-                self.add(list(measure_distinct(entry, chosen[entry, 4], (4, 1), count, self.out, "measurement", turn)))
+                plan = [(chosen[entry, 4], (4, 1))]
             else:
-                for connections in (4, 1):
-                    self.add(
-                        list(
-                            measure_distinct(
-                                entry, chosen[entry, connections], (connections,), count, self.out, "measurement", turn
-                            )
-                        )
-                    )
+                plan = [(chosen[entry, connections], (connections,)) for connections in (4, 1)]
+            for setup, connections in plan:
+                batch = Batch(entry, setup, "measurement", turn, count, self.out)
+                self.add(list(batch.measure_distinct(connections)))
+            if entry in self.ours:
+                self.add(list(Batch(entry, None, "measurement", turn, count, self.out).measure_known()))
 
     def report(self) -> None:
         cells = Cells(self.cells, self.ours, self.entries)
@@ -116,25 +112,25 @@ class Run:
 
 
 def version(peer: str) -> str:
-    return next(d.version for d in distributions(name=peer, path=[str(BUILD / peer / "lib/python3.11/site-packages")]))
+    return next(found.version for found in distributions(name=peer, path=[str(site_packages(peer))]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our server and textbook servers of the same ranker, side by side.")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas (%(default)s)")
+    parser = argparse.ArgumentParser(description="Slatewise and other servers with the same model, side by side.")
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated peers (default: %(default)s)")
     parser.add_argument(
-        "--variants", default="fp32", help="of our own server, each a contender, separated by commas (%(default)s)"
+        "--variants", default="fp32", help="comma-separated variants of Slatewise (default: %(default)s)"
     )
-    parser.add_argument("--requests", type=int, help="a cell (400, or 40 with --quick)")
-    parser.add_argument("--rounds", type=int, help="medians are over these (5, or 1 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: one set-up a peer")
+    parser.add_argument("--requests", type=int, help="requests in a cell (default: 400, or 40 with --quick)")
+    parser.add_argument("--rounds", type=int, help="rounds of the measurement (default: 5, or 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test with one set-up for each peer")
     parser.add_argument("--out", type=Path, default=BUILD / "report")
     options = parser.parse_args()
     peers = options.peers.split(",")
     if unknown := set(peers) - PEERS.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the contender that runs ends with it
-    for name in [name for name in os.environ if name.startswith("SLATEWISE_")]:  # our server at its defaults
+    exit_on_sigterm()
+    for name in [name for name in os.environ if name.startswith("SLATEWISE_")]:  # Slatewise runs with its defaults
         del os.environ[name]
     count = options.requests or (40 if options.quick else 400)
     rounds = options.rounds or (1 if options.quick else 5)

@@ -1,8 +1,8 @@
-"""The same ranker as a BentoML service, without its adaptive batching.
+"""The same model as a BentoML service, without its adaptive batching.
 
     bentoml serve loadtest.peers.bentoml_service:Rerank
 
-Before: `ranker.py`. After: `contenders.py` starts it.
+Called by: `contenders.py`. Calls: `ranker.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import bentoml
 
 from loadtest.peers.ranker import Ranker
 
-# The session may run for several requests at once, as in the other peers; BentoML's own default is one thread a worker.
+# Several requests share the session, as in the other peers. The default of BentoML is one thread a worker.
 THREADS_A_WORKER = 4
 
 

@@ -1,23 +1,21 @@
-"""Who takes part: our own server and the peers, how each is started, and how each wants the body to be wrapped.
+"""The contenders: Slatewise and the peers, their start commands, and their request and answer formats.
 
-Before: `environments.py` (where each is installed). After: `measurements.py` starts and measures them.
+Called by: `measurements.py`. Calls: `server_process.py`; `environments.py` names their folders.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from loadtest.peers.environments import BUILD, BUNDLE, BUNDLES, GRAPHS, HERE
-from loadtest.server import Server, free_port
+from loadtest.peers.environments import BUILD, BUNDLE, BUNDLES, GRAPHS, HERE, ROOT
+from loadtest.server_process import SERVE, ServerProcess
+from tests.support.network import free_port
 
 OURS = "slatewise"
 
@@ -25,7 +23,7 @@ OURS = "slatewise"
 @dataclass(frozen=True)
 class Setup:
     workers: int
-    threads: int  # of each worker's session
+    threads: int  # threads of each worker's session
 
     def __str__(self) -> str:
         return f"{self.workers} x {self.threads}"
@@ -36,7 +34,7 @@ def same(body: bytes) -> bytes:
 
 
 def v2_request(body: bytes) -> bytes:
-    """The Open Inference Protocol: the body as the one string of a tensor."""
+    """The Open Inference Protocol: the body as a tensor with one string."""
     tensor = {
         "name": "body",
         "shape": [1],
@@ -53,7 +51,7 @@ def v2_answer(answer: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Peer:
-    """{port}, {spare} (another free port) and {workers} are put into the command and the environment."""
+    """A peer. {port}, {spare} (a second free port) and {workers} are filled into `command` and `environment`."""
 
     title: str
     command: tuple[str, ...]
@@ -110,56 +108,25 @@ PEERS = {
             "MLSERVER_METRICS_DIR": str(BUILD / "mlserver/metrics"),
             "MLSERVER_ENVIRONMENTS_DIR": str(BUILD / "mlserver/environments"),
         },
-        workers=(0, 1, 2),  # 0: inference in the process that speaks HTTP
+        workers=(0, 1, 2),  # 0: inference in the HTTP process
         wrap=v2_request,
         unwrap=v2_answer,
     ),
 }
 
 
-class Contender(Server):
-    """A server with its own log, counted and stopped with all its descendants: some peers' workers lead sessions of their own."""
+class Contender(ServerProcess):
+    """A server that appends its output to a log file."""
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str], port: int, ready: str, log: Path) -> None:
-        super().__init__(command=["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), *command], port=port, ready=ready)
-        self.environment |= environment
-
-    def __exit__(self, *reason: object) -> None:
-        family = self.family()
-        try:
-            super().__exit__(*reason)
-        finally:
-            for pid, (_, started) in all_processes().items():  # workers that outlive their server
-                if pid in family and family[pid] == started:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-
-    def processes(self) -> list[int]:
-        return list(self.family())
-
-    def family(self) -> dict[int, str]:
-        """Process to its start time, which tells it from a later process of the same number."""
-        every = all_processes()
-        found = {self.process.pid} & every.keys()
-        while more := {pid for pid, (parent, _) in every.items() if parent in found} - found:
-            found |= more
-        return {pid: every[pid][1] for pid in sorted(found)}
-
-
-def all_processes() -> dict[int, tuple[int, str]]:
-    """Process to its parent and its start time."""
-    processes = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            processes[int(path.parent.name)] = (int(fields[1]), fields[19])
-    return processes
+        redirected = ("sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), *command)
+        super().__init__(command=redirected, port=port, ready=ready, environment=os.environ | environment)
 
 
 def our_server(variant: str, log: Path) -> Contender:
-    """With its default settings, but for the variant that it loads."""
+    """Slatewise with its default settings and one variant."""
     return Contender(
-        (sys.executable, "-m", "slatewise.main"),
+        SERVE,
         {"SLATEWISE_BUNDLES": str(BUNDLES), "SLATEWISE_VARIANTS": variant},
         free_port(),
         "/readyz",
@@ -170,7 +137,7 @@ def our_server(variant: str, log: Path) -> Contender:
 def peer_server(peer: Peer, graph: str, setup: Setup, log: Path) -> Contender:
     values: dict[str, Any] = {"port": free_port(), "spare": free_port(), "workers": setup.workers}
     environment = {
-        "PYTHONPATH": ".",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'app'}",  # loadtest.peers, and slatewise for the features
         "PEER_BUNDLE": str(BUNDLE),
         "PEER_GRAPH": str(GRAPHS[graph]),
         "PEER_THREADS": str(setup.threads),

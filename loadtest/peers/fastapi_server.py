@@ -2,7 +2,7 @@
 
     uvicorn loadtest.peers.fastapi_server:app --workers N
 
-Before: `ranker.py`. After: `contenders.py` starts it.
+Called by: `contenders.py`. Calls: `ranker.py`.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ def ready() -> bool:
 
 @app.post("/rerank", response_model=RerankResponse)
 def rerank(request: RerankRequest) -> RerankResponse:
-    """`def`, so FastAPI runs it in a thread and the event loop stays free."""
+    """Not async, so FastAPI runs it in a thread and the event loop stays free."""
     return RerankResponse.model_validate(ranker.rank(request.model_dump()))

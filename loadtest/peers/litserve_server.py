@@ -1,8 +1,8 @@
-"""The same ranker as a LitServe API: HTTP in one process, the model in others.
+"""The same model as a LitServe API: HTTP in one process, the model in others.
 
     python -m loadtest.peers.litserve_server
 
-Before: `ranker.py`. After: `contenders.py` starts it with PEER_PORT and PEER_WORKERS.
+Called by: `contenders.py`, with PEER_PORT and PEER_WORKERS. Calls: `ranker.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loadtest.peers.ranker import Ranker
 
 
 class RerankApi(litserve.LitAPI):
-    """Asynchronous, so that a worker runs several requests at once; the synchronous one takes them one after the other."""
+    """Asynchronous, so a worker runs several requests concurrently; a synchronous one runs them one at a time."""
 
     def setup(self, device: str) -> None:
         self.ranker = Ranker.from_environment()

@@ -1,6 +1,6 @@
-"""One contender, started, warmed up and measured: a cell of the report.
+"""Start one contender, warm it up and measure it.
 
-Before: `contenders.py`. After: `__main__.py` asks for cells, `report.py` shows them.
+Called by: `__main__.py`; `report.py` shows the cells. Calls: `contenders.py`, `client.py`, `workload.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ BOUND = 1e-5
 
 @dataclass(frozen=True)
 class Entry:
-    """Who serves what."""
+    """A contender: a server and the graph that it serves."""
 
     name: str
-    graph: str  # of our own server, the variant
+    graph: str  # for Slatewise, the variant
 
     @property
     def title(self) -> str:
@@ -38,7 +38,7 @@ class Entry:
 
     @contextmanager
     def serving(self, setup: Setup | None, logs: Path, warm_up: int = WARM_UP) -> Iterator[Contender]:
-        """Ready and warm."""
+        """Run the contender, ready and warmed up."""
         log = logs / f"{self.name}.log"
         if self.name == OURS:
             contender = our_server(self.graph, log)
@@ -71,7 +71,7 @@ class Cell:
     per_second: float
     p50_ms: float
     p99_ms: float
-    cpu_ms: float  # of the server, a request
+    cpu_ms: float  # CPU time of the server for each request
     resident_mb: float
 
     def line(self) -> str:
@@ -96,36 +96,42 @@ def measure(contender: Contender, requests: Sequence[bytes], connections: int, *
     )
 
 
-def measure_distinct(
-    entry: Entry, setup: Setup | None, connections: Sequence[int], count: int, logs: Path, phase: str, turn: int
-) -> Iterator[Cell]:
-    """`count` requests at 4 connections, half of that at 1, none of whose users the server knows."""
-    with entry.serving(setup, logs, STEADY if phase == "measurement" else WARM_UP) as contender:
-        for k in connections:
-            bodies = Workload(BUNDLES, RANKER, seed=10 * turn + k).distinct(W, count if k > 1 else ceil(count / 2))
-            labels = {
-                "phase": phase,
-                "round": turn,
-                "name": entry.name,
-                "graph": entry.graph,
-                "setup": str(setup) if setup else None,
-            }
-            yield measure(contender, entry.requests(bodies), k, users="distinct", **labels)
+@dataclass(frozen=True)
+class Batch:
+    """Cells of one entry in one round. `count` is the number of requests in a cell of 4 connections."""
 
+    entry: Entry
+    setup: Setup | None  # None: Slatewise with its defaults
+    phase: str
+    round: int
+    count: int
+    logs: Path
 
-def measure_known(entry: Entry, count: int, logs: Path, turn: int) -> Iterator[Cell]:
-    """Users whose histories the server has encoded before, at 4 connections: with new candidates, then with one event more."""
-    with entry.serving(None, logs, STEADY) as contender:
-        for users in ("returning", "growing"):
-            workload = Workload(BUNDLES, RANKER, seed=10 * turn + len(users))
-            first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(count / RETURNING_USERS))
-            closed_loop(contender.port, entry.requests(first), 4)
-            labels = {"phase": "measurement", "round": turn, "name": entry.name, "graph": entry.graph, "setup": None}
-            yield measure(contender, entry.requests(rest), 4, users=users, **labels)
+    def labels(self, users: str) -> dict[str, Any]:
+        setup = str(self.setup) if self.setup else None
+        labels = {"phase": self.phase, "round": self.round, "setup": setup, "users": users}
+        return labels | {"name": self.entry.name, "graph": self.entry.graph}
+
+    def measure_distinct(self, connections: Sequence[int]) -> Iterator[Cell]:
+        """Every user is new. A cell of 1 connection has half as many requests."""
+        with self.entry.serving(self.setup, self.logs, STEADY if self.phase == "measurement" else WARM_UP) as contender:
+            for k in connections:
+                workload = Workload(BUNDLES, RANKER, seed=10 * self.round + k)
+                bodies = workload.distinct(W, self.count if k > 1 else ceil(self.count / 2))
+                yield measure(contender, self.entry.requests(bodies), k, **self.labels("distinct"))
+
+    def measure_known(self) -> Iterator[Cell]:
+        """Users with a cached history, at 4 connections: with new candidates, then with one event more."""
+        with self.entry.serving(None, self.logs, STEADY) as contender:
+            for users in ("returning", "growing"):
+                workload = Workload(BUNDLES, RANKER, seed=10 * self.round + len(users))
+                first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(self.count / RETURNING_USERS))
+                closed_loop(contender.port, self.entry.requests(first), 4)
+                yield measure(contender, self.entry.requests(rest), 4, **self.labels(users))
 
 
 def sample_bodies() -> list[bytes]:
-    """Of W and of other sizes, with a user of the bundle, nulls, unknown ids and columns left out."""
+    """Bodies of shape W and of other sizes, with a user of the bundle, nulls, unknown ids and missing columns."""
     workload = Workload(BUNDLES, RANKER, seed=7)
     sizes = (W, W, W, Shape(1, 1), Shape(40, 24), Shape(300, 500), Shape(2_048, 100))
     bodies = workload.distinct(W, 1) + [
@@ -142,14 +148,14 @@ def sample_bodies() -> list[bytes]:
 
 
 def our_scores(bodies: Sequence[bytes], logs: Path) -> list[np.ndarray]:
-    """In input order, from POST /score."""
+    """The scores of Slatewise from POST /score, in input order."""
     with EXACT.serving(None, logs) as contender:
         answers = [answer_of(contender.port, post("/score", body)) for body in bodies]
     return [np.array(json.loads(answer)["results"]["scores"]) for answer in answers]
 
 
 def worst_difference(entry: Entry, bodies: Sequence[bytes], expected: Sequence[np.ndarray], logs: Path) -> float:
-    """Of a peer's scores from ours. Raises RuntimeError where they are not sorted, or the ids not those that were sent."""
+    """Largest difference between a peer's scores and `expected`. Raises RuntimeError for a wrong order or wrong ids."""
     peer = PEERS[entry.name]
     worst = 0.0
     with entry.serving(peer.setups()[0], logs) as contender:
@@ -163,7 +169,7 @@ def worst_difference(entry: Entry, bodies: Sequence[bytes], expected: Sequence[n
                 or sorted(index) != list(range(len(ids)))
                 or results["item_ids"] != [ids[k] for k in index]
             ):
-                raise RuntimeError(f"{entry}: not the candidates in the order of their scores")
+                raise RuntimeError(f"{entry}: the answer is not the candidates in the order of their scores")
             worst = max(worst, float(np.abs(np.array(found) - scores[index]).max()))
     return worst
 

@@ -1,9 +1,9 @@
-"""The same ranker as an MLServer runtime; the body travels as one JSON string in a V2 inference request.
+"""The same model as an MLServer runtime; the body is one JSON string in a V2 inference request.
 
     mlserver start loadtest/peers/mlserver
 
-as in "Serving a custom model with JSON serialization" of its documentation.
-Before: `ranker.py`. After: `contenders.py` starts it and wraps the bodies.
+It follows "Serving a custom model with JSON serialization" of MLServer's documentation.
+Called by: `contenders.py`, which also wraps the bodies. Calls: `ranker.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RerankRuntime(MLModel):
         return json.dumps(self.ranker.rank(json.loads(body)))
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """In a thread, so that the loop stays free and requests run beside each other."""
+        """Ranks in a thread, so the event loop stays free and requests run concurrently."""
         (body,) = StringCodec.decode_input(payload.inputs[0])
         answer = await asyncio.to_thread(self.answer, body)
         return InferenceResponse(model_name=self.name, outputs=[StringCodec.encode_output("answer", [answer])])

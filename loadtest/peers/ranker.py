@@ -1,7 +1,9 @@
-"""What every peer does between decoded JSON and its answer: columns to arrays, one ONNX Runtime session, a sort.
+"""The part that all peers share: JSON columns to arrays, one ONNX Runtime session, a sort.
 
-Before: a peer that has decoded the body. After: the same peer encodes the dict. Set up by the environment:
-PEER_BUNDLE (a bundle's folder), PEER_GRAPH (an .onnx with the inputs of rank.onnx), PEER_THREADS (of the session).
+The environment sets it up: PEER_BUNDLE (a bundle's folder), PEER_GRAPH (an .onnx file with the inputs of rank.onnx) and
+PEER_THREADS (threads of the session).
+
+Called by: each peer's server. Calls: onnxruntime, `slatewise/bundle/features.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Ranker:
         self.users = {name: row for row, name in enumerate(users)}
         self.metas = np.load(bundle / "meta_embeddings.npy")
         self.default_meta = np.load(bundle / "default_meta.npy")
-        options = onnxruntime.SessionOptions()  # the rest as ONNX Runtime has it: full optimisation, threads that spin
+        options = onnxruntime.SessionOptions()  # other options at their defaults: full optimisation, spinning threads
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
@@ -40,7 +42,7 @@ class Ranker:
         return cls(Path(os.environ["PEER_BUNDLE"]), Path(os.environ["PEER_GRAPH"]), int(os.environ["PEER_THREADS"]))
 
     def feeds(self, request: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The graph's inputs, a batch of one."""
+        """The graph's inputs, as a batch of one."""
         history = request.get("history") or {}
         candidates = request["candidates"]
         events = history.get("item_ids") or []

@@ -1,11 +1,12 @@
-"""Cells to Markdown tables and a plot.
+"""The cells as Markdown tables and a plot.
 
-Before: `measurements.py`. After: report.md, report.png.
+Called by: `__main__.py`. Calls: matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -14,11 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from loadtest.markdown import table
 from loadtest.peers.contenders import PEERS
 from loadtest.peers.environments import GRAPHS
 from loadtest.peers.measurements import EXACT, Cell, Entry
 
-Series = list[Cell]  # one cell a round
+Series = list[Cell]  # one cell for each round
 TITLE = EXACT.title
 
 
@@ -35,7 +37,7 @@ class Cells:
         )
 
     def best(self, graph: str, connections: int, value: Callable[[Cell], float]) -> tuple[Entry, Series]:
-        """The peer whose median value is highest."""
+        """The peer with the highest median value, and its cells."""
         peers = [(entry, self.of(entry, connections)) for entry in self.peers if entry.graph == graph]
         return max(peers, key=lambda found: middle(found[1], value))
 
@@ -50,6 +52,10 @@ def throughput(cell: Cell) -> float:
 
 def quickness(cell: Cell) -> float:
     return 1 / cell.p50_ms
+
+
+def p50(cell: Cell) -> float:
+    return cell.p50_ms
 
 
 def name_of(entry: Entry) -> str:
@@ -70,122 +76,73 @@ def side_by_side(cells: Cells) -> str:
     for entry in cells.ours:
         for users in ("returning", "growing"):
             rows.append(row(name_of(entry), users, cells.of(entry, 4, users), []))
-    names = [
-        "server",
-        "users",
-        "workers x threads, 4 connections",
-        "req/s",
-        "p50 ms",
-        "p99 ms",
-        "CPU ms a request",
-        "resident MB",
-    ]
-    names += ["workers x threads, 1 connection", "p50 ms"]
-    return "\n".join([f"| {' | '.join(names)} |", "| --- " * len(names) + "|", *rows])
+    titles = ("server", "users", "workers x threads, 4 connections", "req/s", "p50 ms", "p99 ms", "CPU ms a request")
+    return table((*titles, "resident MB", "workers x threads, 1 connection", "p50 ms"), rows)
 
 
-def row(title: str, users: str, four: Series, one: Series) -> str:
-    columns = [
-        title,
-        users,
-        four[0].setup or "default",
-        spread(four, throughput),
-        spread(four, lambda c: c.p50_ms),
-        spread(four, lambda c: c.p99_ms),
-    ]
+def row(title: str, users: str, four: Series, one: Series) -> list[str]:
+    columns = [title, users, four[0].setup or "default"]
+    columns += [spread(four, value) for value in (throughput, lambda c: c.p50_ms, lambda c: c.p99_ms)]
     columns += [f"{middle(four, lambda c: c.cpu_ms):.1f}", f"{middle(four, lambda c: c.resident_mb):.0f}"]
     columns += [one[0].setup or "default", spread(one, lambda c: c.p50_ms)] if one else ["", ""]
-    return f"| {' | '.join(columns)} |"
+    return columns
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A value of Slatewise over a value of the best peer, formed in each round."""
+
+    title: str
+    ours: Series
+    value: Callable[[Cell], float]
+    peer: tuple[Entry, Series]
+    peer_value: Callable[[Cell], float]
+
+    def row(self) -> list[str]:
+        """Title, peer, median, least and greatest ratio."""
+        entry, series = self.peer
+        found = [self.value(a) / self.peer_value(b) for a, b in zip(self.ours, series, strict=True)]
+        return [self.title, entry.title, f"{median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
+
+
+def ratios_of(cells: Cells, entry: Entry) -> Iterator[Ratio]:
+    four = cells.of(entry, 4)
+    one = cells.of(entry, 1)
+    for graph in GRAPHS:
+        fastest = cells.best(graph, 4, throughput)
+        yield Ratio(f"req/s at 4 connections, the peer on {graph}", four, throughput, fastest, throughput)
+    for users in ("returning", "growing"):
+        title = f"req/s at 4 connections, our users {users}, the peer on straightforward"
+        fastest = cells.best("straightforward", 4, throughput)
+        yield Ratio(title, cells.of(entry, 4, users), throughput, fastest, throughput)
+    for graph in GRAPHS:
+        quickest = cells.best(graph, 1, quickness)
+        yield Ratio(f"p50 at 1 connection, the peer on {graph}", one, p50, quickest, p50)
+    for graph in GRAPHS:
+        title = f"our p99 to the peer's p50 at 4 connections, the peer on {graph}"
+        yield Ratio(title, four, lambda c: c.p99_ms, cells.best(graph, 4, quickness), p50)
 
 
 def ratios(cells: Cells) -> str:
-    """Each is formed round by round; the median over the rounds, and the least and the greatest."""
-    rows = []
-
-    def add(
-        entry: Entry,
-        title: str,
-        ours: Series,
-        value: Callable[[Cell], float],
-        best: tuple[Entry, Series],
-        its: Callable[[Cell], float],
-    ) -> None:
-        found = [value(a) / its(b) for a, b in zip(ours, best[1], strict=True)]
-        rows.append(
-            f"| {entry.graph} | {title} | {best[0].title} | {median(found):.2f} | {min(found):.2f} to {max(found):.2f} |"
-        )
-
-    for entry in cells.ours:
-        ours4 = cells.of(entry, 4)
-        ours1 = cells.of(entry, 1)
-        for graph in GRAPHS:
-            add(
-                entry,
-                f"req/s at 4 connections, the peer on {graph}",
-                ours4,
-                throughput,
-                cells.best(graph, 4, throughput),
-                throughput,
-            )
-        for users in ("returning", "growing"):
-            best = cells.best("straightforward", 4, throughput)
-            known = cells.of(entry, 4, users)
-            add(
-                entry,
-                f"req/s at 4 connections, our users {users}, the peer on straightforward",
-                known,
-                throughput,
-                best,
-                throughput,
-            )
-        for graph in GRAPHS:
-            add(
-                entry,
-                f"p50 at 1 connection, the peer on {graph}",
-                ours1,
-                lambda c: c.p50_ms,
-                cells.best(graph, 1, quickness),
-                lambda c: c.p50_ms,
-            )
-        for graph in GRAPHS:
-            best = cells.best(graph, 4, quickness)
-            add(
-                entry,
-                f"our p99 to the peer's p50 at 4 connections, the peer on {graph}",
-                ours4,
-                lambda c: c.p99_ms,
-                best,
-                lambda c: c.p50_ms,
-            )
-    return "\n".join(
-        [
-            "| variant | ours / the best peer's | best peer | ratio | over the rounds |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
+    """The median of each ratio over the rounds, and its least and greatest."""
+    rows = [(entry.graph, *ratio.row()) for entry in cells.ours for ratio in ratios_of(cells, entry)]
+    return table(("variant", "ours / the best peer's", "best peer", "ratio", "over the rounds"), rows)
 
 
 def choices(cells: Sequence[Cell]) -> str:
-    """What each set-up did in its short runs: the best of them."""
+    """The best short run of each set-up."""
     tried = [cell for cell in cells if cell.phase == "choice"]
     rows = []
     for name, graph, setup in dict.fromkeys((c.name, c.graph, c.setup) for c in tried):
         mine = [c for c in tried if (c.name, c.graph, c.setup) == (name, graph, setup)]
         four = max(c.per_second for c in mine if c.connections == 4)
         one = min(c.p50_ms for c in mine if c.connections == 1)
-        rows.append(f"| {PEERS[name].title}, {graph} | {setup} | {four:.1f} | {one:.1f} |")
-    return "\n".join(
-        [
-            "| server | workers x threads | req/s, 4 connections | p50 ms, 1 connection |",
-            "| --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
+        rows.append((f"{PEERS[name].title}, {graph}", setup, f"{four:.1f}", f"{one:.1f}"))
+    return table(("server", "workers x threads", "req/s, 4 connections", "p50 ms, 1 connection"), rows)
 
 
 def plot(cells: Cells, path: Path) -> None:
-    """Medians, with the least and the greatest over the rounds."""
+    """Draw medians, with the least and the greatest value over the rounds as error bars."""
     bars = [
         (f"{name_of(entry)}, {users}", cells.of(entry, 4, users))
         for entry in reversed(cells.ours)

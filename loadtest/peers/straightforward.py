@@ -1,9 +1,10 @@
-"""The reference ranker exported as most would do it: torch.onnx.export of the torch model, not operator by operator.
+"""The reference model exported in the ordinary way: torch.onnx.export of the whole torch model.
 
-    python -m loadtest.peers.straightforward      (onnxscript on the path; `environments.py` sees to that)
+    python -m loadtest.peers.straightforward      (needs onnxscript; `environments.py` puts it on the path)
 
-Before: `models/slatewise_train/demo/reference.py`. After: build/peers/straightforward.onnx, which the peers serve beside rank.onnx.
-Of the two exporters this is the one whose graph runs faster in ONNX Runtime; opset 24 has attention as one operator.
+Of the two exporters of torch, this one's graph runs faster in ONNX Runtime; opset 24 has attention as one operator.
+Called by: `environments.py`. Calls: `slatewise_train/demo/reference.py`. Output: build/peers/straightforward.onnx,
+which the peers serve besides rank.onnx.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SIZES = ((1, 1), (7, 3), (256, 200), (2_048, 500))  # events, candidates
 
 
 class Straightforward(nn.Module):
-    """The whole ranker, from rows of events and candidates to scores, with the modules of `ligr.py` as they are."""
+    """The whole ranker, from rows of events and candidates to scores, with the unchanged modules of `ligr.py`."""
 
     def __init__(self, model: Ligr, head_weights: list[float]) -> None:
         super().__init__()
@@ -46,22 +47,26 @@ class Straightforward(nn.Module):
         meta: Tensor,
         context: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(1, L) int64 thrice, (1, N) int64, (1, N, F), (1, M), (1, 4) -> probabilities (1, N, heads), scores (1, N)."""
+        """Return (probabilities (1, N, heads), scores (1, N)).
+
+        history, actions, gaps: (1, L) int64; candidates: (1, N) int64; numeric: (1, N, F); meta: (1, M);
+        context: (1, 4).
+        """
         model = self.model
         history, actions, gaps = (
-            behind(row, column)
+            prepend(row, column)
             for row, column in ((START_ITEM, history), (UNKNOWN_ACTION, actions), (GAP_MISSING, gaps))
         )
         state, users = model.encode(model.tokens(model.item(history), actions, gaps))
         vectors = model.item(candidates)
-        position = torch.tensor([0]) + history.shape[1]  # all stand right after the history
+        position = torch.tensor([0]) + history.shape[1]  # the position right after the history, for all candidates
         hidden = model.hidden(vectors, state, position, None, model.fuse(numeric, meta[:, None], context[:, None]))
         logits = model.dot_logits(users[:, -1:], vectors) + model.point_logits(hidden) + model.set_logits(hidden)
         probabilities = torch.sigmoid(logits)
         return probabilities, (probabilities * self.head_weights).sum(-1)
 
 
-def behind(row: int, column: Tensor) -> Tensor:
+def prepend(row: int, column: Tensor) -> Tensor:
     return torch.cat([torch.full_like(column[:, :1], row), column], dim=1)
 
 
@@ -101,7 +106,7 @@ def export(model: Ligr, path: Path) -> None:
 
 
 def worst_difference(model: Ligr, path: Path) -> float:
-    """Of the scores from those of rank.onnx, over drawn inputs of several sizes."""
+    """Largest difference between the scores of both graphs, for random inputs of several sizes."""
     ours, theirs = (onnxruntime.InferenceSession(graph) for graph in (RANK_GRAPH, path))
     drawn = [draw(model, *size) for size in SIZES]
     return max(
@@ -110,7 +115,7 @@ def worst_difference(model: Ligr, path: Path) -> float:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # what the exporter says of itself
+    warnings.simplefilter("ignore")  # the exporter warns about its own code
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model = reference_model()
     draft = STRAIGHTFORWARD_GRAPH.with_suffix(".part")

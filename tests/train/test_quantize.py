@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from loadtest.linears import FORMS, open_form
+from loadtest.engine.dense_layers import FORMS, open_form
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
 from slatewise_train.compress import Recorder
@@ -212,7 +212,7 @@ def test_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]) -> No
 
 @pytest.mark.parametrize("name", FORMS)
 def test_of_all_forms_the_dynamic_one_alone_lets_a_row_change_its_neighbours(name: str) -> None:
-    """What `loadtest.linears` measures: each form is near the dense layer, whatever it costs."""
+    """What `loadtest.engine.dense_layers` measures: each form is near the dense layer, whatever it costs."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 64**-0.5, (64, 32)).astype(np.float32)
     bias = rng.normal(size=32).astype(np.float32)

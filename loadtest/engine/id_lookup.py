@@ -1,7 +1,10 @@
-"""Ids to rows, with tables of 5,000 to 10 million items: python -m loadtest.vocabulary
+"""Look-up of item ids in tables of 5,000 to 10 million items: python -m loadtest.engine.id_lookup
 
-The service's way (a dict, one loop in C) beside a sorted array of bytes with a binary search: microseconds for the 456 ids of
-W, and the memory of the table. Between two look-ups the caches are swept, as the model's weights sweep them in a server.
+Compares the service's dict (one loop in C) with a binary search in a sorted array of bytes: microseconds for the 456
+ids of one request of shape W, and the memory of the table. The CPU caches are swept between two look-ups, as the
+model's weights do in a server.
+
+Called by: the command line. Its numbers stand in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,26 +15,20 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 
+from loadtest.markdown import table
 from slatewise.bundle.ranker import rows_of
 from slatewise.process import cpu_name
 
-IDS = 456  # of one request W
+IDS = 456  # in one request of shape W
 
 
 def resident_mb() -> float:
-    return (
-        next(
-            int(line.split()[1])
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("VmRSS")
-        )
-        / 1024
-    )
+    return float(psutil.Process().memory_info().rss / 2**20)
 
 
 def microseconds(look_up: Callable[[list[str]], object], requests: list[list[str]], sweep: np.ndarray) -> float:
@@ -59,20 +56,20 @@ def main() -> None:
     for items in args.items:
         ids = [str(k * 7 + 10**8) for k in range(items)]
         requests = [[ids[rng.randrange(items)][:] for _ in range(IDS)] for _ in range(args.requests)]
-        requests = [json.loads(json.dumps(request)) for request in requests]  # new strings, as from the wire
+        requests = [
+            json.loads(json.dumps(request)) for request in requests
+        ]  # new string objects, as in a parsed request
         before = resident_mb()
-        table = dict(zip(ids, range(2, items + 2), strict=True))
+        rows_by_id = dict(zip(ids, range(2, items + 2), strict=True))
         table_mb = resident_mb() - before
-        in_order = np.array(ids, "S")  # they ascend
-        for name, look_up in (("dict", partial(rows_of, table)), ("binary search", partial(search, in_order))):
-            rows.append({"items": items, "way": name, "us": microseconds(look_up, requests, sweep)})
+        in_order = np.array(ids, "S")  # the ids ascend
+        for name, look_up in (("dict", partial(rows_of, rows_by_id)), ("binary search", partial(search, in_order))):
+            rows.append({"items": items, "method": name, "us": microseconds(look_up, requests, sweep)})
         rows[-2]["mb"] = round(table_mb)
         rows[-1]["mb"] = round(in_order.nbytes / 2**20)
-    print(
-        f"{cpu_name()}\n\n| items | way | us for {IDS} ids | MB of the table, its ids not counted |\n| --- | --- | --- | --- |"
-    )
-    for row in rows:
-        print(f"| {row['items']:,} | {row['way']} | {row['us']} | {row['mb']} |")
+    titles = ("items", "method", f"us for {IDS} ids", "MB of the table without its ids")
+    print(f"{cpu_name()}\n")
+    print(table(titles, ((f"{row['items']:,}", row["method"], row["us"], row["mb"]) for row in rows)))
     print(json.dumps({"machine": cpu_name(), "rows": rows}))
 
 

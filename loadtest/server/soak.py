@@ -1,6 +1,6 @@
-"""Memory over time: requests of random sizes up to the limits, returning users among them, and the server's resident memory meanwhile.
+"""Memory over time: the server's resident memory under requests of random sizes, from new and returning users.
 
-Before: `workload.py`, `client.py`, `server.py`. After: `report.py`.
+Called by: `__main__.py` (--soak). Calls: `client.py`, `workload.py`; `report.py` plots the samples.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from loadtest.client import closed_loop, lasting, post
-from loadtest.server import Server
+from loadtest.client import closed_loop, limit_time, post
+from loadtest.server_process import ServerProcess
 from loadtest.workload import Workload
 
 CONNECTIONS = 4
@@ -25,7 +25,7 @@ Sample = tuple[float, float]  # seconds, resident MB
 
 
 def slope(samples: list[Sample]) -> float:
-    """Megabytes an hour, by least squares."""
+    """Growth in megabytes an hour, by least squares."""
     n = len(samples)
     time_mean = sum(t for t, _ in samples) / n
     mb_mean = sum(mb for _, mb in samples) / n
@@ -33,19 +33,19 @@ def slope(samples: list[Sample]) -> float:
     return 3_600 * sum((t - time_mean) * (mb - mb_mean) for t, mb in samples) / square if square else 0.0
 
 
-def late(samples: list[Sample]) -> list[Sample]:
-    """Those after the first third of the time, when caches and arenas are full."""
+def after_first_third(samples: list[Sample]) -> list[Sample]:
+    """The samples after the first third of the time, when caches and arenas are full."""
     return [sample for sample in samples if sample[0] >= samples[-1][0] / 3]
 
 
-def soak(server: Server, workload: Workload, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
-    """A row and the samples. The requests are drawn while it runs, each anew: speed is not measured here."""
+def soak(server: ServerProcess, workload: Workload, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
+    """Return a row and the samples. Requests are drawn during the run, so its speed is not a measurement."""
     requests = (post("/rerank", body) for body in workload.endless(MOST_HISTORY, MOST_CANDIDATES))
     samples = [(0.0, server.resident_mb())]
     begin = time.monotonic()
     said = 0.0
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(closed_loop, server.port, lasting(seconds, requests), CONNECTIONS)
+        run = pool.submit(closed_loop, server.port, limit_time(seconds, requests), CONNECTIONS)
         while not run.done():
             time.sleep(min(SAMPLE_SECONDS, seconds / 20))
             samples.append((round(time.monotonic() - begin, 2), round(server.resident_mb(), 1)))
@@ -59,4 +59,4 @@ def soak(server: Server, workload: Workload, seconds: float) -> tuple[dict[str, 
         "largest_mb": max(mb for _, mb in samples),
         "last_mb": samples[-1][1],
     }
-    return row | memory | {"slope_mb_per_hour": round(slope(late(samples)), 1)}, samples
+    return row | memory | {"slope_mb_per_hour": round(slope(after_first_third(samples)), 1)}, samples

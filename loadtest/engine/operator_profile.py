@@ -1,8 +1,10 @@
-"""Where the engine's time goes, operator by operator, and how far from the processor's limit: python -m loadtest.operators
+"""Engine time by ONNX operator, and its distance from the processor's limit: python -m loadtest.engine.operator_profile
 
-Runs the graphs of a variant's folder on W (256 events behind the start token, 200 candidates), one thread, under ONNX Runtime's
-profiler. The limit is the rate of its own float32 GEMM at 256 x 128 x 512, the shape that has most of the work; the matrix products are
-counted from the shapes that the profiler reports.
+Runs the graphs in a variant's folder on shape W (256 events after the start token, 200 candidates) with one thread and
+ONNX Runtime's profiler. The limit is the measured rate of one float32 GEMM of 256 x 128 x 512, the shape with most of
+the work. The operations of the matrix products are computed from the shapes in the profile.
+
+Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from loadtest.markdown import table
 from slatewise.process import cpu_name
 
 EVENTS = 256
 CANDIDATES = 200
 REPEATS = 200
+GRAPHS = ("encode", "point", "set")
 
 
 def session(model: str | bytes, profile: Path | None = None) -> ort.InferenceSession:
@@ -40,7 +44,10 @@ def session(model: str | bytes, profile: Path | None = None) -> ort.InferenceSes
 
 
 def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
-    """Drawn inputs of W for a graph, by the names of its dimensions: T events behind P, K keys, L events, N candidates."""
+    """Random inputs of shape W for a graph, by name -> array.
+
+    The names of its dimensions are T events after P earlier ones, K keys, L events, N candidates.
+    """
     rng = np.random.default_rng(0)
     sizes = {"B": 1, "T": EVENTS, "P": 1, "K": EVENTS + 1, "L": EVENTS, "N": CANDIDATES}
     lengths = {"length": EVENTS, "history_length": EVENTS + 1, "set_length": CANDIDATES}
@@ -50,23 +57,22 @@ def feeds(inputs: list[Any]) -> dict[str, np.ndarray]:
         if value.name in lengths:
             result[value.name] = np.full(shape, lengths[value.name])
         elif value.type == "tensor(int64)":
-            result[value.name] = rng.integers(2, 9, shape)
+            result[value.name] = rng.integers(2, 5, shape)
         else:
             result[value.name] = rng.normal(size=shape).astype(np.float32)
     return result
 
 
 def flop(event: dict[str, Any]) -> int:
-    """Of one call of an operator that multiplies matrices, of floats or of integers, from its shapes; 0 of any other."""
+    """Floating-point or integer operations of one matrix product, from its shapes; 0 for other operators."""
     kind = event["args"]["op_name"]
     (x, *others), (y, *_) = (
         [next(iter(tensor.values())) for tensor in event["args"][f"{way}_type_shape"]] for way in ("input", "output")
     )
     if kind in ("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulIntegerToFloat"):
         return 2 * prod(y) * x[-1]
-    if (
-        kind == "Attention"
-    ):  # queries (B, N, ...) on keys (B, K, ...): the scores, then the values; a causal one computes the masked half as well
+    if kind == "Attention":
+        # Queries (B, N, ...) and keys (B, K, ...): scores, then values. Causal attention also computes the masked half.
         return 2 * (prod(x) + prod(y)) * others[0][1]
     return 0
 
@@ -95,7 +101,7 @@ def gemm_rate() -> float:
 
 
 def profile(graph: Path) -> tuple[dict[str, float], dict[str, int], int, float]:
-    """(microseconds by operator, calls by operator, floating-point operations, microseconds of a run without the profiler): medians."""
+    """Medians: (microseconds by operator, calls by operator, operations, microseconds of a run without profiler)."""
     plain = session(str(graph))
     given = feeds(plain.get_inputs())
     seconds = []
@@ -125,41 +131,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/bundles/reference/1/variants/fp32"))
     args = parser.parse_args()
-    profiles = {name: profile(args.folder / f"{name}.onnx") for name in ("encode", "point", "set")}
+    profiles = {name: profile(args.folder / f"{name}.onnx") for name in GRAPHS}
     rate = gemm_rate()
     kinds = sorted(
         {kind for times, *_ in profiles.values() for kind in times},
         key=lambda kind: -sum(p[0].get(kind, 0) for p in profiles.values()),
     )
-    print(f"{args.folder}, {cpu_name()}, one thread, medians of {REPEATS} runs; microseconds (calls)\n")
-    print("| operator | encode | point | set | all |\n| --- | --- | --- | --- | --- |")
+    rows = []
     for kind in kinds:
         cells = [f"{p[0][kind]:.0f} ({p[1][kind]})" if kind in p[0] else "" for p in profiles.values()]
-        print(f"| {kind} | {' | '.join(cells)} | {sum(p[0].get(kind, 0) for p in profiles.values()):.0f} |")
+        rows.append((kind, *cells, f"{sum(p[0].get(kind, 0) for p in profiles.values()):.0f}"))
     totals = {
-        "sum under the profiler": lambda p: sum(p[0].values()),
+        "sum with the profiler": lambda p: sum(p[0].values()),
         "a run": lambda p: p[3],
         "matrix products at the limit": lambda p: p[2] / rate * 1e6,
     }
-    for title, of in totals.items():
-        values = [of(p) for p in profiles.values()]
-        print(f"| **{title}** | {' | '.join(f'{v:.0f}' for v in values)} | {sum(values):.0f} |")
+    for title, total in totals.items():
+        values = [total(p) for p in profiles.values()]
+        rows.append((f"**{title}**", *(f"{value:.0f}" for value in values), f"{sum(values):.0f}"))
+    print(f"{args.folder}, {cpu_name()}, one thread, medians of {REPEATS} runs; microseconds (calls)\n")
+    print(table(("operator", *GRAPHS, "all"), rows))
     work = sum(p[2] for p in profiles.values())
     share = work / rate * 1e6 / sum(p[3] for p in profiles.values())
-    print(
-        f"\n{work / 1e9:.2f} GFLOP of matrix products; the limit, {rate / 1e9:.0f} GFLOP/s; the runs are at {share:.0%} of it."
-    )
-    print(
-        json.dumps(
-            {
-                "machine": cpu_name(),
-                "gflop": work / 1e9,
-                "gflops": rate / 1e9,
-                "share": share,
-                "us": {n: p[3] for n, p in profiles.items()},
-            }
-        )
-    )
+    print(f"\n{work / 1e9:.2f} GFLOP of matrix products; limit {rate / 1e9:.0f} GFLOP/s, reached {share:.0%}")
+    times = {name: p[3] for name, p in profiles.items()}
+    found = {"machine": cpu_name(), "gflop": work / 1e9, "gflops": rate / 1e9, "share": share, "us": times}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

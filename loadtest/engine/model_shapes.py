@@ -1,6 +1,10 @@
-"""What W costs with fewer blocks, thinner feed-forward layers and cheaper attention, one thread: python -m loadtest.shapes
+"""Engine time of smaller models: python -m loadtest.engine.model_shapes
 
-Weights do not matter to time: each is `models/slatewise_train/compression/student.py`'s shrunk W, untrained. Milliseconds of history 200 and 200 candidates, in turns, medians.
+Fewer blocks, narrower feed-forward layers, cheaper attention. Each shape is the reference model shrunk by
+`slatewise_train/compression/student.py`, untrained: the values of weights do not change the time. Milliseconds for 200
+events and 200 candidates, one thread, medians of interleaved runs.
+
+Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/compression.md.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from loadtest.markdown import table
 from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.engine import Engine
 from slatewise.process import cpu_name
@@ -46,7 +51,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("build/bundles/reference/1"))
     args = parser.parse_args()
     manifest = read_manifest(args.bundle)
-    (model, _) = restore(args.bundle)
+    model, _ = restore(args.bundle)
     identity = uncalibrated(manifest.exits, len(manifest.heads))
     engines = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -56,18 +61,17 @@ def main() -> None:
             )
             engines[name] = Engine(Path(folder) / str(k), model.item.weight.detach().numpy(), manifest.exits, 1)
         found = measure_latency(engines, manifest)
-    print(
-        f"{args.bundle}, {cpu_name()}, one thread, float32; history 200, 200 candidates\n\n| shape | encode ms | score ms | of W |\n| --- | --- | --- | --- |"
-    )
-    rows = {
-        name: next(r for r in times["rows"] if (r["history"], r["candidates"]) == (200, 200))
-        for name, times in found.items()
+    times = {
+        name: next(row for row in latency["rows"] if (row["history"], row["candidates"]) == (200, 200))
+        for name, latency in found.items()
     }
-    whole = rows["W"]["encode_p50"] + rows["W"]["score_p50"]
-    for name, row in rows.items():
-        print(
-            f"| {name} | {row['encode_p50']:.2f} | {row['score_p50']:.2f} | {(row['encode_p50'] + row['score_p50']) / whole:.0%} |"
-        )
+    totals = {name: row["encode_p50"] + row["score_p50"] for name, row in times.items()}
+    rows = [
+        (name, f"{row['encode_p50']:.2f}", f"{row['score_p50']:.2f}", f"{totals[name] / totals['W']:.0%}")
+        for name, row in times.items()
+    ]
+    print(f"{args.bundle}, {cpu_name()}, one thread, float32; 200 events, 200 candidates\n")
+    print(table(("shape", "encode ms", "score ms", "of W"), rows))
 
 
 if __name__ == "__main__":

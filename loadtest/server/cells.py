@@ -1,12 +1,12 @@
-"""The cells of the matrix: requests of one kind, sent in one way, and what came of them as a row (a dict of plain values).
+"""The cells of the load test: requests of one kind, sent in one way, and the result as a row (a dict of plain values).
 
-    w            history 256, candidates 200, every user new
-    neighbours   other histories and other numbers of candidates, every user new
-    returning    users whose history the server has met: the same again, grown, or slid
-    mixed        cheap requests alone, and beside connections that only send expensive ones
-    open         w at shares of its own closed-loop rate, measured just before
+    w            shape W (256 events, 200 candidates), every user new
+    neighbours   other history lengths and numbers of candidates, every user new
+    returning    users known to the server: the same history, a grown one, or a sliding window
+    mixed        cheap requests alone, and concurrent with connections that send only expensive ones
+    open         shape W at shares of its closed-loop rate, which is measured just before
 
-Before: `workload.py` (bodies), `client.py` (sends them), `server.py`. After: `report.py`.
+Called by: `__main__.py`. Calls: `workload.py` (bodies), `client.py`, `server_process.py`; `report.py` shows the rows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
-from loadtest.client import Outcome, closed_loop, lasting, open_loop, post
-from loadtest.server import Running, Server, machine_cpu_seconds
+from loadtest.client import Outcome, closed_loop, limit_time, open_loop, post
+from loadtest.server_process import RunningServer, ServerProcess, machine_cpu_seconds
 from loadtest.workload import Shape, W, Workload
 
 Row = dict[str, Any]
@@ -31,21 +31,21 @@ Result = TypeVar("Result")
 
 CONNECTIONS = (1, 4)
 HISTORIES = (50, 1_024, 2_048)
-CANDIDATES = (20, 512, 1_024, 4_096)  # W itself is a group of its own
+CANDIDATES = (20, 512, 1_024, 4_096)  # the group `w` has W itself
 LOADS = (0.5, 0.8, 1.2)
 OPEN_CONNECTIONS = 64
 CHEAP = Shape(50, 20)
 EXPENSIVE = Shape(256, 4_096)
 CHEAP_CONNECTIONS = 2
 EXPENSIVE_CONNECTIONS = (1, 2)
-MOST_USERS = 50  # that return in one cell: about a megabyte of state each
+MOST_USERS = 50  # returning users in one cell; the server caches about a megabyte for each
 
 STAGE = re.compile(r'^slatewise_stage_duration_seconds_sum{stage="(\w+)"} (\S+)$', re.MULTILINE)
 REQUEST = re.compile(r"^slatewise_request_duration_seconds_(sum|count){.*} (\S+)$", re.MULTILINE)
 
 
 def durations(text: str) -> dict[str, float]:
-    """Of `/metrics`: seconds by stage, and `sum` and `count` of whole requests."""
+    """Parse `/metrics`: seconds by stage, and `sum` (seconds) and `count` of whole requests."""
     found: defaultdict[str, float] = defaultdict(float)
     for name, value in STAGE.findall(text) + REQUEST.findall(text):
         found[name] += float(value)
@@ -53,7 +53,7 @@ def durations(text: str) -> dict[str, float]:
 
 
 def breakdown(before: dict[str, float], after: dict[str, float]) -> Row:
-    """Mean milliseconds a request by stage, and the share of the requests' time that their stages explain."""
+    """Mean milliseconds a request by stage, and the stages' share of the whole request time."""
     spent = {name: after[name] - before.get(name, 0.0) for name in after}
     whole = spent.pop("sum")
     count = spent.pop("count")
@@ -64,8 +64,8 @@ def breakdown(before: dict[str, float], after: dict[str, float]) -> Row:
     }
 
 
-def of_answers(bodies: list[bytes]) -> Row:
-    """What the answers say of themselves."""
+def describe_answers(bodies: list[bytes]) -> Row:
+    """Shares of degraded answers, exits and cache results, and median stage times, from the answers themselves."""
     answers = [json.loads(body) for body in bodies]
     if not answers:
         return {}
@@ -79,15 +79,15 @@ def of_answers(bodies: list[bytes]) -> Row:
 
 
 class Bench:
-    """A server, and the requests for it."""
+    """A server and the requests for it. `requests` is the number in a cell of shape W."""
 
-    def __init__(self, server: Running, workload: Workload, requests: int) -> None:
+    def __init__(self, server: RunningServer, workload: Workload, requests: int) -> None:
         self.server = server
         self.workload = workload
         self.requests = requests
 
     def count(self, shape: Shape) -> int:
-        """Requests of a cell: fewer where each is larger than W."""
+        """Number of requests in a cell: fewer if each is larger than W."""
         scaled = self.requests * (W.history + W.candidates) // (shape.history + shape.candidates)
         return max(4, self.requests // 10, min(self.requests, scaled))
 
@@ -102,15 +102,15 @@ class Bench:
 
     def side_by_side(self, seconds: float, requests: list[list[bytes]], connections: list[int]) -> list[Outcome]:
         with ThreadPoolExecutor(len(requests)) as pool:
-            return list(pool.map(lambda sent, n: self.closed(lasting(seconds, sent), n), requests, connections))
+            return list(pool.map(lambda sent, n: self.closed(limit_time(seconds, sent), n), requests, connections))
 
     def metered(self, run: Callable[[], Result]) -> tuple[Result, Row]:
-        """What `run` returns, and what it cost the server in all."""
+        """Return the result of `run` and the server's cost: stage times and, for a child process, CPU and memory."""
         before = durations(self.server.get("/metrics")[1])
         spent = self.spent()
         result = run()
         cost = breakdown(before, durations(self.server.get("/metrics")[1]))
-        if isinstance(self.server, Server):
+        if isinstance(self.server, ServerProcess):
             seconds, server, client, machine = (after - before for before, after in zip(spent, self.spent()))
             others = max(0.0, machine - server - client) / seconds
             cost |= {
@@ -121,8 +121,8 @@ class Bench:
         return result, cost
 
     def spent(self) -> tuple[float, ...]:
-        """Seconds so far: on the clock, and of CPU by the server, by the client and by the whole machine; of a server of our own."""
-        if not isinstance(self.server, Server):
+        """Clock seconds, and CPU seconds of server, client and machine; empty unless the server is a child process."""
+        if not isinstance(self.server, ServerProcess):
             return ()
         return time.perf_counter(), self.server.cpu_seconds(), time.process_time(), machine_cpu_seconds()
 
@@ -140,7 +140,7 @@ class Bench:
         if "cpu_seconds" in cost:
             cost["cpu_ms"] = round(cost.pop("cpu_seconds") / len(outcome.latencies) * 1e3, 2)
         row = describe(group, users, shape, connections, loop)
-        return row | more | outcome.summary() | of_answers(outcome.bodies) | cost
+        return row | more | outcome.summary() | describe_answers(outcome.bodies) | cost
 
     def cold(self, group: str, shape: Shape, connections: int) -> Row:
         requests = self.new(shape, self.count(shape))
@@ -177,7 +177,7 @@ def neighbours(bench: Bench) -> Iterator[Row]:
 
 
 def returning(bench: Bench) -> Iterator[Row]:
-    """The first requests, which make the users known, are not measured."""
+    """The users' first requests are not measured."""
     workload = bench.workload
     users = min(MOST_USERS, max(5, bench.requests // 4))
     rounds = -(-bench.requests // users)
@@ -195,7 +195,7 @@ def returning(bench: Bench) -> Iterator[Row]:
 
 
 def mixed(bench: Bench) -> Iterator[Row]:
-    """Side by side both last as long as the expensive ones took alone; `rate_share` is of the rate alone."""
+    """Both streams last as long as the expensive one took alone. `rate_share` is relative to the rate alone."""
     cheap = CHEAP_CONNECTIONS
     alone = {}
     for shape, connections in ((CHEAP, cheap), *((EXPENSIVE, n) for n in EXPENSIVE_CONNECTIONS)):
@@ -212,14 +212,14 @@ def mixed(bench: Bench) -> Iterator[Row]:
         outcomes, cost = bench.metered(partial(bench.side_by_side, seconds, drawn, [n for _, n, _ in parts]))
         cost = {
             name: cost[name] for name in ("other_cores", "resident_mb") if name in cost
-        }  # the rest is of both together
+        }  # the other costs belong to both streams
         for (shape, n, beside), outcome in zip(parts, outcomes):
             share = {"beside": beside, "rate_share": round(outcome.per_second / alone[shape, n]["per_second"], 3)}
             yield (
                 describe("mixed", "new", shape, n, "closed")
                 | share
                 | outcome.summary()
-                | of_answers(outcome.bodies)
+                | describe_answers(outcome.bodies)
                 | cost
             )
 

@@ -1,9 +1,10 @@
-"""How the engine's time grows with a request, in quanta as it is served: python -m loadtest.growth
+"""Engine time by request size, in chunks as in a server: python -m loadtest.engine.time_by_size
 
-One thread, medians of interleaved runs: encoding by events, the exit `point` and the set-wise part by candidates, one event
-more by the events before it. Then the share of a causal attention that is computed for nothing. One JSON line at the end.
+One thread, medians of interleaved runs: encoding by number of events, the exit `point` and the set-wise part by number
+of candidates, and one appended event by the length of the cached history. Then the share of causal attention that the
+mask discards. The last line is JSON.
 
-Before: `make reference-bundle`. After: docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.markdown import table
 from slatewise.bundle.loader import load_rankers
 from slatewise.inference.arrays import Candidates, History, KeptState
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
@@ -30,12 +32,12 @@ CANDIDATES = (200, 512, 1_024, 2_048, 4_096)
 SLATES = (200, 512, 1_024)
 
 
-def finish(quanta: Chunks[Any]) -> Any:
-    """What the generator returns, all quanta in this thread."""
+def run_all(chunks: Chunks[Any]) -> Any:
+    """Run all chunks in this thread, and return the generator's result."""
     try:
-        next(quanta)
+        next(chunks)
         while True:
-            quanta.send(False)
+            chunks.send(False)
     except StopIteration as end:
         return end.value
 
@@ -50,8 +52,8 @@ def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return {name: round(median(times) * 1e3, 3) for name, times in seconds.items()}
 
 
-def computed_for_nothing(events: int) -> float:
-    """The share of a causal attention's products that its mask throws away, in chunks of HISTORY_QUANTUM behind the start token."""
+def masked_share(events: int) -> float:
+    """Share of the products of causal attention that the mask discards, in chunks of HISTORY_CHUNK events."""
     rows = np.arange(events)
     computed = np.minimum((rows // HISTORY_CHUNK + 1) * HISTORY_CHUNK, events) + 1
     return float(1 - (rows + 2).sum() / computed.sum())
@@ -80,7 +82,7 @@ def main() -> None:
         return Candidates(vectors, numeric, np.zeros((1, 4), np.float32))
 
     def encode(of: Engine, events: History) -> KeptState:
-        return finish(extend(of, of.start, 0, events, pack=False))
+        return run_all(extend(of, of.start, 0, events, pack=False))
 
     histories = {n: history(n) for n in EVENTS}
     slates = {n: candidates(n) for n in CANDIDATES}
@@ -88,24 +90,23 @@ def main() -> None:
     state = states[256]
     more = history(1)
     runs: dict[str, Callable[[], object]] = {f"encode {n}": lambda n=n: encode(engine, histories[n]) for n in EVENTS}  # type: ignore[misc]
-    kept = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
-    runs |= {f"one event after {n - 1}": lambda n=n: engine.extend(kept[n], more) for n in EVENTS}  # type: ignore[misc]
+    cached = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
+    runs |= {f"one event after {n - 1}": lambda n=n: engine.extend(cached[n], more) for n in EVENTS}  # type: ignore[misc]
     runs |= {
-        f"point {n}": lambda n=n: finish(run_cascade(engine, slates[n], state, meta, "point", False, []))
+        f"point {n}": lambda n=n: run_all(run_cascade(engine, slates[n], state, meta, "point", False, []))
         for n in CANDIDATES
     }  # type: ignore[misc]
     points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
     runs |= {f"set-wise part {n}": lambda n=n: engine.set(points[n]) for n in SLATES}  # type: ignore[misc]
     found = milliseconds(runs, args.repeats)
-    print(f"{cpu_name()}, one thread, medians of {args.repeats} runs\n\n| work | ms |\n| --- | --- |")
-    for name, ms in found.items():
-        print(f"| {name} | {ms:.2f} |")
+    print(f"{cpu_name()}, one thread, medians of {args.repeats} runs\n")
+    print(table(("work", "ms"), ((name, f"{ms:.2f}") for name, ms in found.items())))
     ratios = {
         "encode 2,048 / 256": found["encode 2048"] / found["encode 256"],
         "point 4,096 / 512": found["point 4096"] / found["point 512"],
         "set-wise part 1,024 / 512": found["set-wise part 1024"] / found["set-wise part 512"],
-        "causal attention for nothing, 256": computed_for_nothing(256),
-        "causal attention for nothing, 2,048": computed_for_nothing(2_048),
+        "masked share of causal attention, 256": masked_share(256),
+        "masked share of causal attention, 2,048": masked_share(2_048),
     }
     print(json.dumps({"machine": cpu_name(), "ms": found} | {name: round(value, 3) for name, value in ratios.items()}))
 

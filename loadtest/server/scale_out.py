@@ -1,7 +1,10 @@
-"""Two replicas behind the HAProxy of the compose file: python -m loadtest.scale_out
+"""Two replicas behind the HAProxy of the compose file: python -m loadtest.server.scale_out
 
-Who comes back finds a kept history only where it was kept: hashing X-User-ID against going round, and what a replica's death and return
-cost. Real processes, deploy/haproxy/haproxy.cfg as it is. Prints tables in Markdown. Needs haproxy in the PATH (apt-get install haproxy).
+A replica can extend a user's encoded history only if it served that user before. This compares hashing of X-User-ID
+with round robin, and measures the effect of a killed replica and of its return. It starts real processes and uses
+deploy/haproxy/haproxy.cfg unchanged. Prints Markdown. Needs haproxy in the PATH (apt-get install haproxy).
+
+Called by: the command line, tests/loadtest/test_scale_out.py. Calls: `workload.py`, `server_process.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtest.server import Server, free_port
+from loadtest.markdown import table
+from loadtest.server_process import ServerProcess
 from loadtest.workload import Shape, Workload, window
+from tests.support.network import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 USERS = 40
 VISITS = 6
 SHAPE = Shape(100, 20)
@@ -31,7 +36,7 @@ THREADS = 4
 
 @contextmanager
 def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
-    """Its port, once it has found every replica ready."""
+    """Run HAProxy, and yield its port when its health checks have had time to find the replicas."""
     port = free_port()
     environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {
         f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)
@@ -50,17 +55,17 @@ def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
 
 
 @contextmanager
-def replicas(bundles: Path) -> Iterator[list[Server]]:
+def replicas(bundles: Path) -> Iterator[list[ServerProcess]]:
     with ExitStack() as stack:
         yield [stack.enter_context(replica(bundles)) for _ in range(2)]
 
 
-def replica(bundles: Path, port: int | None = None) -> Server:
-    return Server({"BUNDLES": str(bundles), "VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "0"}, port=port)
+def replica(bundles: Path, port: int | None = None) -> ServerProcess:
+    return ServerProcess({"BUNDLES": str(bundles), "VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "0"}, port=port)
 
 
 class Users:
-    """Their histories, which grow by an event a visit."""
+    """Users whose histories grow by one event a visit."""
 
     def __init__(self, bundles: Path, seed: int) -> None:
         self.workload = Workload(bundles, seed=seed)
@@ -78,7 +83,7 @@ def connect(port: int) -> closing[http.client.HTTPConnection]:
 
 
 def visit(connection: http.client.HTTPConnection, user: str, body: bytes) -> tuple[int, str, int]:
-    """(status, what was kept of the history, events read)."""
+    """(status, `history.cache` of the answer, events read)."""
     connection.request("POST", "/rerank", body, {"Content-Type": "application/json", "X-User-ID": user})
     answer = connection.getresponse()
     content = json.loads(answer.read()) if answer.status == 200 else {}
@@ -86,13 +91,13 @@ def visit(connection: http.client.HTTPConnection, user: str, body: bytes) -> tup
     return answer.status, history.get("cache", ""), history.get("used", 0)
 
 
-def sample(server: Server, name: str) -> float:
+def sample(server: ServerProcess, name: str) -> float:
     text = str(server.get("/metrics")[1])
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
 def hits(bundles: Path, balance: str) -> dict[str, Any]:
-    """Every user comes VISITS times: what was reused, how much was encoded, how much is kept."""
+    """VISITS requests of each user: share of reused histories, events encoded a request, cached megabytes."""
     users = Users(bundles, 0)
     with (
         replicas(bundles) as servers,
@@ -119,13 +124,13 @@ def hits(bundles: Path, balance: str) -> dict[str, Any]:
 
 
 def order(users: Users) -> list[int]:
-    """A visit of each user, in a drawn order: a fixed one could fall in step with going round."""
+    """All users in random order; a fixed order could keep step with round robin."""
     return users.workload.rng.sample(range(USERS), USERS)
 
 
 @dataclass
 class Run:
-    """Every request: when it ended, its status (0: no answer), who asked, and what was kept of the history."""
+    """Answers so far: (end time, status or 0 without an answer, user, `history.cache`)."""
 
     answers: list[tuple[float, int, str, str]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -149,7 +154,7 @@ class Run:
 
 
 def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
-    """A replica is killed while users keep coming, and comes back at its port: failures, and whose histories were lost."""
+    """Kill a replica under load and start it again at its port: failed requests, and users with a lost history."""
     users = Users(bundles, 1)
     run = Run()
     with (
@@ -176,7 +181,7 @@ def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
     before = run.between(0, killed)
     dead = run.between(killed, back)
     after = run.between(back, time.monotonic())
-    lost = {user for _, _, user, cache in dead if cache == "miss"}  # those whose replica died
+    lost = {user for _, _, user, cache in dead if cache == "miss"}  # users of the killed replica
     others = {user for user, _ in users.users} - lost
     return {
         "requests": len(run.answers),
@@ -190,21 +195,22 @@ def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
 
 def main() -> None:
     bundles = ROOT / "models" / "bundles"
-    rows = [hits(bundles, balance) for balance in ("hdr(X-User-ID)", "roundrobin")]
+    found = [hits(bundles, balance) for balance in ("hdr(X-User-ID)", "roundrobin")]
+    rows = [
+        (r["balance"], f"{r['reused']:.1%}", f"{r['encoded_per_request']:.1f}", f"{r['kept_mb']:.1f}") for r in found
+    ]
     print(f"{USERS} users, {VISITS} visits each, {SHAPE.history} events and one more a visit; two replicas\n")
     print(
-        "| balance | requests that found a history | events encoded a request | histories kept, MB |\n| --- | --- | --- | --- |"
+        table(("balance", "requests with a cached history", "events encoded a request", "cached histories, MB"), rows)
     )
-    for row in rows:
-        print(f"| {row['balance']} | {row['reused']:.1%} | {row['encoded_per_request']:.1f} | {row['kept_mb']:.1f} |")
-    found = death(bundles)
+    killed = death(bundles)
+    failed = ", ".join(map(str, killed["failed"]))
+    print(f"\nOne replica was killed and started again: {killed['requests']} requests.")
+    print(f"Failed before, while it was dead, and after its return: {failed}.")
     print(
-        f"\nA replica killed and back: {found['requests']} requests; failed before, while it was dead, and after: {found['failed']}; "
+        f"Users that moved: {killed['moved_users']} of {USERS}. Lost histories of others: {killed['misses_of_others']}."
     )
-    print(
-        f"{found['moved_users']} of {USERS} users moved, the others' histories were lost {found['misses_of_others']} times; "
-    )
-    print(f"{found['misses_when_back']} histories were encoded anew when it was back.")
+    print(f"Histories encoded again after its return: {killed['misses_when_back']}.")
 
 
 if __name__ == "__main__":

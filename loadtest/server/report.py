@@ -1,6 +1,6 @@
-"""Rows of the matrix to a report: tables in Markdown and plots.
+"""The report on the cells: Markdown tables and plots.
 
-Before: `cells.py` and `soak.py`. After: a reader.
+Called by: `__main__.py`. Calls: matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from loadtest.soak import Sample, late, slope
+from loadtest.markdown import table
+from loadtest.server.soak import Sample, after_first_third, slope
 from loadtest.workload import W
 
 Row = dict[str, Any]
@@ -24,27 +25,26 @@ QUANTILES = ("p50_ms", "p95_ms", "p99_ms")
 
 
 def name(row: Row) -> str:
-    """What sets a row apart from those of its group."""
+    """Label of a cell within its group."""
     users = "" if row["users"] == "new" else f"{row['users']}, "
     loop = f"open, {row['load']:.0%}" if row["loop"] == "open" else f"{row['connections']} conn."
     beside = f", beside {row['beside']}" if row.get("beside") else ""
     return f"{users}{row['history']} + {row['candidates']}, {loop}{beside}"
 
 
-def table(columns: dict[str, Callable[[Row], Any]], rows: Iterable[Row]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    lines += [f"| {' | '.join(text(cell(row)) for cell in columns.values())} |" for row in rows]
-    return "\n".join(lines)
+def table_of(columns: dict[str, Callable[[Row], Any]], rows: Iterable[Row]) -> str:
+    """A Markdown table of the rows; `columns` maps a title to the function that reads the cell."""
+    return table(list(columns), ([text(cell(row)) for cell in columns.values()] for row in rows))
 
 
-def text(value: Any) -> str:
+def text(value: Any) -> Any:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {number}" for key, number in sorted(value.items()))
-    return "" if value is None else str(value)
+    return value
 
 
 def key(*path: str) -> Callable[[Row], Any]:
-    """The value below `path`, or None."""
+    """A function that reads the value below `path` of a row, or None."""
 
     def look_up(row: Row) -> Any:
         value: Any = row
@@ -76,7 +76,7 @@ CELLS = (
         "statuses": key("statuses"),
         "degraded": key("degraded_share"),
     }
-    | {"exits": key("exits"), "kept histories": key("cache")}
+    | {"exits": key("exits"), "history cache": key("cache")}
 )
 MIXED = (
     CELL
@@ -84,7 +84,7 @@ MIXED = (
         "connections": key("connections"),
         "beside": key("beside"),
         "requests/s": key("per_second"),
-        "of the rate alone": key("rate_share"),
+        "ratio to the rate alone": key("rate_share"),
     }
     | {"requests": key("requests")}
     | TIMES
@@ -97,7 +97,7 @@ BREAKDOWN = (
 
 
 def write(folder: Path, about: list[str], rows: list[Row]) -> None:
-    """report.md and the plots that the rows give."""
+    """Write report.md and a plot for each kind of rows that is present."""
     plots = [
         path.name
         for plot in (plot_sizes, plot_users, plot_open, plot_mixed, plot_stages)
@@ -106,19 +106,19 @@ def write(folder: Path, about: list[str], rows: list[Row]) -> None:
     mixed = [row for row in rows if row["group"] == "mixed"]
     parts = ["# Load test", "\n".join(f"- {line}" for line in about)]
     parts += [
-        "## Cells\n\nLatency as the client sees it; in the open loop it counts from when a request fell due. Others' cores: those that "
-        "neither the server nor the client kept busy meanwhile; well above 0, the cell says as much about them.",
-        table(CELLS, rows),
+        "## Cells\n\nLatency at the client; in the open loop it counts from a request's arrival time. Others' cores: "
+        "cores that processes other than server and client kept busy. If it is well above 0, they disturbed the cell.",
+        table_of(CELLS, rows),
     ]
     if mixed:
         parts += [
-            "## Cheap beside expensive\n\nEach stream's rate against its rate alone with as many connections.",
-            table(MIXED, mixed),
+            "## Cheap and expensive requests at once\n\nThe rate of each stream, and its ratio to the rate alone.",
+            table_of(MIXED, mixed),
         ]
     parts += [
-        "## Stages\n\nMilliseconds: medians of `timings_ms` of the answers; `serialize`, which they cannot hold, is a mean from `/metrics`. "
-        "The last column is the sum of the stage histograms over that of whole requests.",
-        table(BREAKDOWN, rows),
+        "## Stages\n\nMilliseconds: medians of `timings_ms` in the answers. `serialize` is not in them, so it is a "
+        "mean from `/metrics`. The last column is the sum of the stage histograms over the sum of whole requests.",
+        table_of(BREAKDOWN, rows),
         *(f"![{plot}]({plot})" for plot in plots),
     ]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
@@ -135,7 +135,7 @@ def number(value: float, _: object = None) -> str:
 
 
 def log_times(axis: Any) -> None:
-    """A log axis of milliseconds with plain numbers at 1, 2, 5, 10, ..."""
+    """Set a log axis of milliseconds with plain numbers at 1, 2, 5, 10, ..."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(number))
@@ -174,7 +174,7 @@ def plot_sizes(rows: list[Row], folder: Path) -> Path | None:
 
 
 def plot_users(rows: list[Row], folder: Path) -> Path | None:
-    """W from users who are new, return, grow and slide."""
+    """Latency of shape W by kind of user: new, returning, growing, sliding."""
     chosen = [row for row in rows if row["group"] in ("w", "returning")]
     if not any(row["group"] == "returning" for row in chosen):
         return None
@@ -193,7 +193,7 @@ def plot_users(rows: list[Row], folder: Path) -> Path | None:
 
 
 def bars(axis: Any, names: list[str], rows: dict[str, Row], values: Iterable[str]) -> None:
-    """Grouped bars with their numbers: a group a name, a bar a value."""
+    """Draw grouped bars with their numbers: one group for each name, one bar for each value."""
     columns = list(values)
     width = 0.8 / len(columns)
     for k, column in enumerate(columns):
@@ -222,7 +222,7 @@ def plot_open(rows: list[Row], folder: Path) -> Path | None:
     }
     bars(axis, list(named), named, QUANTILES)
     log_times(axis)
-    axis.set(ylabel="latency from due time, ms", title="W in the open loop, by share of the closed loop's rate")
+    axis.set(ylabel="latency from arrival time, ms", title="W in the open loop, by share of the closed loop's rate")
     axis.set_ylim(bottom=1)
     axis.legend()
     return save(figure, folder / "open.png")
@@ -253,16 +253,14 @@ def plot_mixed(rows: list[Row], folder: Path) -> Path | None:
         [row["rate_share"] for row in beside],
     )
     right.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3)
-    right.set(
-        xlim=(0, 1.1), xlabel="requests/s, as a share of the same alone", title="what each gets of its rate alone"
-    )
+    right.set(xlim=(0, 1.1), xlabel="ratio to the requests/s alone", title="rate, relative to the rate alone")
     right.invert_yaxis()
     right.grid(axis="x", alpha=0.3)
     return save(figure, folder / "mixed.png")
 
 
 def plot_stages(rows: list[Row], folder: Path) -> Path | None:
-    """Where the mean request's time goes, at one connection and so without much waiting."""
+    """Mean request time by stage, at one connection, so queueing hardly counts."""
     chosen = [row for row in rows if row["group"] in ("w", "neighbours", "returning") and row["connections"] == 1]
     if not chosen:
         return None
@@ -294,7 +292,7 @@ def plot_stages(rows: list[Row], folder: Path) -> Path | None:
 def plot_soak(row: Row, samples: list[Sample], path: Path) -> None:
     figure, axis = plt.subplots(layout="constrained", figsize=(9, 4.2))
     axis.plot([t / 60 for t, _ in samples], [mb for _, mb in samples])
-    rest = late(samples)
+    rest = after_first_third(samples)
     middle = sum(t for t, _ in rest) / len(rest), sum(mb for _, mb in rest) / len(rest)
     ends = [rest[0][0], rest[-1][0]]
     fit = [middle[1] + slope(rest) / 3_600 * (t - middle[0]) for t in ends]

@@ -1,8 +1,8 @@
-"""The cheapest server: reads a POST and answers a fixed body, to load the machine with the same generator and no model.
+"""The cheapest server: answers every request with a fixed body, to load the machine with the client alone.
 
-    python -m loadtest.null_server PORT BYTES
+    python -m loadtest.server.null_server PORT BYTES
 
-Before: nothing. After: `ceiling.py` has it asked; GET anything is 200 as well.
+Called by: `overhead.py`. Calls: uvloop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import uvloop
 
 
 class Fixed(asyncio.Protocol):
-    """One connection; requests one after the other, each with a Content-Length or without a body."""
+    """One connection, without pipelining. A request has a Content-Length or no body."""
 
     def __init__(self, body: bytes) -> None:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

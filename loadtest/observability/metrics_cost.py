@@ -1,7 +1,10 @@
-"""What the metrics cost: python -m loadtest.metrics_cost [--bundles build/bundles]
+"""CPU time of the metrics: python -m loadtest.observability.metrics_cost [--bundles build/bundles]
 
-The application in this process without a socket, requests one after the other. Every call of the client library is clocked, and what a
-call that does nothing is clocked at is taken off: a difference of CPU seconds with and without metrics drowns in noise. Prints Markdown.
+Runs the application in this process without a socket, one request at a time, and times each call of the metrics
+library. The measured time of an empty call is subtracted. The difference of CPU time with and without metrics would be
+smaller than its noise. Prints Markdown.
+
+Called by: the command line. Its numbers stand in docs/metrics.md. Calls: `slatewise/main.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from unittest.mock import patch
 import httpx
 from prometheus_client import Counter, Gauge, Histogram
 
+from loadtest.markdown import table
 from slatewise.bundle.loader import load_rankers
 from slatewise.main import build_app
 from slatewise.process import cpu_name
@@ -37,8 +41,8 @@ CALLS = (
 
 
 @contextmanager
-def clocked() -> Iterator[list[float]]:
-    """Seconds of each call of the metrics' library while it is entered."""
+def timed_calls() -> Iterator[list[float]]:
+    """Yield a list that collects the seconds of each call of the metrics library."""
     seconds: list[float] = []
 
     def around(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +61,8 @@ def clocked() -> Iterator[list[float]]:
         yield seconds
 
 
-def clock_seconds(calls: int = 100_000) -> float:
-    """That a call of nothing is clocked at."""
+def timer_overhead(calls: int = 100_000) -> float:
+    """Measured seconds of an empty call."""
     total = 0.0
     for _ in range(calls):
         begin = time.perf_counter()
@@ -66,8 +70,8 @@ def clock_seconds(calls: int = 100_000) -> float:
     return total / calls
 
 
-def times(example: dict[str, Any], times: int) -> dict[str, Any]:
-    """The example with as many times its candidates."""
+def repeat_candidates(example: dict[str, Any], times: int) -> dict[str, Any]:
+    """The example with its candidates `times` times."""
     sent = example["candidates"]
     return example | {
         "candidates": {
@@ -77,8 +81,8 @@ def times(example: dict[str, Any], times: int) -> dict[str, Any]:
     }
 
 
-async def measure(bundles: Path, times_its_candidates: int) -> tuple[float, int, float]:
-    """(CPU milliseconds of a request, calls of the metrics' library, and their share of these milliseconds)."""
+async def measure(bundles: Path, times: int) -> tuple[float, int, float]:
+    """(CPU milliseconds of a request, calls of the metrics library, their share of the CPU time)."""
     app = build_app(Settings(bundles=bundles), load_rankers(bundles, 1, ()))
     async with (
         app.router.lifespan_context(app),
@@ -86,7 +90,7 @@ async def measure(bundles: Path, times_its_candidates: int) -> tuple[float, int,
     ):
         ranker = (await client.get("/models")).json()["models"][0]["name"]
         body = (await client.get(f"/models/{ranker}")).json()["example"]
-        body = times(body, times_its_candidates)
+        body = repeat_candidates(body, times)
 
         async def spend() -> float:
             begin = time.process_time()
@@ -96,9 +100,9 @@ async def measure(bundles: Path, times_its_candidates: int) -> tuple[float, int,
 
         await spend()
         spent = await spend()
-        with clocked() as seconds:
+        with timed_calls() as seconds:
             await spend()
-    clocks = len(seconds) * clock_seconds()
+    clocks = len(seconds) * timer_overhead()
     return spent * 1e3, round(len(seconds) / REQUESTS), (sum(seconds) - clocks) / REQUESTS / spent
 
 
@@ -106,12 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, default=Settings().bundles)
     args = parser.parse_args()
-    print(
-        f"{cpu_name()}\n\n| candidates | CPU ms a request, client included | calls of the metrics' library | of these ms |\n| --- | --- | --- | --- |"
+    rows = []
+    for times in (1, 8):
+        spent, calls, share = asyncio.run(measure(args.bundles, times))
+        rows.append((f"{times} times the example's", f"{spent:.2f}", calls, f"{share:.1%}"))
+    titles = (
+        "candidates",
+        "CPU ms a request, client included",
+        "calls of the metrics library",
+        "share of the CPU time",
     )
-    for many in (1, 8):
-        spent, calls, share = asyncio.run(measure(args.bundles, many))
-        print(f"| {many} times the example's | {spent:.2f} | {calls} | {share:.1%} |")
+    print(f"{cpu_name()}\n\n{table(titles, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What the server adds to its engine: python -m loadtest.ceiling
+"""Share of the engine's throughput that the server reaches: python -m loadtest.server.overhead
 
-In turns: the server at 4 connections on W, all users distinct; and the engine alone, a process of one thread for each core,
-while the same generator asks a null server, which answers as many bytes, at the rate that the server reached. What is left between
-the two is HTTP, JSON, ids and scheduling. One JSON line a round, then medians.
+Each round measures two things in turn. First the server at 4 connections with requests of shape W, each from a new
+user. Then the engine alone, one single-threaded process for each core, while the same client loads a null server at
+the server's rate and answer size. The difference is HTTP, JSON, id look-up and scheduling. Prints one JSON line a
+round, then the medians.
 
-Before: `make reference-bundle`. After: docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from itertools import cycle
@@ -21,19 +21,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from loadtest.client import closed_loop, lasting, open_loop, post
-from loadtest.server import Server, free_port
+from loadtest.client import closed_loop, limit_time, open_loop, post
+from loadtest.server_process import ServerProcess, exit_on_sigterm
 from loadtest.workload import STEADY, W, Workload
 from slatewise.bundle.loader import load_rankers
 from slatewise.process import cpu_name
 from slatewise.schemas import RankRequest
+from tests.support.network import free_port
 
 CONNECTIONS = 4
 INPUTS = 40
 
 
 def engine(bundles: Path, orders: Connection) -> None:
-    """Scores W's requests for as many seconds as it is told, one thread; answers (requests, CPU seconds) each time."""
+    """Child process: receive seconds, score requests of shape W that long, send (requests, CPU seconds). 0 ends it."""
     ranker = next(iter(load_rankers(bundles, 1).values()))
     engine = ranker.engines[ranker.default_variant]
     requests = [RankRequest.model_validate_json(body) for body in Workload(bundles).distinct(W, INPUTS)]
@@ -52,10 +53,12 @@ def engine(bundles: Path, orders: Connection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, default=Path("build/bundles"))
-    parser.add_argument("--requests", type=int, default=400, help="of the server in a round (default: %(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=400, help="requests to the server in a round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server ends with it
+    exit_on_sigterm()
     context = multiprocessing.get_context("spawn")
     engines = []
     for _ in os.sched_getaffinity(0):
@@ -68,11 +71,11 @@ def main() -> None:
         return [post("/rerank", body) for body in Workload(args.bundles, seed=seed).distinct(W, number)]
 
     rounds: list[dict[str, float]] = []
-    with Server({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
+    with ServerProcess({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
         size = len(closed_loop(server.port, posts(-1, STEADY), CONNECTIONS, keep_bodies=True).bodies[-1])
         port = free_port()
-        with Server(
-            command=[sys.executable, "-m", "loadtest.null_server", str(port), str(size)], port=port, ready="/"
+        with ServerProcess(
+            command=(sys.executable, "-m", "loadtest.server.null_server", str(port), str(size)), port=port, ready="/"
         ) as null:
             for turn in range(args.rounds):
                 requests = posts(turn, args.requests)
@@ -81,7 +84,7 @@ def main() -> None:
                 server_cpu = (server.cpu_seconds() - cpu) / len(requests)
                 for orders in engines:
                     orders.send(served.seconds)
-                open_loop(null.port, lasting(served.seconds, cycle(requests)), served.per_second, CONNECTIONS)
+                open_loop(null.port, limit_time(served.seconds, cycle(requests)), served.per_second, CONNECTIONS)
                 results = [orders.recv() for orders in engines]
                 done = sum(number for number, _ in results)
                 rounds.append(

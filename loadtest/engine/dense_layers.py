@@ -1,7 +1,10 @@
-"""Forms of a dense layer, one thread: python -m loadtest.linears [--rows 200] [--repeats 300]
+"""ONNX forms of a dense layer, one thread: python -m loadtest.engine.dense_layers [--rows 200] [--repeats 300]
 
-For each form and shape: microseconds (median, the forms in turns), the error against float64 relative to the output's spread, and how far a
-row's result moves when another row of its tensor becomes ten times as large. What moves would let neighbours change a score.
+For each form and shape: median microseconds (the forms run in turn), the error against float64 relative to the output's
+standard deviation, and the change of a row's result if another row of the tensor becomes ten times as large. With a
+form that changes, other candidates of a request would influence a candidate's score.
+
+Called by: the command line, tests/train/test_quantize.py. Its numbers stand in docs/compression.md.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from loadtest.markdown import table
 from slatewise.process import cpu_name
 from slatewise_train.compression.quantize import CONTRIB, FULL_BITS, SAFE_BITS, input_scale, quantize, quantize_weight
 
 SHAPES = ((128, 128), (128, 512), (512, 128))
-SPREAD = 4.0  # standard deviations that a constant scale covers
+SPREAD = 4.0  # standard deviations covered by a constant scale
 BLOCK = 32  # of MatMulNBits
 
 Form = Callable[[np.ndarray, np.ndarray], onnx.ModelProto]  # weight (in, out), bias (out,)
@@ -48,7 +52,7 @@ def constant_scale(bits: int) -> Form:
 
 
 def signed(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
-    """A constant scale, int8 times int8."""
+    """Constant scale, int8 times int8."""
     codes, scale = quantize_weight(weight, FULL_BITS)
     constants = {"w": codes, "w_scale": scale, "b": bias, "x_scale": np.float32(SPREAD / 127), "x_zero": np.int8(0)}
     nodes = [node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["c"])]
@@ -57,7 +61,7 @@ def signed(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
 
 
 def row_scale(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
-    """A scale for each row, of standard operators."""
+    """One scale for each row, from standard operators."""
     codes, scale = quantize_weight(weight, SAFE_BITS)
     constants = {
         "w": codes,
@@ -88,7 +92,7 @@ def row_scale(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
 
 
 def quantized_output(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
-    """QDQ with a quantized output, which onnxruntime makes one QLinearMatMul."""
+    """QDQ with a quantized output, which ONNX Runtime fuses into one QLinearMatMul."""
     codes, scale = quantize_weight(weight, SAFE_BITS)
     x_scale, x_zero = input_scale(-SPREAD, SPREAD)
     spread = SPREAD * float(np.linalg.norm(weight, axis=0).max())
@@ -113,7 +117,7 @@ def quantized_output(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
 
 
 def blocks(bits: int) -> Form:
-    """Weights in blocks of 32 with a scale each (`MatMulNBits`), products of int8."""
+    """Weights in blocks of 32, each with a scale (`MatMulNBits`); int8 products."""
 
     def form(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
         inner, out = weight.shape
@@ -135,7 +139,7 @@ def blocks(bits: int) -> Form:
 
 
 def tensor_scale(weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
-    """onnxruntime's dynamic quantization: one scale for the tensor."""
+    """ONNX Runtime's dynamic quantization: one scale for the whole tensor."""
     codes, scale = quantize_weight(weight, SAFE_BITS)
     return model(
         [node("DynamicQuantizeMatMul", ["x", "w", "w_scale", "", "b"], ["y"], CONTRIB)],
@@ -188,17 +192,10 @@ def main() -> None:
             found, beside = (session.run(None, {"x": rows})[0] for rows in (x, other))
             error = np.sqrt(np.square(found - exact).mean()) / exact.std()
             moved = np.abs(beside[:-1] - found[:-1]).max() / exact.std()
-            cells[name].append(f"{np.median(seconds[name]) * 1e6:.0f} | {error:.4f} | {moved:.4f}")
+            cells[name] += [f"{np.median(seconds[name]) * 1e6:.0f}", f"{error:.4f}", f"{moved:.4f}"]
+    titles = [title for inner, out in SHAPES for title in (f"{inner}x{out} us", "error", "moved")]
     print(f"{args.rows} rows, one thread, {cpu_name()}\n")
-    print(
-        "| form | "
-        + " | ".join(f"{inner}x{out} us | error | moved" for inner, out in SHAPES)
-        + " |\n"
-        + "| --- " * (1 + 3 * len(SHAPES))
-        + "|"
-    )
-    for name, row in cells.items():
-        print(f"| {name} | {' | '.join(row)} |")
+    print(table(("form", *titles), ((name, *row) for name, row in cells.items())))
 
 
 if __name__ == "__main__":
