@@ -66,14 +66,13 @@ def number(
     expr: str,
     red_from: float | None = None,
     red_below: float | None = None,
-    width: int = 4,
 ) -> stat.Panel:
     steps = [Threshold(None, "green" if red_below is None else "red")]
     if red_from is not None:
         steps.append(Threshold(red_from, "red"))
     if red_below is not None:
         steps.append(Threshold(red_below, "green"))
-    panel = finish(stat.Panel(), title, description, unit, [(legend, expr)]).span(width).height(4)
+    panel = finish(stat.Panel(), title, description, unit, [(legend, expr)]).span(4).height(4)
     return panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
 
 
