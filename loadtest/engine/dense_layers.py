@@ -4,7 +4,7 @@ For each form and shape: median microseconds (the forms run in turn), the error 
 standard deviation, and the change of a row's result if another row of the tensor becomes ten times as large. With a
 form that changes, other candidates of a request would influence a candidate's score.
 
-Called by: the command line, tests/train/test_quantize.py. Its numbers stand in docs/compression.md.
+Called by: the command line, tests/train/test_quantize.py. Its numbers appear in docs/compression.md.
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ def main() -> None:
                 session.run(None, {"x": x})
                 seconds[name].append(time.perf_counter() - begin)
         for name, session in sessions.items():
-            found, beside = (session.run(None, {"x": rows})[0] for rows in (x, other))
+            found, changed = (session.run(None, {"x": rows})[0] for rows in (x, other))
             error = np.sqrt(np.square(found - exact).mean()) / exact.std()
-            moved = np.abs(beside[:-1] - found[:-1]).max() / exact.std()
+            moved = np.abs(changed[:-1] - found[:-1]).max() / exact.std()
             cells[name] += [f"{np.median(seconds[name]) * 1e6:.0f}", f"{error:.4f}", f"{moved:.4f}"]
     titles = [title for inner, out in SHAPES for title in (f"{inner}x{out} us", "error", "moved")]
     print(f"{args.rows} rows, one thread, {cpu_name()}\n")

@@ -4,7 +4,7 @@ Compares the service's dict (one loop in C) with a binary search in a sorted arr
 ids of one request of shape W, and the memory of the table. The CPU caches are swept between two look-ups, as the
 model's weights do in a server.
 
-Called by: the command line. Its numbers stand in docs/performance.md.
+Called by: the command line. Its numbers appear in docs/performance.md.
 """
 
 from __future__ import annotations

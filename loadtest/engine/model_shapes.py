@@ -4,7 +4,7 @@ Fewer blocks, narrower feed-forward layers, cheaper attention. Each shape is the
 `slatewise_train/compression/student.py`, untrained: the values of weights do not change the time. Milliseconds for 200
 events and 200 candidates, one thread, medians of interleaved runs.
 
-Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/compression.md.
+Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/compression.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Runs the graphs in a variant's folder on shape W (256 events after the start tok
 ONNX Runtime's profiler. The limit is the measured rate of one float32 GEMM of 256 x 128 x 512, the shape with most of
 the work. The operations of the matrix products are computed from the shapes in the profile.
 
-Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One thread, medians of interleaved runs: encoding by number of events, the exit 
 of candidates, and one appended event by the length of the cached history. Then the share of causal attention that the
 mask discards. The last line is JSON.
 
-Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,15 +90,17 @@ def main() -> None:
     states = {n: encode(engine, events) for n, events in histories.items()}
     state = states[256]
     more = history(1)
-    runs: dict[str, Callable[[], object]] = {f"encode {n}": lambda n=n: encode(engine, histories[n]) for n in EVENTS}  # type: ignore[misc]
+
+    def point(n: int) -> object:
+        return run_all(run_cascade(engine, slates[n], state, meta, "point", False, []))
+
     cached = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
-    runs |= {f"one event after {n - 1}": lambda n=n: engine.extend(cached[n], more) for n in EVENTS}  # type: ignore[misc]
-    runs |= {
-        f"point {n}": lambda n=n: run_all(run_cascade(engine, slates[n], state, meta, "point", False, []))
-        for n in CANDIDATES
-    }  # type: ignore[misc]
     points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
-    runs |= {f"set-wise part {n}": lambda n=n: engine.set(points[n]) for n in SLATES}  # type: ignore[misc]
+    runs: dict[str, Callable[[], object]] = {}
+    runs |= {f"encode {n}": partial(encode, engine, histories[n]) for n in EVENTS}
+    runs |= {f"one event after {n - 1}": partial(engine.extend, cached[n], more) for n in EVENTS}
+    runs |= {f"point {n}": partial(point, n) for n in CANDIDATES}
+    runs |= {f"set-wise part {n}": partial(engine.set, points[n]) for n in SLATES}
     found = milliseconds(runs, args.repeats)
     print(f"{cpu_name()}, one thread, medians of {args.repeats} runs\n")
     print(table(("work", "ms"), ((name, f"{ms:.2f}") for name, ms in found.items())))

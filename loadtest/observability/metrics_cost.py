@@ -4,7 +4,7 @@ Runs the application in this process without a socket, one request at a time, an
 library. The measured time of an empty call is subtracted. The difference of CPU time with and without metrics would be
 smaller than its noise. Prints Markdown.
 
-Called by: the command line. Its numbers stand in docs/metrics.md. Calls: `slatewise/main.py`.
+Called by: the command line. Its numbers appear in docs/metrics.md. Calls: `slatewise/main.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     check        the scores of every peer, on every graph, equal those of Slatewise
     choice       short runs find each peer's best number of workers and threads: req/s at 4 connections, p50 at 1
-    measurement  all contenders in rounds; each starts anew in every round, in random order
+    measurement  all contenders in rounds; each is restarted in every round, in random order
 
 Called by: the command line. Calls: `environments.py` installs missing parts. Output: build/peers/report/ with
 report.md, report.png and cells.jsonl.
@@ -88,6 +88,7 @@ class Run:
         order = [*self.ours, *self.entries]
         random.Random(turn).shuffle(order)
         for entry in order:
+            plan: list[tuple[Setup | None, tuple[int, ...]]]
             if entry in self.ours:
                 plan = [(None, (4, 1))]
             elif chosen[entry, 4] == chosen[entry, 1]:

@@ -7,7 +7,7 @@ Measures the cells of `cells.py`, prints each as a JSON line, and writes a repor
     python -m loadtest.server --port 8000                        a running one, without its CPU time and memory
     python -m loadtest.server --soak 600
 
-Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
 
 from __future__ import annotations

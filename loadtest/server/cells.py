@@ -201,7 +201,7 @@ def mixed(bench: Bench) -> Iterator[Row]:
     for shape, connections in ((CHEAP, cheap), *((EXPENSIVE, n) for n in EXPENSIVE_CONNECTIONS)):
         row = bench.cold("mixed", shape, connections)
         alone[shape, connections] = row
-        yield row | {"beside": "", "rate_share": 1.0}
+        yield row | {"concurrent": "", "rate_share": 1.0}
     for expensive in EXPENSIVE_CONNECTIONS:
         parts = (
             (CHEAP, cheap, f"{expensive} x {EXPENSIVE.candidates}"),
@@ -213,8 +213,11 @@ def mixed(bench: Bench) -> Iterator[Row]:
         cost = {
             name: cost[name] for name in ("other_cores", "resident_mb") if name in cost
         }  # the other costs belong to both streams
-        for (shape, n, beside), outcome in zip(parts, outcomes):
-            share = {"beside": beside, "rate_share": round(outcome.per_second / alone[shape, n]["per_second"], 3)}
+        for (shape, n, concurrent), outcome in zip(parts, outcomes):
+            share = {
+                "concurrent": concurrent,
+                "rate_share": round(outcome.per_second / alone[shape, n]["per_second"], 3),
+            }
             yield (
                 describe("mixed", "new", shape, n, "closed")
                 | share

@@ -5,7 +5,7 @@ user. Then the engine alone, one single-threaded process for each core, while th
 the server's rate and answer size. The difference is HTTP, JSON, id look-up and scheduling. Prints one JSON line a
 round, then the medians.
 
-Called by: the command line, after `make reference-bundle`. Its numbers stand in docs/performance.md.
+Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def name(row: Row) -> str:
     """Label of a cell within its group."""
     users = "" if row["users"] == "new" else f"{row['users']}, "
     loop = f"open, {row['load']:.0%}" if row["loop"] == "open" else f"{row['connections']} conn."
-    beside = f", beside {row['beside']}" if row.get("beside") else ""
-    return f"{users}{row['history']} + {row['candidates']}, {loop}{beside}"
+    concurrent = f", with {row['concurrent']}" if row.get("concurrent") else ""
+    return f"{users}{row['history']} + {row['candidates']}, {loop}{concurrent}"
 
 
 def table_of(columns: dict[str, Callable[[Row], Any]], rows: Iterable[Row]) -> str:
@@ -82,7 +82,7 @@ MIXED = (
     CELL
     | {
         "connections": key("connections"),
-        "beside": key("beside"),
+        "concurrent": key("concurrent"),
         "requests/s": key("per_second"),
         "ratio to the rate alone": key("rate_share"),
     }
@@ -235,7 +235,7 @@ def plot_mixed(rows: list[Row], folder: Path) -> Path | None:
     cheap_size = min(row["candidates"] for row in chosen)
     figure, (left, right) = plt.subplots(1, 2, layout="constrained", figsize=(11, 4.2))
     cheap = {
-        f"beside\n{row['beside']}" if row["beside"] else "alone": row
+        f"with\n{row['concurrent']}" if row["concurrent"] else "alone": row
         for row in chosen
         if row["candidates"] == cheap_size
     }
@@ -247,10 +247,10 @@ def plot_mixed(rows: list[Row], folder: Path) -> Path | None:
     )
     left.set_ylim(bottom=1)
     left.legend()
-    beside = [row for row in chosen if row["beside"]]
+    concurrent = [row for row in chosen if row["concurrent"]]
     drawn = right.barh(
-        [f"{row['connections']} x {row['candidates']}\nbeside {row['beside']}" for row in beside],
-        [row["rate_share"] for row in beside],
+        [f"{row['connections']} x {row['candidates']}\nwith {row['concurrent']}" for row in concurrent],
+        [row["rate_share"] for row in concurrent],
     )
     right.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3)
     right.set(xlim=(0, 1.1), xlabel="ratio to the requests/s alone", title="rate, relative to the rate alone")

@@ -7,7 +7,7 @@
 
 Prints Markdown tables, then a line of JSON. Client, server and Redis share this machine's cores.
 
-Called by: the command line. Its numbers stand in docs/store.md.
+Called by: the command line. Its numbers appear in docs/store.md.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def test_every_group_of_cells_is_measured_and_reported(
         if "stages_share" in row:
             assert 0 < row["stages_share"] <= 1.001  # stages are parts of a request and do not overlap
         json.dumps(row)
-    beside = [row for row in rows if row.get("beside")]
-    assert [row["candidates"] for row in beside] == [20, 1_500, 20, 1_500]
+    concurrent = [row for row in rows if row.get("concurrent")]
+    assert [row["candidates"] for row in concurrent] == [20, 1_500, 20, 1_500]
     report.write(tmp_path, ["a machine"], rows)
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.md",
