@@ -120,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
             whole += counted
             if counted.found:
                 print(f"{file}: {counted.found} in {counted.words} words, {counted.rate:.1f} per 1,000")
-            if args.show:
-                print(*(f"    ...{context}..." for context in contexts(prose(file))), sep="\n")
+            for context in contexts(prose(file)) if args.show else ():
+                print(f"    ...{context}...")
             for sentence in long_sentences(file, args.longest) if args.longest else ():
                 print(f"{file}: {len(WORD.findall(sentence))} words: {sentence}")
         print(f"{path}: {whole.found} in {whole.words} words, {whole.rate:.1f} per 1,000 (limit {args.limit:g})")
