@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Measures the prose of the repository: .ci/prose.py [--limit 5] [--longest 35] [--show] PATH...
 
-Prose is the docstrings and comments of Python files and the text of Markdown files. Code, inline code, tables and links' targets do
-not count. For each PATH (a file or a folder) the script prints how often the words in WORDS occur per 1,000 words. Many of them are
-a sign of free relatives ("what is kept"), which a stranger reads slowly. Exit code 1: a PATH is above the limit.
+Prose is the docstrings and comments of Python files and the text of Markdown files. Code, inline code, tables and the
+targets of links do not count. For each PATH (a file or a folder) the script prints how often the words in WORDS occur
+per 1,000 words. Many of them are a sign of free relatives ("what is kept"), which a stranger reads slowly.
+
+Exit code 1: a PATH is above the limit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes events.csv and items.csv: a small shop with invented customers, in the format that Slatewise trains on.
 
-Each customer has two favourite categories and buys mostly from them, so there is a pattern to learn. Run it in this folder:
+Each customer has two favourite categories and buys mostly from them: a pattern to learn. Run it in this folder:
 
     python make_events.py
 """
