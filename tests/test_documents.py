@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slatewise_train.evaluation.offline import as_markdown
+from slatewise_train.evaluation.report import quality_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -51,5 +51,5 @@ def test_the_index_names_every_document() -> None:
 
 def test_quality_tables_are_those_of_the_demo() -> None:
     report = json.loads((DEMO / "report.json").read_text())
-    for table in as_markdown(report).split("\n\n"):
+    for table in quality_table(report).split("\n\n"):
         assert table in (ROOT / "docs/quality.md").read_text()
