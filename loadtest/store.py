@@ -204,7 +204,7 @@ async def timed(store: RedisStore, ranker: Any, user: str) -> tuple[float, str]:
 
 async def look_ups(ranker: Any, users: list[str], port: int) -> dict[str, Any]:
     result = {}
-    async with RedisStore(f"redis://127.0.0.1:{port}/0", BUDGET, [ranker]) as store:
+    async with RedisStore(f"redis://127.0.0.1:{port}/0", BUDGET, lambda: [ranker]) as store:
         for at_once in (1, 64):
             answers = []
             for first in range(0, LOOK_UPS, at_once):
@@ -270,7 +270,7 @@ async def faults(ranker: Any, users: list[str], port: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, fault in FAULTS.items():
         with proxy_of_its_own(port) as proxy:
-            async with RedisStore(f"redis://127.0.0.1:{proxy.port}/0", BUDGET, [ranker]) as store:
+            async with RedisStore(f"redis://127.0.0.1:{proxy.port}/0", BUDGET, lambda: [ranker]) as store:
                 tasks: list[asyncio.Task[tuple[float, str]]] = []
                 opened = None
 

@@ -185,7 +185,7 @@ def test_slots_of_a_cluster_move_and_no_look_up_is_lost(cluster: list[redis.Redi
     )
 
     async def main() -> None:
-        async with RedisStore(cluster_url(cluster), 5.0, [RANKER]) as store:
+        async with RedisStore(cluster_url(cluster), 5.0, lambda: [RANKER]) as store:
             await until_closed(store)
             async with loaded(store) as load:
                 await asyncio.sleep(0.3)
@@ -219,7 +219,7 @@ def test_everything_that_writes_works_on_a_cluster(cluster: list[redis.Redis]) -
         assert store.delete_user("7")
         push(store, users, vectors_of(7))
         assert store.sweep(0.0) > 0
-        assert store.status()["live"] == [7, 6, 4] and store.status()["forgotten"] == 1
+        assert store.status()["live"] == [7, 6, 4] and store.status()["deleted_users"] == 1
         for user in (0, 8, 299):
             fields = client.hgetall(user_key("r", "s", str(user)))
             assert set(fields) == {b"7", b"6", b"4"}
@@ -240,7 +240,7 @@ def test_a_node_that_stands_still_takes_its_own_users_only_and_is_back_when_it_m
     assert 0 < len(mine) < len(users)
 
     async def main() -> None:
-        async with RedisStore(cluster_url(cluster), 0.1, [RANKER]) as store:
+        async with RedisStore(cluster_url(cluster), 0.1, lambda: [RANKER]) as store:
 
             async def ask_all() -> dict[str, str]:
                 found = await asyncio.gather(*(store.look_up(RANKER, user) for user in users))
@@ -299,7 +299,7 @@ def test_a_fail_over_costs_seconds_and_no_wrong_answer(tmp_path: Path) -> None:
             client.wait(1, 5_000)
 
         async def main() -> None:
-            async with RedisStore(url, BUDGET, [RANKER]) as store:
+            async with RedisStore(url, BUDGET, lambda: [RANKER]) as store:
                 await until_closed(store)
                 async with loaded(store) as load:
                     await asyncio.sleep(0.5)
@@ -314,7 +314,7 @@ def test_a_fail_over_costs_seconds_and_no_wrong_answer(tmp_path: Path) -> None:
                 with connect(url) as client:
                     assert client.connection_pool.get_master_address()[1] == replica
                     assert fill(client) == 2
-                await until(lambda: store.generations["r"] == ["2", "1"], 5.0)
+                await until(lambda: store.poller.spaces["r", "s"].live.generations == ["2", "1"], 5.0)
                 found = await store.look_up(RANKER, "5")
                 check("5", found)
                 assert found.version == "2"
@@ -344,7 +344,7 @@ def test_tls_with_a_password_under_load(tmp_path: Path, authority: trustme.CA) -
             async with fault_proxy(port, tls=tls_context(authority, "127.0.0.1")) as proxy:
                 url = f"rediss://:p%40ss@127.0.0.1:{proxy.port}/0?ssl_ca_certs={tmp_path / 'ca.pem'}"
                 await asyncio.to_thread(fill_at, url)
-                async with RedisStore(url, BUDGET, [RANKER]) as store:
+                async with RedisStore(url, BUDGET, lambda: [RANKER]) as store:
                     await until_closed(store)
                     async with loaded(store) as load:
                         await asyncio.sleep(0.7)
@@ -358,7 +358,7 @@ def test_tls_with_a_password_under_load(tmp_path: Path, authority: trustme.CA) -
                     f"rediss://:p%40ss@127.0.0.1:{proxy.port}/0",
                 ):
                     async with RedisStore(
-                        wrong, BUDGET, [RANKER]
+                        wrong, BUDGET, lambda: [RANKER]
                     ) as store:  # another password, another name than the certificate's, nobody to trust
                         assert (await store.look_up(RANKER, "1")).status == "error"
 
@@ -372,7 +372,7 @@ def fill_at(url: str) -> None:
 
 def assert_served(url: str) -> None:
     async def main() -> None:
-        async with RedisStore(url, BUDGET, [RANKER]) as store:
+        async with RedisStore(url, BUDGET, lambda: [RANKER]) as store:
             await until_closed(store)
             assert (await store.look_up(RANKER, "1")).status == "hit"
 
