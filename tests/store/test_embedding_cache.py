@@ -54,7 +54,7 @@ def test_cached_vectors_and_absences_are_served_without_redis(client: redis.Redi
             assert lookup_counts() - before == Counter(hit_redis=1, hit_local=2, miss=1, miss_local=2)
             assert gauge("embedding_cache_entries") == 2
             store.nodes[""].switch(OPEN)
-            assert (await store.look_up(RANKER, "5")).status == "hit", "also while Redis is away"
+            assert (await store.look_up(RANKER, "5")).status == "hit", "the circuit is open, the entry is cached"
             assert (await store.look_up(RANKER, "6")).status == "error"
 
     asyncio.run(main())
@@ -90,7 +90,7 @@ def test_an_entry_expires_by_the_monotonic_clock(
 
 
 class Clock:
-    """In place of the module `time`: moves by itself, and when told."""
+    """Replaces the module `time`: the real clocks plus offsets."""
 
     def __init__(self) -> None:
         self.wall = self.steady = 0.0

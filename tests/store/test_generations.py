@@ -1,4 +1,7 @@
-"""All that writes the store, on a real Redis: what is published is whole, what is not is not seen, and two never lose each other's change."""
+"""The writer on a real Redis: publication, locks, the live list, roll-back, deletion, merge and sweep.
+
+Drawn sequences of operations are compared with a slow model.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def test_another_plan_abandons_the_interrupted_generation(store: Generations, pl
             store.write_chunk(1, 1, ["b"], rows(["b"]), 5.0)
         store.write_chunk(2, 0, ["a"], rows(["a"], 2.0), 5.0)
         assert store.publish(writing, 1) == [2]
-    assert fields(store, "a") == {2}, "what is dead goes at the next write"
+    assert fields(store, "a") == {2}, "a write removes dead fields"
     assert store.sweep(0.0) == 0 and store.status()["dead"] == []
 
 
@@ -275,7 +278,7 @@ def test_a_write_sets_and_renews_the_time_to_live(client: redis.Redis) -> None:
     assert client.ttl(user_key("r", "s", "a")) > 100 and client.ttl(user_key("r", "s", "b")) > 100
     client.expire(user_key("r", "s", "b"), 100)
     store.merge()
-    assert 0 < client.ttl(user_key("r", "s", "b")) <= 100, "a merge is no news of a user"
+    assert 0 < client.ttl(user_key("r", "s", "b")) <= 100, "a merge does not renew the time to live"
     refresh(Generations(client, "r", "s2"), ["a"])
     assert Generations(client, "r", "s").ttl_seconds == 0
 
@@ -285,7 +288,7 @@ def test_a_write_sets_and_renews_the_time_to_live(client: redis.Redis) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=25))
 def test_the_live_list_is_the_shortest_complete_one(kinds: list[bool]) -> None:
-    """Beside the slow, obvious rule: try every length."""
+    """Compared with the slow rule: try every length."""
     live: list[int] = []
     full = {g for g, is_full in enumerate(kinds, 1) if is_full}
     for generation in range(1, len(kinds) + 1):
@@ -297,7 +300,7 @@ def test_the_live_list_is_the_shortest_complete_one(kinds: list[bool]) -> None:
 
 
 class Model:
-    """The slow, obvious store: every published generation as a whole picture of who has what."""
+    """A slow store: for every published generation the vectors of all users."""
 
     def __init__(self) -> None:
         self.pictures: list[dict[str, float]] = []
@@ -311,7 +314,7 @@ operations = st.lists(
         st.tuples(st.just("incremental"), st.sets(st.sampled_from("abcde"))),
         st.tuples(st.just("full"), st.just(set("abcde"))),
         st.tuples(st.sampled_from(["roll back", "merge", "sweep"]), st.just(set[str]())),
-        st.tuples(st.just("forget"), st.sets(st.sampled_from("abcde"), min_size=1, max_size=1)),
+        st.tuples(st.just("delete user"), st.sets(st.sampled_from("abcde"), min_size=1, max_size=1)),
     ),
     max_size=14,
 )
@@ -347,14 +350,14 @@ def test_drawn_operations_match_a_slow_model(redis_port: int, steps: list[tuple[
                 store.sweep(0.0)
                 live = set(store.live())
                 assert all(fields(store, user) <= live for user in "abcde")
-            elif step == "forget":
+            elif step == "delete user":
                 store.delete_user(next(iter(users)))
                 for picture in model.pictures:
                     picture.pop(next(iter(users)), None)
             picture = model.pictures[-1] if model.pictures else {}
             found = {user: read(store, user) for user in "abcde"}
             assert {user: each[0] for user, each in found.items() if each} == picture
-            assert len(store.live()) >= depth, "two roll-backs must be left"
+            assert len(store.live()) >= depth, "two more roll-backs must be possible"
 
 
 def test_many_incremental_generations_stay_bounded_by_merges(store: Generations) -> None:
@@ -362,9 +365,7 @@ def test_many_incremental_generations_stay_bounded_by_merges(store: Generations)
     for k in range(3 * MAX_LIVE):
         refresh(store, ["a"], 2.0 + k)
         assert len(store.live()) <= MAX_LIVE
-        assert read(store, "c") is not None and read(store, "c")[0::2] == (1.0, 7.0), (
-            "its own age is kept through merges"
-        )
+        assert read(store, "c") is not None and read(store, "c")[0::2] == (1.0, 7.0), "merges keep a vector's age"
         assert read(store, "a")[0] == 2.0 + k
     store.sweep(0.0)
     assert fields(store, "c") <= set(store.live()) and len(fields(store, "a")) <= len(store.live())
@@ -398,7 +399,7 @@ def test_a_merge_during_a_roll_back_is_aborted(store: Generations, monkeypatch: 
     assert store.merge() == [4, 1]
     store.sweep(0.0)
     assert fields(store, "a") == fields(store, "b") == {4, 1}, (
-        "neither what was taken back, nor the merge that was not published"
+        "neither rolled-back vectors nor the aborted merge remain"
     )
 
 
@@ -413,7 +414,7 @@ def test_two_roll_backs_succeed_and_a_third_is_refused(store: Generations) -> No
     assert store.roll_back() == [2] and read(store, "a")[0] == 2.0
     with pytest.raises(StoreError, match="nothing to roll back to"):
         store.roll_back()
-    assert refresh(store, ["a"], 5.0, full=True) == 5, "a number that was rolled back does not come back"
+    assert refresh(store, ["a"], 5.0, full=True) == 5, "a rolled-back number is not given again"
     assert store.live() == [5, 2]
     store.sweep(0.0)
     assert fields(store, "a") == {2, 5}
@@ -437,7 +438,7 @@ def test_concurrent_changes_of_the_pointer_are_all_applied(store: Generations, r
             with redis.Redis(port=redis_port) as client:
                 mine = Generations(client, "r", "s")
                 for _ in range(50):
-                    mine.delete_user("nobody") if delete_user else refresh_mine(mine)
+                    mine.delete_user("absent") if delete_user else refresh_mine(mine)
         except Exception as error:
             failed.append(error)
 
@@ -456,7 +457,7 @@ def test_concurrent_changes_of_the_pointer_are_all_applied(store: Generations, r
 
 
 def test_a_repeated_change_of_the_pointer_applies_once(store: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
-    """redis-py sends a script again when the connection breaks before the answer."""
+    """redis-py repeats a script if the connection breaks before the answer."""
     for value in range(3):
         refresh(store, ["a"], value, full=True)
 
@@ -471,7 +472,7 @@ def test_a_repeated_change_of_the_pointer_applies_once(store: Generations, monke
     assert store.live() == [4, 2, 1]
 
 
-# Forgetting
+# Deletion of a user
 
 
 def test_delete_user_removes_all_vectors_and_marks_the_pointer(
@@ -489,7 +490,7 @@ def test_delete_user_removes_all_vectors_and_marks_the_pointer(
     store.roll_back()
     assert read(store, "a") is None and store.status()["deleted_users"] == 2
     refresh(store, ["a"], 3.0)
-    assert read(store, "a")[0] == 3.0, "whoever comes back is a new user"
+    assert read(store, "a")[0] == 3.0, "a user who returns is a new user"
 
 
 def test_a_user_deleted_during_a_write_is_not_published(store: Generations) -> None:
@@ -500,7 +501,7 @@ def test_a_user_deleted_during_a_write_is_not_published(store: Generations) -> N
         store.write_chunk(writing.generation, 1, ["b", "c"], rows(["b", "c"]), 5.0)
         store.publish(writing, 2)
     assert [read(store, user) is None for user in "abc"] == [True, True, False]
-    assert not store.client.exists(store.deleted_key), "no trace is kept of them"
+    assert not store.client.exists(store.deleted_key), "the deleted ids are not stored"
 
 
 # Sweeping
@@ -513,13 +514,13 @@ def test_a_sweep_waits_until_no_replica_reads_dead_fields(store: Generations, re
 
     def change() -> None:
         with redis.Redis(port=redis_port) as client:
-            Generations(client, "r", "s").delete_user("nobody")
+            Generations(client, "r", "s").delete_user("absent")
 
     timer = threading.Timer(0.2, change)
     timer.start()
     begin = time.monotonic()
     assert store.sweep(0.4) > 0
-    assert time.monotonic() - begin >= 0.8, "the pointer changed: the wait begins anew"
+    assert time.monotonic() - begin >= 0.8, "the pointer changed, so the wait starts again"
     timer.join()
     assert fields(store, "a") == fields(store, "b") == {5, 4, 3} and store.sweep(10.0) == 0
 
@@ -539,6 +540,3 @@ def test_a_sweep_leaves_unfinished_and_other_spaces_alone(store: Generations, cl
     refresh(star, ["a"], 2.0)
     star.roll_back()
     assert star.sweep(0.0) == 1 and read(store, "a") is not None and client.hlen(user_key("r", "s2", "a")) == 1
-
-
-# python -m slatewise.store.push

@@ -67,7 +67,7 @@ def test_a_user_absent_from_the_bundle_gets_the_default(ranker: Ranker, user: st
 
 
 def test_an_embedded_look_up_is_done_at_once(ranker: Ranker) -> None:
-    """Without a turn of the loop; who goes away without awaiting it leaves nothing behind."""
+    """Without an iteration of the loop; a look-up that is not awaited leaves no task behind."""
 
     async def main() -> None:
         complaints: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ def look_up(port: int, ranker: Ranker, *users: str) -> list[MetaEmbedding]:
 
 
 def test_pushed_vectors_are_found_with_version_and_age(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
-    users, sent = random_vectors(2_500, ranker)  # more than one round trip's worth
+    users, sent = random_vectors(2_500, ranker)  # more than one round trip takes
     assert push_vectors(client, ranker, users, sent) == 1
     before = lookup_counts()
     for user, vector, found in zip(users[::250], sent[::250], look_up(redis_port, ranker, *users[::250]), strict=True):
@@ -138,7 +138,7 @@ def test_a_vector_beyond_the_maximum_age_is_served_as_stale(client: redis.Redis,
             url(redis_port), GENEROUS, lambda: [RANKER], cache_seconds=60.0, max_age_seconds=500
         ) as store:
             before = lookup_counts()
-            for _ in range(2):  # from Redis, and kept
+            for _ in range(2):  # from Redis, then from the cache
                 found = await store.look_up(RANKER, "5")
                 check("5", found)
                 assert (
@@ -183,7 +183,7 @@ def test_generations_that_left_the_live_list_are_not_served(
 
 
 def test_a_rolled_back_generation_never_returns(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
-    """Pushed, found bad, rolled back; the next push of fewer users must not bring the bad vectors back."""
+    """After a roll-back, the next push of fewer users must not make the rolled-back vectors visible."""
     users, good = random_vectors(2, ranker, seed=1)
     bad = random_vectors(2, ranker, seed=2)[1]
     new = random_vectors(2, ranker, seed=3)[1]
@@ -195,7 +195,7 @@ def test_a_rolled_back_generation_never_returns(client: redis.Redis, redis_port:
     np.testing.assert_array_equal(first.vector, new[0])
     np.testing.assert_array_equal(second.vector, good[1])
     assert client.hkeys(user_key(ranker.name, ranker.manifest.space, users[0])) == [b"1", b"3"], (
-        "what is dead goes at the next write"
+        "a write removes dead fields"
     )
 
 
@@ -338,14 +338,14 @@ def test_a_redis_that_dies_and_restarts_is_used_again(
                 assert await has_status(store, ranker, users[0], "hit")
                 first.close()
                 before = lookup_counts()
-                for _ in range(20):  # those that find out by themselves, and those after the poll has
+                for _ in range(20):  # some fail themselves, later ones follow a failed poll
                     async with asyncio.timeout(PATIENCE):
                         assert_default(await store.look_up(ranker, users[0]), ranker, "error")
                     await asyncio.sleep(0.005)
                 assert lookup_counts() - before == {"error": 20}
                 await until_async(lambda: asyncio.sleep(0, circuit(store) == OPEN))
                 with start_redis(port):
-                    await until_async(lambda: has_status(store, ranker, users[0], "default"))  # it came back empty
+                    await until_async(lambda: has_status(store, ranker, users[0], "default"))  # it restarts empty
                     fill(port)
                     await until_async(lambda: has_status(store, ranker, users[0], "hit"))
                     np.testing.assert_array_equal((await store.look_up(ranker, users[1])).vector, sent[1])
@@ -383,7 +383,7 @@ async def tcp_server(
 
 
 def speaker(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """A server that answers whatever it is sent with the same bytes, or not at all."""
+    """A server that answers everything with the same bytes, or not at all."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.CancelledError):
@@ -420,7 +420,7 @@ def test_a_server_that_is_not_redis_is_an_error_in_time(
             for _ in range(5):
                 assert_default(await store.look_up(ranker, "u0"), ranker, "error")
                 await asyncio.sleep(0.02)
-            assert not store.polling.done(), "the poll must go on, or the store never comes back"
+            assert not store.polling.done(), "without further polls the store would never recover"
             store.nodes[""].circuit = CLOSED
             pretend_live(store, ranker, ["2", "1"])  # as if the fault had only just begun
             found = await store.look_up(ranker, "u0")
@@ -440,14 +440,14 @@ def test_a_redis_that_hangs_is_an_error_in_time_then_used_again(
         async with fault_proxy(redis_port) as proxy, RedisStore(url(proxy.port), 1.0, lambda: [ranker]) as store:
             assert await has_status(store, ranker, users[0], "hit")
             proxy.may_speak.clear()
-            async with asyncio.timeout(PATIENCE):  # the budget is a second; all at once take no longer than one
+            async with asyncio.timeout(PATIENCE):  # the budget is one second, for all together
                 found = await asyncio.gather(*(store.look_up(ranker, user) for user in users))
             for each in found:
                 assert_default(each, ranker, "error")
             await until_async(lambda: asyncio.sleep(0, circuit(store) == OPEN))
             proxy.may_speak.set()
             await until_async(lambda: has_status(store, ranker, users[0], "hit"))
-            for user, vector in zip(users, sent, strict=True):  # no late reply of before is taken for one of now
+            for user, vector in zip(users, sent, strict=True):  # no late reply is read as the reply to another
                 each = await store.look_up(ranker, user)
                 assert each.status == "error" or np.array_equal(each.vector, vector)
 
@@ -457,7 +457,7 @@ def test_a_redis_that_hangs_is_an_error_in_time_then_used_again(
 # Cancellation
 
 
-# asyncio loses the socket of a connection that runs out of time while it is made; the collector closes it, with a warning
+# asyncio loses the socket of a connection attempt that times out; the garbage collector closes it with a warning
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("timeout_seconds", [GENEROUS, 0.006])
 def test_a_cancelled_or_late_reply_never_reaches_another_user(
@@ -511,7 +511,7 @@ def test_a_look_up_that_is_not_awaited_leaves_nothing_behind(
             before = lookup_counts()
             for user in users:
                 store.look_up(ranker, user)
-            assert len(store.pending) == len(users), "each has begun"
+            assert len(store.pending) == len(users), "each has started"
             await until_async(lambda: asyncio.sleep(0, not store.pending))
             assert lookup_counts() - before == {"hit_redis": len(users)}
             np.testing.assert_array_equal((await store.look_up(ranker, users[3])).vector, sent[3])

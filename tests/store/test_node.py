@@ -22,7 +22,7 @@ from tests.support.store_load import RANKER, check, circuit, fill, until, until_
 
 
 async def settled(node: RedisNode, live: Live, *users: str) -> list[Read]:
-    """The reads of these users, each with one request that waits, once all are settled."""
+    """The settled reads of these users; one request waits for each."""
     reads = [node.read(user_key("r", "s", user), Space(("r", "s"), live)) for user in users]
     for read in reads:
         read.waiters = 1
@@ -154,7 +154,7 @@ def test_a_round_trip_takes_at_most_a_batch(
 
 
 def test_more_look_ups_than_connections_are_all_served(client: redis.Redis, redis_port: int, ranker: Ranker) -> None:
-    users, sent = random_vectors(256, ranker)  # as many as the first door lets in
+    users, sent = random_vectors(256, ranker)  # as many as may be in flight
     push_vectors(client, ranker, users, sent)
 
     async def main() -> list[MetaEmbedding]:
@@ -176,8 +176,8 @@ def test_a_blocked_loop_reads_replies_before_timing_out(client: redis.Redis, red
                 asked = store.look_up(RANKER, user)
                 while not store.nodes[""].under_way:  # noqa: ASYNC110
                     await asyncio.sleep(0)
-                await asyncio.sleep(0.002)  # long enough for the command to be sent
-                time.sleep(0.1)  # noqa: ASYNC251 - that is the point
+                await asyncio.sleep(0.002)  # for the command to be sent
+                time.sleep(0.1)  # noqa: ASYNC251 - the test blocks the loop
                 assert (await asked).status == "hit"
                 await until(lambda: not store.nodes[""].under_way, GENEROUS)
             assert circuit(store) == CLOSED

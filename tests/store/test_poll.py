@@ -111,7 +111,7 @@ def test_a_ranker_served_later_is_found_by_the_next_poll(client: redis.Redis, re
             publish(client, "s1", 11.0)
             served.append(old)
             await store.poller.poll()
-            assert (await store.look_up(old, "a")).vector[0] == 11.0, "nothing is left of before"
+            assert (await store.look_up(old, "a")).vector[0] == 11.0, "the old cache entry and pointer are gone"
 
     asyncio.run(main())
 
@@ -119,7 +119,7 @@ def test_a_ranker_served_later_is_found_by_the_next_poll(client: redis.Redis, re
 # Changes of the pointer
 
 
-@pytest.mark.parametrize("change", ["publish", "roll back", "forget"])
+@pytest.mark.parametrize("change", ["publish", "roll back", "delete user"])
 def test_any_change_of_the_pointer_empties_the_cache(client: redis.Redis, redis_port: int, change: str) -> None:
     fill(client)
     fill(client)
@@ -132,14 +132,14 @@ def test_any_change_of_the_pointer_empties_the_cache(client: redis.Redis, redis_
             {
                 "publish": lambda: fill(client, 6),
                 "roll back": admin.roll_back,
-                "forget": lambda: admin.delete_user("5"),
+                "delete user": lambda: admin.delete_user("5"),
             }[change]()
             await until(lambda: not store.cache.entries, 5.0)
             found = [await store.look_up(RANKER, user) for user in ("5", "6")]
             expected = {
                 "publish": [("hit", "3"), ("hit", "2")],
                 "roll back": [("hit", "1")] * 2,
-                "forget": [("default", None), ("hit", "2")],
+                "delete user": [("default", None), ("hit", "2")],
             }[change]
             assert [(each.status, each.version) for each in found] == expected
 
@@ -307,7 +307,7 @@ def test_an_unpublished_generation_is_never_visible(client: redis.Redis, redis_p
                         2, chunk, list(map(str, range(user, user + 10))), vectors_of(2)[user : user + 10], time.time()
                     )
                     await asyncio.sleep(0.05)
-                writing.release()  # as if it had died
+                writing.release()  # as if the writer had died
                 await asyncio.sleep(1.5)
             assert {version for *_, version in load.answers} == {"1"}
             assert client.get(pointer_key("r", "s")) == b"1"

@@ -1,6 +1,6 @@
-"""Redis behind a proxy with faults, and Redis itself ill: every look-up is answered in time and is the user's own or the default.
+"""Faults of the network and of Redis: each look-up is answered in time, with the user's vector or the default.
 
-The numbers are the contract's: the circuit opens within a second and closes within five of healing.
+A circuit opens within a second of a fault, and closes within five seconds of its end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.store_load import RANKER, USERS, check, circuit, fill, loaded, until, until_closed
 
 BUDGET = 0.05  # seconds
-SLACK = 1.0  # of a look-up's end, on a machine that does other things
+SLACK = 1.0  # seconds that a busy machine may add to a look-up
 
 
 @pytest.fixture
@@ -163,9 +163,7 @@ def test_a_redis_that_restarts_empty_gives_defaults_then_hits(
                     await asyncio.sleep(0.5)
                     first.close()
                     store.cache.clear()
-                    await until(
-                        lambda: circuit(store) == OPEN, 2.5
-                    )  # by the poll, if the cache should have answered all
+                    await until(lambda: circuit(store) == OPEN, 2.5)  # by the poll, if the cache answered every look-up
                     with start_redis(port):
                         await until_closed(store)
                         await until(lambda: not store.poller.spaces["r", "s"].live.generations, 5.0)
@@ -213,7 +211,7 @@ def test_full_memory_and_a_read_only_server_lose_no_look_up(
                     client.config_set("maxmemory", "0")
                     client.replicaof(
                         "127.0.0.1", port + 1 if port < 65_535 else port - 1
-                    )  # of nobody: what it has, it keeps
+                    )  # no server listens there: the data stay
                     await asyncio.sleep(0.3)
                 assert set(load.since(0.0)) == {"hit"}
 
@@ -250,7 +248,7 @@ def test_a_very_large_value_affects_only_its_user(client: redis.Redis, redis_por
     asyncio.run(main())
 
 
-# Cancellation (a reply that is left in a connection is read by the next one)
+# Cancellation: a reply left on a connection would be read by the next look-up
 
 
 @pytest.mark.parametrize(("budget", "delay"), [(20.0, 0.02), (0.02, 0.02)])
@@ -276,7 +274,7 @@ def test_many_cancellations_never_yield_another_users_vector(
                     statuses += [outcome for outcome in outcomes if isinstance(outcome, str)]
                     assert all(isinstance(outcome, str | TimeoutError) for outcome in outcomes), outcomes
                     store.nodes[""].switch(CLOSED)
-                assert len(statuses) < 60 * 30, "some went away"
+                assert len(statuses) < 60 * 30, "some look-ups were cancelled"
                 assert "hit" in statuses
                 proxy.delay = 0.0
                 await until(lambda: not store.pending and not store.nodes[""].under_way, 10.0)
