@@ -91,7 +91,7 @@ class LookUp:
 class RedisStore:
     """The vectors in Redis: `async with RedisStore(url, timeout, registry.serving) as store`.
 
-    Every poll asks `serving` for the rankers; state is kept by ranker name and space. ValueError for a wrong URL.
+    Every poll asks `serving` for the rankers; state is kept by ranker name and space. A wrong URL raises ValueError.
     """
 
     def __init__(

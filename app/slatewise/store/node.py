@@ -1,7 +1,7 @@
 """One Redis server: reads that share round trips, and a circuit that opens when round trips fail in a row.
 
 `RedisNode.read` returns a future at once. A background task sends the reads in batches and settles each with its
-reply, so cancelling a request never leaves half a reply on a connection. Vectors are unknown here.
+reply, so cancelling a request never leaves half a reply on a connection. `lookup` decodes the values.
 Called by: `lookup.RedisStore` (reads), `poll.Poller` (probes). Calls: the redis-py client.
 """
 
