@@ -51,7 +51,7 @@ PLACES = {
     "fastapi_offline": {"http/app.py"},
     "uvicorn": {"main.py"},
     "starlette": {"http/app.py", "http/body.py", "http/rank.py"},
-    "redis": {"store/generations.py", "store/lookup.py", "store/client.py", "store/node.py"},
+    "redis": {f"store/{name}.py" for name in ("admin", "client", "node", "nodes", "poll", "push", "writer")},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/rank.py"},
 }

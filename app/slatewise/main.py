@@ -51,7 +51,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             redis = RedisStore(
                 url,
                 settings.redis_timeout_ms / 1e3,
-                rankers.values(),
+                lambda: rankers.values(),
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,

@@ -102,7 +102,7 @@ async def look_ups_at_rate(store: RedisStore, ranker: Any, users: list[str]) -> 
 
 async def measure_fault(fault: Callable[[FaultProxy], object], ranker: Any, users: list[str], port: int) -> Any:
     with proxy_thread(port) as running:
-        async with RedisStore(f"redis://127.0.0.1:{running.proxy.port}/0", BUDGET, [ranker]) as store:
+        async with RedisStore(f"redis://127.0.0.1:{running.proxy.port}/0", BUDGET, lambda: [ranker]) as store:
             await until_circuit(store, closed=True)  # on a loaded machine the first poll may time out
             fault(running.proxy)
             watcher = asyncio.create_task(until_circuit(store, closed=False))

@@ -48,7 +48,7 @@ async def timed_look_up(store: RedisStore, ranker: Any, user: str) -> tuple[floa
 async def measure_look_ups(ranker: Any, users: list[str], port: int) -> dict[int, Any]:
     """By number of concurrent look-ups: p50, p99 and longest in ms, and statuses."""
     result = {}
-    async with RedisStore(f"redis://127.0.0.1:{port}/0", BUDGET, [ranker]) as store:
+    async with RedisStore(f"redis://127.0.0.1:{port}/0", BUDGET, lambda: [ranker]) as store:
         for concurrent in CONCURRENT:
             answers = []
             for first in range(0, LOOK_UPS, concurrent):

@@ -1,4 +1,4 @@
-"""The queue in front of the threads: turns, order, cancellation, what is left behind. Jobs wait for events, never for the clock."""
+"""The workers: results, order of the queue, cancellation, closing. Jobs wait for events, never for the clock."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from slatewise.inference import workers as scheduling
 from slatewise.inference.workers import QUIET_SECONDS, Chunks, Job, Workers
 
-PATIENCE = 30  # seconds; never waited for where the code is right
-Turn = tuple[int, int]  # job, quantum
+PATIENCE = 30  # seconds; not reached if the code is right
+Turn = tuple[int, int]  # job, chunk
 
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in threads
+        while not condition():  # noqa: ASYNC110 - the condition depends on other threads
             await asyncio.sleep(0.001)
 
 
@@ -33,13 +33,13 @@ async def patiently(job: Job[Any]) -> Any:
 
 
 def once(call: Callable[[], Any], cost: int = 1) -> Chunks[Any]:
-    """A job of one quantum."""
+    """A job of one chunk."""
     yield cost
     return call()
 
 
 def counted(number: int, costs: list[int], ran: list[Turn], closed: list[int] | None = None) -> Chunks[int]:
-    """A job that writes down which of its quanta is run, and where it was closed before its end."""
+    """A job that records which of its chunks ran, and whether it was closed before its end."""
     try:
         for k, cost in enumerate(costs):
             yield cost
@@ -52,7 +52,7 @@ def counted(number: int, costs: list[int], ran: list[Turn], closed: list[int] | 
 
 
 class Stop:
-    """A quantum that says when it has begun, and ends when it may."""
+    """A chunk that signals its start and ends on a signal."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -79,7 +79,7 @@ async def one_busy_thread() -> AsyncIterator[tuple[Workers, threading.Event]]:
 
 
 class Clock:
-    """In place of the module `time`: moves when told."""
+    """Replaces the module `time`: the test sets the time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -91,7 +91,7 @@ class Clock:
 # Results and waits
 
 
-def test_the_result_is_that_of_the_generators_return_in_a_thread_of_ours() -> None:
+def test_a_job_runs_in_a_worker_thread_and_gives_its_result() -> None:
     def job() -> Chunks[str]:
         yield 1
         yield 2
@@ -106,12 +106,12 @@ def test_the_result_is_that_of_the_generators_return_in_a_thread_of_ours() -> No
     asyncio.run(main())
 
 
-def test_queued_is_the_time_in_the_queue_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queued_counts_only_the_time_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(scheduling, "time", clock)
 
-    def work(seconds: float, quanta: int) -> Chunks[None]:
-        for _ in range(quanta):
+    def work(seconds: float, chunks: int) -> Chunks[None]:
+        for _ in range(chunks):
             yield 1
             clock.now += seconds
 
@@ -125,15 +125,15 @@ def test_queued_is_the_time_in_the_queue_and_no_other(monkeypatch: pytest.Monkey
             release.set()
             await patiently(first)
             await patiently(second)
-            # first waits 5, runs 7, waits while second runs 100, runs 7; second waits 5 + 7, runs 100, waits 7, runs 100
+            # first waits 5, runs 7, waits 100, runs 7; second waits 5 + 7, runs 100, waits 7, runs 100
             assert (first.queued, second.queued) == (105, 19)
             clock.now += 1_000
-            assert (first.queued, second.queued) == (105, 19), "and what is done does not wait"
+            assert (first.queued, second.queued) == (105, 19), "a finished job does not wait"
 
     asyncio.run(main())
 
 
-def test_the_wait_counts_the_time_in_the_queue() -> None:
+def test_queued_is_at_least_the_time_a_busy_thread_took() -> None:
     async def main() -> None:
         async with one_busy_thread() as (workers, release):
             job = workers.submit(once(lambda: None))
@@ -145,7 +145,7 @@ def test_the_wait_counts_the_time_in_the_queue() -> None:
     asyncio.run(main())
 
 
-def test_jobs_run_side_by_side_on_as_many_threads() -> None:
+def test_jobs_run_concurrently_on_as_many_threads() -> None:
     async def main() -> None:
         meet = threading.Barrier(3, timeout=PATIENCE)
         async with Workers(3) as workers:
@@ -154,15 +154,15 @@ def test_jobs_run_side_by_side_on_as_many_threads() -> None:
     asyncio.run(main())
 
 
-# What a job raises
+# Exceptions of a job
 
 
-def failing(error: BaseException, quantum: int) -> Chunks[None]:
-    """Raises at the end of a quantum; quantum -1 is before the first `yield`."""
+def failing(error: BaseException, chunk: int) -> Chunks[None]:
+    """Raises at the end of a chunk; chunk -1 is before the first `yield`."""
     for k in range(-1, 3):
         if k >= 0:
             yield 1
-        if k == quantum:
+        if k == chunk:
             raise error
 
 
@@ -176,16 +176,16 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("quantum", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [0, 1, 2])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_what_a_job_raises_reaches_its_caller_and_nobody_else(error: BaseException, quantum: int) -> None:
+def test_an_exception_of_a_job_reaches_only_its_caller(error: BaseException, chunk: int) -> None:
     async def main() -> None:
         async with Workers(1) as workers:
             jobs: list[Job[Any]] = [
-                workers.submit(quanta) for quanta in (once(lambda: 1), failing(error, quantum), once(lambda: 2))
+                workers.submit(chunks) for chunks in (once(lambda: 1), failing(error, chunk), once(lambda: 2))
             ]
             _, pending = await asyncio.wait(jobs, timeout=5)
-            assert not pending, "a caller was never answered"
+            assert not pending, "a job was never settled"
             assert [job.result() for job in (jobs[0], jobs[2])] == [1, 2]
             found = jobs[1].exception()
             assert found is error or (isinstance(error, StopIteration) and isinstance(found, RuntimeError))
@@ -197,7 +197,7 @@ def test_what_a_job_raises_reaches_its_caller_and_nobody_else(error: BaseExcepti
 @pytest.mark.parametrize(
     "error", [ValueError("mine"), StopIteration(), BaseException("bare")], ids=lambda error: type(error).__name__
 )
-def test_what_comes_before_the_first_quantum_is_raised_where_it_is_submitted(error: BaseException) -> None:
+def test_an_exception_before_the_first_chunk_is_raised_by_submit(error: BaseException) -> None:
     async def main() -> None:
         async with Workers(1) as workers:
             with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
@@ -208,7 +208,7 @@ def test_what_comes_before_the_first_quantum_is_raised_where_it_is_submitted(err
     asyncio.run(main())
 
 
-def test_a_job_without_quanta_is_done_at_once() -> None:
+def test_a_job_without_chunks_is_done_at_once() -> None:
     def empty() -> Chunks[str]:
         yield from ()
         return "nothing to do"
@@ -218,7 +218,7 @@ def test_a_job_without_quanta_is_done_at_once() -> None:
             job = workers.submit(empty())
             assert await patiently(job) == "nothing to do"
             assert workers.queue == []
-            following = workers.submit(once(lambda: 3))  # no ticket of a job that never was in the queue
+            following = workers.submit(once(lambda: 3))  # the empty job left no ticket behind
             release.set()
             assert await patiently(following) == 3
             assert await patiently(workers.submit(once(lambda: 4))) == 4
@@ -226,7 +226,7 @@ def test_a_job_without_quanta_is_done_at_once() -> None:
     asyncio.run(main())
 
 
-# Turns
+# Order
 
 
 costs = st.lists(st.integers(1, 512), min_size=1, max_size=6)
@@ -234,7 +234,7 @@ drawn_jobs = st.lists(st.tuples(st.integers(-2, 2), costs), max_size=8)
 
 
 def slow_order(jobs: dict[int, tuple[int, list[int]]]) -> list[Turn]:
-    """Of the jobs that have quanta left and are of the best priority, the one that has had the fewest rows, then the first to come."""
+    """A slow simulation: next is the job of the best priority, then with the fewest rows so far, then the oldest."""
     ran: list[Turn] = []
     done = dict.fromkeys(jobs, 0)
     while left := [n for n in jobs if done[n] < len(jobs[n][1])]:
@@ -245,7 +245,7 @@ def slow_order(jobs: dict[int, tuple[int, list[int]]]) -> list[Turn]:
 
 
 async def order_of(jobs: list[tuple[int, list[int]]]) -> list[Turn]:
-    """As the one thread takes them, all queued before it is free."""
+    """The order in which one thread runs the chunks, if all jobs are queued before it is free."""
     ran: list[Turn] = []
     async with one_busy_thread() as (workers, release):
         submitted = [workers.submit(counted(n, each, ran), priority) for n, (priority, each) in enumerate(jobs)]
@@ -257,7 +257,7 @@ async def order_of(jobs: list[tuple[int, list[int]]]) -> list[Turn]:
 
 @settings(max_examples=60, deadline=None)
 @given(drawn_jobs)
-def test_quanta_run_in_the_order_of_a_slow_obvious_simulation(jobs: list[tuple[int, list[int]]]) -> None:
+def test_chunks_run_in_the_order_of_a_slow_simulation(jobs: list[tuple[int, list[int]]]) -> None:
     assert asyncio.run(order_of(jobs)) == slow_order(dict(enumerate(jobs)))
 
 
@@ -270,8 +270,8 @@ def test_jobs_run_by_priority_then_by_arrival(priorities: list[int]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(costs, min_size=2, max_size=6))
-def test_while_two_jobs_have_work_neither_is_ahead_by_more_than_a_quantum_of_each(jobs: list[list[int]]) -> None:
-    """The theorem of start-time fair queueing; row for row, however the rows are cut."""
+def test_no_job_is_ahead_of_another_by_more_than_two_chunks(jobs: list[list[int]]) -> None:
+    """The theorem of start-time fair queueing, in rows, for any division into chunks."""
     rows = [0] * len(jobs)
     longest = list(map(max, jobs))
     left = list(map(len, jobs))
@@ -282,15 +282,15 @@ def test_while_two_jobs_have_work_neither_is_ahead_by_more_than_a_quantum_of_eac
         assert all(abs(rows[a] - rows[b]) <= longest[a] + longest[b] for a in busy for b in busy)
 
 
-def test_a_large_job_takes_turns_with_small_ones_row_for_row() -> None:
-    """Four quanta of 512 rows against sixteen of 128: after each large one, as many rows of the small."""
+def test_a_large_job_alternates_with_a_small_one_row_for_row() -> None:
+    """Four chunks of 512 rows against sixteen of 128: after each large chunk come as many rows of small ones."""
     ran = asyncio.run(order_of([(0, [512] * 4), (0, [128] * 16)]))
     assert ran == [turn for k in range(4) for turn in [(0, k), *((1, 4 * k + j) for j in range(4))]]
 
 
 @pytest.mark.parametrize("at_work", [0, 1, 5, 8])
-def test_a_new_job_starts_level_with_what_is_at_work(at_work: int) -> None:
-    """It neither waits for all quanta of a large one, nor is let ahead by all that the large one has had."""
+def test_a_new_job_starts_level_with_a_running_one(at_work: int) -> None:
+    """It neither waits for all chunks of the running job, nor runs until it has had as many rows as that job."""
 
     async def main() -> list[Turn]:
         ran: list[Turn] = []
@@ -314,13 +314,13 @@ def test_a_new_job_starts_level_with_what_is_at_work(at_work: int) -> None:
     ran = asyncio.run(main())
     both = ran[at_work + 1 : at_work + 1 + 2 * (9 - at_work)]
     assert ran[: at_work + 1] == [(0, k) for k in range(at_work + 1)]
-    assert [n for n, _ in both] == [1, 0] * (9 - at_work), "turn and turn about, the new one first"
+    assert [n for n, _ in both] == [1, 0] * (9 - at_work), "alternately, the new one first"
     assert sorted(ran) == [(n, k) for n in range(2) for k in range(10)]
 
 
-def test_a_large_job_gets_its_share_of_an_endless_row_of_small_ones() -> None:
-    """One small job runs and another waits at any time; the large one has at least a fifth of the rows, where a third would be even."""
-    quanta = 8
+def test_a_large_job_is_not_starved_by_a_stream_of_small_ones() -> None:
+    """One small job runs and another waits at any time. The large one gets a fifth of the rows or more."""
+    chunks = 8
     rows = 512
     small_rows = 64
     most = 256
@@ -344,7 +344,7 @@ def test_a_large_job_gets_its_share_of_an_endless_row_of_small_ones() -> None:
 
         row: list[Job[None]] = []
         async with one_busy_thread() as (workers, release):
-            large = workers.submit(counted(0, [rows] * quanta, []))
+            large = workers.submit(counted(0, [rows] * chunks, []))
             for _ in range(2):
                 begin(threading.Event())
             release.set()
@@ -358,7 +358,7 @@ def test_a_large_job_gets_its_share_of_an_endless_row_of_small_ones() -> None:
     assert done, f"all of {passed} small jobs came first"
 
 
-def test_a_better_priority_goes_first_also_between_the_quanta_of_another() -> None:
+def test_a_better_priority_preempts_between_two_chunks() -> None:
     async def main() -> list[Turn]:
         ran: list[Turn] = []
         stop = Stop()
@@ -396,12 +396,12 @@ def test_a_better_priority_goes_first_also_between_the_quanta_of_another() -> No
     ]
 
 
-def test_a_thread_goes_on_with_its_job_when_nobody_waits() -> None:
+def test_a_thread_keeps_its_job_if_no_other_job_waits() -> None:
     meet = threading.Barrier(2, timeout=PATIENCE)
 
     def job(threads: list[str]) -> Chunks[None]:
         yield 1
-        meet.wait()  # both are at work
+        meet.wait()  # both jobs are running
         threads.append(threading.current_thread().name)
         for _ in range(200):
             yield 1
@@ -419,16 +419,16 @@ def test_a_thread_goes_on_with_its_job_when_nobody_waits() -> None:
     asyncio.run(main())
 
 
-# Whether a quantum has the machine to itself
+# Whether the machine is idle otherwise
 
 
-def listening(quanta: list[int], heard: list[bool], call: Callable[[], Any] = lambda: None) -> Chunks[None]:
-    for cost in quanta:
+def listening(chunks: list[int], heard: list[bool], call: Callable[[], Any] = lambda: None) -> Chunks[None]:
+    for cost in chunks:
         heard.append((yield cost))
         call()
 
 
-def test_a_quantum_is_alone_where_nobody_else_runs_or_waits() -> None:
+def test_a_chunk_is_idle_if_no_other_job_ran_recently() -> None:
     async def main() -> None:
         async with Workers(2) as workers:
             heard: list[bool] = []
@@ -439,23 +439,23 @@ def test_a_quantum_is_alone_where_nobody_else_runs_or_waits() -> None:
             await until(stop.begun.is_set)
             beside: list[bool] = []
             await patiently(workers.submit(listening([1, 1], beside)))
-            assert beside == [False] * 2, "another thread is at work"
+            assert beside == [False] * 2, "another thread is busy"
             stop.may_end.set()
             await held
             await until(lambda: workers.busy == 0)
             soon: list[bool] = []
             await patiently(workers.submit(listening([1], soon)))
-            assert soon == [False], "there may be more where the other came from"
+            assert soon == [False], "another job ran a moment ago"
             await asyncio.sleep(QUIET_SECONDS)
             again: list[bool] = []
-            for _ in range(50):  # each is submitted as soon as the one before is heard of
+            for _ in range(50):  # each is submitted as soon as the one before is done
                 await patiently(workers.submit(listening([1], again)))
             assert again == [True] * 50
 
     asyncio.run(main())
 
 
-def test_a_quantum_is_not_alone_where_another_job_waits() -> None:
+def test_a_chunk_is_not_idle_if_another_job_waits() -> None:
     async def main() -> None:
         heard: list[bool] = []
         async with one_busy_thread() as (workers, release):
@@ -468,10 +468,10 @@ def test_a_quantum_is_not_alone_where_another_job_waits() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), BaseException("bare")], ids=lambda error: type(error).__name__)
-def test_no_thread_counts_as_busy_after_what_it_ran_has_ended_in_any_way(error: BaseException) -> None:
+def test_a_thread_is_not_busy_after_its_job_ended_in_any_way(error: BaseException) -> None:
     async def main() -> None:
         async with one_busy_thread() as (workers, release):
-            jobs = [workers.submit(quanta) for quanta in (once(lambda: 1), failing(error, 1), once(lambda: 2))]
+            jobs = [workers.submit(chunks) for chunks in (once(lambda: 1), failing(error, 1), once(lambda: 2))]
             jobs[2].cancel()
             release.set()
             await asyncio.wait(jobs, timeout=PATIENCE)
@@ -486,8 +486,8 @@ def test_no_thread_counts_as_busy_after_what_it_ran_has_ended_in_any_way(error: 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), costs, st.booleans()), max_size=10))
-def test_a_cancelled_job_is_not_run_and_leaves_its_neighbours_alone(jobs: list[tuple[int, list[int], bool]]) -> None:
-    """It is dropped when its turn comes; the others keep the order that they would have without it."""
+def test_cancelled_jobs_do_not_run_nor_change_the_order(jobs: list[tuple[int, list[int], bool]]) -> None:
+    """A cancelled job is dropped at its turn; the others keep the order that they would have without it."""
 
     async def main() -> None:
         ran: list[Turn] = []
@@ -510,7 +510,7 @@ def test_a_cancelled_job_is_not_run_and_leaves_its_neighbours_alone(jobs: list[t
     asyncio.run(main())
 
 
-def test_a_job_cancelled_between_quanta_is_not_run_further_and_its_generator_is_closed() -> None:
+def test_a_job_cancelled_between_chunks_is_closed() -> None:
     async def main() -> None:
         stop = Stop()
         ran = []
@@ -530,7 +530,7 @@ def test_a_job_cancelled_between_quanta_is_not_run_further_and_its_generator_is_
             cancelled = workers.submit(job())
             await until(stop.begun.is_set)
             cancelled.cancel()
-            assert not closed.is_set(), "what runs is not disturbed"
+            assert not closed.is_set(), "a running chunk is not interrupted"
             following = workers.submit(once(lambda: "mine"))
             stop.may_end.set()
             assert await patiently(following) == "mine"
@@ -542,7 +542,7 @@ def test_a_job_cancelled_between_quanta_is_not_run_further_and_its_generator_is_
     asyncio.run(main())
 
 
-def test_cancelling_the_caller_of_a_running_job_does_not_disturb_the_next() -> None:
+def test_cancelling_a_running_job_does_not_disturb_the_next() -> None:
     async def main() -> None:
         loop_errors: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
@@ -573,8 +573,8 @@ def test_cancelling_the_caller_of_a_running_job_does_not_disturb_the_next() -> N
     asyncio.run(main())
 
 
-def test_a_generator_that_does_not_let_itself_be_closed_costs_no_thread() -> None:
-    """What it raises when it is closed is nobody's: its job is cancelled already."""
+def test_a_generator_that_raises_when_closed_keeps_the_thread() -> None:
+    """The exception is dropped: the job is cancelled already."""
 
     def stubborn() -> Chunks[None]:
         try:
@@ -593,17 +593,17 @@ def test_a_generator_that_does_not_let_itself_be_closed_costs_no_thread() -> Non
     asyncio.run(main())
 
 
-# The end
+# Closing
 
 
 async def closing(workers: Workers) -> asyncio.Task[None]:
-    """`__aexit__`, begun: no further job is taken and what waited is cancelled."""
+    """The task of `__aexit__`, once further jobs are refused and queued ones are cancelled."""
     task = asyncio.create_task(workers.__aexit__())
     await until(lambda: workers.stopping)
     return task
 
 
-def test_closing_cancels_what_waits_finishes_what_runs_and_joins_the_threads() -> None:
+def test_closing_cancels_queued_jobs_and_finishes_running_ones() -> None:
     async def main() -> None:
         loop_errors: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
@@ -614,7 +614,7 @@ def test_closing_cancels_what_waits_finishes_what_runs_and_joins_the_threads() -
         await until(stop.begun.is_set)
         waiting = [workers.submit(once(ran.set)) for _ in range(5)]
         end = await closing(workers)
-        assert not end.done(), "what runs is waited for"
+        assert not end.done(), "a running chunk is awaited"
         stop.may_end.set()
         await asyncio.wait_for(end, PATIENCE)
         assert not any(thread.is_alive() for thread in workers.threads)
@@ -627,8 +627,8 @@ def test_closing_cancels_what_waits_finishes_what_runs_and_joins_the_threads() -
     asyncio.run(main())
 
 
-def test_closing_ends_a_job_between_its_quanta() -> None:
-    """Its caller is told so, as that of one that waits is; the rest of it is not run."""
+def test_closing_cancels_a_job_between_two_chunks() -> None:
+    """Its caller gets CancelledError, as for a queued job, and its other chunks do not run."""
 
     async def main() -> None:
         loop_errors: list[dict[str, Any]] = []
@@ -678,7 +678,7 @@ def test_no_job_is_taken_after_closing() -> None:
     asyncio.run(main())
 
 
-def test_nothing_is_queued_at_rest_after_a_storm_of_cancellations() -> None:
+def test_the_queue_is_empty_after_many_cancellations() -> None:
     async def main() -> None:
         async with Workers(2) as workers:
             ran: list[Turn] = []
@@ -696,7 +696,7 @@ def test_nothing_is_queued_at_rest_after_a_storm_of_cancellations() -> None:
             assert asyncio.all_tasks() == {asyncio.current_task()}
             for n in range(1, 400):
                 own = [k for m, k in ran if m == n]
-                assert all(before + 1 == after for before, after in pairwise(own)), "in order, none twice"
+                assert all(before + 1 == after for before, after in pairwise(own)), "in order, each once"
                 assert n % 3 == 0 or len(own) == 1 + n % 4
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The stored value: any vector comes back, in each dtype, and nothing that is not as it was packed is taken."""
+"""The stored value: vectors of each dtype are restored, and every damaged value is refused."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ moments = st.floats(0, 1e11)
 
 
 @given(vectors, generations, moments)
-def test_a_stored_value_comes_back_as_it_was(vector: np.ndarray, generation: int, created_at: float) -> None:
+def test_unpack_restores_a_packed_vector(vector: np.ndarray, generation: int, created_at: float) -> None:
     found, found_generation, found_created = unpack(pack(vector, generation, created_at), len(vector))
     assert found.dtype == np.float32
     assert found.tobytes() == vector.tobytes()
     assert (found_generation, found_created) == (generation, created_at)
 
 
-def test_a_stored_value_is_laid_out_as_documented() -> None:
+def test_a_stored_value_has_the_documented_layout() -> None:
     value = pack(np.array([1.0, -2.0], np.float32), 7, 1_000.5)
     rest = b"SLWM" + bytes([0, 0]) + struct.pack("<HdQ", 2, 1_000.5, 7), struct.pack("<2f", 1.0, -2.0)
     assert value == rest[0] + struct.pack("<I", zlib.crc32(rest[0] + bytes(4) + rest[1])) + rest[1]
@@ -49,7 +49,7 @@ def test_a_stored_value_is_laid_out_as_documented() -> None:
 
 @settings(max_examples=20)
 @given(vectors, generations, moments, st.integers(1, 255))
-def test_a_change_of_any_one_byte_is_refused(
+def test_unpack_refuses_a_change_of_any_byte(
     vector: np.ndarray, generation: int, created_at: float, change: int
 ) -> None:
     value = pack(vector, generation, created_at)
@@ -63,7 +63,7 @@ def test_a_change_of_any_one_byte_is_refused(
 
 @settings(max_examples=30)
 @given(vectors, st.data())
-def test_a_value_that_is_cut_or_goes_on_is_refused(vector: np.ndarray, data: st.DataObject) -> None:
+def test_unpack_refuses_a_cut_or_extended_value(vector: np.ndarray, data: st.DataObject) -> None:
     value = pack(vector, 1, 0.0)
     for wrong in (
         value[: data.draw(st.integers(0, len(value) - 1))],
@@ -74,26 +74,26 @@ def test_a_value_that_is_cut_or_goes_on_is_refused(vector: np.ndarray, data: st.
 
 
 @given(st.binary(max_size=80), st.integers(0, 12))
-def test_garbage_is_refused(value: bytes, dim: int) -> None:
+def test_unpack_refuses_random_bytes(value: bytes, dim: int) -> None:
     with pytest.raises(Corrupt):
         unpack(value, dim)
 
 
 @pytest.mark.parametrize("dim", [0, 7, 9, 65_535])
-def test_a_vector_of_another_size_is_refused(dim: int) -> None:
+def test_unpack_refuses_a_vector_of_another_size(dim: int) -> None:
     for dtype in DTYPES:
         with pytest.raises(Mismatched):
             unpack(pack(np.zeros(8, np.float32), 1, 0.0, dtype), dim)
 
 
 def sealed(body: bytes, dim: int, dtype: int = FLOAT32, magic: bytes = MAGIC, created_at: float = 0.0) -> bytes:
-    """A value with a right checksum, whatever is in it."""
+    """A value with a correct checksum and any content."""
     crc = zlib.crc32(HEADER.pack(magic, dtype, dim, created_at, 1, 0) + body)
     return HEADER.pack(magic, dtype, dim, created_at, 1, crc) + body
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_vector_that_is_not_finite_is_neither_stored_nor_read(number: float) -> None:
+def test_pack_and_unpack_refuse_numbers_that_are_not_finite(number: float) -> None:
     vector = np.array([0.0, number], np.float32)
     for dtype in DTYPES:
         with pytest.raises(ValueError, match="finite"):
@@ -109,12 +109,12 @@ def test_a_vector_that_is_not_finite_is_neither_stored_nor_read(number: float) -
 
 
 @pytest.mark.parametrize(("magic", "dtype"), [(b"SLWN", FLOAT32), (MAGIC, 3), (MAGIC, 1)])
-def test_another_format_is_refused_even_with_a_right_checksum(magic: bytes, dtype: int) -> None:
+def test_unpack_refuses_another_format_with_a_correct_checksum(magic: bytes, dtype: int) -> None:
     with pytest.raises(Corrupt):
         unpack(sealed(bytes(8), 2, dtype, magic), 2)
 
 
-def test_a_vector_can_be_changed_without_changing_what_was_read() -> None:
+def test_changing_an_unpacked_vector_leaves_the_value_unchanged() -> None:
     value = pack(np.ones(4, np.float32), 1, 0.0)
     unpack(value, 4)[0][:] = 9
     assert unpack(value, 4)[0].tolist() == [1.0] * 4
@@ -126,8 +126,8 @@ matrices = hn.arrays(
 
 
 @given(matrices, generations, moments, st.sampled_from(list(DTYPES)))
-def test_many_are_packed_as_one_by_one(vectors: np.ndarray, generation: int, created_at: float, dtype: str) -> None:
-    """The layout, the slow way."""
+def test_pack_many_matches_the_slow_layout(vectors: np.ndarray, generation: int, created_at: float, dtype: str) -> None:
+    """Compared with the layout, one number at a time."""
     expected = []
     for vector in vectors:
         if dtype == "int8":
@@ -143,7 +143,7 @@ def test_many_are_packed_as_one_by_one(vectors: np.ndarray, generation: int, cre
 
 
 @given(matrices, st.sampled_from(list(DTYPES)))
-def test_what_a_smaller_dtype_loses_is_bounded(vectors: np.ndarray, dtype: str) -> None:
+def test_the_rounding_error_of_each_dtype_is_bounded(vectors: np.ndarray, dtype: str) -> None:
     for vector, value in zip(vectors, pack_many(vectors, 1, 0.0, dtype), strict=True):
         found = unpack(value, len(vector))[0]
         largest = float(np.abs(vector).max(initial=0.0))
@@ -155,13 +155,13 @@ def test_what_a_smaller_dtype_loses_is_bounded(vectors: np.ndarray, dtype: str) 
         assert np.abs(found - vector).max(initial=0.0) <= bound
 
 
-def test_what_is_too_large_for_a_dtype_is_refused_and_not_made_infinite() -> None:
+def test_pack_refuses_a_number_too_large_for_the_dtype() -> None:
     with pytest.raises(ValueError, match="float16"):
         pack(np.array([70_000], np.float32), 1, 0.0, "float16")
 
 
 @given(matrices, generations, generations, moments, st.sampled_from(list(DTYPES)))
-def test_a_value_under_another_number_is_otherwise_the_same(
+def test_renumbered_equals_packing_under_the_new_number(
     vectors: np.ndarray, before: int, after: int, created_at: float, dtype: str
 ) -> None:
     for old, new in zip(
@@ -170,7 +170,7 @@ def test_a_value_under_another_number_is_otherwise_the_same(
         assert renumbered(old, after) == new
 
 
-def test_what_is_corrupt_is_not_given_another_number() -> None:
+def test_renumbered_refuses_a_corrupt_value() -> None:
     with pytest.raises(Corrupt):
         renumbered(pack(np.ones(2, np.float32), 1, 0.0)[:-1] + b"x", 2)
 
@@ -178,14 +178,22 @@ def test_what_is_corrupt_is_not_given_another_number() -> None:
 @pytest.mark.parametrize(
     ("pointer", "read"),
     [
-        (None, ([], 0)), (b"", ([], 0)), (b"7", ([7], 0)), (b"7,6,5", ([7, 6, 5], 0)), (b"7,6,5#3", ([7, 6, 5], 3)), (b"#2", ([], 2)),
+        (None, ([], 0)),
+        (b"", ([], 0)),
+        (b"7", ([7], 0)),
+        (b"7,6,5", ([7, 6, 5], 0)),
+        (b"7,6,5#3", ([7, 6, 5], 3)),
+        (b"#2", ([], 2)),
         (b"7,x,5#y", ([7, 5], 0)),
-        (b"\xff", ([], 0)), (b"01,-1, 1,1.5,18446744073709551616", ([], 0)), (b"18446744073709551615", ([2**64 - 1], 0)), ("\u0662".encode(), ([], 0)),
+        (b"\xff", ([], 0)),
+        (b"01,-1, 1,1.5,18446744073709551616", ([], 0)),
+        (b"18446744073709551615", ([2**64 - 1], 0)),
+        ("\u0662".encode(), ([], 0)),
     ],
-)  # fmt: skip
-def test_a_pointer_is_read_as_far_as_it_is_one(pointer: bytes | None, read: tuple[list[int], int]) -> None:
+)
+def test_read_pointer_skips_entries_that_are_not_numbers(pointer: bytes | None, read: tuple[list[int], int]) -> None:
     assert read_pointer(pointer) == read
 
 
-def test_the_user_alone_decides_the_clusters_slot() -> None:
+def test_a_user_key_has_the_user_as_its_cluster_tag() -> None:
     assert user_key("r", "s", "u 1") == "slatewise:r:s:emb:{u 1}"

@@ -1,4 +1,7 @@
-"""All that writes the store, on a real Redis: what is published is whole, what is not is not seen, and two never lose each other's change."""
+"""The writer on a real Redis: publication, locks, the live list, roll-back, deletion, merge and sweep.
+
+Drawn sequences of operations are compared with a slow model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.store import generations
-from slatewise.store.client import connect
-from slatewise.store.codec import HEADER, pack, read_pointer, unpack, user_key
-from slatewise.store.generations import KEPT, MAX_LIVE, Busy, Generations, StoreError, live_after
-from slatewise.store.push import push
+from slatewise.store import generations, pointer, writer
+from slatewise.store.client import run_script
+from slatewise.store.codec import pack, read_pointer, unpack, user_key
+from slatewise.store.generations import MAX_LIVE, Generations
+from slatewise.store.pointer import KEPT, live_after
+from slatewise.store.writer import Busy, StoreError
 
 DIM = 8
 
@@ -73,7 +76,7 @@ def fields(store: Generations, user: str) -> set[int]:
 # Writing
 
 
-def test_a_generation_is_visible_once_it_is_published_and_not_before(store: Generations) -> None:
+def test_a_generation_is_visible_only_after_it_is_published(store: Generations) -> None:
     with store.begin("plan", full=True) as writing:
         assert (writing.generation, writing.done) == (1, set())
         size = store.write_chunk(1, 0, ["a", "b"], rows(["a", "b"], 1.0), 5.0)
@@ -89,7 +92,7 @@ def test_a_generation_is_visible_once_it_is_published_and_not_before(store: Gene
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_more_users_than_one_round_trip_takes_each_get_their_own(store: Generations, dtype: str) -> None:
+def test_users_of_several_round_trips_get_their_own_vectors(store: Generations, dtype: str) -> None:
     users = [f"u{k}" for k in range(2_345)]
     vectors = np.random.default_rng(0).normal(size=(len(users), DIM)).astype(np.float32)
     with store.begin("p", full=True) as writing:
@@ -108,7 +111,7 @@ def test_a_generation_with_a_missing_chunk_is_not_published(store: Generations) 
     assert store.live() == []
 
 
-def test_an_empty_full_generation_is_refused_and_an_empty_incremental_one_changes_nothing(store: Generations) -> None:
+def test_an_empty_generation_is_refused_only_if_it_is_full(store: Generations) -> None:
     refresh(store, ["a"], 1.0, full=True)
     with pytest.raises(StoreError, match="no users"):
         refresh(store, [], full=True)
@@ -119,15 +122,13 @@ def test_an_empty_full_generation_is_refused_and_an_empty_incremental_one_change
 @pytest.mark.parametrize(
     ("users", "vectors"), [(["a", "a"], rows(["a", "b"])), (["a"], rows(["a", "b"])), (["a"], rows(["a"], np.nan))]
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_written(
-    store: Generations, users: list[str], vectors: np.ndarray
-) -> None:
+def test_invalid_chunks_are_refused_before_any_write(store: Generations, users: list[str], vectors: np.ndarray) -> None:
     with store.begin("plan", full=True) as writing, pytest.raises(ValueError):
         store.write_chunk(writing.generation, 0, users, vectors, 5.0)
     assert not store.client.exists(user_key("r", "s", "a"))
 
 
-def test_an_interrupted_generation_is_resumed_where_it_was(store: Generations) -> None:
+def test_an_interrupted_generation_resumes_at_the_missing_chunk(store: Generations) -> None:
     with pytest.raises(KeyboardInterrupt), store.begin("plan", full=True) as writing:
         store.write_chunk(writing.generation, 0, ["a"], rows(["a"], 1.0), 5.0)
         raise KeyboardInterrupt
@@ -145,7 +146,7 @@ def test_an_interrupted_generation_is_resumed_where_it_was(store: Generations) -
 
 
 @pytest.mark.parametrize(("plan", "full"), [("another", True), ("plan", False)])
-def test_another_plan_abandons_what_was_interrupted_for_good(store: Generations, plan: str, full: bool) -> None:
+def test_another_plan_abandons_the_interrupted_generation(store: Generations, plan: str, full: bool) -> None:
     with store.begin("plan", full=True) as writing:
         store.write_chunk(writing.generation, 0, ["a"], rows(["a"], 1.0), 5.0)
     with store.begin(plan, full) as writing:
@@ -154,11 +155,11 @@ def test_another_plan_abandons_what_was_interrupted_for_good(store: Generations,
             store.write_chunk(1, 1, ["b"], rows(["b"]), 5.0)
         store.write_chunk(2, 0, ["a"], rows(["a"], 2.0), 5.0)
         assert store.publish(writing, 1) == [2]
-    assert fields(store, "a") == {2}, "what is dead goes at the next write"
+    assert fields(store, "a") == {2}, "a write removes dead fields"
     assert store.sweep(0.0) == 0 and store.status()["dead"] == []
 
 
-def test_an_aborted_generation_never_comes(store: Generations) -> None:
+def test_an_aborted_generation_cannot_be_published(store: Generations) -> None:
     writing = store.begin("plan", full=True)
     store.write_chunk(1, 0, ["a"], rows(["a"]), 5.0)
     store.abort(writing)
@@ -168,17 +169,15 @@ def test_an_aborted_generation_never_comes(store: Generations) -> None:
     assert refresh(store, ["b"]) == 2
 
 
-def test_a_second_writer_is_refused_and_told_who_writes(store: Generations) -> None:
+def test_a_second_writer_is_refused_with_the_holders_name(store: Generations) -> None:
     with store.begin("plan", full=True), pytest.raises(Busy, match=r"process \d+ on .* for 0 s"):
         store.begin("plan", full=True)
     with store.begin("plan", full=True):
         pass
 
 
-def test_a_writer_that_died_holds_the_others_up_for_a_while_only(
-    store: Generations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generations, "LOCK_SECONDS", 1)
+def test_the_lock_of_a_dead_writer_expires(store: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "LOCK_SECONDS", 1)
     alive = store.begin("plan", full=True)
     time.sleep(1.5)
     with pytest.raises(Busy):  # renewed
@@ -193,7 +192,7 @@ def test_a_writer_that_died_holds_the_others_up_for_a_while_only(
     assert store.live() == [1]
 
 
-def test_chunks_are_written_by_other_processes(store: Generations, redis_port: int) -> None:
+def test_chunks_can_be_written_by_other_processes(store: Generations, redis_port: int) -> None:
     code = f"""
 import sys, numpy as np
 from slatewise.store.generations import Generations
@@ -208,16 +207,17 @@ store.write_chunk(1, k, [f"u{{k}}"], np.full((1, {DIM}), k, np.float32), 5.0)
     assert [read(store, f"u{k}") for k in range(3)] == [(float(k), 1, 5.0) for k in range(3)]
 
 
-def test_a_writer_that_is_killed_leaves_nothing_visible_and_the_next_goes_on(
+def test_a_killed_writers_generation_is_invisible_and_resumed(
     store: Generations, redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refresh(store, ["a"], 1.0, full=True)
     code = f"""
 import time, numpy as np
-from slatewise.store import generations
+from slatewise.store import writer
 from slatewise.store.client import connect
-generations.LOCK_SECONDS = 1
-store = generations.Generations(connect("redis://127.0.0.1:{redis_port}/0"), "r", "s")
+from slatewise.store.generations import Generations
+writer.LOCK_SECONDS = 1
+store = Generations(connect("redis://127.0.0.1:{redis_port}/0"), "r", "s")
 writing = store.begin("plan", True)
 store.write_chunk(writing.generation, 0, ["a"], np.full((1, {DIM}), 2, np.float32), 5.0)
 print("written", flush=True)
@@ -240,7 +240,7 @@ time.sleep(60)
     assert read(store, "a") == (2.0, 2, 5.0)
 
 
-def test_a_key_of_another_type_stops_no_refresh(store: Generations) -> None:
+def test_a_key_of_another_type_is_replaced_by_a_write(store: Generations) -> None:
     for key in ("a", "c"):
         store.client.set(user_key("r", "s", key), "a string")
     refresh(store, ["a", "b"], 1.0, full=True)
@@ -250,7 +250,7 @@ def test_a_key_of_another_type_stops_no_refresh(store: Generations) -> None:
     assert store.sweep(0.0) == 2
 
 
-def test_a_store_that_is_full_refuses_the_write_and_serves_what_it_has(
+def test_a_full_redis_refuses_writes_and_still_serves(
     start_redis: Callable[[int | None], AbstractContextManager[int]],
 ) -> None:
     with start_redis(None) as port, redis.Redis(port=port) as client:
@@ -270,7 +270,7 @@ def test_a_store_that_is_full_refuses_the_write_and_serves_what_it_has(
         assert read(store, "b") == (2.0, 2, 5.0)
 
 
-def test_days_to_live_are_given_and_renewed_by_a_write(client: redis.Redis) -> None:
+def test_a_write_sets_and_renews_the_time_to_live(client: redis.Redis) -> None:
     store = Generations(client, "r", "s", ttl_days=2)
     refresh(store, ["a", "b"], full=True)
     client.expire(user_key("r", "s", "a"), 100)
@@ -278,7 +278,7 @@ def test_days_to_live_are_given_and_renewed_by_a_write(client: redis.Redis) -> N
     assert client.ttl(user_key("r", "s", "a")) > 100 and client.ttl(user_key("r", "s", "b")) > 100
     client.expire(user_key("r", "s", "b"), 100)
     store.merge()
-    assert 0 < client.ttl(user_key("r", "s", "b")) <= 100, "a merge is no news of a user"
+    assert 0 < client.ttl(user_key("r", "s", "b")) <= 100, "a merge does not renew the time to live"
     refresh(Generations(client, "r", "s2"), ["a"])
     assert Generations(client, "r", "s").ttl_seconds == 0
 
@@ -287,8 +287,8 @@ def test_days_to_live_are_given_and_renewed_by_a_write(client: redis.Redis) -> N
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=25))
-def test_the_live_list_is_short_and_whole_after_two_roll_backs(kinds: list[bool]) -> None:
-    """Beside the slow, obvious rule: try every length."""
+def test_the_live_list_is_the_shortest_complete_one(kinds: list[bool]) -> None:
+    """Compared with the slow rule: try every length."""
     live: list[int] = []
     full = {g for g, is_full in enumerate(kinds, 1) if is_full}
     for generation in range(1, len(kinds) + 1):
@@ -300,7 +300,7 @@ def test_the_live_list_is_short_and_whole_after_two_roll_backs(kinds: list[bool]
 
 
 class Model:
-    """The slow, obvious store: every published generation as a whole picture of who has what."""
+    """A slow store: for every published generation the vectors of all users."""
 
     def __init__(self) -> None:
         self.pictures: list[dict[str, float]] = []
@@ -314,7 +314,7 @@ operations = st.lists(
         st.tuples(st.just("incremental"), st.sets(st.sampled_from("abcde"))),
         st.tuples(st.just("full"), st.just(set("abcde"))),
         st.tuples(st.sampled_from(["roll back", "merge", "sweep"]), st.just(set[str]())),
-        st.tuples(st.just("forget"), st.sets(st.sampled_from("abcde"), min_size=1, max_size=1)),
+        st.tuples(st.just("delete user"), st.sets(st.sampled_from("abcde"), min_size=1, max_size=1)),
     ),
     max_size=14,
 )
@@ -322,7 +322,7 @@ operations = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(operations)
-def test_whatever_is_done_everybody_has_their_newest_vector(redis_port: int, steps: list[tuple[str, set[str]]]) -> None:
+def test_drawn_operations_match_a_slow_model(redis_port: int, steps: list[tuple[str, set[str]]]) -> None:
     with redis.Redis(port=redis_port) as client:
         client.flushall()
         store = Generations(client, "r", "s")
@@ -350,31 +350,29 @@ def test_whatever_is_done_everybody_has_their_newest_vector(redis_port: int, ste
                 store.sweep(0.0)
                 live = set(store.live())
                 assert all(fields(store, user) <= live for user in "abcde")
-            elif step == "forget":
+            elif step == "delete user":
                 store.delete_user(next(iter(users)))
                 for picture in model.pictures:
                     picture.pop(next(iter(users)), None)
             picture = model.pictures[-1] if model.pictures else {}
             found = {user: read(store, user) for user in "abcde"}
             assert {user: each[0] for user, each in found.items() if each} == picture
-            assert len(store.live()) >= depth, "two roll-backs must be left"
+            assert len(store.live()) >= depth, "two more roll-backs must be possible"
 
 
-def test_incremental_refreshes_can_run_for_ever(store: Generations) -> None:
+def test_many_incremental_generations_stay_bounded_by_merges(store: Generations) -> None:
     refresh(store, ["a", "b", "c"], 1.0, full=True, created_at=7.0)
     for k in range(3 * MAX_LIVE):
         refresh(store, ["a"], 2.0 + k)
         assert len(store.live()) <= MAX_LIVE
-        assert read(store, "c") is not None and read(store, "c")[0::2] == (1.0, 7.0), (
-            "its own age is kept through merges"
-        )
+        assert read(store, "c") is not None and read(store, "c")[0::2] == (1.0, 7.0), "merges keep a vector's age"
         assert read(store, "a")[0] == 2.0 + k
     store.sweep(0.0)
     assert fields(store, "c") <= set(store.live()) and len(fields(store, "a")) <= len(store.live())
     assert store.status()["dead"] == []
 
 
-def test_a_merge_takes_the_newest_that_is_whole(store: Generations) -> None:
+def test_a_merge_copies_the_newest_readable_vectors(store: Generations) -> None:
     refresh(store, ["a", "b"], 1.0, full=True)
     refresh(store, ["a", "b"], 2.0)
     store.client.hset(user_key("r", "s", "a"), "2", b"garbage")
@@ -383,9 +381,7 @@ def test_a_merge_takes_the_newest_that_is_whole(store: Generations) -> None:
     assert store.status()["generations"][0]["users"] == 2 and store.status()["watermark"] == 1_000.0
 
 
-def test_a_merge_brings_nothing_back_that_is_taken_back_meanwhile(
-    store: Generations, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_during_a_roll_back_is_aborted(store: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
     refresh(store, ["a", "b"], 1.0, full=True)
     refresh(store, ["a"], 2.0)
     put = store.put
@@ -403,14 +399,14 @@ def test_a_merge_brings_nothing_back_that_is_taken_back_meanwhile(
     assert store.merge() == [4, 1]
     store.sweep(0.0)
     assert fields(store, "a") == fields(store, "b") == {4, 1}, (
-        "neither what was taken back, nor the merge that was not published"
+        "neither rolled-back vectors nor the aborted merge remain"
     )
 
 
 # Roll-back
 
 
-def test_a_roll_back_is_one_change_can_be_done_twice_and_is_then_refused(store: Generations) -> None:
+def test_two_roll_backs_succeed_and_a_third_is_refused(store: Generations) -> None:
     for value in (1.0, 2.0, 3.0, 4.0):
         refresh(store, ["a"], value, full=True)
     assert store.live() == [4, 3, 2]
@@ -418,13 +414,13 @@ def test_a_roll_back_is_one_change_can_be_done_twice_and_is_then_refused(store: 
     assert store.roll_back() == [2] and read(store, "a")[0] == 2.0
     with pytest.raises(StoreError, match="nothing to roll back to"):
         store.roll_back()
-    assert refresh(store, ["a"], 5.0, full=True) == 5, "a number that was rolled back does not come back"
+    assert refresh(store, ["a"], 5.0, full=True) == 5, "a rolled-back number is not given again"
     assert store.live() == [5, 2]
     store.sweep(0.0)
     assert fields(store, "a") == {2, 5}
 
 
-def test_nothing_is_rolled_back_in_an_empty_store(store: Generations) -> None:
+def test_an_empty_store_refuses_roll_back_and_merge(store: Generations) -> None:
     with pytest.raises(StoreError, match="no generations"):
         store.roll_back()
     assert store.sweep(0.0) == 0 and store.delete_user("a") is False and store.live() == []
@@ -432,7 +428,7 @@ def test_nothing_is_rolled_back_in_an_empty_store(store: Generations) -> None:
         store.merge()
 
 
-def test_two_who_change_the_pointer_at_once_both_do(store: Generations, redis_port: int) -> None:
+def test_concurrent_changes_of_the_pointer_are_all_applied(store: Generations, redis_port: int) -> None:
     for value in range(3):
         refresh(store, ["a"], value, full=True)
     failed: list[Exception] = []
@@ -442,7 +438,7 @@ def test_two_who_change_the_pointer_at_once_both_do(store: Generations, redis_po
             with redis.Redis(port=redis_port) as client:
                 mine = Generations(client, "r", "s")
                 for _ in range(50):
-                    mine.delete_user("nobody") if delete_user else refresh_mine(mine)
+                    mine.delete_user("absent") if delete_user else refresh_mine(mine)
         except Exception as error:
             failed.append(error)
 
@@ -456,48 +452,48 @@ def test_two_who_change_the_pointer_at_once_both_do(store: Generations, redis_po
     for thread in threads:
         thread.join()
     assert not failed
-    live, forgotten = read_pointer(store.client.get(store.pointer))
+    live, forgotten = read_pointer(store.client.get(store.pointer.key))
     assert forgotten == 100 and len(live) == 2, "50 times one was published on top, and taken back"
 
 
-def test_a_change_whose_answer_is_lost_is_not_made_twice(store: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
-    """redis-py sends a script again when the connection breaks before the answer."""
+def test_a_repeated_change_of_the_pointer_applies_once(store: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py repeats a script if the connection breaks before the answer."""
     for value in range(3):
         refresh(store, ["a"], value, full=True)
-    script = store.script
 
     def twice(*arguments: Any) -> int:
-        script(*arguments)
-        return script(*arguments)
+        run_script(*arguments)
+        return run_script(*arguments)
 
-    monkeypatch.setattr(store, "script", twice)
+    for module in (generations, pointer):
+        monkeypatch.setattr(module, "run_script", twice)
     assert store.roll_back() == [2, 1] == store.live()
     assert refresh(store, ["a"], full=True) == 4
     assert store.live() == [4, 2, 1]
 
 
-# Forgetting
+# Deletion of a user
 
 
-def test_a_forgotten_user_is_gone_from_all_generations_and_the_pointer_says_that_something_changed(
+def test_delete_user_removes_all_vectors_and_marks_the_pointer(
     store: Generations,
 ) -> None:
     refresh(store, ["a", "b"], 1.0, full=True)
     refresh(store, ["a"], 2.0)
-    before = store.client.get(store.pointer)
+    before = store.client.get(store.pointer.key)
     assert store.delete_user("a") is True
-    assert store.client.get(store.pointer) != before and store.live() == [2, 1]
+    assert store.client.get(store.pointer.key) != before and store.live() == [2, 1]
     assert (
         read(store, "a") is None and read(store, "b") is not None and not store.client.exists(user_key("r", "s", "a"))
     )
     assert store.delete_user("a") is False
     store.roll_back()
-    assert read(store, "a") is None and store.status()["forgotten"] == 2
+    assert read(store, "a") is None and store.status()["deleted_users"] == 2
     refresh(store, ["a"], 3.0)
-    assert read(store, "a")[0] == 3.0, "whoever comes back is a new user"
+    assert read(store, "a")[0] == 3.0, "a user who returns is a new user"
 
 
-def test_who_is_forgotten_while_a_generation_is_at_work_is_not_in_it(store: Generations) -> None:
+def test_a_user_deleted_during_a_write_is_not_published(store: Generations) -> None:
     with store.begin("plan", full=True) as writing:
         store.write_chunk(writing.generation, 0, ["a"], rows(["a"]), 5.0)
         store.delete_user("a")
@@ -505,31 +501,31 @@ def test_who_is_forgotten_while_a_generation_is_at_work_is_not_in_it(store: Gene
         store.write_chunk(writing.generation, 1, ["b", "c"], rows(["b", "c"]), 5.0)
         store.publish(writing, 2)
     assert [read(store, user) is None for user in "abc"] == [True, True, False]
-    assert not store.client.exists(store.forgotten_key), "no trace is kept of them"
+    assert not store.client.exists(store.deleted_key), "the deleted ids are not stored"
 
 
 # Sweeping
 
 
-def test_a_sweep_waits_until_no_replica_reads_what_it_removes(store: Generations, redis_port: int) -> None:
+def test_a_sweep_waits_until_no_replica_reads_dead_fields(store: Generations, redis_port: int) -> None:
     for value in range(5):
         refresh(store, ["a", "b"], value, full=True)
     store.client.hset(user_key("r", "s", "a"), "1", b"left over")
 
     def change() -> None:
         with redis.Redis(port=redis_port) as client:
-            Generations(client, "r", "s").delete_user("nobody")
+            Generations(client, "r", "s").delete_user("absent")
 
     timer = threading.Timer(0.2, change)
     timer.start()
     begin = time.monotonic()
     assert store.sweep(0.4) > 0
-    assert time.monotonic() - begin >= 0.8, "the pointer changed: the wait begins anew"
+    assert time.monotonic() - begin >= 0.8, "the pointer changed, so the wait starts again"
     timer.join()
     assert fields(store, "a") == fields(store, "b") == {5, 4, 3} and store.sweep(10.0) == 0
 
 
-def test_a_sweep_leaves_what_is_at_work_and_other_spaces_alone(store: Generations, client: redis.Redis) -> None:
+def test_a_sweep_leaves_unfinished_and_other_spaces_alone(store: Generations, client: redis.Redis) -> None:
     for space in ("s2", "s*", "s?", "[s]"):
         refresh(Generations(client, "r", space), ["a"], 1.0)
     for value in range(5):
@@ -544,82 +540,3 @@ def test_a_sweep_leaves_what_is_at_work_and_other_spaces_alone(store: Generation
     refresh(star, ["a"], 2.0)
     star.roll_back()
     assert star.sweep(0.0) == 1 and read(store, "a") is not None and client.hlen(user_key("r", "s2", "a")) == 1
-
-
-# python -m slatewise.store.push
-
-
-def run_push(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "slatewise.store.push", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def test_an_archive_of_vectors_is_pushed(store: Generations, redis_port: int, tmp_path: Path) -> None:
-    users = ["a", "b", "\N{SNOWMAN}"]
-    np.savez(
-        tmp_path / "v.npz",
-        users=np.array(users),
-        vectors=np.arange(3 * DIM, dtype=np.float64).reshape(3, DIM),
-        ranker="r",
-        space="s",
-    )
-    result = run_push(
-        str(tmp_path / "v.npz"),
-        "--redis-url",
-        f"redis://127.0.0.1:{redis_port}/0",
-        "--dtype",
-        "float16",
-        "--ttl-days",
-        "1",
-    )
-    assert {"ranker": "r", "space": "s", "generation": 1, "users": 3, "live": [1]}.items() <= result.items()
-    assert result["bytes"] == 3 * (HEADER.size + 2 * DIM) and result["seconds"] > 0 and result["users_per_second"] > 0
-    assert [read(store, user)[0] for user in users] == [0.0, DIM, 2 * DIM]
-    assert store.client.ttl(user_key("r", "s", "a")) > 80_000
-
-
-def test_an_archive_with_pickles_is_refused(tmp_path: Path, redis_port: int) -> None:
-    np.savez(
-        tmp_path / "v.npz",
-        users=np.array(["a", object()], dtype=object),
-        vectors=np.zeros((2, DIM)),
-        ranker="r",
-        space="s",
-    )
-    with pytest.raises(subprocess.CalledProcessError) as refused:
-        run_push(str(tmp_path / "v.npz"), "--redis-url", f"redis://127.0.0.1:{redis_port}/0")
-    assert "allow_pickle" in refused.value.stderr
-
-
-def test_a_push_that_was_interrupted_goes_on(store: Generations) -> None:
-    users = [f"u{k}" for k in range(2_500)]
-    vectors = rows(users, 1.0)
-
-    def interrupt(done: int) -> None:
-        if done == 2_000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        push(store, users, vectors, progress=interrupt)
-    assert store.live() == []
-    result = push(store, users, vectors)
-    assert result["generation"] == 1 and result["bytes"] == 500 * (HEADER.size + 4 * DIM), (
-        "only what was missing was written"
-    )
-    assert read(store, "u0") is not None and read(store, "u2499") is not None
-    assert push(store, users, vectors)["generation"] == 2
-
-
-def test_a_url_says_what_kind_of_store_it_is(redis_port: int) -> None:
-    with connect(f"redis://127.0.0.1:{redis_port}/0") as client:
-        assert client.ping()
-    for wrong in ("http://h", "redis+x://h", "redis+sentinel://h:1"):
-        with pytest.raises(ValueError):
-            connect(wrong)

@@ -114,4 +114,4 @@ def circuit(store: RedisStore) -> int:
 
 
 async def until_closed(store: RedisStore, patience: float = 5.0) -> float:
-    return await until(lambda: store.pointers and circuit(store) == CLOSED, patience)
+    return await until(lambda: store.poller.spaces and circuit(store) == CLOSED, patience)

@@ -1,4 +1,20 @@
-"""The arrays that the model reads and returns, and the numbers of special rows and buckets."""
+"""The arrays that a model reads and returns, and the numbers of special rows and buckets.
+
+Dtypes: row and bucket numbers are int64, vectors, states and logits float32, probabilities float64.
+Shapes: L events of a history, N candidates, K = events encoded + 1 for the start token, d the width of an item vector,
+F numeric candidate features, M the width of a meta-embedding.
+Rows of the item table: 0 the unknown item, 1 the learned start token, the bundle's items from 2 on. Row 0 of the action
+table is the unknown action.
+
+    History        (L,) item rows, action rows and gap buckets: the events that a request brings
+    Candidates     (N, d) item vectors, (N, F) numeric features, (1, 4) request context
+    HistoryState   the encoded history: per block the keys and values of K tokens, and the (1, d) user vector
+    PackedState    the same in int8, for the history cache
+    PointScores    probabilities, logits and hidden states of the exit `point`, which the exit `set` reads
+
+All are immutable values: a state may be shared by requests and by threads.
+Called by: everything that ranks, trains or measures. Calls: numpy.
+"""
 
 from __future__ import annotations
 
@@ -8,48 +24,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 UNKNOWN_ITEM = 0  # row of an item that the bundle does not know
-
-
 START_ITEM = 1  # row of the learned start token
-
-
-FIRST_ITEM = 2  # row of the first real item
-
-
+FIRST_ITEM = 2  # row of the bundle's first item
 UNKNOWN_ACTION = 0
-
-
 GAP_MISSING = 0  # this event or the one before it has no time
-
-
-GAP_FIRST = 1  # the first event that is kept
-
-
-GAP_BUCKETS = 34  # then 2 + floor(log2(gap + 1)), clamped
-
-
+GAP_FIRST = 1  # the first event that is read
+GAP_BUCKETS = 34  # from 2 on: 2 + floor(log2(gap + 1)), clamped; gaps in seconds
 WINDOW_STEP = 64  # windows start at multiples of this, so that a sliding history still extends
-
-
 CONTEXT_SIZE = 4
 
-
 Int64 = NDArray[np.int64]
-
-
 Float32 = NDArray[np.float32]
-
-
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class HistoryState:
-    """An encoded history: what candidates read, and what new events extend. Immutable, shared between requests."""
+    """An encoded history: candidates attend to it, and new events extend it."""
 
-    keys: tuple[Float32, ...]  # per block (1, K, key width), K = events + 1 for the start token
+    keys: tuple[Float32, ...]  # per block (1, K, key width)
     values: tuple[Float32, ...]  # per block (1, K, value width)
-    user: Float32  # (1, d) the newest event's hidden state; (1, 0) where it is not known, of a `prefix`
+    user: Float32  # (1, d) hidden state of the newest event; (1, 0) if not known, after `Engine.prefix`
 
     @property
     def events(self) -> int:
@@ -70,6 +65,7 @@ Packed = tuple[NDArray[np.int8], Float32]  # codes (blocks, K, width), scales (b
 
 
 def pack(arrays: tuple[Float32, ...]) -> Packed:
+    """Symmetric int8 with one scale per token: code * scale is within half a step of the number."""
     rows = np.concatenate(arrays)
     scales = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
     return np.rint(rows / scales).astype(np.int8), scales
@@ -77,11 +73,11 @@ def pack(arrays: tuple[Float32, ...]) -> Packed:
 
 @dataclass(frozen=True)
 class PackedState:
-    """The same in about a quarter of the bytes: int8 with a scale for each token, symmetric."""
+    """A `HistoryState` in about a quarter of the bytes."""
 
     keys: Packed
     values: Packed
-    user: Float32
+    user: Float32  # (1, d), not packed
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +96,11 @@ KeptState = HistoryState | PackedState
 
 @dataclass(frozen=True)
 class History:
-    """The events a ranker reads, as rows: (L,) each."""
+    """The events that a ranker reads, oldest first; each array is (L,)."""
 
-    items: Int64
-    actions: Int64
-    gaps: Int64
+    items: Int64  # rows of the item table
+    actions: Int64  # rows of the action table
+    gaps: Int64  # buckets of the time since the event before
 
     def __len__(self) -> int:
         return len(self.items)
@@ -120,7 +116,7 @@ class History:
         return len(self) == len(other) == self.common_prefix(other)
 
     def common_prefix(self, other: History) -> int:
-        """How many first events two histories share."""
+        """The number of first events that two histories share."""
         n = min(len(self), len(other))
         same = (
             (self.items[:n] == other.items[:n])
@@ -132,11 +128,11 @@ class History:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of a request, and what joins late: (N, d) vectors, (N, F) numeric features with NaN for missing."""
+    """The candidates of a request, and the context of the request."""
 
-    vectors: Float32
-    numeric: Float32
-    context: Float32  # (1, 4)
+    vectors: Float32  # (N, d) rows of the item table
+    numeric: Float32  # (N, F); NaN: missing
+    context: Float32  # (1, 4) see `features.request_context`
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -144,7 +140,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class PointScores:
-    """Result of the exit `point`, and what the exit `set` goes on from."""
+    """The result of the exit `point`, and the input of the exit `set`."""
 
     probabilities: Float64  # (N, heads)
     logits: Float32  # (N, heads)
@@ -152,7 +148,7 @@ class PointScores:
 
 
 def join(chunks: list[PointScores]) -> PointScores:
-    """Chunks of one request, end to end."""
+    """The chunks of one request's candidates, concatenated."""
     if len(chunks) == 1:
         return chunks[0]
     return PointScores(

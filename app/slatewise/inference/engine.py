@@ -1,7 +1,10 @@
-"""One variant of a ranker: ONNX Runtime sessions that take arrays and return arrays. The only onnxruntime import.
+"""One variant of a ranker: ONNX Runtime sessions on the CPU, arrays in and arrays out. The only onnxruntime import.
 
-Before: `pipeline.py`, which calls it a quantum at a time from the threads of `workers.py`. Each method is one call of
-one graph and safe to run from several threads at once: a state is a value, nothing is kept here.
+The interface is `start`, `extend`, `prefix`, `dot`, `point` and `set`. Each method except `prefix` runs one graph once.
+All are safe to call from several threads: states are values, and the engine keeps no state of a request. `score` is the
+slow reference of the whole cascade.
+Called by: `ranking.pipeline`, chunk by chunk in the threads of `workers`; `bundle.loader`, training, load tests.
+Calls: onnxruntime, `item_table`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slatewise.bundle.manifest import ManifestError
 from slatewise.inference.arrays import (
     GAP_MISSING,
     START_ITEM,
@@ -27,19 +29,23 @@ from slatewise.inference.arrays import (
 )
 from slatewise.inference.item_table import ItemTable
 
-HISTORY_CHUNK = 256  # events of one call
-CANDIDATE_CHUNK = 512  # candidates of one call
+HISTORY_CHUNK = 256  # events in one call of `extend`
+CANDIDATE_CHUNK = 512  # candidates in one call of `point`
 
 
 class EngineError(RuntimeError):
     """The model failed on a request, or its output is not finite."""
 
 
-class Engine:
-    """Loads `<folder>/{encode,dot,point,set}.onnx`; `items` is the variant's item table (rows, d).
+class EngineLoadError(EngineError):
+    """The graphs of a variant cannot be loaded."""
 
-    Each call takes one thread, so that requests do not wait for each other's; a call may be `wide` and take all of
-    `threads`, for a request that has the machine to itself.
+
+class Engine:
+    """Loads `encode.onnx` and one graph per exit from `folder`; `items` is the variant's (rows, d) item table.
+
+    A call uses one thread, so that concurrent requests do not compete for threads. A `multi_threaded` call uses all
+    `threads`, for a request that has the machine to itself. Raises EngineLoadError.
     """
 
     def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
@@ -52,12 +58,12 @@ class Engine:
                 if threads > 1
                 else {}
             )
-        except Exception as error:  # onnxruntime has no common base class for what it raises
-            raise ManifestError(f"{folder}: onnxruntime refuses it: {error}") from error
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            raise EngineLoadError(f"{folder}: onnxruntime refuses it: {error}") from error
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
         past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
         if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
-            raise ManifestError(f"{folder}: encode.onnx does not say how wide {', '.join(unknown)} is")
+            raise EngineLoadError(f"{folder}: encode.onnx has no fixed width for {', '.join(unknown)}")
         nothing = {name: np.zeros((1, 0, width), np.float32) for name, width in past.items()}
         self.blocks = len(nothing) // 2
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
@@ -66,6 +72,7 @@ class Engine:
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
     def run(self, graph: str, feeds: dict[str, NDArray[Any]], multi_threaded: bool = False) -> dict[str, NDArray[Any]]:
+        """The graph's outputs by name. Raises EngineError."""
         session = self.multi_threaded.get(graph, self.sessions[graph]) if multi_threaded else self.sessions[graph]
         try:
             return dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
@@ -73,7 +80,7 @@ class Engine:
             raise EngineError(f"graph {graph} failed: {error}") from error
 
     def extend(self, state: HistoryState, events: History, multi_threaded: bool = False) -> HistoryState:
-        """The state after more events (at least one); `state` itself stays as it is."""
+        """A new state with the events (at least one) appended to those of `state`. Raises EngineError."""
         count = len(events)
         items, actions, gaps = (pad_single_row(column) for column in (events.items, events.actions, events.gaps))
         feeds: dict[str, NDArray[Any]] = {
@@ -95,7 +102,10 @@ class Engine:
         )
 
     def prefix(self, state: HistoryState, events: int) -> HistoryState:
-        """The keys and values of a state's first events, not copied. To be extended only: its user vector is not known."""
+        """The state of the first `events` of a state: a view of its keys and values, to be extended.
+
+        If it is shorter than `state`, its user vector is not known and has no width.
+        """
         if events == state.events:
             return state
         if events == 0:
@@ -106,7 +116,7 @@ class Engine:
         )
 
     def dot(self, candidates: Candidates, state: HistoryState) -> Float64:
-        """(N, heads) probabilities of the exit `dot`."""
+        """The (N, heads) probabilities of the exit `dot`. Raises EngineError."""
         return self.probabilities(self.run("dot", {"candidates": candidates.vectors[None], "user": state.user}))
 
     def point(
@@ -117,7 +127,10 @@ class Engine:
         rows: slice = slice(None),
         multi_threaded: bool = False,
     ) -> PointScores:
-        """Exit `point` of some of the candidates; meta is (M,). Exact in chunks: no candidate sees another."""
+        """The exit `point` for some rows of the candidates; `meta` is (M,). Raises EngineError.
+
+        Chunks of the rows give exact results: candidates do not attend to each other.
+        """
         vectors = candidates.vectors[rows]
         feeds: dict[str, NDArray[Any]] = {
             "candidates": pad_single_row(vectors)[None],
@@ -136,7 +149,7 @@ class Engine:
         return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
     def set(self, point: PointScores, multi_threaded: bool = False) -> Float64:
-        """(N, heads) probabilities of the exit `set`: the candidates see each other."""
+        """The (N, heads) probabilities of the exit `set`, whose blocks let the candidates attend to each other."""
         feeds = {
             "hidden": point.hidden[None],
             "logits": point.logits[None],
@@ -153,7 +166,7 @@ class Engine:
     def score(
         self, history: History, candidates: Candidates, meta: Float32, exit: str, multi_threaded: bool = False
     ) -> Float64:
-        """The slow, obvious way, and the reference of `pipeline.py`: nothing kept, nothing in chunks."""
+        """The (N, heads) probabilities of an exit, without cache or chunks: the reference of `ranking.pipeline`."""
         state = self.extend(self.start, history, multi_threaded) if len(history) else self.start
         if exit == "dot":
             return self.dot(candidates, state)
@@ -162,10 +175,10 @@ class Engine:
 
 
 def pad_single_row(rows: NDArray[Any]) -> NDArray[Any]:
-    """One row twice, more as they are: matrix products of a single row go another way in ONNX Runtime and round otherwise.
+    """Duplicate a single row: ONNX Runtime uses a different kernel (GEMV) for one row, with different rounding.
 
-    From two rows on, a row's hidden state does not depend on how many there are, to the last bit: an extended history is
-    the fresh one, and no rounding step of an int8 variant is taken to the other side by a chunk.
+    From two rows on, a row's result does not depend on the number of rows, bit for bit. So an extended history equals a
+    fresh one, and chunks cannot move a value across a rounding step of an int8 variant.
     """
     return rows.repeat(2, axis=0) if len(rows) == 1 else rows
 
@@ -174,10 +187,10 @@ def open_session(graph: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # the threads of a call may spin, or waking them costs more than they save; between calls the cores are others'
+    # within a call threads may spin, since waking them costs more than they save; between calls they free the cores
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.enable_mem_pattern = False  # shapes differ from request to request
-    options.enable_cpu_mem_arena = False  # it never shrinks, and costs as much time as malloc (docs/performance.md)
+    options.enable_cpu_mem_arena = False  # the arena never shrinks, and is no faster than malloc (docs/performance.md)
     options.log_severity_level = 3
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

@@ -1,6 +1,7 @@
-"""The item table of a variant: float32 rows, or int8 rows that become float32 as they are taken.
+"""The item table of a variant: float32 rows, or int8 rows that are dequantized when they are read.
 
-Before: a .npy file that `models/slatewise_train/compression/item_quantization.py` wrote. After: `bundle.py` and `engine.py` take the rows of a request.
+`slatewise compress` writes the int8 form as an .npy file.
+Called by: `bundle` and `engine`, which read the rows of a request. Calls: numpy.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from slatewise.inference.arrays import Float32, Int64
 
 
 def record(width: int) -> np.dtype[Any]:
-    """One item in int8: x = middle + scale * code (middle-max of LiRank, arXiv 2402.06859)."""
+    """The dtype of one item in int8: x = middle + scale * code (middle-max of LiRank, arXiv 2402.06859)."""
     columns: list[tuple[str, DTypeLike] | tuple[str, DTypeLike, tuple[int]]] = [
         ("scale", "<f2"),
         ("middle", "<f2"),
@@ -24,7 +25,7 @@ def record(width: int) -> np.dtype[Any]:
 
 
 class Int8Items:
-    """Looks like the float32 table (rows, d) to who takes rows of it."""
+    """A (rows, d) table with the part of a float32 array's interface that callers use: `shape`, `len` and `take`."""
 
     def __init__(self, records: NDArray[Any]) -> None:
         self.records = records  # (rows,) of `record(d)`
@@ -34,6 +35,7 @@ class Int8Items:
         return len(self.records)
 
     def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
+        """The (*rows.shape, d) vectors of these rows."""
         taken = self.records.take(rows, axis=axis)
         scale, middle = (taken[name].astype(np.float32)[..., None] for name in ("scale", "middle"))
         result: Float32 = np.multiply(taken["codes"], scale, dtype=np.float32)

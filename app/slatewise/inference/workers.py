@@ -1,14 +1,15 @@
-"""Threads that run the model, a quantum at a time.
+"""Threads that run the model, one chunk of a job at a time: start-time fair queueing.
 
-A job is a generator of quanta: each `yield` says what the next one costs (rows through the model), and is answered, when
-its turn has come, with whether the other threads are idle and have been for a while. A quantum is bounded in size
-(engine.HISTORY_QUANTUM, engine.CANDIDATE_QUANTUM) and the unit of scheduling and cancellation: a thread goes on with a
-job as long as nobody has a better claim, and what nobody waits for any more is not run. Among jobs of a priority the
-claim is start-time fair queueing (Goyal, Vin and Cheng 1996): each job has a virtual time, which advances by what its
-quanta cost, and the job that is least ahead is next. So a large request takes turns with small ones, row for row. A new
-job starts at the time that all are at, which advances by each quantum's cost over the number of jobs (as in WF2Q+,
-Bennett and Zhang 1997), so that no endless row of small new ones holds up a large one. Knows generators, nothing of
-ranking.
+A job is a generator. Each `yield` announces the cost of the next chunk, in rows through the model, and receives whether
+the machine is idle otherwise, and has been for a while. Chunks are bounded in size (`engine.HISTORY_CHUNK`,
+`engine.CANDIDATE_CHUNK`); they are the unit of scheduling and of cancellation. A thread continues its job unless
+another job comes before it in the queue.
+
+The queue is ordered by priority, then by virtual start time (start-time fair queueing; Goyal, Vin and Cheng 1996). The
+virtual time of a job advances by the cost of each of its chunks, and the job with the least is next, so large and small
+requests get equal numbers of rows. A new job starts at the current system virtual time, which advances by each chunk's
+cost over the number of jobs (as in WF2Q+; Bennett and Zhang 1997), so a stream of small jobs cannot starve a large one.
+Called by: `ranking.pipeline`. Calls: the generators, which call `engine`.
 """
 
 from __future__ import annotations
@@ -23,46 +24,46 @@ from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-QUIET_SECONDS = 0.1  # after two jobs were at work at once, until one counts as alone again
+QUIET_SECONDS = 0.1  # after jobs were last concurrent, until a job counts as running on an idle machine again
 
 Result = TypeVar("Result")
 Chunks = Generator[int, bool, Result]
 
 
 class Job(asyncio.Future[Result]):
-    """The result of a generator's return, or what it raises; cancelled, it is not run any further."""
+    """The return value of a generator, or its exception. Once cancelled, no further chunk is run."""
 
-    def __init__(self, quanta: Chunks[Result], priority: int, virtual_start: float, number: int) -> None:
+    def __init__(self, chunks: Chunks[Result], priority: int, virtual_start: float, number: int) -> None:
         super().__init__()
-        self.quanta = quanta
+        self.chunks = chunks
         self.priority = priority
         self.number = number
-        self.virtual_start = virtual_start  # of its next quantum, in rows
-        self.cost = 0  # of its next quantum, in rows
-        self.queued_at: float | None = time.perf_counter()  # None while it runs
+        self.virtual_start = virtual_start  # of its next chunk, in rows
+        self.cost = 0  # of its next chunk, in rows
+        self.queued_at: float | None = time.perf_counter()  # `None` while a chunk runs
         self.waited = 0.0
 
     def __lt__(self, other: Job[Any]) -> bool:
-        """Which has the better claim to a thread."""
+        """Whether it comes before the other in the queue."""
         return (self.priority, self.virtual_start, self.number) < (other.priority, other.virtual_start, other.number)
 
     @property
     def queued(self) -> float:
-        """Seconds in the queue, so far."""
+        """Seconds in the queue so far."""
         since = self.queued_at
         return self.waited + (0.0 if since is None else time.perf_counter() - since)
 
-    def run_chunk(self, alone: bool) -> None:
-        """Raises StopIteration, with the result, after the last."""
+    def run_chunk(self, idle: bool) -> None:
+        """Raises StopIteration, with the result, after the last chunk."""
         self.waited = self.queued
         self.queued_at = None
         self.virtual_start += self.cost
-        self.cost = self.quanta.send(alone)
+        self.cost = self.chunks.send(idle)
         self.queued_at = time.perf_counter()
 
 
 class Workers:
-    """`async with Workers(threads)`; at the end queued jobs are cancelled and running ones waited for."""
+    """`async with Workers(threads)`. On exit queued jobs are cancelled and running chunks are awaited."""
 
     def __init__(self, threads: int) -> None:
         self.queue: list[Job[Any]] = []
@@ -70,8 +71,8 @@ class Workers:
         self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
-        self.crowded_at = -inf  # when a job last came while another was at work
-        self.virtual_time = 0.0  # rows that each of the jobs at work has had, had they all been served at once
+        self.crowded_at = -inf  # the last time that a job arrived while another was present
+        self.virtual_time = 0.0  # rows that each present job would have received if all were served at once
         self.stopping = False
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
 
@@ -91,17 +92,20 @@ class Workers:
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
 
-    def submit(self, quanta: Chunks[Result], priority: int = 0) -> Job[Result]:
-        """The job that runs the generator in a thread; its first cost is taken here, so nothing heavy may come before that."""
+    def submit(self, chunks: Chunks[Result], priority: int = 0) -> Job[Result]:
+        """Queue a generator; lower priorities come first.
+
+        The code before its first `yield` runs here, in the caller's thread, so it must be short.
+        """
         with self.lock:
             self.number += 1
-            job = Job(quanta, priority, self.virtual_time, self.number)
+            job = Job(chunks, priority, self.virtual_time, self.number)
             if self.stopping:
                 job.cancel()
                 return job
             try:
-                job.cost = next(quanta)
-            except StopIteration as end:  # nothing to run
+                job.cost = next(chunks)
+            except StopIteration as end:  # it has no chunks
                 job.set_result(end.value)
                 return job
             if self.busy or self.queue:
@@ -111,6 +115,7 @@ class Workers:
         return job
 
     def work(self) -> None:
+        """The loop of one thread."""
         while True:
             self.tickets.get()
             with self.lock:
@@ -119,35 +124,34 @@ class Workers:
                 job: Job[Any] | None = heapq.heappop(self.queue)
                 self.busy += 1
             while job is not None:
-                job = self.take_turn(job)  # an idle thread keeps no request alive
+                job = self.take_turn(job)  # ends as `None`, so that an idle thread keeps no request alive
 
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
-        """Runs one quantum of a job; what this thread goes on with, None where the job is done and the thread no longer busy."""
+        """Run one chunk of a job; the next job of this thread, or `None` if the job ended and the thread is idle."""
         if job.cancelled():
-            with suppress(Exception):  # nobody waits for what it says
-                job.quanta.close()
+            with suppress(Exception):  # the caller is gone
+                job.chunks.close()
             with self.lock:
                 self.busy -= 1
             return None
-        begun = job.virtual_start
+        virtual_start = job.virtual_start
         cost = job.cost
         answer: tuple[Any, BaseException | None] | None = None
         try:
             job.run_chunk(
-                alone=self.busy == 1 and not self.queue and time.perf_counter() > self.crowded_at + QUIET_SECONDS
+                idle=self.busy == 1 and not self.queue and time.perf_counter() > self.crowded_at + QUIET_SECONDS
             )
         except StopIteration as end:
             answer = (end.value, None)
-        except BaseException as error:  # every accepted job is answered, with what it raised if need be
+        except BaseException as error:  # every accepted job is settled, whatever it raises
             answer = (None, error)
         with self.lock:
-            self.virtual_time = max(self.virtual_time, begun) + cost / (self.busy + len(self.queue))
+            self.virtual_time = max(self.virtual_time, virtual_start) + cost / (self.busy + len(self.queue))
             if answer is None and not self.stopping:
                 return heapq.heappushpop(self.queue, job)
-            self.busy -= (
-                1  # before anybody hears of the end: the next job of the same request does not find this one at work
-            )
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            # before the caller is told: the next job of the same request must not find this thread busy
+            self.busy -= 1
+        with suppress(RuntimeError):  # the loop is closed
             job.get_loop().call_soon_threadsafe(settle, job, *(answer or (None, asyncio.CancelledError())))
         return None
 

@@ -1,11 +1,11 @@
-"""A Redis by its URL: one server, one behind Sentinel, or a Cluster; with TLS and a password.
+"""Redis clients from a URL: one server, one behind Sentinel, or a Cluster; with TLS and a password.
 
-    redis://[user:password@]host:port/db            rediss:// with TLS, unix:///path/of/socket?db=0
+    redis://[user:password@]host:port/db            rediss:// for TLS, unix:///path/of/socket?db=0
     redis+sentinel://[user:password@]host:port,host:port/service/db?sentinel_password=...
     redis+cluster://[user:password@]host:port,host:port
 
-An `s` behind `redis` is TLS in each; options as redis-py takes them go into the query (`?ssl_ca_certs=ca.pem`).
-Before: `SLATEWISE_REDIS_URL`. After: `generations.py` writes with the one client, `meta_embeddings.py` reads with the other.
+`rediss` instead of `redis` means TLS in every form. The query takes redis-py's options (`?ssl_ca_certs=ca.pem`).
+Called by: `push`, `admin` and the refresh job (`connect`), `lookup.RedisStore` (`connect_async`). Calls: redis-py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.cluster import ClusterNode
 from redis.connection import parse_url
+from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 Client = redis.Redis | redis.RedisCluster
@@ -34,8 +35,8 @@ SCHEMES = (
     "redis+cluster://",
     "rediss+cluster://",
 )
-COMMON = {"protocol": 2}  # its connections are made in fewer round trips, and nothing that 3 adds is used
-WRITER_SECONDS = 10.0  # a batch of a thousand users on a server that is busy
+COMMON = {"protocol": 2}  # RESP2 needs fewer round trips to connect, and no feature of RESP3 is used
+WRITER_SECONDS = 10.0  # for a batch of a thousand users on a busy server
 
 
 def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, Any]]:
@@ -44,30 +45,28 @@ def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, An
     secure, _, kind = parts.scheme.partition("+")
     if not url.startswith(SCHEMES):
         raise ValueError(f"must start with {', '.join(SCHEMES)}")
-    who, _, listed = parts.netloc.rpartition("@")
+    credentials, _, listed = parts.netloc.rpartition("@")
     hosts = []
     for each in listed.split(","):
         host, _, port = each.rpartition(":") if ":" in each.rpartition("]")[2] else (each, "", "")
         hosts.append((host.strip("[]"), int(port or (26379 if kind == "sentinel" else 6379))))
-    options: dict[str, Any] = dict(parse_url(f"{secure}://h/?{parts.query}"))  # type: ignore[no-untyped-call]  # redis-py knows the type of each option
+    # redis-py converts each option of the query to its type
+    options: dict[str, Any] = dict(parse_url(f"{secure}://h/?{parts.query}"))  # type: ignore[no-untyped-call]
     for name in ("host", "connection_class"):
         options.pop(name, None)
-    user, _, password = who.partition(":")
+    user, _, password = credentials.partition(":")
     options |= {name: unquote(value) for name, value in (("username", user), ("password", password)) if value}
-    return (
-        kind,
-        hosts,
-        [unquote(part) for part in parts.path.split("/") if part],
-        options | ({"ssl": True} if secure == "rediss" else {}),
-    )
+    if secure == "rediss":
+        options["ssl"] = True
+    return kind, hosts, [unquote(part) for part in parts.path.split("/") if part], options
 
 
 def make_client(
-    url: str, library: Any, node: Callable[..., Any], one: Callable[[str], Any], options: dict[str, Any]
+    url: str, library: Any, node: Callable[..., Any], from_url: Callable[[str], Any], options: dict[str, Any]
 ) -> Any:
-    """The client of a URL, of redis-py's blocking or its asyncio half."""
+    """A client for the URL, from redis-py's blocking or its asyncio module (`library`). Raises ValueError."""
     if not url.partition("://")[0].endswith(("+sentinel", "+cluster")):
-        return one(url)
+        return from_url(url)
     kind, hosts, path, given = split(url)
     options = options | given
     if kind == "cluster":
@@ -87,7 +86,10 @@ def make_client(
 
 
 def connect(url: str) -> Client:
-    """A blocking client, for those who write: patient, and what it writes may be written twice."""
+    """A blocking client for writers: long timeouts, and retries, since every write may be repeated.
+
+    Connects at the first command. Raises ValueError if the URL is wrong.
+    """
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 5)
     options: dict[str, Any] = COMMON | {"socket_timeout": WRITER_SECONDS, "socket_connect_timeout": 5.0, "retry": retry}
     client: Client = make_client(url, redis, ClusterNode, lambda url: redis.Redis.from_url(url, **options), options)
@@ -95,7 +97,10 @@ def connect(url: str) -> Client:
 
 
 def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
-    """A client for the server: nothing is tried twice. How long a reply may take is the caller's to bound: redis-py would set a timer for each."""
+    """An asyncio client for the server, without retries. Raises ValueError if the URL is wrong.
+
+    `timeout_seconds` bounds connecting. The caller bounds the wait for replies: redis-py would set a timer for each.
+    """
     options: dict[str, Any] = {
         **COMMON,
         "socket_timeout": None,
@@ -109,3 +114,18 @@ def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncCl
         url, aioredis, AsyncClusterNode, lambda url: aioredis.Redis.from_url(url, **options), options
     )
     return client
+
+
+async def disconnect(client: Any) -> None:
+    """Close every connection of an asyncio client, so that no byte already received is read as a later reply."""
+    await (client if isinstance(client, aioredis.RedisCluster) else client.connection_pool).aclose()
+
+
+def run_script(client: Any, script: str, keys: list[str], *arguments: object) -> int:
+    """Run a Lua script on a blocking client; its integer result."""
+    return int(client.eval(script, len(keys), *keys, *arguments))
+
+
+def is_wrong_type(reply: object) -> bool:
+    """Whether a reply is Redis' WRONGTYPE error: one key holds no hash, the server itself is well."""
+    return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")

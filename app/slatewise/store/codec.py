@@ -1,14 +1,15 @@
-"""A stored meta-embedding: header and vector to bytes and back, and the names of the keys.
+"""The stored form of a meta-embedding: header and vector to bytes and back; and the names of the keys.
 
-    slatewise:<ranker>:<space>:generations       "7,6,5": live generations, newest first; "7,6,5#3" once three users were forgotten
+    slatewise:<ranker>:<space>:generations       "7,6,5": live generations, newest first; "7,6,5#3": 3 users deleted
     slatewise:<ranker>:<space>:emb:{<user>}      hash; field = generation, value = header + vector
 
-A vector is stored as float32, as float16, or as int8: its scale (float32) and one whole number a dimension.
-Before: `generations.py` packs what it writes. After: `meta_embeddings.py` unpacks what it read.
+A vector is stored as float32, as float16, or as int8 with one float32 scale.
+Called by: `generations` (writes), `poll` and `lookup` (read). Calls: numpy, zlib.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import zlib
@@ -17,27 +18,32 @@ import numpy as np
 
 from slatewise.inference.arrays import Float32
 
-HEADER = struct.Struct("<4sBxHdQI")  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all the rest
+HEADER = struct.Struct(
+    "<4sBxHdQI"
+)  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all other bytes
 MAGIC = b"SLWM"
 DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 FLOAT32, FLOAT16, INT8 = DTYPES.values()
 
 
 class Corrupt(ValueError):
-    """Bytes that no writer of ours wrote, or that changed since."""
+    """The bytes are not a stored value, or were changed."""
 
 
 class Mismatched(ValueError):
-    """A good value, of another size or another generation than it should be."""
+    """The value is intact, but has another size or another generation than expected."""
 
 
 def pack(vector: Float32, generation: int, created_at: float, dtype: str = "float32") -> bytes:
-    """A stored value, little-endian. Raises ValueError where a number is not finite, or too large for the dtype."""
+    """The stored value of one (M,) vector, little-endian; see `pack_many`."""
     return pack_many(vector[None], generation, created_at, dtype)[0]
 
 
 def pack_many(vectors: Float32, generation: int, created_at: float, dtype: str = "float32") -> list[bytes]:
-    """The stored values of (users, M) vectors: one conversion for all, one checksum each."""
+    """The stored values of (users, M) vectors, each with its own checksum; `created_at` in unix seconds.
+
+    Raises ValueError if a number is not finite or too large for the dtype.
+    """
     code = DTYPES[dtype]
     dim = vectors.shape[1]
     if not np.isfinite(vectors).all():
@@ -60,7 +66,7 @@ def pack_many(vectors: Float32, generation: int, created_at: float, dtype: str =
 
 
 def check(value: bytes) -> tuple[int, int, float, int]:
-    """(dtype, dim, created_at, generation) of a stored value that is whole. Raises Corrupt."""
+    """(dtype, dim, created_at, generation) of a stored value, once its checksum is verified. Raises Corrupt."""
     if not isinstance(value, bytes) or len(value) < HEADER.size:
         raise Corrupt("shorter than a header")
     magic, code, dim, created_at, generation, crc = HEADER.unpack_from(value)
@@ -68,15 +74,13 @@ def check(value: bytes) -> tuple[int, int, float, int]:
         raise Corrupt("not a vector")
     if len(value) != HEADER.size + (4 * dim, 2 * dim, 4 + dim)[code]:
         raise Corrupt(f"{len(value)} bytes")
-    if (
-        zlib.crc32(value[: HEADER.size - 4] + bytes(4) + value[HEADER.size :]) != crc
-    ):  # of the bytes as they came, padding too
+    if zlib.crc32(value[: HEADER.size - 4] + bytes(4) + value[HEADER.size :]) != crc:  # header padding included
         raise Corrupt("checksum differs")
     return code, dim, created_at, generation
 
 
 def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
-    """(vector, generation, created_at) of a stored value. Raises Corrupt, or Mismatched where it has another size."""
+    """(vector (dim,), generation, created_at) of a stored value. Raises Corrupt, or Mismatched for another size."""
     code, found, created_at, generation = check(value)
     if code == INT8:
         scale = np.frombuffer(value, "<f4", 1, HEADER.size)
@@ -91,11 +95,20 @@ def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
 
 
 def renumbered(value: bytes, generation: int) -> bytes:
-    """The same vector, of the same age, under another generation. Raises Corrupt."""
+    """The same stored vector with the same age under another generation number. Raises Corrupt."""
     code, dim, created_at, _ = check(value)
     header = HEADER.pack(MAGIC, code, dim, created_at, generation, 0)
     body = value[HEADER.size :]
     return header[:-4] + zlib.crc32(body, zlib.crc32(header)).to_bytes(4, "little") + body
+
+
+def first_readable(values: list[bytes | None], generation: int) -> bytes | None:
+    """The first value that is not corrupt, under the given generation."""
+    for value in values:
+        if value is not None:
+            with contextlib.suppress(Corrupt):
+                return renumbered(value, generation)
+    return None
 
 
 def pointer_key(ranker: str, space: str) -> str:
@@ -107,13 +120,12 @@ def user_key(ranker: str, space: str, user: str) -> str:
 
 
 def metadata_key(ranker: str, space: str) -> str:
-    """Hash of what is known of each generation: JSON, `created_at` in it."""
+    """Hash with one field per generation: JSON with `created_at`, kind and size."""
     return f"{{{pointer_key(ranker, space)}}}:about"
 
 
 def read_pointer(value: bytes | None) -> tuple[list[int], int]:
-    """(live generations, users forgotten) of a pointer's bytes; what is not a number is passed over."""
-    live, _, forgotten = (value or b"").decode("ascii", "replace").partition("#")
-    return [int(g) for g in live.split(",") if g.isdecimal() and str(int(g)) == g and int(g) < 2**64], int(
-        forgotten
-    ) if forgotten.isdecimal() else 0
+    """(live generations, deleted users) in a pointer's bytes; an entry that is not a generation number is skipped."""
+    listed, _, deleted = (value or b"").decode("ascii", "replace").partition("#")
+    live = [int(g) for g in listed.split(",") if g.isdecimal() and str(int(g)) == g and int(g) < 2**64]
+    return live, int(deleted) if deleted.isdecimal() else 0

@@ -1,8 +1,8 @@
-"""The way to one Redis server: look-ups that share round trips, and a circuit that opens when these fail in a row.
+"""One Redis server: reads that share round trips, and a circuit that opens when round trips fail in a row.
 
-What a request waits for is a future with a timer; the round trips run in tasks of their own, so that a request that goes away
-never leaves half a reply in a connection. Knows look-ups and replies, and nothing of vectors.
-Before: `meta_embeddings.RedisStore` sends look-ups here. After: it gets each back with its reply.
+`RedisNode.read` returns a future at once. A background task sends the reads in batches and settles each with its
+reply, so cancelling a request never leaves half a reply on a connection. `lookup` decodes the values.
+Called by: `lookup.RedisStore` (reads), `poll.Poller` (probes). Calls: the redis-py client.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from slatewise import metrics
+from slatewise.store.client import disconnect, is_wrong_type
+from slatewise.store.spaces import Live, Space
 
 log = logging.getLogger("slatewise")
 
@@ -26,7 +27,10 @@ STALL_SECONDS = 0.003
 
 
 def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
-    """A timer; returns what cancels it. Where the loop itself stood still meanwhile, what has arrived is read before `then` is called."""
+    """Call `then` after a time; returns a function that cancels the timer.
+
+    If the event loop itself was blocked past the time, replies that arrived meanwhile are read before `then` is called.
+    """
     loop = asyncio.get_running_loop()
     due = loop.time() + seconds
 
@@ -42,50 +46,40 @@ def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
     return lambda: handle.cancel()
 
 
-@dataclass(eq=False)
-class LookUp:
-    """A look-up on its way, and the requests that wait for it."""
+class Read(asyncio.Future[list[bytes | None] | Exception]):
+    """The reply to one HMGET: a value or `None` for each of `live.fields`, or the exception that came instead of it.
 
-    user: tuple[str, str]  # ranker, user
-    key: str
-    waiting: list[asyncio.Future[Any]] = field(default_factory=list)
-    fields: list[str] = field(default_factory=list)  # what is asked for, as of when it was sent
-    epoch: int = 0  # of the pointers when it was sent
+    Cancelled if no request waits for it any more when its turn comes.
+    """
 
-    @property
-    def wanted(self) -> bool:
-        return not all(future.done() for future in self.waiting)
+    def __init__(self, key: str, space: Space) -> None:
+        super().__init__()
+        self.key = key
+        self.space = space
+        self.waiters = 0  # requests that wait; counted by the caller
+        self.live: Live | None = None  # the generations that were asked for; set when it is sent
+        self.is_late = False  # its round trip has exceeded the time budget; set by the node
 
 
 class RedisNode:
-    """One round trip after the other; a second one only where the one before takes its time."""
+    """Sends one round trip after the other; a second one at a time only if the first is slow."""
 
-    CONNECTION_SECONDS = 1.0  # after which a connection is given up; nobody waits so long, but a connection may take longer to make than a look-up may
-    ROUND_TRIPS = 4  # at a time
-    BATCH = 32  # users of one round trip: redis-py takes about a tenth of a millisecond for each, and all of them must be inside the budget
-    FAILURES = 5  # round trips in a row, each begun after the one before had failed, that open the circuit
+    CONNECTION_SECONDS = 1.0  # connect timeout; longer than the time budget, because no request waits for it
+    ROUND_TRIPS = 4  # concurrent
+    BATCH = 32  # users in a round trip: redis-py takes about 0.1 ms for each, and all must fit into the budget
+    FAILURES = 5  # failed round trips in a row that open the circuit, each begun after the one before had failed
 
-    def __init__(
-        self,
-        name: str,
-        timeout_seconds: float,
-        fetch: Callable[[list[LookUp]], Awaitable[list[Any]]],
-        complete: Callable[[LookUp, Any], None],  # with a reply or an exception
-        drop: Callable[[LookUp], None],  # who asks for this user from now on does so anew
-        circuit: int,
-    ) -> None:
+    def __init__(self, name: str, client: Any, timeout_seconds: float, circuit: int) -> None:
         self.name = name
+        self.client = client
         self.timeout = timeout_seconds
-        self.fetch = fetch
-        self.complete = complete
-        self.drop = drop
         self.circuit = circuit
         self.failures = 0
         self.failed_at = 0.0
-        self.queue: list[LookUp] = []
+        self.queue: list[Read] = []
         self.arrived = asyncio.Event()
         self.under_way: set[asyncio.Task[None]] = set()
-        self.late: set[asyncio.Task[None]] = set()  # past the budget: nobody waits for them, and they hold nobody up
+        self.late: set[asyncio.Task[None]] = set()  # round trips over the budget; they do not delay others
         self.dispatcher = asyncio.create_task(self.dispatch())
 
     async def close(self) -> None:
@@ -95,11 +89,15 @@ class RedisNode:
         await asyncio.gather(*self.under_way, *self.late, return_exceptions=True)
         self.refuse_queue()
 
-    def send(self, look_up: LookUp) -> None:
-        self.queue.append(look_up)
+    def read(self, key: str, space: Space) -> Read:
+        """Queue the read of a user's hash. The generations to ask for are those that are live when it is sent."""
+        read = Read(key, space)
+        self.queue.append(read)
         self.arrived.set()
+        return read
 
     async def dispatch(self) -> None:
+        """Send the queued reads, for ever."""
         while True:
             await self.arrived.wait()
             self.arrived.clear()
@@ -110,10 +108,10 @@ class RedisNode:
                     )
                 batch = self.queue[: self.BATCH]
                 self.queue = self.queue[self.BATCH :]
-                for look_up in batch:
-                    if not look_up.wanted:
-                        self.drop(look_up)
-                batch = [look_up for look_up in batch if look_up.wanted]
+                for read in batch:
+                    if not read.waiters:
+                        read.cancel()
+                batch = [read for read in batch if read.waiters]
                 if batch:
                     task = asyncio.create_task(self.round_trip(batch))
                     self.under_way.add(task)
@@ -121,7 +119,8 @@ class RedisNode:
                     task.add_done_callback(self.late.discard)
                     await asyncio.wait([task], timeout=self.timeout / 4)
 
-    async def round_trip(self, batch: list[LookUp]) -> None:
+    async def round_trip(self, batch: list[Read]) -> None:
+        """Settle every read of the batch, within `CONNECTION_SECONDS` or the time budget, the longer of the two."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
@@ -131,12 +130,13 @@ class RedisNode:
             self.under_way.discard(task)
             self.late.add(task)
             self.failed(begin)
-            if len(self.late) >= 2 * self.ROUND_TRIPS:  # nothing comes back at all
+            if len(self.late) >= 2 * self.ROUND_TRIPS:  # no reply arrives at all
                 self.switch(OPEN)
-            for look_up in batch:
-                self.drop(look_up)
+            for read in batch:
+                read.is_late = True
 
         cancel_timer = call_after(self.timeout, overdue)
+        replies: list[Any]
         try:
             async with asyncio.timeout(max(self.timeout, self.CONNECTION_SECONDS)):
                 try:
@@ -145,7 +145,7 @@ class RedisNode:
                     if loop.time() - begin > self.timeout:
                         raise
                     replies = await self.fetch(batch)
-        except Exception as error:  # also what redis-py makes of bytes that are no Redis
+        except Exception as error:  # includes errors of redis-py's parser on bytes that are not Redis' protocol
             metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
             replies = [error] * len(batch)
         finally:
@@ -156,14 +156,31 @@ class RedisNode:
                 self.failed(begin)
             else:
                 self.failures = 0
-        for look_up, reply in zip(batch, replies, strict=True):
-            self.complete(look_up, reply)
+        for read, reply in zip(batch, replies, strict=True):
+            read.set_result(reply)
+
+    async def fetch(self, batch: list[Read]) -> list[Any]:
+        """A reply or an exception for each read, in one round trip. Raises redis-py's exceptions."""
+        pipe = self.client.pipeline(transaction=False)
+        asked = [read.space.live for read in batch]
+        for read, live in zip(batch, asked, strict=True):
+            read.live = live
+            pipe.hmget(read.key, live.fields)
+        replies: list[Any] = await pipe.execute(raise_on_error=False)
+        for reply, live in zip(replies, asked, strict=True):
+            if not isinstance(reply, Exception) and (not isinstance(reply, list) or len(reply) != len(live.fields)):
+                await disconnect(self.client)  # the stream may be out of step: its next bytes may answer another read
+                raise RedisError("not an answer to HMGET")
+        return replies
 
     def failed(self, begin: float) -> None:
-        """Count a failed round trip that began then. Those that were under way together count once: it may have been us who stood still."""
+        """Count a failed round trip that began then.
+
+        Concurrent ones count once: this process may have been blocked, which is no fault of the server.
+        """
         if begin < self.failed_at:
             return
-        self.failures = self.failures + 1
+        self.failures += 1
         self.failed_at = asyncio.get_running_loop().time()
         if self.failures >= self.FAILURES:
             self.switch(OPEN)
@@ -182,13 +199,16 @@ class RedisNode:
             self.refuse_queue()
 
     def refuse_queue(self) -> None:
-        """Those that were not sent are answered now."""
-        for look_up in self.queue:
-            self.complete(look_up, RedisError("not asked"))
+        """Settle the reads that were not sent, with an error."""
+        for read in self.queue:
+            read.set_result(RedisError("not sent: the circuit is open"))
         self.queue = []
 
     async def probe(self, ask: Callable[[], Awaitable[object]]) -> None:
-        """Close an open circuit if an answer comes inside the budget. The first try is off the clock, for it may have to connect."""
+        """Close the circuit if three calls of `ask` succeed, the fastest within the time budget; else open it.
+
+        One more call comes before them and is not timed: it may have to connect.
+        """
         loop = asyncio.get_running_loop()
         least = float("inf")
         self.switch(HALF_OPEN)
@@ -199,11 +219,6 @@ class RedisNode:
                     await ask()
                     if timed:
                         least = min(least, loop.time() - begin)
-        except Exception:  # also what redis-py makes of bytes that are no Redis
+        except Exception:  # includes errors of redis-py's parser on bytes that are not Redis' protocol
             least = float("inf")
         self.switch(CLOSED if least <= self.timeout else OPEN)
-
-
-def is_wrong_type(reply: object) -> bool:
-    """The key holds no hash: one user's fault, and no sign that Redis is ill."""
-    return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")

@@ -1,8 +1,8 @@
-"""Fill a Redis store without torch: python -m slatewise.store.push FILE --redis-url redis://127.0.0.1:6379/0
+"""Fill Redis with meta-embeddings: a bundle's, or vectors of your own. Needs neither torch nor polars.
 
-FILE is a bundle's folder, a ranker's (its newest version), or an .npz with `users` (U,), `vectors` (U, M), `ranker` and `space`. All of it becomes one full
-generation, visible at the end by one change of the pointer; a push that was stopped goes on where it was.
-The last line is JSON. Before: a bundle, or vectors of your own. After: `meta_embeddings.RedisStore` reads what this wrote.
+All users become one full generation, which one change of the pointer makes visible at the end. Repeat the command to
+resume an interrupted push. The last line of the output is JSON.
+Called by: `slatewise push`. Calls: `generations`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+from redis.exceptions import RedisError
 
-from slatewise.bundle.loader import versions
-from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.arrays import Float32
 from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
+from slatewise.store.command_line import add_redis_url, bundle_folder, fail
 from slatewise.store.generations import BATCH, Generations
+from slatewise.store.writer import StoreError
+
+PROGRESS_SECONDS = 2.0
 
 
 def push(
@@ -34,71 +38,91 @@ def push(
     dtype: str = "float32",
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write and publish one full generation: its number, users, bytes, seconds and live list."""
+    """Write and publish the (users, M) vectors as one full generation; its number, users, bytes, seconds and live list.
+
+    `progress` is called with the number of users done. Raises StoreError, ValueError and redis-py's exceptions.
+    """
     begin = time.perf_counter()
     plan = hashlib.sha256(json.dumps([dtype, vectors.shape, users]).encode() + vectors.tobytes()).hexdigest()
     size = 0
     now = time.time()
     chunks = range(-(-len(users) // BATCH))
-    with store.begin(plan, full=True) as writing:
+    with store.begin(plan, full=True) as writer:
         for chunk in chunks:
             rows = slice(chunk * BATCH, (chunk + 1) * BATCH)
-            if chunk not in writing.done:
-                size += store.write_chunk(writing.generation, chunk, users[rows], vectors[rows], now, dtype)
+            if chunk not in writer.done:
+                size += store.write_chunk(writer.generation, chunk, users[rows], vectors[rows], now, dtype)
             progress(min(rows.stop, len(users)))
-        live = store.publish(writing, len(chunks))
+        live = store.publish(writer, len(chunks))
     seconds = time.perf_counter() - begin
     return {
-        "generation": writing.generation,
+        "generation": writer.generation,
         "users": len(users),
         "users_per_second": round(len(users) / seconds),
-        "bytes": size,  # of the values written now
+        "bytes": size,  # of the values written by this call
         "seconds": round(seconds, 3),
         "live": live,
     }
 
 
 def read(path: Path) -> tuple[str, str, list[str], Float32]:
-    """(ranker, space, users, vectors) of a bundle's folder, of a ranker's newest bundle, or of an .npz."""
+    """(ranker, space, users, vectors) of a bundle, of a ranker's newest bundle, or of an .npz.
+
+    Raises OSError, ValueError (ManifestError included), KeyError, EOFError or BadZipFile if it cannot be read.
+    """
     if path.is_dir():
-        path = path if (path / "manifest.json").exists() else path / str(max(versions(path), default=0))
-        manifest = read_manifest(path)
-        users = json.loads((path / "users.json").read_text())
-        return manifest.ranker, manifest.space, users, np.load(path / "meta_embeddings.npy", allow_pickle=False)
-    with np.load(path, allow_pickle=False) as arrays:
-        return (
-            str(arrays["ranker"]),
-            str(arrays["space"]),
-            arrays["users"].astype(str).tolist(),
-            arrays["vectors"].astype(np.float32),
-        )
+        folder = bundle_folder(path)
+        manifest = read_manifest(folder)
+        users = json.loads((folder / "users.json").read_text())
+        return manifest.ranker, manifest.space, users, np.load(folder / "meta_embeddings.npy", allow_pickle=False)
+    with path.open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("not an .npz archive")
+        vectors = arrays["vectors"].astype(np.float32)
+        if vectors.ndim != 2:
+            raise ValueError(f"`vectors` has {vectors.ndim} dimensions, expected 2")
+        return str(arrays["ranker"]), str(arrays["space"]), arrays["users"].astype(str).tolist(), vectors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="<root>/<ranker>/<version>, <root>/<ranker>, or an .npz")
-    parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument(
-        "--ttl-days", type=float, default=0.0, help="forget users that were not written for so long; 0: never"
+def main(argv: list[str] | None = None) -> int:
+    """The command's exit code: 0 done, 1 failed; argparse exits with 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="slatewise push",
+        description="Fill Redis with meta-embeddings and make them visible at once. Repeat the command to resume it.",
+        epilog="An .npz holds `users` (U,), `vectors` (U, M), `ranker` and `space`.",
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "file",
+        type=Path,
+        help="a bundle <root>/<ranker>/<version>, a ranker's newest bundle <root>/<ranker>, or an .npz",
+    )
+    add_redis_url(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored vectors (default: float32)")
+    parser.add_argument(
+        "--ttl-days", type=float, default=0.0, help="delete users that were not written for so many days; 0: never"
+    )
+    args = parser.parse_args(argv)
     try:
         ranker, space, users, vectors = read(args.file)
-    except (ManifestError, OSError, ValueError, KeyError) as error:
-        sys.exit(f"{args.file}: {error}")
-    said = time.monotonic()
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        return fail(parser.prog, f"{args.file}: {error}")
+    printed_at = time.monotonic()
 
     def progress(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 2:
-            said = time.monotonic()
+        nonlocal printed_at
+        if time.monotonic() - printed_at > PROGRESS_SECONDS:
+            printed_at = time.monotonic()
             print(f"{done:,} of {len(users):,} users", file=sys.stderr)
 
-    with connect(args.redis_url) as client:
-        result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
+    try:
+        with connect(args.redis_url) as client:
+            result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
+    except (RedisError, StoreError, OSError, ValueError) as error:
+        return fail(parser.prog, error)
     print(json.dumps({"ranker": ranker, "space": space} | result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

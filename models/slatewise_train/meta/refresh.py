@@ -1,10 +1,8 @@
 """The refresh job: users' newest events become vectors in the store, while it is served.
 
-    python -m slatewise_train.meta.refresh refresh BUNDLE EVENTS...     users with new events; --full: all; --ray: on a Ray cluster
-    python -m slatewise_train.meta.refresh status | roll-back | merge | sweep BUNDLE
-    python -m slatewise_train.meta.refresh forget BUNDLE USER
+    slatewise refresh BUNDLE EVENTS...     users with new events; --full: all; --ray: on a Ray cluster
 
-Stop `refresh` when you like: the same command goes on where it was. Nothing of it is visible before its last step, one update of
+Stop it when you like: the same command goes on where it was. Nothing of it is visible before its last step, one update of
 the pointer. EVENTS are Parquet files as for training (`data.py`) and hold all that is to count of a user, not just what is new.
 Before: a bundle with `meta_block.npz` (`limaml.py`). After: `app/slatewise/store/lookup.py` serves the vectors.
 """
@@ -36,7 +34,8 @@ from tqdm import tqdm
 from slatewise.bundle.loader import sha256
 from slatewise.bundle.manifest import ManifestError, read_manifest
 from slatewise.store.client import connect
-from slatewise.store.generations import Generations, StoreError
+from slatewise.store.generations import Generations
+from slatewise.store.writer import StoreError
 from slatewise_train.compression.source import restore
 from slatewise_train.data import DataConfig, Head, Vocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
@@ -279,64 +278,32 @@ def refresh(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("refresh", "adapt users to their newest events and publish a generation"),
-        ("status", "what is live, and what is being written"),
-        ("roll-back", "take the newest generation back"),
-        ("merge", "bring all live generations into one"),
-        ("sweep", "remove what no generation needs any more"),
-        ("forget", "remove all that is stored of a user"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("bundle", type=Path, help="<root>/<ranker>/<version>")
-        command.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL", "redis://127.0.0.1:6379/0"))
-        if name == "forget":
-            command.add_argument("user")
-        if name == "refresh":
-            command.add_argument("events", type=Path, nargs="+", help="Parquet files")
-            command.add_argument(
-                "--full", action="store_true", help="all users of the files, not only those with new events"
-            )
-            command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-            command.add_argument(
-                "--ray", action="store_true", help="on Ray: RAY_ADDRESS's cluster, or one on this machine"
-            )
-            command.add_argument(
-                "--dtype", choices=("float32", "float16", "int8"), default="float32", help="of the stored vectors"
-            )
-            command.add_argument(
-                "--ttl-days",
-                type=float,
-                default=0.0,
-                help="after which a user who is not written again is dropped; 0: never",
-            )
-    args = parser.parse_args(arguments)
+    parser.add_argument("bundle", type=Path, help="<root>/<ranker>/<version>")
+    parser.add_argument("events", type=Path, nargs="+", help="Parquet files")
+    parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
+    parser.add_argument("--full", action="store_true", help="all users of the files, not only those with new events")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--ray", action="store_true", help="on Ray: RAY_ADDRESS's cluster, or one on this machine")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "int8"), default="float32", help="of the stored vectors"
+    )
+    parser.add_argument(
+        "--ttl-days", type=float, default=0.0, help="delete users that were not written for so many days; 0: never"
+    )
+    args = parser.parse_args(argv)
+    options = {
+        "full": args.full,
+        "processes": args.processes,
+        "on_ray": args.ray,
+        "dtype": args.dtype,
+        "ttl_days": args.ttl_days,
+    }
     try:
-        if args.command == "refresh":
-            options = {
-                "full": args.full,
-                "processes": args.processes,
-                "on_ray": args.ray,
-                "dtype": args.dtype,
-                "ttl_days": args.ttl_days,
-            }
-            print(json.dumps(refresh(args.bundle, Events(args.events), args.redis_url, **options)))
-            return
-        manifest = read_manifest(args.bundle)
-        store = Generations(connect(args.redis_url), manifest.ranker, manifest.space)
-        answers = {
-            "status": store.status,
-            "roll-back": lambda: {"live": store.roll_back()},
-            "merge": lambda: {"live": store.merge()},
-            "sweep": lambda: {"fields_removed": store.sweep()},
-            "forget": lambda: {"forgotten": store.delete_user(args.user)},
-        }
-        print(json.dumps(answers[args.command]()))
+        print(json.dumps(refresh(args.bundle, Events(args.events), args.redis_url, **options)))
     except (StoreError, ManifestError, RedisError, pl.exceptions.PolarsError, OSError, ValueError) as error:
-        sys.exit(f"{args.command}: {error}")
+        sys.exit(f"refresh: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Administration of the meta-embeddings in Redis: status, roll-back, delete-user, merge, sweep.
+
+Needs neither torch nor polars. The output is one line of JSON.
+Called by: `slatewise store`. Calls: `generations`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from slatewise.bundle.manifest import read_manifest
+from slatewise.store.client import connect
+from slatewise.store.command_line import add_redis_url, bundle_folder, fail
+from slatewise.store.generations import Generations
+from slatewise.store.writer import StoreError
+
+Command = Callable[[Generations, argparse.Namespace], dict[str, Any]]
+
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "status": ("show the live generations, and the one being written", lambda store, _: store.status()),
+    "roll-back": ("remove the newest generation from the live ones", lambda store, _: {"live": store.roll_back()}),
+    "delete-user": (
+        "delete all vectors of a user, also from replicas' caches",
+        lambda store, args: {"deleted": store.delete_user(args.user)},
+    ),
+    "merge": ("copy all live generations into one full generation", lambda store, _: {"live": store.merge()}),
+    "sweep": (
+        "remove the stored fields of generations that are no longer live",
+        lambda store, _: {"fields_removed": store.sweep()},
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="slatewise store",
+        description="Administer the meta-embeddings in Redis. Replicas follow within two seconds.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (text, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument(
+            "bundle",
+            type=Path,
+            nargs="?",
+            help="a bundle <root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>",
+        )
+        if name == "delete-user":
+            command.add_argument("user", help="the user's id")
+        command.add_argument("--ranker", metavar="NAME", help="instead of a bundle, with --space")
+        command.add_argument("--space", metavar="SPACE", help="space of the meta-embeddings, as the manifest names it")
+        add_redis_url(command)
+        command.set_defaults(usage_error=command.error, prog=command.prog)
+    return parser
+
+
+def target(args: argparse.Namespace) -> tuple[str, str]:
+    """(ranker, space) that the arguments name. Raises OSError or ValueError if the bundle cannot be read."""
+    if args.bundle is not None:
+        manifest = read_manifest(bundle_folder(args.bundle))
+        return manifest.ranker, manifest.space
+    return args.ranker, args.space
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command's exit code: 0 done, 1 failed; argparse exits with 2 for wrong arguments."""
+    args = make_parser().parse_args(argv)
+    named = [name for name in ("ranker", "space") if getattr(args, name) is not None]
+    if len(named) != (0 if args.bundle else 2):
+        args.usage_error("give a bundle, or both --ranker and --space")
+    _, command = COMMANDS[args.command]
+    try:
+        ranker, space = target(args)
+        with connect(args.redis_url) as client:
+            result = command(Generations(client, ranker, space), args)
+    except (RedisError, StoreError, OSError, ValueError) as error:
+        return fail(args.prog, error)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
