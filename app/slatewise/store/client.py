@@ -22,18 +22,11 @@ from redis.cluster import ClusterNode
 from redis.connection import parse_url
 from redis.retry import Retry
 
+from slatewise.settings import REDIS_SCHEMES
+
 Client = redis.Redis | redis.RedisCluster
 AsyncClient = aioredis.Redis | aioredis.RedisCluster
 
-SCHEMES = (
-    "redis://",
-    "rediss://",
-    "unix://",
-    "redis+sentinel://",
-    "rediss+sentinel://",
-    "redis+cluster://",
-    "rediss+cluster://",
-)
 COMMON = {"protocol": 2}  # its connections are made in fewer round trips, and nothing that 3 adds is used
 WRITER_SECONDS = 10.0  # a batch of a thousand users on a server that is busy
 
@@ -42,8 +35,8 @@ def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, An
     """(kind, hosts, parts of the path, options) of a URL with several hosts. Raises ValueError."""
     parts = urlsplit(url)
     secure, _, kind = parts.scheme.partition("+")
-    if not url.startswith(SCHEMES):
-        raise ValueError(f"must start with {', '.join(SCHEMES)}")
+    if not url.startswith(REDIS_SCHEMES):
+        raise ValueError(f"must start with {', '.join(REDIS_SCHEMES)}")
     who, _, listed = parts.netloc.rpartition("@")
     hosts = []
     for each in listed.split(","):
