@@ -216,16 +216,27 @@ def test_signal_before_listening_ends_quietly(number: int, code: int) -> None:
         assert "Traceback" not in rest and "Warning" not in rest
 
 
+def health_check(port: str) -> int:
+    """Exit code of the image's health check."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "deploy" / "health_check.py")]
+    variables = {"SLATEWISE_PORT": port, "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(command, env=environment(**variables), stderr=subprocess.DEVNULL, timeout=30).returncode
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_drain_serves_on_while_not_ready(number: int) -> None:
     with serve("--drain-seconds", "1") as process:
         log = read_until(process, "listening on")
+        port = log.rstrip().rpartition(":")[2]
         assert get(process, "/readyz", log) == 200
+        assert health_check(port) == 0
         process.send_signal(number)
         while get(process, "/readyz", log) == 200:
             pass
         assert get(process, "/readyz", log) == 503
+        assert health_check(port) == 1
         assert get(process, "/models", log) == 200
         rest = process.communicate(timeout=30)[1]
         assert process.returncode == 0
         assert "Traceback" not in rest
+        assert health_check(port) == 1
