@@ -104,12 +104,33 @@ def test_api_keys_without_a_key_are_refused(monkeypatch: pytest.MonkeyPatch, key
 
 
 WRONG = [
-    ("port", "-1"), ("port", "65536"), ("port", "http"), ("threads", "-1"), ("redis_timeout_ms", "0"), ("history_cache_mb", "-1"), ("deadline_ms", "-1"),
-    ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_outstanding_tokens", "0"),
-    ("redis_timeout_ms", "nan"), ("body_timeout_s", "nan"), ("deadline_ms", "nan"), ("history_cache_mb", "nan"), ("history_cache_mb", "inf"),
-    ("embedding_cache_s", "-1"), ("embedding_cache_s", "inf"), ("embedding_cache_users", "0"), ("embedding_max_age_s", "-1"), ("embedding_max_age_s", "nan"),
-    ("history_cache_dtype", "float16"), ("history_cache_dtype", "INT8"), ("history_cache_dtype", ""),
-]  # fmt: skip
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "http"),
+    ("threads", "-1"),
+    ("redis_timeout_ms", "0"),
+    ("history_cache_mb", "-1"),
+    ("deadline_ms", "-1"),
+    ("max_candidates", "0"),
+    ("max_history", "0"),
+    ("max_body_bytes", "0"),
+    ("body_timeout_s", "0"),
+    ("max_in_flight", "0"),
+    ("max_outstanding_tokens", "0"),
+    ("redis_timeout_ms", "nan"),
+    ("body_timeout_s", "nan"),
+    ("deadline_ms", "nan"),
+    ("history_cache_mb", "nan"),
+    ("history_cache_mb", "inf"),
+    ("embedding_cache_s", "-1"),
+    ("embedding_cache_s", "inf"),
+    ("embedding_cache_users", "0"),
+    ("embedding_max_age_s", "-1"),
+    ("embedding_max_age_s", "nan"),
+    ("history_cache_dtype", "float16"),
+    ("history_cache_dtype", "INT8"),
+    ("history_cache_dtype", ""),
+]
 
 
 @pytest.mark.parametrize(("name", "text"), WRONG)

@@ -31,7 +31,7 @@ COMMANDS = {
     "serve": Command("slatewise.main", "serve rankers over HTTP", "serve"),
     "push": Command("slatewise.store.push", "write a bundle's meta-embeddings, or your own, to Redis", "serve"),
     "store": Command("slatewise.store.admin", "status, roll-back, delete-user, merge, sweep of a Redis store", "serve"),
-    "check-bundle": Command("slatewise.bundle.check", "load bundles and print the variants that would be served", "serve"),
+    "check-bundle": Command("slatewise.bundle.check", "load bundles and print what the server would serve", "serve"),
     "train": Command("slatewise_train.train", "train a ranker on your events", "train"),
     "limaml": Command("slatewise_train.meta.limaml", "meta-learn user vectors for a trained ranker", "train"),
     "refresh": Command("slatewise_train.meta.refresh", "adapt user vectors to new events and publish them", "train"),

@@ -221,7 +221,7 @@ def read_settings(flags: Mapping[str, str]) -> Settings:
 
 
 def explain(error: ValidationError, flags: Iterable[str]) -> list[str]:
-    """A line for each fault, with the flag or variable that caused it and the meaning of the setting, never the value."""
+    """A line for each fault: the flag or variable that caused it and the meaning of the setting, never the value."""
     lines = []
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0])
