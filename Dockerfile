@@ -1,16 +1,22 @@
-# Two stages: packages are installed in the first, the second has neither pip's cache nor torch.
-FROM python:3.11-slim-bookworm AS packages
+# Two stages: the first installs the packages, the second has neither pip nor its cache.
+# Python 3.11, because the whole test suite runs on it; the serving lock also holds for 3.12 to 3.14.
+FROM python:3.11-slim-bookworm AS build
 COPY deploy/serve.lock /tmp/serve.lock
-RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --require-hashes -r /tmp/serve.lock
+RUN python -m venv --without-pip /venv \
+    && pip --python /venv/bin/python install --no-cache-dir --require-hashes -r /tmp/serve.lock
+COPY deploy/health_check.py /srv/
+COPY app /srv/app
+COPY models/bundles /srv/models/bundles
+RUN chmod -R a+rX /srv  # a checkout made under umask 077 is private to its owner
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --no-create-home slatewise
-COPY --from=packages /venv /venv
+COPY --from=build /venv /venv
+COPY --from=build /srv /srv
 WORKDIR /srv
-COPY app ./app
-COPY models/bundles ./models/bundles
-USER slatewise
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/srv/app SLATEWISE_HOST=0.0.0.0
+USER 10001
+ENV PATH=/venv/bin:$PATH PYTHONPATH=/srv/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 SLATEWISE_HOST=0.0.0.0
 EXPOSE 8000
-HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=1)"]
-CMD ["python", "-m", "slatewise.main"]
+# Asks GET /readyz.
+HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["python", "-I", "-S", "health_check.py"]
+CMD ["python", "-m", "slatewise", "serve"]

@@ -1,90 +1,100 @@
 # make serve    serve the committed demo bundle at 127.0.0.1:8000
-# make test     everything: format, lint, types, tests (a real Redis included)
+# make test     format, lint, types, then all tests with their branch coverage (a real Redis included)
 # make lint     format, lint and types alone
-# make train    MovieLens 1M (downloaded) to a new bundle; stop and resume as you like
-# make compress the newest version of the demo to one with smaller variants, each measured; stop and resume as you like
-# make dashboards-check   every panel and alert against a real Prometheus and faults made on purpose (apt-get installs it, as root)
-# make image-check   the Dockerfile's steps in a clean folder and environment
-# make lock     renew the locked versions
-# make reference-bundle   the shape that speed is measured with, seeded weights, below build/bundles/
+# make train    MovieLens 1M (downloaded) to a new bundle; stop and resume at any time
+# make compress the newest version of the demo to one with smaller variants, each measured; stop and resume at any time
+# make dashboards-check   every panel and alert against a real Prometheus and injected faults (apt-get installs it, as root)
+# make install-check      install, serve and ask one request: with every supported Python here, and from the built wheel
+# make image-check        the Dockerfile's steps in a clean folder and environment
+# make wheels-check       every locked package has a wheel for each supported platform and Python
+# make lock     write deploy/*.lock; UPGRADE=1 takes the newest releases
+# make reference-bundle   the bundle that speed is measured with, seeded weights, below build/bundles/
+#
+# Needs Python 3.11 to 3.14: the newest on the PATH, or the one in PYTHON (make serve PYTHON=/usr/bin/python3.12).
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?=
 SERVE := .venv-serve
 TEST := .venv
 export PYTHONPATH := $(CURDIR)/app:$(CURDIR)/models
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Libraries that send usage data by default.
+export ORT_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: python-version serve test lint format movielens train compress reference-bundle dashboards-check image-check lock clean
+.PHONY: serve test lint format movielens train compress dashboards-check install-check image-check wheels-check lock \
+	reference-bundle serve-environment test-environment clean
 
-serve: $(SERVE)/installed
-	$(SERVE)/bin/python -m slatewise.main
+# Ctrl-C reaches the server, the shell and make: with the trap, the shell waits for the server's quiet end.
+serve: serve-environment
+	@echo "Serving the demo; stop with Ctrl-C"
+	@trap : INT; $(SERVE)/bin/python -m slatewise serve || [ $$? = 130 ]
 
 test: lint
-	$(TEST)/bin/python -m pytest
+	$(TEST)/bin/python -m pytest --cov
 
-lint: $(TEST)/installed
+lint: test-environment
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy
+	$(TEST)/bin/mypy models/slatewise_train
 
-format: $(TEST)/installed
+format: test-environment
 	$(TEST)/bin/ruff format .
 	$(TEST)/bin/ruff check --fix .
 
 # ML1M and ML_SMALL may name a local zip or folder; without them both are downloaded from GroupLens.
-movielens: $(TEST)/installed
+movielens: test-environment
 	test -f build/data/ml-1m/events.parquet || $(TEST)/bin/python -m slatewise_train.demo.movielens ml-1m $(if $(ML1M),--source $(ML1M))
 	test -f build/data/ml-latest-small/events.parquet || $(TEST)/bin/python -m slatewise_train.demo.movielens ml-latest-small $(if $(ML_SMALL),--source $(ML_SMALL))
 
 train: movielens
-	$(TEST)/bin/python -m slatewise_train.train models/movielens.toml
-	$(TEST)/bin/python -m slatewise_train.meta.limaml models/movielens.toml
-	$(TEST)/bin/python -m slatewise_train.export models/movielens.toml
+	$(TEST)/bin/python -m slatewise train models/movielens.toml
+	$(TEST)/bin/python -m slatewise limaml models/movielens.toml
+	$(TEST)/bin/python -m slatewise export models/movielens.toml
 
 compress: movielens
-	$(TEST)/bin/python -m slatewise_train.compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
+	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
 
-dashboards-check: $(TEST)/installed
+reference-bundle: test-environment
+	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference
+
+dashboards-check: test-environment
 	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }
 	$(TEST)/bin/python -m loadtest.observability.dashboards
 
-# What the Dockerfile does, without Docker: a clean folder and environment, the image's command, and its health check.
+install-check:
+	@.ci/install-check
+
+wheels-check: test-environment
+	$(TEST)/bin/python .ci/wheels.py
+
+# The Dockerfile's steps without Docker: a clean folder and environment, the image's command, and its health check.
 IMAGE := build/image
-image-check: | python-version
+HEALTH_PORT := 18765
+image-check:
 	rm -rf $(IMAGE)
-	$(PYTHON) -m venv $(IMAGE)/venv
-	$(IMAGE)/venv/bin/pip install --quiet --no-cache-dir --require-hashes -r deploy/serve.lock
+	.ci/environment $(IMAGE)/venv serve "$(PYTHON)"
+	$(IMAGE)/venv/bin/python -m pip uninstall --quiet --yes setuptools pip
 	mkdir -p $(IMAGE)/srv/models
-	cp -r app $(IMAGE)/srv/
+	cp -r app deploy/health_check.py $(IMAGE)/srv/
 	cp -r models/bundles $(IMAGE)/srv/models/
-	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=app SLATEWISE_PORT=18765 sh -c '\
-		python -m slatewise.main & server=$$!; trap "kill $$server" EXIT; \
+	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=app \
+		ORT_DISABLE_TELEMETRY=1 SLATEWISE_PORT=$(HEALTH_PORT) sh -c '\
+		python -m slatewise serve & server=$$!; trap "kill $$server" EXIT; \
 		for k in $$(seq 60); do \
-			python -c "import urllib.request; urllib.request.urlopen(\"http://127.0.0.1:18765/readyz\", timeout=1)" 2>/dev/null && echo healthy && exit 0; sleep 1; \
+			python -I -S health_check.py 2>/dev/null && echo healthy && exit 0; sleep 1; \
 		done; exit 1'
 
-reference-bundle: $(TEST)/installed
-	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference
+lock:
+	@$$(.ci/find-python $(PYTHON)) -m venv --clear build/lock
+	build/lock/bin/pip install --quiet uv==0.13.9
+	.ci/lock build/lock/bin/uv
 
-python-version:
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "Python 3.11 is needed; name it with make PYTHON=..."; exit 1; }
+serve-environment:
+	@.ci/environment $(SERVE) serve "$(PYTHON)"
 
-$(SERVE)/installed: deploy/serve.lock | python-version
-	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/pip install --quiet --require-hashes -r deploy/serve.lock
-	touch $@
-
-# torch has no hash in a lock: its wheels differ by index (CPU or CUDA build)
-$(TEST)/installed: deploy/test.lock | python-version
-	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/pip install --quiet --require-hashes -r deploy/test.lock
-	$(TEST)/bin/pip install --quiet torch==2.13.0
-	touch $@
-
-lock: $(TEST)/installed
-	$(TEST)/bin/pip install --quiet pip-tools==7.6.2
-	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file deploy/serve.lock pyproject.toml
-	$(TEST)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --extra train --extra test --unsafe-package torch --output-file deploy/test.lock pyproject.toml
+test-environment:
+	@.ci/environment $(TEST) test "$(PYTHON)"
 
 clean:
 	rm -rf $(SERVE) $(TEST) build

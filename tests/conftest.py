@@ -17,6 +17,7 @@ from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from tests.support.application import serve
+from tests.support.redis_binary import describe_redis
 from tests.support.redis_server import run_redis
 
 hypothesis.settings.register_profile("ci", derandomize=True)  # CI draws the same cases in every run
@@ -24,6 +25,7 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 HERE = Path(__file__).resolve().parent
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 DEMO = HERE.parent / "models" / "bundles"
 # Child processes find both packages from any working folder.
 os.environ["PYTHONPATH"] = os.pathsep.join(str(HERE.parent / root) for root in ("app", "models"))
@@ -42,6 +44,10 @@ class Tiny:
     @property
     def folder(self) -> Path:
         return self.root / "tiny" / "1"
+
+
+def pytest_report_header() -> str:
+    return describe_redis()
 
 
 @pytest.fixture(scope="session")

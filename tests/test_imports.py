@@ -1,4 +1,4 @@
-"""Who may import what: the server runs without the tools of training, and each library has its one place."""
+"""The shape of both packages: allowed imports, no cycles, and limits on the size of files and functions."""
 
 from __future__ import annotations
 
@@ -6,31 +6,71 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from slatewise import VERSION
+from slatewise.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-SERVER = sorted((ROOT / "app").rglob("*.py"))
+SOURCES = {
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for root in (ROOT / "app", ROOT / "models")
+    for path in sorted(root.rglob("*.py"))
+}
+SERVER = {name: path for name, path in SOURCES.items() if name.split(".")[0] == "slatewise"}
 OFFLINE = ("torch", "slatewise_train", "polars", "pandas", "onnx", "matplotlib", "tqdm", "sklearn", "ray", "tests")
+MOST_LINES = 350
+MOST_PARAMETERS = 7
+
+# Split by other parts of the same change; the marks go with the last of them.
+LONG_FILES = {
+    "slatewise.http.rank",
+    "slatewise.store.generations",
+    "slatewise.store.lookup",
+    "slatewise_train.compress",
+    "slatewise_train.export",
+    "slatewise_train.meta.limaml",
+    "slatewise_train.rankers.ligr_onnx",
+    "slatewise_train.train",
+}
+LONG_SIGNATURES = {"slatewise.ranking.pipeline", "slatewise_train.meta.limaml", "slatewise_train.meta.refresh"}
 
 
-def imported(path: Path) -> set[str]:
-    """Top names of all that a file imports, also inside functions."""
+def expect_failures(modules: Iterable[str], pending: set[str]) -> list[Any]:
+    mark = pytest.mark.xfail(strict=False, reason="not yet split")
+    return [pytest.param(name, marks=mark) if name in pending else name for name in modules]
+
+
+def imports(path: Path) -> set[str]:
+    """All that a file imports, also inside functions: modules, and `module.name` for each imported name."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
-    return {name.split(".")[0] for name in names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
 
 
-@pytest.mark.parametrize("module", ["slatewise.main", "slatewise.store.push"])
-def test_the_server_loads_nothing_of_training(module: str) -> None:
+def libraries(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def modules(path: Path) -> set[str]:
+    """The modules of both packages that a file imports."""
+    return imports(path) & SOURCES.keys()
+
+
+@pytest.mark.parametrize(
+    "module", ["slatewise.cli", "slatewise.main", "slatewise.store.push", "slatewise.bundle.check"]
+)
+def test_server_loads_nothing_of_training(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
@@ -40,16 +80,22 @@ def test_the_server_loads_nothing_of_training(module: str) -> None:
     assert not loaded & set(OFFLINE)
 
 
-@pytest.mark.parametrize("path", SERVER, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_file_of_the_server_imports_training(path: Path) -> None:
-    assert not imported(path) & set(OFFLINE)
+@pytest.mark.parametrize("module", SERVER)
+def test_server_imports_nothing_of_training(module: str) -> None:
+    assert not libraries(SERVER[module]) & set(OFFLINE)
+
+
+def test_command_imports_only_the_standard_library() -> None:
+    """`slatewise serve` without its packages can then say which extra to install."""
+    used = libraries(SERVER["slatewise.cli"]) | libraries(SERVER["slatewise"])
+    assert used - {"slatewise"} <= set(sys.stdlib_module_names)
 
 
 PLACES = {
     "onnxruntime": {"inference/engine.py"},
-    "fastapi": {"main.py", "http/app.py", "http/rank.py"},
+    "fastapi": {"main.py", "http/app.py", "http/rank.py", "http/server.py"},
     "fastapi_offline": {"http/app.py"},
-    "uvicorn": {"main.py"},
+    "uvicorn": {"http/server.py"},
     "starlette": {"http/app.py", "http/body.py", "http/rank.py"},
     "redis": {f"store/{name}.py" for name in ("admin", "client", "node", "nodes", "poll", "push", "writer")},
     "pydantic_settings": {"settings.py"},
@@ -58,23 +104,90 @@ PLACES = {
 
 
 @pytest.mark.parametrize("library", PLACES)
-def test_a_library_is_imported_in_its_place_only(library: str) -> None:
-    places = {path.relative_to(ROOT / "app" / "slatewise").as_posix() for path in SERVER if library in imported(path)}
+def test_library_is_imported_in_its_place_only(library: str) -> None:
+    found = {path for path in SERVER.values() if library in libraries(path)}
+    places = {path.relative_to(ROOT / "app" / "slatewise").as_posix() for path in found}
     assert places, "not used at all"
     assert places <= PLACES[library]
 
 
-def test_every_library_of_the_server_is_a_declared_dependency() -> None:
-    declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
-    assert declared
-    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', declared[1])} | {
-        "slatewise",
-        "starlette",
-        "pydantic_core",
-        "google",
-    }  # fastapi's, pydantic's, protobuf's
-    used = set().union(*map(imported, SERVER)) - set(sys.stdlib_module_names)
-    assert used <= names
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORTED_AS = {"protobuf": "google", "pyyaml": "yaml"}
+BROUGHT_ALONG = {"starlette": "fastapi", "pydantic_core": "pydantic", "pyarrow": "ray"}  # by another package
+
+
+def declared(*extras: str) -> set[str]:
+    """Import names of the base dependencies and of extras."""
+    listed = PYPROJECT["dependencies"] + [
+        name for extra in extras for name in PYPROJECT["optional-dependencies"][extra]
+    ]
+    names = {match[0].replace("-", "_") for text in listed if (match := re.match(r"[\w-]+", text))}
+    names = {IMPORTED_AS.get(name, name) for name in names}
+    return names | {name for name, carrier in BROUGHT_ALONG.items() if carrier in names}
+
+
+@pytest.mark.parametrize(("package", "extras"), [("slatewise", ("serve",)), ("slatewise_train", ("train", "ray"))])
+def test_every_library_is_a_declared_dependency(package: str, extras: tuple[str, ...]) -> None:
+    paths = [path for name, path in SOURCES.items() if name.split(".")[0] == package]
+    used = set().union(*map(libraries, paths)) - set(sys.stdlib_module_names)
+    assert used <= declared(*extras) | {"slatewise", "slatewise_train"}
+
+
+@pytest.mark.parametrize("extra", ["serve", "train"])
+def test_extra_declares_every_library_that_its_commands_load(extra: str) -> None:
+    """Follows the imports of each command through both packages."""
+    reached: set[str] = set()
+    waiting = {command.module for command in COMMANDS.values() if command.extra == extra} & SOURCES.keys()
+    while waiting:
+        reached.add(module := waiting.pop())
+        waiting |= modules(SOURCES[module]) - reached
+    used = set().union(*(libraries(SOURCES[module]) for module in reached)) - set(sys.stdlib_module_names)
+    optional = declared("ray") - declared()
+    assert used - optional <= declared(extra) | {"slatewise", "slatewise_train"}
+
+
+@pytest.mark.xfail(strict=False, reason="compress, low_rank and item_quantization are not yet split")
+def test_no_import_cycle() -> None:
+    graph = {name: modules(path) - {name} for name, path in SOURCES.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+LEVELS = ("", "inference", "bundle", "store", "ranking", "http")  # each imports earlier ones only
+
+
+def level(module: str) -> int:
+    parts = module.split(".")
+    return LEVELS.index(parts[1]) if len(parts) > 1 and parts[1] in LEVELS else 0
+
+
+@pytest.mark.parametrize(
+    "module", expect_failures(sorted(SERVER.keys() - {"slatewise.main"}), {"slatewise.inference.engine"})
+)
+def test_imports_point_downwards(module: str) -> None:
+    assert not {name for name in modules(SERVER[module]) if level(name) > level(module)}
+
+
+def long_functions(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            given = node.args
+            names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"])) + bool(given.vararg) + bool(given.kwarg)
+            if count > MOST_PARAMETERS:
+                yield f"{node.name}: {count} parameters"
+
+
+@pytest.mark.parametrize("module", expect_failures(SOURCES, LONG_FILES))
+def test_file_is_not_too_long(module: str) -> None:
+    assert len(SOURCES[module].read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", expect_failures(SOURCES, LONG_SIGNATURES))
+def test_functions_take_few_parameters(module: str) -> None:
+    assert not list(long_functions(SOURCES[module]))
 
 
 def repository_texts() -> dict[str, str]:
@@ -89,12 +202,8 @@ def repository_texts() -> dict[str, str]:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_no_file_names_a_folder_of_the_machine_it_was_made_on() -> None:
+def test_no_file_names_a_folder_of_its_machine() -> None:
     folder = re.compile(r"(?<![\w.}-])/(?:home|Users|workspace|work)(?=/|\b(?![\w.-]))|file:[/]{3}")
     texts = repository_texts()
     assert "pyproject.toml" in texts
     assert not {name: found[0] for name, text in texts.items() if (found := folder.search(text))}
-
-
-def test_the_version_is_the_packages() -> None:
-    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text()

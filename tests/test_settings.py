@@ -1,4 +1,4 @@
-"""Settings: documented, read from SLATEWISE_*, and silent about secrets."""
+"""Settings: documented, read from flags and SLATEWISE_* variables, and secrets never shown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from slatewise.settings import Settings
+from slatewise import settings as module
+from slatewise.settings import Settings, SettingsError, default_bundles, read_settings, unknown_variables
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
 SECRET = "s3cr3t-of-mine"
 
 
@@ -23,7 +25,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_says_what_it_is(name: str) -> None:
+def test_every_setting_has_a_description(name: str) -> None:
     description = Settings.model_fields[name].description
     assert description
     assert description[0].isupper()
@@ -31,18 +33,18 @@ def test_every_setting_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_is_in_the_readmes_table(name: str) -> None:
-    assert re.search(rf"^\|.*\bSLATEWISE_{name.upper()}\b", README.read_text(), re.MULTILINE), (
-        f"README.md has no row for SLATEWISE_{name.upper()}"
+def test_every_setting_is_in_a_documented_table(name: str) -> None:
+    assert re.search(rf"^\|.*\bSLATEWISE_{name.upper()}\b", DOCUMENTS, re.MULTILINE), (
+        f"no table in README.md or docs/ has a row for SLATEWISE_{name.upper()}"
     )
 
 
-def test_the_readme_names_no_setting_that_does_not_exist() -> None:
-    named = set(re.findall(r"\bSLATEWISE_([A-Z_]*[A-Z])\b", README.read_text()))
+def test_documents_name_no_unknown_setting() -> None:
+    named = set(re.findall(r"\bSLATEWISE_([A-Z_]*[A-Z])\b", DOCUMENTS))
     assert named <= {name.upper() for name in Settings.model_fields}
 
 
-def test_every_setting_has_a_default_that_is_valid() -> None:
+def test_every_default_is_valid() -> None:
     defaults = Settings()
     assert Settings.model_validate(defaults.model_dump()) == defaults
     assert (defaults.history_cache_mb, defaults.max_body_bytes, defaults.deadline_ms) == (256, 1_000_000, 0)
@@ -72,7 +74,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_the_environment_sets_it_under_its_prefix_only(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_variable_sets_a_setting_under_its_prefix_only(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     text, value = ENVIRONMENT[name]
     default = getattr(Settings(), name)
     assert value != default
@@ -82,29 +84,57 @@ def test_the_environment_sets_it_under_its_prefix_only(monkeypatch: pytest.Monke
     assert getattr(Settings(), name) == value
 
 
-def test_the_environment_sets_the_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_set_the_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLATEWISE_REDIS_URL", f"rediss://:{SECRET}@store:6379/1")
     monkeypatch.setenv("SLATEWISE_API_KEYS", f" a, {SECRET} ,,b,")
     assert Settings().redis_url.get_secret_value() == f"rediss://:{SECRET}@store:6379/1"
     assert Settings().keys() == ("a", SECRET, "b")
 
 
-@pytest.mark.parametrize("keys", ["", " ", ",", " , "])
-def test_keys_that_are_blank_are_no_keys(keys: str) -> None:
-    assert Settings(api_keys=keys).keys() == ()
+def test_empty_api_keys_are_no_keys() -> None:
+    assert Settings(api_keys="").keys() == ()
+
+
+@pytest.mark.parametrize("keys", [" ", ",", " , "])
+def test_api_keys_without_a_key_are_refused(monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
+    """Otherwise a mistake in the variable opens the server to everybody."""
+    monkeypatch.setenv("SLATEWISE_API_KEYS", keys)
+    with pytest.raises(ValidationError, match=r"api_keys\n.*contains no key"):
+        Settings()
 
 
 WRONG = [
-    ("port", "-1"), ("port", "65536"), ("port", "http"), ("threads", "-1"), ("redis_timeout_ms", "0"), ("history_cache_mb", "-1"), ("deadline_ms", "-1"),
-    ("max_candidates", "0"), ("max_history", "0"), ("max_body_bytes", "0"), ("body_timeout_s", "0"), ("max_in_flight", "0"), ("max_outstanding_tokens", "0"),
-    ("redis_timeout_ms", "nan"), ("body_timeout_s", "nan"), ("deadline_ms", "nan"), ("history_cache_mb", "nan"), ("history_cache_mb", "inf"),
-    ("embedding_cache_s", "-1"), ("embedding_cache_s", "inf"), ("embedding_cache_users", "0"), ("embedding_max_age_s", "-1"), ("embedding_max_age_s", "nan"),
-    ("history_cache_dtype", "float16"), ("history_cache_dtype", "INT8"), ("history_cache_dtype", ""),
-]  # fmt: skip
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "http"),
+    ("threads", "-1"),
+    ("redis_timeout_ms", "0"),
+    ("history_cache_mb", "-1"),
+    ("deadline_ms", "-1"),
+    ("max_candidates", "0"),
+    ("max_history", "0"),
+    ("max_body_bytes", "0"),
+    ("body_timeout_s", "0"),
+    ("max_in_flight", "0"),
+    ("max_outstanding_tokens", "0"),
+    ("redis_timeout_ms", "nan"),
+    ("body_timeout_s", "nan"),
+    ("deadline_ms", "nan"),
+    ("history_cache_mb", "nan"),
+    ("history_cache_mb", "inf"),
+    ("embedding_cache_s", "-1"),
+    ("embedding_cache_s", "inf"),
+    ("embedding_cache_users", "0"),
+    ("embedding_max_age_s", "-1"),
+    ("embedding_max_age_s", "nan"),
+    ("history_cache_dtype", "float16"),
+    ("history_cache_dtype", "INT8"),
+    ("history_cache_dtype", ""),
+]
 
 
 @pytest.mark.parametrize(("name", "text"), WRONG)
-def test_a_value_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+def test_value_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     monkeypatch.setenv(f"SLATEWISE_{name.upper()}", text)
     with pytest.raises(ValidationError, match=name):
         Settings()
@@ -121,30 +151,107 @@ def test_a_value_out_of_its_range_is_refused_by_name(monkeypatch: pytest.MonkeyP
         "",
     ],
 )
-def test_a_redis_url_of_a_known_scheme_is_taken(url: str) -> None:
+def test_redis_url_of_known_scheme_is_accepted(url: str) -> None:
     assert Settings(redis_url=url).redis_url.get_secret_value() == url
 
 
 @pytest.mark.parametrize("url", ["h:6379", "http://h:6379", "redis:/h", "//h", " redis://h", "postgres://h"])
-def test_another_redis_url_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_redis_url_of_unknown_scheme_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("SLATEWISE_REDIS_URL", url)
     with pytest.raises(ValidationError, match=r"must start with redis://"):
         Settings()
 
 
-def test_no_secret_shows_in_print(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_hidden_when_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(redis_url=f"redis://:{SECRET}@h/0", api_keys=SECRET)
     assert SECRET not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
 
 
-def test_no_secret_shows_in_the_refusal_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes to the log of whoever mistyped it."""
+def test_secrets_are_hidden_in_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is printed to the log."""
     monkeypatch.setenv("SLATEWISE_REDIS_URL", f"reds://:{SECRET}@h/0")
     with pytest.raises(ValidationError) as refused:
         Settings()
     assert SECRET not in str(refused.value)
+    with pytest.raises(SettingsError) as explained:
+        read_settings({})
+    assert SECRET not in str(explained.value)
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings().port = 1
+
+
+def test_flag_takes_precedence_over_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLATEWISE_PORT", "1")
+    monkeypatch.setenv("SLATEWISE_THREADS", "2")
+    settings = read_settings({"port": "3"})
+    assert (settings.port, settings.threads, settings.max_history) == (3, 2, 4096)
+
+
+def test_refusal_names_flag_or_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLATEWISE_THREADS", "-1")
+    with pytest.raises(SettingsError) as refused:
+        read_settings({"max_body_bytes": "0"})
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == ["SLATEWISE_THREADS", "--max-body-bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("SLATEWISE_BUNDELS", "SLATEWISE_BUNDLES"),
+        ("SLATEWISE_API_KEY", "SLATEWISE_API_KEYS"),
+        ("slatewise_thread", "SLATEWISE_THREADS"),
+        ("SLATEWISE_REDIS", "SLATEWISE_REDIS_URL"),
+        ("SLATEWISE_", "SLATEWISE_"),
+    ],
+)
+def test_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch, name: str, nearest: str) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SettingsError, match=rf"^{name} is not a setting; did you mean {nearest}"):
+        read_settings({})
+
+
+def test_known_variables_are_not_unknown() -> None:
+    known = {f"SLATEWISE_{name}".upper(): "1" for name in Settings.model_fields}
+    assert unknown_variables(known | {"slatewise_port": "1", "PATH": "x", "MY_SLATEWISE_X": "y"}) == []
+
+
+SERVICE_LINKS = {
+    "SLATEWISE_PORT": "tcp://10.0.0.1:8000",
+    "SLATEWISE_SERVICE_HOST": "10.0.0.1",
+    "SLATEWISE_SERVICE_PORT": "8000",
+    "SLATEWISE_SERVICE_PORT_HTTP": "8000",
+    "SLATEWISE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "SLATEWISE_PORT_8000_TCP_PROTO": "tcp",
+    "SLATEWISE_PORT_8000_TCP_PORT": "8000",
+    "SLATEWISE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "SLATEWISE_PORT_53_UDP_ADDR": "10.0.0.1",
+    "SLATEWISE_REDIS_SERVICE_HOST": "10.0.0.2",  # of a Service named slatewise-redis
+    "SLATEWISE_REDIS_PORT": "tcp://10.0.0.2:6379",
+    "SLATEWISE_REDIS_PORT_6379_TCP_ADDR": "10.0.0.2",
+}
+
+
+def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert read_settings({}).port == 8000
+    assert read_settings({"port": "9000"}).port == 9000
+
+
+def test_variable_like_a_service_link_is_refused() -> None:
+    assert len(unknown_variables({"SLATEWISE_REDIS_PORT": "6379"})) == 1
+    assert len(unknown_variables({"SLATEWISE_PORT_HTTP": "8000"})) == 1
+
+
+def test_default_bundles_are_the_checkouts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Wherever the command is run."""
+    monkeypatch.chdir(tmp_path)
+    assert default_bundles() == ROOT / "models" / "bundles" == Settings().bundles
+
+
+def test_default_bundles_of_an_installed_package_are_inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "PACKAGE", tmp_path / "lib" / "site-packages" / "slatewise")
+    assert default_bundles() == tmp_path / "lib" / "site-packages" / "slatewise" / "bundles"

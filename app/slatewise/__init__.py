@@ -1,1 +1,8 @@
-VERSION = "0.1.0"  # as in pyproject.toml
+"""Slatewise, a ranking inference service: the half that serves."""
+
+import os
+
+VERSION = "0.1.0"  # read by pyproject.toml
+
+# ONNX Runtime reads this on import. Without it, it looks up a collector's host and writes a device id below HOME.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,34 +1,34 @@
-"""The assembly: settings to parts, parts to an application. python -m slatewise.main serves it.
+"""`slatewise serve`: settings to parts, parts to an application, the application to a server.
 
-The rankers are loaded before the port is opened; `open_pipeline` lists the other parts, opened and closed by the lifespan.
+Called by: cli.py. Calls: bundle/loader.py, `open_pipeline` for the parts that rank, http/app.py, http/server.py.
+Bundles are loaded before the port listens, so a client never meets a server that cannot answer.
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import logging
+import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from types import FrameType
 
-import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from slatewise import metrics
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.app import create_app
+from slatewise.http.server import AddressError, bind, run
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.settings import Settings
+from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
 log = logging.getLogger("slatewise")
@@ -36,7 +36,7 @@ log = logging.getLogger("slatewise")
 
 @asynccontextmanager
 async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> AsyncIterator[Pipeline]:
-    """The parts in order, each opened and closed here."""
+    """Open the parts in order; leaving the context closes them in reverse order."""
     async with AsyncExitStack() as stack:
         threads = settings.threads or cpu_quota()
         workers = await stack.enter_async_context(Workers(threads))
@@ -75,56 +75,52 @@ def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
     return create_app(settings, partial(open_pipeline, settings, rankers))
 
 
-class Server(uvicorn.Server):
-    """SIGTERM drains: /readyz says no, requests are served on for a while, then those in flight end, and the exit status is 0.
-
-    A second SIGTERM skips the wait; SIGINT stops at once.
-    """
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
-        super().__init__(config)
-        self.app = app
-        self.drain_seconds = drain_seconds
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig != signal.SIGTERM:
-            super().handle_exit(sig, frame)
-        elif self.app.state.draining or not self.started:
-            self.should_exit = True
-        else:
-            self.app.state.draining = True
-            asyncio.get_running_loop().call_later(self.drain_seconds, setattr, self, "should_exit", True)
-
-
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the rankers load
+def load(settings: Settings) -> dict[str, Ranker]:
+    """The rankers that can be served, by name. Raises ManifestError if there is no such ranker."""
+    begin = time.perf_counter()
     try:
-        settings = Settings()
-        bound_malloc()
-        begin = time.perf_counter()
         rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
-    except (ValidationError, ManifestError) as error:
-        raise SystemExit(str(error)) from None
+    except ManifestError as error:
+        reason = " ".join(str(error).split())
+        remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"
+        raise ManifestError(f"{reason.removesuffix('.')}; {remedy}") from error
     for ranker in rankers.values():
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         for variant in ranker.engines:
             metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
-    log.info("listening on http://%s:%d", settings.host, settings.port)
-    app = build_app(settings, rankers)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,  # nobody reads the client's address
-        timeout_graceful_shutdown=30,
-        server_header=False,
+    return rankers
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code."""
+    listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
+    bound_malloc()
+    return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--setting VALUE ...]",
+        description="Serve rankers over HTTP. A flag takes precedence over its variable.",
+        allow_abbrev=False,
     )
-    Server(config, app, settings.drain_seconds).run()
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(0))  # while the bundles load
+    try:
+        settings = read_settings(flags)
+        if is_link_address(os.environ.get("SLATEWISE_PORT")):
+            log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
+        return serve(settings)
+    except (SettingsError, AddressError, ManifestError) as error:
+        for line in str(error).splitlines():
+            print(f"{parser.prog}: error: {line}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

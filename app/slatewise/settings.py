@@ -1,107 +1,163 @@
-"""All settings, read once in `main.py` from `SLATEWISE_*`; from there on they are plain arguments."""
+"""The settings of the server: `read_settings` takes each from its flag, its `SLATEWISE_*` variable or its default.
 
+Called by: main.py, which hands the values on as plain arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from slatewise.store.client import SCHEMES
+PREFIX = "SLATEWISE_"
+PACKAGE = Path(__file__).parent
+REDIS_SCHEMES = (
+    "redis://",
+    "rediss://",
+    "unix://",
+    "redis+sentinel://",
+    "rediss+sentinel://",
+    "redis+cluster://",
+    "rediss+cluster://",
+)
+
+# Kubernetes and Docker set such variables for each Service or link whose name begins with "slatewise".
+SERVICE_LINK = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.IGNORECASE
+)
+LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+
+
+class SettingsError(ValueError):
+    """Settings that are refused; the message has one line for each fault."""
+
+
+def default_bundles() -> Path:
+    """`models/bundles` of the checkout that this package belongs to, else the bundles inside the installed package."""
+    checkout = PACKAGE.parents[1] / "models" / "bundles"
+    return checkout if checkout.is_dir() else PACKAGE / "bundles"
 
 
 class Settings(BaseSettings):
-    """Each field is the variable `SLATEWISE_<NAME>`; units are in the names."""
+    """Each field is the variable `SLATEWISE_<NAME>` and the flag `--<name>`; units are in the names."""
 
-    model_config = SettingsConfigDict(env_prefix="SLATEWISE_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 listens on every interface.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port.")
     bundles: Path = Field(
-        Path("models/bundles"), description="Root folder of the bundles: `<root>/<ranker>/<version>/`."
+        default_factory=default_bundles,
+        description="Root folder of the bundles, `<root>/<ranker>/<version>/`; by default the checkout's "
+        "`models/bundles`, or the demo inside an installed package.",
     )
-    variants: str = Field("", description="Comma-separated variants to load, of each ranker those it has; empty: all.")
+    variants: str = Field("", description="Variants to load, separated by commas; empty: all variants of each ranker.")
     redis_url: SecretStr = Field(
-        SecretStr(""), description="Store of the meta-embeddings; empty: the ones in the bundle (the embedded store)."
+        SecretStr(""), description="Redis that stores the meta-embeddings; empty: use the vectors inside the bundle."
     )
     redis_timeout_ms: float = Field(
-        10.0, gt=0, description="Longest wait for a meta-embedding; after it, the default vector."
+        10.0, gt=0, description="Timeout of a meta-embedding look-up; after it, the default vector is used."
     )
     embedding_cache_s: float = Field(
-        60.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="How long a user's meta-embedding is kept in process; 0: not at all.",
+        60.0, ge=0, allow_inf_nan=False, description="Time to live of a cached meta-embedding; 0: no cache."
     )
-    embedding_cache_users: int = Field(100_000, ge=1, description="Most users whose meta-embedding is kept in process.")
+    embedding_cache_users: int = Field(100_000, ge=1, description="Maximum number of cached meta-embeddings.")
     embedding_max_age_s: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Age above which a meta-embedding is served as `stale`; 0: never."
+        0.0, ge=0, allow_inf_nan=False, description="Age above which a meta-embedding is reported as `stale`; 0: never."
     )
     api_keys: SecretStr = Field(
-        SecretStr(""), description="Comma-separated keys for `Authorization: Bearer`; empty: no key is asked for."
+        SecretStr(""),
+        description="Keys for `Authorization: Bearer`, separated by commas; empty: no authentication. Set it as a "
+        "variable: flags show in the process list.",
     )
     threads: int = Field(
-        0, ge=0, description="Threads that run the model; 0: as many as the cgroup's CPU quota allows."
+        0, ge=0, description="Threads that run the model; 0: the number of CPUs in the cgroup's quota."
     )
     history_cache_mb: float = Field(
-        256.0, ge=0, allow_inf_nan=False, description="Bound of the kept history state, in MiB; 0 keeps none."
+        256.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Size limit of the cache of encoded histories, in MiB; 0: no cache.",
     )
     history_cache_dtype: Literal["float32", "int8"] = Field(
         "float32",
-        description="How histories are kept; `int8` takes about a quarter of the bytes, its bound is in a variant's `invariance`.",
+        description="Number format of cached histories. `int8` takes about a quarter of the memory; the manifest "
+        "states its largest score difference (`invariance`).",
     )
-    deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that bring none; 0: none.")
-    max_candidates: int = Field(4096, ge=1, description="Most candidates of one request.")
+    deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that name no deadline; 0: no deadline.")
+    max_candidates: int = Field(4096, ge=1, description="Maximum number of candidates in a request.")
     max_history: int = Field(
-        4096, ge=1, description="Most history events of one request; the ranker reads the newest `history_used`."
+        4096, ge=1, description="Maximum number of history events in a request; the ranker reads the newest of them."
     )
-    max_body_bytes: int = Field(1_000_000, ge=1, description="Longest request body, also after it is inflated.")
-    body_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a request body.")
+    max_body_bytes: int = Field(
+        1_000_000, ge=1, description="Maximum size of a request body, before and after decompression."
+    )
+    body_timeout_s: float = Field(10.0, gt=0, description="Timeout of reading a request body.")
     drain_seconds: float = Field(
-        2.0, ge=0, le=3_600, description="After SIGTERM, how long to serve on while /readyz already says no."
+        2.0, ge=0, le=3_600, description="Time to keep serving after SIGTERM or SIGHUP while /readyz answers 503."
     )
     slow_ms: float = Field(
         250.0,
         ge=0,
         allow_inf_nan=False,
-        description="Requests that take as long are logged as `slow`, with their stages; 0: none.",
+        description="Requests that take at least this long are logged as `slow`, with their stages; 0: no such log.",
     )
     capture_file: str = Field(
-        "",
-        description="File that a sample of the requests is written to, in the format of `warmup.jsonl`; empty: none is.",
+        "", description="File that a sample of the requests is written to, in the format of `warmup.jsonl`; empty: off."
     )
     capture_share: float = Field(
-        0.01,
-        gt=0,
-        le=1,
-        description="Share of the users whose requests are written, and of the requests without a user.",
+        0.01, gt=0, le=1, description="Share of users whose requests are captured, and of requests without a user."
     )
     capture_key: SecretStr = Field(
-        SecretStr(""), description="Key of the hash that stands for a user's id in that file; needed with it."
+        SecretStr(""),
+        validate_default=True,
+        description="Key of the hash that replaces user ids in the capture file; required by `capture_file`.",
     )
     capture_mb: float = Field(
-        100.0, gt=0, allow_inf_nan=False, description="Bound of that file and the one before it (`<name>.1`), in MiB."
+        100.0, gt=0, allow_inf_nan=False, description="Size limit of the capture file and of its predecessor, in MiB."
     )
     max_in_flight: int = Field(
-        256, ge=1, description="Requests in flight, above which new ones are refused before their body is read (429)."
+        256, ge=1, description="Requests in flight; above it, new requests get 429 before their body is read."
     )
     max_outstanding_tokens: int = Field(
         50_000,
         ge=1,
-        description="Events and candidates at work, above which answers are the input order (or 503); above half of it the exit gives way.",
+        description="Events and candidates in progress. Above half of it, cheaper exits are used; above it, answers "
+        "keep the input order, or are 503.",
     )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def ignore_service_link(cls, port: Any) -> Any:
+        """A Kubernetes Service named "slatewise" sets SLATEWISE_PORT to an address such as tcp://10.0.0.1:8000."""
+        return 8000 if is_link_address(port) else port
 
     @field_validator("redis_url")
     @classmethod
-    def known_scheme(cls, url: SecretStr) -> SecretStr:
-        if url.get_secret_value() and not url.get_secret_value().startswith(SCHEMES):
-            raise ValueError(f"must start with {', '.join(SCHEMES)}")
+    def scheme_is_known(cls, url: SecretStr) -> SecretStr:
+        if url.get_secret_value() and not url.get_secret_value().startswith(REDIS_SCHEMES):
+            raise ValueError(f"must start with {', '.join(REDIS_SCHEMES)}")
         return url
 
-    @model_validator(mode="after")
-    def capture_has_a_key(self) -> Self:
-        if self.capture_file and not self.capture_key.get_secret_value():
-            raise ValueError("capture_file needs a capture_key")
-        return self
+    @field_validator("api_keys")
+    @classmethod
+    def some_key_is_listed(cls, keys: SecretStr) -> SecretStr:
+        if keys.get_secret_value() and not listed(keys.get_secret_value()):
+            raise ValueError("is set but contains no key; name a key, or unset it to serve without authentication")
+        return keys
+
+    @field_validator("capture_key")
+    @classmethod
+    def capture_file_has_a_key(cls, key: SecretStr, info: ValidationInfo) -> SecretStr:
+        if info.data.get("capture_file") and not key.get_secret_value():
+            raise ValueError("must be set when capture_file is")
+        return key
 
     def keys(self) -> tuple[str, ...]:
         return listed(self.api_keys.get_secret_value())
@@ -111,4 +167,65 @@ class Settings(BaseSettings):
 
 
 def listed(text: str) -> tuple[str, ...]:
+    """The non-empty parts of a comma-separated text."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def is_link_address(value: object) -> bool:
+    return isinstance(value, str) and LINK_ADDRESS.match(value) is not None
+
+
+def variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
+    known = {variable(name) for name in Settings.model_fields}
+    messages = []
+    for name, value in sorted(environment.items()):
+        if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):
+            continue
+        if name.upper().endswith("_PORT") and is_link_address(value):
+            continue
+        nearest = difflib.get_close_matches(name.upper(), known, 1, 0.0)[0]
+        messages.append(f"{name} is not a setting; did you mean {nearest}?")
+    return messages
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting. The parser leaves out those that are not given: the others come from the environment."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default_factory else field.get_default()
+        shown = str(default.get_secret_value() if isinstance(default, SecretStr) else default)
+        parser.add_argument(
+            flag(name),
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{field.description} [{variable(name)}{f'; default: {shown}' if shown else ''}]".replace("%", "%%"),
+        )
+
+
+def read_settings(flags: Mapping[str, str]) -> Settings:
+    """The settings from `flags` (text by field name), else from the environment. Raises SettingsError."""
+    if unknown := unknown_variables(os.environ):
+        raise SettingsError("\n".join(unknown))
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]  # texts: pydantic converts them as it does variables
+    except ValidationError as error:
+        raise SettingsError("\n".join(explain(error, flags))) from None
+
+
+def explain(error: ValidationError, flags: Iterable[str]) -> list[str]:
+    """A line for each fault: the flag or variable that caused it and the meaning of the setting, never the value."""
+    lines = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = str(fault["loc"][0])
+        source = flag(name) if name in flags else variable(name)
+        reason = fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{source}: {reason[0].lower()}{reason[1:]}. {Settings.model_fields[name].description}")
+    return lines

@@ -1,4 +1,4 @@
-"""docker-compose.yml: valid by the Compose specification and by the real tool where there is one, and restricted as it should be."""
+"""docker-compose.yml and the Dockerfile: valid by the Compose specification and the real tool, and restricted."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from slatewise import VERSION
+from slatewise.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 COMPOSE: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", TEXT))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {"slatewise", "slatewise-2", "push", "load"}
+OF_THE_CONTAINER = {"host", "port", "bundles"}  # settings that the image and the compose file determine
+EXAMPLE = (ROOT / ".env.example").read_text()
 
 
-def test_it_keeps_to_the_specification() -> None:
+def test_compose_file_follows_the_specification() -> None:
     compose = PyCompose.from_yaml(yaml.safe_dump(COMPOSE))
     compose.validate()
     assert set(compose.service_names()) == SERVICES.keys()
@@ -29,7 +34,7 @@ def test_it_keeps_to_the_specification() -> None:
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")
 @pytest.mark.parametrize("profiles", [[], ["load"], ["scale"], ["load", "scale"]])
-def test_the_real_tool_takes_it(profiles: list[str]) -> None:
+def test_compose_tool_accepts_the_file(profiles: list[str]) -> None:
     flags = [flag for profile in profiles for flag in ("--profile", profile)]
     found = subprocess.run(["docker-compose", *flags, "config"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
@@ -37,14 +42,39 @@ def test_the_real_tool_takes_it(profiles: list[str]) -> None:
     assert shown["slatewise"]["ports"] == ["127.0.0.1:8000:8000/tcp"]
 
 
-def test_the_example_environment_has_every_variable_with_its_default() -> None:
-    lines = [line for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#")]
+@pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")
+def test_setting_in_env_file_reaches_each_replica(tmp_path: Path) -> None:
+    (tmp_path / "docker-compose.yml").write_text(TEXT)
+    (tmp_path / ".env").write_text("SLATEWISE_THREADS=3\n")
+    command = ["docker-compose", "--profile", "scale", "config"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    services = yaml.safe_load(found.stdout)["services"]
+    for name in ("slatewise", "slatewise-2"):
+        assert services[name]["environment"]["SLATEWISE_THREADS"] == "3"
+        assert services[name]["environment"].get("SLATEWISE_SLOW_MS") is None  # the server's own default
+
+
+def test_every_setting_passes_from_the_environment() -> None:
+    names = {f"SLATEWISE_{name.upper()}" for name in Settings.model_fields if name not in OF_THE_CONTAINER}
+    assert SERVICES["slatewise"]["environment"].keys() == names
+
+
+def test_example_environment_names_every_setting() -> None:
+    for name, default in re.findall(r"^#(SLATEWISE_\w+)=(.*)$", EXAMPLE, re.MULTILINE):
+        field = name.removeprefix("SLATEWISE_").lower()
+        assert Settings.model_validate({field: default}) == Settings()
+    named = set(re.findall(r"^#?(SLATEWISE_\w+)=", EXAMPLE, re.MULTILINE))
+    assert named == SERVICES["slatewise"]["environment"].keys() | {"SLATEWISE_PORT"}  # the port on the host
+
+
+def test_example_environment_has_every_variable_and_default() -> None:
+    lines = [line for line in EXAMPLE.splitlines() if line and not line.startswith("#")]
     assert dict(line.split("=", 1) for line in lines) == dict(VARIABLE.findall(TEXT))
     assert not re.search(r"\$(?!\{\w+:-)", TEXT), "every variable has a default"
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_can_do_no_more_than_it_must(name: str) -> None:
+def test_service_has_no_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -60,21 +90,29 @@ def test_ports_are_open_on_loopback_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES.keys() - OURS)
-def test_an_image_is_pinned_to_a_version(name: str) -> None:
+def test_image_is_pinned_to_a_version(name: str) -> None:
     assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-[a-z]+)?", SERVICES[name]["image"])
 
 
-def test_our_image_is_built_once_and_runs_as_nobody_in_particular() -> None:
-    assert {SERVICES[name]["image"] for name in OURS} == {
-        f"slatewise:{yaml.safe_load(re.findall(r'version = (.*)', (ROOT / 'pyproject.toml').read_text())[0])}"
-    }
+def test_own_image_is_built_once_and_runs_as_numeric_user() -> None:
+    """Kubernetes' runAsNonRoot cannot verify the name of a user."""
+    assert {SERVICES[name]["image"] for name in OURS} == {f"slatewise:{VERSION}"}
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert re.search(r"^USER (?!root)\w+$", dockerfile, re.MULTILINE)
-    assert re.search(r"^HEALTHCHECK .*/readyz", dockerfile, re.MULTILINE)
+    assert re.search(r"^USER [1-9]\d*$", dockerfile, re.MULTILINE)
+    assert re.search(r'^HEALTHCHECK .*"health_check.py"', dockerfile, re.MULTILINE)
+    assert b"GET /readyz" in (ROOT / "deploy" / "health_check.py").read_bytes()
+    assert "ORT_DISABLE_TELEMETRY=1" in dockerfile
+
+
+def test_docker_ignore_lets_every_copied_file_through() -> None:
+    allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert sorted(allowed) == sorted(copied)
+    assert all((ROOT / path).exists() for path in copied)
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_that_runs_on_is_checked_and_restarted(name: str) -> None:
+def test_lasting_service_is_checked_and_restarted(name: str) -> None:
     service = SERVICES[name]
     if service["restart"] == "no":
         assert service["healthcheck"] == {"disable": True}
@@ -84,19 +122,19 @@ def test_a_service_that_runs_on_is_checked_and_restarted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_what_is_mounted_is_there(name: str) -> None:
+def test_mounted_folder_exists(name: str) -> None:
     for volume in SERVICES[name].get("volumes", []):
         source = volume.split(":")[0]
         assert (ROOT / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
 
 
-def test_replicas_differ_in_nothing_but_the_open_port() -> None:
+def test_replicas_differ_only_in_the_open_port() -> None:
     first = {key: value for key, value in SERVICES["slatewise"].items() if key != "ports"}
     assert first == {key: value for key, value in SERVICES["slatewise-2"].items() if key != "profiles"}
     assert first["cpus"] == 2 and first["mem_limit"] == "1g"
 
 
-def test_redis_neither_evicts_nor_pretends_to_persist() -> None:
+def test_redis_neither_evicts_nor_persists() -> None:
     command = " ".join(SERVICES["redis"]["command"])
     assert "--maxmemory-policy noeviction" in command
     assert "--save  --appendonly no" in command
@@ -104,7 +142,7 @@ def test_redis_neither_evicts_nor_pretends_to_persist() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy (apt-get install haproxy)")
-def test_haproxy_takes_its_configuration() -> None:
+def test_haproxy_accepts_its_configuration() -> None:
     environment = {
         "LISTEN": "127.0.0.1:1",
         "BALANCE": SERVICES["haproxy"]["environment"]["BALANCE"],

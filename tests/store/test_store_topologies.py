@@ -26,7 +26,7 @@ from slatewise.store.node import CLOSED, OPEN
 from slatewise.store.push import push
 from tests.support.fault_proxy import fault_proxy
 from tests.support.network import free_port
-from tests.support.redis_server import redis_binary
+from tests.support.redis_binary import redis_binary
 from tests.support.store_load import DIM, RANKER, USERS, check, circuit, fill, loaded, until, until_closed, vectors_of
 
 BUDGET = 0.25  # seconds

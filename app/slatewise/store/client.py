@@ -23,18 +23,11 @@ from redis.connection import parse_url
 from redis.exceptions import ResponseError
 from redis.retry import Retry
 
+from slatewise.settings import REDIS_SCHEMES
+
 Client = redis.Redis | redis.RedisCluster
 AsyncClient = aioredis.Redis | aioredis.RedisCluster
 
-SCHEMES = (
-    "redis://",
-    "rediss://",
-    "unix://",
-    "redis+sentinel://",
-    "rediss+sentinel://",
-    "redis+cluster://",
-    "rediss+cluster://",
-)
 COMMON = {"protocol": 2}  # RESP2 needs fewer round trips to connect, and no feature of RESP3 is used
 WRITER_SECONDS = 10.0  # for a batch of a thousand users on a busy server
 
@@ -43,8 +36,8 @@ def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, An
     """(kind, hosts, parts of the path, options) of a URL with several hosts. Raises ValueError."""
     parts = urlsplit(url)
     secure, _, kind = parts.scheme.partition("+")
-    if not url.startswith(SCHEMES):
-        raise ValueError(f"must start with {', '.join(SCHEMES)}")
+    if not url.startswith(REDIS_SCHEMES):
+        raise ValueError(f"must start with {', '.join(REDIS_SCHEMES)}")
     credentials, _, listed = parts.netloc.rpartition("@")
     hosts = []
     for each in listed.split(","):

@@ -1,0 +1,6 @@
+"""`python -m slatewise` is the command `slatewise`."""
+
+from slatewise.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

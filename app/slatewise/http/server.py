@@ -1,0 +1,87 @@
+"""The listening socket, the signals and uvicorn.
+
+Called by: main.py, with an application whose bundles are loaded. Calls: uvicorn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+log = logging.getLogger("slatewise")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class AddressError(ValueError):
+    """The server cannot listen on its address."""
+
+
+class Server(uvicorn.Server):
+    """Drains on SIGTERM and SIGHUP: /readyz answers 503 and requests are still served for `drain_seconds`; then the
+    requests in flight end, and the exit code is 0. A second signal skips the wait. SIGINT stops at once, with 130.
+    """
+
+    def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # the client's address is not used
+            timeout_graceful_shutdown=30,
+            server_header=False,
+        )
+        super().__init__(config)
+        self.app = app
+        self.drain_seconds = drain_seconds
+        self.exit_code = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT:
+            self.force_exit = self.should_exit  # the second one does not wait for requests in flight
+            self.should_exit = True
+            self.exit_code = 128 + sig
+        elif self.app.state.draining or not self.started:
+            self.should_exit = True
+        else:
+            self.app.state.draining = True
+            asyncio.get_running_loop().call_later(self.drain_seconds, setattr, self, "should_exit", True)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process began to listen since `bind`
+            raise AddressError(str(error)) from error
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, which does not listen yet. Raises AddressError, for example for a port in use."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise AddressError(
+            f"cannot listen on {host}, port {port}: {error.strerror}. "
+            "Choose the address with SLATEWISE_HOST (--host) and the port with SLATEWISE_PORT (--port)"
+        ) from None
+    return listener
+
+
+def run(app: FastAPI, listener: socket.socket, drain_seconds: float) -> int:
+    """Serve until a signal; returns the exit code of the process."""
+    server = Server(app, drain_seconds)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, server.handle_exit)  # uvicorn itself does so later, and not for SIGHUP
+    server.run([listener])
+    return server.exit_code
