@@ -33,8 +33,9 @@ from slatewise_train.evaluation import parity as invariance
 from slatewise_train.evaluation.calibration import fit_calibration
 from slatewise_train.evaluation.offline import as_markdown, candidates_of, evaluate, slate_cases
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner, user_vectors
-from slatewise_train.rankers.ligr import EXITS, Ligr
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs, uncalibrated
+from slatewise_train.rankers.base import EXITS, Calibration, uncalibrated
+from slatewise_train.rankers.ligr import Ligr
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Data, Trainer, load_trainer
 
 FP32_BOUND = 1e-5
