@@ -280,17 +280,17 @@ def main() -> None:
     from pathlib import Path
 
     from slatewise_train.compress import Source
-    from slatewise_train.data import from_table, read_config
-    from slatewise_train.evaluation.offline import interval
+    from slatewise_train.config import read_config
+    from slatewise_train.data import load_data
+    from slatewise_train.evaluation.metrics import interval
     from slatewise_train.evaluation.parity import logits_of
-    from slatewise_train.train import TrainConfig, load_data
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("toml", type=Path, help="of its training")
     args = parser.parse_args()
-    config, toml = read_config(args.toml)
-    source = Source(args.bundle, load_data(config, toml), from_table(TrainConfig, toml.get("train", {}), "train"))
+    config = read_config(args.toml)
+    source = Source(args.bundle, load_data(config.data, config.tables), config.train)
     model = source.model
     layers = dense_layers(source.model)
     print("| rank | method | error on what it saw | on held-out users (95 %) |\n" + "| --- " * 4 + "|")
