@@ -39,6 +39,7 @@ from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.item_table import Int8Items, ItemTable
 from slatewise.process import cpu_name
 from slatewise.settings import listed
+from slatewise_train.batches import epoch_windows, make_batch
 from slatewise_train.compression.distill import DistillConfig, digest_weights, distill
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.compression.low_rank import (
@@ -56,7 +57,8 @@ from slatewise_train.compression.low_rank import (
 from slatewise_train.compression.quantize import FULL_BITS, SAFE_BITS, observe, quantize
 from slatewise_train.compression.source import restore
 from slatewise_train.compression.student import half, shrink
-from slatewise_train.data import from_table, read_config
+from slatewise_train.config import TrainConfig, read_config
+from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation import parity as invariance
 from slatewise_train.evaluation.offline import Outcome, difference, run_cases, slate_cases, tabulate
 from slatewise_train.export import (
@@ -70,9 +72,10 @@ from slatewise_train.export import (
     write_graphs,
     write_json,
 )
+from slatewise_train.rankers.base import Calibration, uncalibrated
 from slatewise_train.rankers.ligr import Ligr
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs, uncalibrated
-from slatewise_train.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
+from slatewise_train.train import Trainer
 
 LEAST_INTEGER_BOUND = 1e-4  # also where nothing moved: few requests meet a value beside a rounding step, and one that does was seen to move a score by 2e-5
 INTEGER_BOUND = (
@@ -205,7 +208,7 @@ class Source:
 
     def trainer(self) -> Trainer:
         assert self.data is not None
-        return Trainer(self.data, {}, self.train, model=self.model)
+        return Trainer(self.data, self.model, self.train)
 
     @cached_property
     def seen(self) -> dict[str, LayerStatistics]:
@@ -694,9 +697,9 @@ def main() -> None:
         data = None
         train = None
         if args.toml is not None:
-            config, toml = read_config(args.toml)
-            data = load_data(config, toml)
-            train = from_table(TrainConfig, toml.get("train", {}), "train")
+            config = read_config(args.toml)
+            data = load_data(config.data, config.tables)
+            train = config.train
         print(
             compress(Source(args.ranker / str(found[-1]), data, train), args.ranker.parent, names, options, args.force)
         )

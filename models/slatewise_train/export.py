@@ -28,14 +28,17 @@ from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
 from slatewise.process import cpu_name
 from slatewise.schemas import RankRequest
-from slatewise_train.data import Sequences, build_sequences, clean_events, read_table, values_of
+from slatewise_train.config import Config
+from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
 from slatewise_train.evaluation import parity as invariance
 from slatewise_train.evaluation.calibration import fit_calibration
-from slatewise_train.evaluation.offline import as_markdown, candidates_of, evaluate, slate_cases
+from slatewise_train.evaluation.offline import candidates_of, evaluate, slate_cases
+from slatewise_train.evaluation.report import quality_table
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner, user_vectors
-from slatewise_train.rankers.ligr import EXITS, Ligr
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs, uncalibrated
-from slatewise_train.train import Data, Trainer, load_trainer
+from slatewise_train.rankers.base import EXITS, Calibration, uncalibrated
+from slatewise_train.rankers.ligr import Ligr
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
+from slatewise_train.train import Trainer, load_trainer
 
 FP32_BOUND = 1e-5
 SET_WISE_LIMIT = 1024
@@ -54,19 +57,19 @@ class DemoData:
     titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
 
 
-def demo_data(trainer: Trainer, learner: MetaLearner, toml: dict) -> DemoData:
+def demo_data(trainer: Trainer, learner: MetaLearner, config: Config) -> DemoData:
     """The `[demo]` data where the TOML names one, else the training data itself."""
     data = trainer.data
-    demo = toml.get("demo")
+    demo = config.demo
     if demo is None:
-        items = read_table(Path(toml["data"]["items"]))
+        items = read_table(Path(config.tables.items))
         sequences = data.sequences
         users = sequences.users
     else:
-        items = read_table(Path(demo["items"]))
-        events, _ = clean_events(read_table(Path(demo["events"])), data.config.max_bad_share)
+        items = read_table(Path(demo.items))
+        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
         sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
-        users = [demo.get("user_prefix", "") + user for user in sequences.users]
+        users = [demo.user_prefix + user for user in sequences.users]
     kinds = [head.kind for head in data.config.heads]
     vectors = user_vectors(learner, trainer.model, kinds, sequences, data.config.history_length)
     columns = {c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical}
@@ -264,7 +267,7 @@ def plot_report(report: dict, path: Path) -> None:
 
 
 def export(
-    trainer: Trainer, learner: MetaLearner, toml: dict, root: Path, version: int, most_users: int | None = None
+    trainer: Trainer, learner: MetaLearner, toml: Config, root: Path, version: int, most_users: int | None = None
 ) -> Path:
     """The published bundle's folder. Raises ValueError where a measured bound is missed."""
     data = trainer.data
@@ -280,7 +283,7 @@ def export(
     )
     content = BundleContent(
         ranker=config.name,
-        trained_on=toml["data"].get("trained_on", ""),
+        trained_on=toml.tables.trained_on,
         model=model,
         ids=data.catalogue.vocabulary.items,
         actions=data.catalogue.vocabulary.actions,
@@ -308,10 +311,10 @@ def export(
             report["bad_rows"] = data.bad_rows
             write_json(stage / "report.json", report)
             plot_report(report, stage / "report.png")
-            print(as_markdown(report))
+            print(quality_table(report))
             return report
 
-        publish(stage, content, calibrations, version, report_quality, toml.get("export", {}).get("default_exit"))
+        publish(stage, content, calibrations, version, report_quality, toml.export.default_exit)
     return root / config.name / str(version)
 
 

@@ -39,7 +39,6 @@ from slatewise_train.compress import (
 from slatewise_train.compression.distill import DistillConfig
 from slatewise_train.compression.low_rank import dense_layers
 from slatewise_train.evaluation.offline import Outcome
-from slatewise_train.train import TrainConfig
 from tests.conftest import Tiny
 from tests.support.application import serve
 
@@ -65,7 +64,7 @@ def small() -> pytest.MonkeyPatch:
 
 @pytest.fixture(scope="module")
 def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
-    return Source(tiny.folder, tiny.trainer.data, TrainConfig(**tiny.toml["train"]), most_users=20)
+    return Source(tiny.folder, tiny.trainer.data, tiny.config.train, most_users=20)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,17 @@ from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train import export as exporting
-from slatewise_train.data import DataConfig, Head, read_table
+from slatewise_train.config import (
+    Config,
+    DataConfig,
+    DemoConfig,
+    Head,
+    MetaConfig,
+    ModelConfig,
+    TablesConfig,
+    TrainConfig,
+)
+from slatewise_train.data import load_data, read_table
 from slatewise_train.demo.reference import reference_content
 from slatewise_train.evaluation import parity as invariance
 from slatewise_train.export import (
@@ -38,10 +48,10 @@ from slatewise_train.export import (
     write_content,
     write_graphs,
 )
-from slatewise_train.meta.limaml import MetaConfig, MetaTrainer, user_vectors
-from slatewise_train.rankers.ligr import EXITS
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs
-from slatewise_train.train import TrainConfig, build_model, load_data, train
+from slatewise_train.meta.limaml import MetaTrainer, user_vectors
+from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
+from slatewise_train.train import build_model, train
 from tests.conftest import Tiny
 
 
@@ -71,7 +81,7 @@ def test_a_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> Non
 def test_a_published_version_does_not_change(tiny: Tiny) -> None:
     before = (tiny.folder / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="exists"):
-        export(tiny.trainer, tiny.learner, tiny.toml, tiny.root, 1)
+        export(tiny.trainer, tiny.learner, tiny.config, tiny.root, 1)
     assert (tiny.folder / "manifest.json").read_bytes() == before
 
 
@@ -81,7 +91,7 @@ def test_a_missed_bound_publishes_nothing(
 ) -> None:
     monkeypatch.setattr(invariance, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
-        export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1)
+        export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
@@ -93,7 +103,7 @@ def test_what_a_server_may_be_set_to_has_no_bound_here(
     """It is measured, and said in the manifest."""
     monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(invariance, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
-    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1, most_users=2), 1)
+    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
 
@@ -119,7 +129,7 @@ def test_second_version_stands_beside_the_first_and_is_served(
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
     monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    assert export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
+    assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
     for name in ("items.npy", "ids.json", "display.json"):
@@ -133,7 +143,7 @@ def test_manifest_describes_the_trained_ranker(ranker: Ranker, tiny: Tiny) -> No
     data = tiny.trainer.data
     model = tiny.trainer.model
     assert (manifest.ranker, manifest.version, manifest.space) == ("tiny", 1, "tiny-1")
-    assert manifest.trained_on == tiny.toml["data"]["trained_on"]
+    assert manifest.trained_on == tiny.config.tables.trained_on
     assert manifest.heads == {"watch": 1.0, "like": 0.5}
     assert manifest.exits == list(EXITS) and manifest.default_exit in EXITS
     assert (manifest.width, manifest.meta_size) == (model.config.width, model.config.meta_size)
@@ -208,7 +218,7 @@ def test_fields_of_the_bundle_describe_an_unknown_item_as_training_did(ranker: R
     candidates, unknown = ranker.candidates(RankRequest.model_validate(body), 0.0)
     model = tiny.trainer.model
     with torch.no_grad():
-        expected = model.unknown_twin(model.item_table())[rows].numpy()
+        expected = model.cold_item_vectors(model.item_table())[rows].numpy()
     np.testing.assert_allclose(candidates.vectors, expected, rtol=0, atol=1e-6)
     assert unknown.tolist() == [0, 1, 2]
 
@@ -302,29 +312,28 @@ def test_without_validation_users_calibrations_are_the_identity(ranker: Ranker, 
 
 def test_ranker_without_set_blocks_has_no_exit_set(tiny: Tiny) -> None:
     data = tiny.trainer.data
-    model = build_model(data.catalogue, data.config, tiny.toml["model"] | {"set_blocks": 0})
+    model = build_model(data.catalogue, data.config, ModelConfig("ligr", tiny.config.model.shape | {"set_blocks": 0}))
     graphs = LigrGraphs(model, {exit: [Calibration.identity()] * 2 for exit in EXITS}, 10).all()
     assert set(graphs) == {"encode", "dot", "point"}
 
 
 @pytest.fixture
-def demo(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
+def demo(tiny: Tiny, tmp_path: Path) -> Config:
     """A TOML whose demo has two users and some items; one item, a user's event, is unknown to the ranker."""
-    items = read_table(Path(tiny.toml["data"]["items"])).head(400)
-    events = read_table(Path(tiny.toml["data"]["events"])).filter(
+    items = read_table(Path(tiny.config.tables.items)).head(400)
+    events = read_table(Path(tiny.config.tables.events)).filter(
         pl.col("user_id").is_in(["1", "6"]) & pl.col("item_id").is_in(items["item_id"].to_list())
     )
     unknown = items.head(1).with_columns(item_id=pl.lit("999999"), title=pl.lit("Nobody Knows"))
     pl.concat([items, unknown]).write_csv(tmp_path / "items.csv")
     pl.concat([events, events.head(1).with_columns(item_id=pl.lit("999999"))]).write_csv(tmp_path / "events.csv")
-    return tiny.toml | {
-        "demo": {"events": str(tmp_path / "events.csv"), "items": str(tmp_path / "items.csv"), "user_prefix": "demo:"}
-    }
+    demo = DemoConfig(str(tmp_path / "events.csv"), str(tmp_path / "items.csv"), "demo:")
+    return dataclasses.replace(tiny.config, demo=demo)
 
 
-def test_only_the_demo_is_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_only_the_demo_is_shown(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer, tiny.learner, demo)
-    listed = read_table(Path(demo["demo"]["items"]))
+    listed = read_table(Path(demo.demo.items))
     assert set(shown.titles) == set(listed["item_id"].to_list()) - {"999999"}
     assert len(shown.titles) < len(tiny.trainer.data.catalogue.vocabulary.items)
     row = next(listed.iter_rows(named=True))
@@ -340,7 +349,7 @@ def test_only_the_demo_is_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
     )
 
 
-def test_users_vectors_are_learned_without_touching_the_ranker(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_users_vectors_are_learned_without_touching_the_ranker(tiny: Tiny, demo: Config) -> None:
     model = tiny.trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vectors = demo_data(tiny.trainer, tiny.learner, demo).vectors
@@ -362,7 +371,7 @@ def test_a_user_of_unknown_items_alone_keeps_the_default_vector(tiny: Tiny) -> N
     assert (vectors[1:] != default).any(axis=1).all()
 
 
-def test_example_of_a_demo_names_nothing_that_is_not_shown(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_example_of_a_demo_names_nothing_that_is_not_shown(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer, tiny.learner, demo)
     request = make_request(shown, tiny.trainer.data, 0, shown.users[0], 40, 24, np.random.default_rng(0))
     assert request["user"].startswith("demo:")
@@ -382,10 +391,10 @@ def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12
     pl.DataFrame({"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}).write_csv(
         folder / "items.csv"
     )
-    toml = {"data": {name: str(folder / f"{name}.csv") for name in ("events", "items")}}
+    toml = Config(config, TablesConfig(str(folder / "events.csv"), str(folder / "items.csv")))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
-    trainer = train(load_data(config, toml), shape, short, folder / "train")
+    trainer = train(load_data(config, toml.tables), ModelConfig("ligr", shape), short, folder / "train")
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
     )

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise_train.compression.distill import DistillConfig, Distiller, distill, distillation_loss, listwise_kl
+from slatewise_train.compression.distill import DistillConfig, Distiller, distill
 from slatewise_train.compression.student import half, regroup, shrink
+from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
-from slatewise_train.train import TrainConfig, Trainer
+from slatewise_train.train import Trainer
 from tests.conftest import Tiny
 
 torch.set_num_threads(1)
@@ -178,7 +179,7 @@ def trainer(tiny: Tiny) -> Trainer:
     )
     with torch.no_grad():
         folded.item.weight.copy_(model.item_table())
-    return Trainer(tiny.trainer.data, {}, TrainConfig(**tiny.toml["train"]), model=folded.eval())
+    return Trainer(tiny.trainer.data, folded.eval(), tiny.config.train)
 
 
 CONFIG = DistillConfig(

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM
+from slatewise_train.batches import make_batch, read_slates
+from slatewise_train.epochs import one_epoch
+from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr
-from slatewise_train.train import Trainer, make_batch, one_epoch, read_slates
+from slatewise_train.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,6 @@ class DistillConfig:
     items: int = 2048  # that it orders there
     windows: int = 32  # of a batch, with slates for the exits above
     seed: int = 0
-
-
-def distillation_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Of logits (rows, C, heads), the found and the teacher's: cross-entropy of the probabilities, and `other_order`; nought where equal."""
-    target = torch.sigmoid(wanted)
-    scores = F.binary_cross_entropy_with_logits(found, target) - F.binary_cross_entropy_with_logits(wanted, target)
-    return scores + listwise_kl(found, wanted)
-
-
-def listwise_kl(found: Tensor, wanted: Tensor) -> Tensor:
-    """Of logits (rows, C, heads): the divergence of the softmax over C from the teacher's, a row and head (ListNet's top-one probabilities)."""
-    divergence = F.kl_div(F.log_softmax(found, dim=1), F.log_softmax(wanted, dim=1), reduction="sum", log_target=True)
-    return divergence / (found.shape[0] * found.shape[2])
 
 
 class Distiller:
@@ -132,9 +121,9 @@ def digest_weights(digest: Any, model: Ligr) -> None:
         digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
 
 
-def exits(model: Ligr, dot: Tensor, added: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+def exits(model: Ligr, dot: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits (rows, C, heads) of `point` and `set`; the whole of C is one slate."""
-    point = dot + added
+    point = dot + model.point_logits(hidden)
     return point, point + model.set_logits(hidden) if model.config.set_blocks else None
 
 

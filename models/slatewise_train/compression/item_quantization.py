@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from slatewise.inference.item_table import Int8Items, record
-from slatewise_train.data import read_config
-from slatewise_train.train import load_data
+from slatewise_train.config import read_config
+from slatewise_train.data import load_data
 
 
 def middle_max(items: np.ndarray) -> np.ndarray:
@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("toml", type=Path, help="of its training")
     parser.add_argument("--users", type=int, help="of leave-one-out; default: all")
     args = parser.parse_args()
-    config, toml = read_config(args.toml)
-    source = Source(args.bundle, load_data(config, toml), most_users=args.users)
+    config = read_config(args.toml)
+    source = Source(args.bundle, load_data(config.data, config.tables), most_users=args.users)
     print(
         "| item table | KB | relative error | NDCG@10 minus float32's, leave-one-out | of the held-out slates |\n"
         + "| --- " * 5

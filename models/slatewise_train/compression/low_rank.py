@@ -21,7 +21,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from slatewise_train.rankers.ligr_onnx import Graph, linear
+from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 
 
 def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
     """Median of one dense layer behind another, each (out, in)."""
-    g = Graph("layers")
+    g = GraphBuilder("layers")
     x = g.input("x", ["N", weights[0].shape[1]])
     for k, weight in enumerate(weights):
         x = linear(g, x, f"layer{k}", weight.float().numpy(), None)
@@ -280,17 +280,17 @@ def main() -> None:
     from pathlib import Path
 
     from slatewise_train.compress import Source
-    from slatewise_train.data import from_table, read_config
-    from slatewise_train.evaluation.offline import interval
+    from slatewise_train.config import read_config
+    from slatewise_train.data import load_data
+    from slatewise_train.evaluation.metrics import interval
     from slatewise_train.evaluation.parity import logits_of
-    from slatewise_train.train import TrainConfig, load_data
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("toml", type=Path, help="of its training")
     args = parser.parse_args()
-    config, toml = read_config(args.toml)
-    source = Source(args.bundle, load_data(config, toml), from_table(TrainConfig, toml.get("train", {}), "train"))
+    config = read_config(args.toml)
+    source = Source(args.bundle, load_data(config.data, config.tables), config.train)
     model = source.model
     layers = dense_layers(source.model)
     print("| rank | method | error on what it saw | on held-out users (95 %) |\n" + "| --- " * 4 + "|")

@@ -16,9 +16,9 @@ from slatewise.bundle.loader import load_bundle, read_json, versions
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
-from slatewise_train.data import build_sequences, clean_events, read_config, read_table
+from slatewise_train.config import read_config
+from slatewise_train.data import Data, build_sequences, clean_events, load_data, read_table
 from slatewise_train.evaluation.offline import RERANKED
-from slatewise_train.train import Data, load_data
 
 
 def recommend(
@@ -49,13 +49,14 @@ def main() -> None:
     parser.add_argument("users", nargs="+")
     parser.add_argument("--bundle", type=Path, help="default: the newest version under models/bundles/NAME")
     args = parser.parse_args()
-    config, toml = read_config(args.toml)
+    toml = read_config(args.toml)
+    config = toml.data
     home = Path("models/bundles") / config.name
     folder = args.bundle or home / str(max(versions(home), default=0))
     ranker = load_bundle(folder, 1)
-    data = load_data(config, toml)
-    source = toml.get("demo", toml["data"])
-    events, _ = clean_events(read_table(Path(source["events"])), config.max_bad_share)
+    data = load_data(config, toml.tables)
+    source = toml.demo or toml.tables
+    events, _ = clean_events(read_table(Path(source.events)), config.max_bad_share)
     sequences = build_sequences(events, data.catalogue.vocabulary, config)
     display: dict[str, dict[str, Any]] = read_json(folder / "display.json")
     actions = [None, *data.catalogue.vocabulary.actions]
@@ -65,7 +66,7 @@ def main() -> None:
         return f"{shown['title']} | {', '.join(shown.get('genres', []))}"
 
     for name in args.users:
-        user = sequences.users.index(name.removeprefix(source.get("user_prefix", "")))
+        user = sequences.users.index(name.removeprefix(toml.demo.user_prefix if toml.demo else ""))
         rows = np.arange(sequences.offsets[user], sequences.offsets[user + 1])
         rows = rows[sequences.items[rows] != UNKNOWN_ITEM]
         items = [data.catalogue.vocabulary.items[r - FIRST_ITEM] for r in sequences.items[rows]]

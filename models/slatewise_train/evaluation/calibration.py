@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from slatewise_train.rankers.ligr_onnx import Calibration
+from slatewise_train.rankers.base import Calibration
 
 LEAST_SLOPE = 1e-3
 MOST_SLOPE = 2.0  # beyond the latter, logits that differ could meet at a probability of 1
