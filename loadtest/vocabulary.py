@@ -17,7 +17,7 @@ from statistics import median
 
 import numpy as np
 
-from slatewise.bundle.ranker import rows_of
+from slatewise.bundle.features import rows_of
 from slatewise.process import cpu_name
 
 IDS = 456  # of one request W
