@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
 from slatewise.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType
-from slatewise.http.body import inflate, read_body
+from slatewise.http.body import inflate
+from slatewise.http.rank import read_admitted
+from slatewise.ranking.admission import Admission
+from tests.ranking.support import request_limits
 
 LIMIT = 1_000
 Receive = Callable[[], Awaitable[dict[str, object]]]
@@ -47,7 +50,8 @@ async def unread() -> dict[str, object]:
 
 def read(receive: Receive, limit: int = LIMIT, timeout: float = 60, **headers: str) -> bytes:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return asyncio.run(read_body(request_of(receive, named), limit, timeout))
+    admission = Admission(request_limits(max_body_bytes=limit, body_timeout_s=timeout))
+    return asyncio.run(read_admitted(request_of(receive, named), admission))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from loadtest import replay
-from slatewise.http import request_log as request_lines
-from slatewise.http.request_log import LineWriter, appending, capture_line, pseudonym
+from slatewise.http.capture import Capture, appending, capture_line, pseudonym
+from slatewise.http.request_log import WAITING, LineWriter
 from slatewise.metrics import STAGES
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
@@ -164,11 +164,11 @@ def test_a_capture_keeps_what_ranking_needs_and_fixes_the_time() -> None:
 
 
 def test_a_user_is_captured_always_or_never_and_about_as_many_as_asked() -> None:
-    lines = request_lines.RequestLog(None, 0.0, None, 0.1, b"k")  # type: ignore[arg-type]
-    sampled = [lines.sampled(f"u{k}") for k in range(5_000)]
-    assert sampled == [lines.sampled(f"u{k}") for k in range(5_000)]
+    capture = Capture(None, 0.1, b"k")  # type: ignore[arg-type]
+    sampled = [capture.samples(f"u{k}") for k in range(5_000)]
+    assert sampled == [capture.samples(f"u{k}") for k in range(5_000)]
     assert 400 < sum(sampled) < 600
-    assert 400 < sum(lines.sampled(None) for _ in range(5_000)) < 600
+    assert 400 < sum(capture.samples(None) for _ in range(5_000)) < 600
     assert pseudonym("u", b"k") != pseudonym("u", b"other key") and len(pseudonym("u", b"k")) == 32
 
 
@@ -204,13 +204,13 @@ def test_nobody_waits_for_a_reader_that_stands_still_and_what_is_dropped_is_coun
     begin = time.perf_counter()
     lines.put(lambda: "first")
     assert begun.wait(10)
-    for _ in range(request_lines.WAITING + 50):
+    for _ in range(WAITING + 50):
         lines.put(lambda: "more")
     assert time.perf_counter() - begin < 5
     assert lines_of("log", "dropped") - dropped == 50
     free.set()
     lines.close()
-    assert lines_of("log") - written == request_lines.WAITING + 1
+    assert lines_of("log") - written == WAITING + 1
 
 
 def test_a_full_disk_drops_the_line_and_the_next_one_is_tried() -> None:
