@@ -1,4 +1,4 @@
-"""The registry and docs/metrics.md say the same, and what Prometheus is given is well formed."""
+"""The metrics in the registry: equal to docs/metrics.md, and well formed."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ LABELS = {
     "command",
     "kind",
     "size",
-}  # none of them an id
+}  # no ids
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
 
 def name_of(metric: MetricWrapperBase) -> str:
-    """As it is scraped: counters end in _total."""
+    """The name as scraped: counters end in _total."""
     return metric._name + ("_total" if isinstance(metric, Counter) else "")
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Cells of the table under a heading, without its header."""
     section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
     assert section, heading
     table = [line.strip().strip("|") for line in section[1].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")] for line in table[2:]]
 
 
-def test_the_document_and_the_registry_name_the_same_metrics() -> None:
+def test_document_and_registry_list_the_same_metrics() -> None:
     documented = [row[0].strip("`") for row in rows("Metrics")]
     assert len(documented) == len(set(documented))
     assert set(documented) == {name_of(metric) for metric in METRICS}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=name_of)
-def test_the_document_gives_type_labels_and_meaning(metric: MetricWrapperBase) -> None:
+def test_document_gives_type_labels_and_meaning(metric: MetricWrapperBase) -> None:
     row = next(row for row in rows("Metrics") if row[0].strip("`") == name_of(metric))
     assert row[1] == KINDS[type(metric)]
     assert re.findall(r"`(\w+)`", row[2]) == list(metric._labelnames)
     assert row[3].endswith(".")
 
 
-def test_the_document_names_the_stages_in_order() -> None:
+def test_document_lists_the_stages_in_order() -> None:
     assert tuple(row[0].strip("`") for row in rows("Stages")) == STAGES
 
 
-def test_everything_of_ours_in_the_registry_is_declared_in_one_place() -> None:
+def test_all_metrics_are_declared_in_one_module() -> None:
     ours = {family.name for family in REGISTRY.collect() if family.name.startswith("slatewise")}
     assert ours == {metric._name for metric in METRICS}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=name_of)
-def test_a_metric_is_named_and_labelled_by_the_rules(metric: MetricWrapperBase) -> None:
+def test_metric_name_labels_and_help_follow_the_rules(metric: MetricWrapperBase) -> None:
     assert re.fullmatch(r"slatewise_[a-z_]+", name_of(metric))
     assert not re.search(r"_(ms|milliseconds|kb|mb|percent)(_|$)", name_of(metric)), "base units"
     assert set(metric._labelnames) <= LABELS
@@ -77,12 +77,12 @@ def test_a_metric_is_named_and_labelled_by_the_rules(metric: MetricWrapperBase) 
 
 
 @pytest.mark.parametrize("metric", [metric for metric in METRICS if isinstance(metric, Histogram)], ids=name_of)
-def test_buckets_ascend(metric: Histogram) -> None:
+def test_histogram_buckets_ascend_to_infinity(metric: Histogram) -> None:
     assert all(low < high for low, high in pairwise(metric._upper_bounds))
     assert metric._upper_bounds[-1] == float("inf")
 
 
-def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
+def test_objective_of_50_ms_is_a_bucket_edge() -> None:
     assert 0.05 in metrics.DURATION._upper_bounds
     assert metrics.DURATION._upper_bounds == metrics.STAGE._upper_bounds
 
@@ -102,8 +102,6 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
         ),
     ],
 )
-def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(
-    name: str, label: str, values: tuple[str, ...]
-) -> None:
-    """Otherwise the first increase is invisible to rate()."""
+def test_series_of_closed_label_lists_exist_at_start(name: str, label: str, values: tuple[str, ...]) -> None:
+    """rate() does not see the first increase of a new series."""
     assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)

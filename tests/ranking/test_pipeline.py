@@ -304,7 +304,7 @@ def probabilities(ranking: Ranking) -> Float64:
 
 
 def packed_bound(ranker: Ranker) -> float:
-    """Bound for scores from an int8 history: twice the difference in the manifest, which was measured on other draws."""
+    """Bound for scores from an int8 history: twice the difference in the manifest, measured on other draws."""
     return 2 * ranker.manifest.variants["fp32"].invariance["int8_history_state"]
 
 

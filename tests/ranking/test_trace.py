@@ -138,7 +138,7 @@ def test_time_until_the_deadline_counts_for_the_running_stage(
 
 
 def test_wait_for_a_thread_counts_as_queue(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the only thread is busy, the time is `queue`: for the encoding, and for the scores if the history is cached."""
+    """While the only thread is busy, the time is `queue`: for the encoding or, after a cache hit, for the scores."""
     request = draw_request(ranker, 20, 30, 21, user="u")
 
     async def ask(pipeline: Pipeline) -> list[tuple[Ranking, Trace]]:
