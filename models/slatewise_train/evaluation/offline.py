@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.bundle.features import make_candidates, make_history, window_start
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.data import training_events
@@ -46,7 +46,7 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
     first = start + window_start(0, length, data.config.history_length)
     read = slice(first, start + length)
     ahead = slice(start + length, start + length + upcoming)
-    history = History(s.items[read], s.actions[read], gap_buckets(s.timestamps[read]))
+    history = make_history(s.items[read], s.actions[read], s.timestamps[read])
     return Case(
         user,
         history,
@@ -70,7 +70,7 @@ def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:
-    return Candidates(engine.items.take(rows, axis=0), data.catalogue.numeric[rows], request_context(time)[None])
+    return make_candidates(engine.items, rows, data.catalogue.numeric[rows], time)
 
 
 def rank_of(scores: np.ndarray, target: int) -> int:
