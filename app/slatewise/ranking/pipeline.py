@@ -128,8 +128,8 @@ class Pipeline:
                     meta = meta if look_up is None else await look_up
                     trace.meta = meta.status
                     trace.timings.lap("embed")  # the wait that was left after the encoding
-                    early = deadline.milliseconds > 0
-                    cascade = run_cascade(engine, candidates, state, meta.vector, admitted.exit, early, completed)
+                    dot_first = deadline.milliseconds > 0
+                    cascade = run_cascade(engine, candidates, state, meta.vector, admitted.exit, dot_first, completed)
                     await self.run(cascade, "score", request.priority, trace.timings)
         except TimeoutError:
             self.admission.deadline_passed(deadline, request.allow_degraded)
@@ -137,9 +137,8 @@ class Pipeline:
         except EngineError as error:
             raise RankingError("the model failed on this request") from error
         finally:
-            best = (
-                completed[-1] if completed else None
-            )  # once: a chunk that is still running may complete another stage
+            # Read once: after a timeout, a chunk that is still running may complete another stage.
+            best = completed[-1] if completed else None
             if best is not None:
                 trace.exit = best.exit
                 trace.variant = variant
