@@ -1,4 +1,4 @@
-"""The registry and docs/metrics.md say the same, and what Prometheus is given is well formed."""
+"""The metrics in the registry: equal to docs/metrics.md, and well formed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from slatewise import metrics
-from slatewise.metrics import STAGES, Timings
+from slatewise.metrics import STAGES
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 LABELS = {
@@ -29,49 +27,49 @@ LABELS = {
     "command",
     "kind",
     "size",
-}  # none of them an id
+}  # no ids
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 
 
 def name_of(metric: MetricWrapperBase) -> str:
-    """As it is scraped: counters end in _total."""
+    """The name as scraped: counters end in _total."""
     return metric._name + ("_total" if isinstance(metric, Counter) else "")
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Cells of the table under a heading, without its header."""
     section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
     assert section, heading
     table = [line.strip().strip("|") for line in section[1].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")] for line in table[2:]]
 
 
-def test_the_document_and_the_registry_name_the_same_metrics() -> None:
+def test_document_and_registry_list_the_same_metrics() -> None:
     documented = [row[0].strip("`") for row in rows("Metrics")]
     assert len(documented) == len(set(documented))
     assert set(documented) == {name_of(metric) for metric in METRICS}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=name_of)
-def test_the_document_gives_type_labels_and_meaning(metric: MetricWrapperBase) -> None:
+def test_document_gives_type_labels_and_meaning(metric: MetricWrapperBase) -> None:
     row = next(row for row in rows("Metrics") if row[0].strip("`") == name_of(metric))
     assert row[1] == KINDS[type(metric)]
     assert re.findall(r"`(\w+)`", row[2]) == list(metric._labelnames)
     assert row[3].endswith(".")
 
 
-def test_the_document_names_the_stages_in_order() -> None:
+def test_document_lists_the_stages_in_order() -> None:
     assert tuple(row[0].strip("`") for row in rows("Stages")) == STAGES
 
 
-def test_everything_of_ours_in_the_registry_is_declared_in_one_place() -> None:
+def test_all_metrics_are_declared_in_one_module() -> None:
     ours = {family.name for family in REGISTRY.collect() if family.name.startswith("slatewise")}
     assert ours == {metric._name for metric in METRICS}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=name_of)
-def test_a_metric_is_named_and_labelled_by_the_rules(metric: MetricWrapperBase) -> None:
+def test_metric_name_labels_and_help_follow_the_rules(metric: MetricWrapperBase) -> None:
     assert re.fullmatch(r"slatewise_[a-z_]+", name_of(metric))
     assert not re.search(r"_(ms|milliseconds|kb|mb|percent)(_|$)", name_of(metric)), "base units"
     assert set(metric._labelnames) <= LABELS
@@ -79,12 +77,12 @@ def test_a_metric_is_named_and_labelled_by_the_rules(metric: MetricWrapperBase) 
 
 
 @pytest.mark.parametrize("metric", [metric for metric in METRICS if isinstance(metric, Histogram)], ids=name_of)
-def test_buckets_ascend(metric: Histogram) -> None:
+def test_histogram_buckets_ascend_to_infinity(metric: Histogram) -> None:
     assert all(low < high for low, high in pairwise(metric._upper_bounds))
     assert metric._upper_bounds[-1] == float("inf")
 
 
-def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
+def test_objective_of_50_ms_is_a_bucket_edge() -> None:
     assert 0.05 in metrics.DURATION._upper_bounds
     assert metrics.DURATION._upper_bounds == metrics.STAGE._upper_bounds
 
@@ -94,7 +92,7 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
     [
         ("slatewise_stage_duration_seconds_count", "stage", STAGES),
         ("slatewise_ranking_duration_seconds_count", "size", ("up to 100", "101 to 500", "501 to 2000", "over 2000")),
-        ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "variant", "store_error")),
+        ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "store_error")),
         ("slatewise_rejected_total", "reason", ("key", "in_flight", "tokens")),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
         (
@@ -104,69 +102,6 @@ def test_the_objective_of_50_ms_is_an_edge_of_the_duration_buckets() -> None:
         ),
     ],
 )
-def test_a_closed_list_of_values_is_there_before_the_first_of_them_happens(
-    name: str, label: str, values: tuple[str, ...]
-) -> None:
-    """Otherwise the first increase is invisible to rate()."""
+def test_series_of_closed_label_lists_exist_at_start(name: str, label: str, values: tuple[str, ...]) -> None:
+    """rate() does not see the first increase of a new series."""
     assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)
-
-
-class Clock:
-    """In place of the module `time`: moves when told, in 1024ths of a second, which floats add without error."""
-
-    def __init__(self) -> None:
-        self.ticks = 12_345
-
-    def perf_counter(self) -> float:
-        return self.ticks / 1024
-
-
-@given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(0, 5_000), st.integers(0, 6_000)), max_size=20))
-def test_laps_add_up_to_the_time_since_entry_exactly(laps: list[tuple[str, int, int]]) -> None:
-    """Each stage has the time since the lap before, but for what was queued, which is never more than all of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        clock = Clock()
-        patch.setattr(metrics, "time", clock)
-        entered = clock.perf_counter()
-        timings = Timings(clock.perf_counter())
-        expected = dict.fromkeys(STAGES, 0)
-        for stage, took, queued in laps:
-            clock.ticks += took
-            timings.lap(stage, queued / 1024)
-            expected["queue"] += min(queued, took)
-            expected[stage] += took - min(queued, took)
-        assert timings.entered == entered
-        assert (
-            sum(timings.seconds.values()) == clock.perf_counter() - entered == sum(took for _, took, _ in laps) / 1024
-        )
-        assert {stage: seconds * 1024 for stage, seconds in timings.seconds.items() if seconds} == {
-            stage: n for stage, n in expected.items() if n
-        }
-
-
-def test_timings_add_up_by_stage_and_are_observed_once_each() -> None:
-    def count_and_sum(stage: str) -> tuple[float, float]:
-        found = [
-            REGISTRY.get_sample_value(f"slatewise_stage_duration_seconds_{part}", {"stage": stage})
-            for part in ("count", "sum")
-        ]
-        return found[0] or 0.0, found[1] or 0.0
-
-    before = {stage: count_and_sum(stage) for stage in STAGES}
-    with pytest.MonkeyPatch.context() as patch:
-        clock = Clock()
-        patch.setattr(metrics, "time", clock)
-        timings = Timings(clock.perf_counter())
-        timings.add("encode", 0.25)
-        clock.ticks += 512
-        timings.lap("encode", 0.0)
-        clock.ticks += 256
-        timings.lap("score", 0.0)
-        timings.lap("score", 0.0)
-    timings.observe()
-    after = {stage: count_and_sum(stage) for stage in STAGES}
-    assert timings.seconds == {"encode": 0.75, "score": 0.25}
-    assert after["encode"][1] - before["encode"][1] == pytest.approx(0.75)
-    assert {stage: after[stage][0] - before[stage][0] for stage in STAGES} == {
-        stage: float(stage in ("encode", "score")) for stage in STAGES
-    }

@@ -1,35 +1,41 @@
-"""Every way a request can fail.
+"""All reasons for which a request fails.
 
     bytes ---> JSON ---> RankRequest ---> arrays ---> result
            |         |               |            |
-           |         |               |            +-- DeadlineExceeded 504, Overloaded 429 or 503
-           |         |               +--------------- NotFound 404, Invalid 422
+           |         |               |            +-- DeadlineExceeded 504, RankingError 500
+           |         |               +--------------- NotFound 404, Invalid 422, OverloadedUndegraded 503
            |         +------------------------------- Invalid 422
-           +----------------------------------------- NotJson, UpgradeRefused 400, TooLarge 413, UnsupportedType 415, BodyTimeout 408
+           +----------------------------------------- NotJson and UpgradeRefused 400, BodyTimeout 408, TooLarge 413,
+                                                      UnsupportedType 415
 
-Unauthorized 401 comes before all of these, NotReady 503 before the model. Each class is one row of RFC 9457's problem
-types; `main.py` turns them into answers. The detail reaches the client: it names limits, never values.
+Checked before the body is read: Unauthorized 401, NotReady 503, Overloaded 429.
+
+Each class is one problem type of RFC 9457. The detail is sent to the client: it names limits and never repeats values.
+
+Called by: every package that serves requests; `http/problems.py` renders the errors. Calls: nothing of ours.
 """
 
 from dataclasses import dataclass
 
-MOST_FAULTS = 20  # that one answer lists
+MOST_FAULTS = 20  # listed in one response
 
 
 def pointer(*path: str | int) -> str:
-    """An RFC 6901 pointer into the body; names of the client's own are cut at 100 characters."""
+    """RFC 6901 pointer into the request body. Each step is cut at 100 characters: the client chooses the names."""
     return "".join("/" + str(step)[:100].replace("~", "~0").replace("/", "~1") for step in path)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One member of a request that is wrong: an RFC 6901 pointer into the body, and why."""
+    """One wrong member of a request: an RFC 6901 pointer into the body, and the reason."""
 
     pointer: str
     detail: str
 
 
 class RankingError(Exception):
+    """Base class, and itself the problem for an internal error. Subclasses set `status`, `title` and `headers`."""
+
     status = 500
     title = "Internal error"
     headers: dict[str, str] = {}
@@ -45,6 +51,7 @@ class RankingError(Exception):
 
     @property
     def slug(self) -> str:
+        """The title in lower case with hyphens: last part of the problem type, and the reason in the request log."""
         return self.title.lower().replace(" ", "-")
 
 
@@ -54,7 +61,7 @@ class NotJson(RankingError):
 
 
 class UpgradeRefused(RankingError):
-    """The client asked for another protocol; the HTTP parser is lost to this connection."""
+    """The client asked for another protocol. The HTTP parser has dropped the body, so the connection is closed."""
 
     status = 400
     title = "Upgrade refused"
@@ -94,6 +101,7 @@ class Invalid(RankingError):
 
     @classmethod
     def at(cls, pointer: str, detail: str) -> "Invalid":
+        """The error for a single fault."""
         return cls(f"{pointer or '/'}: {detail}", (Fault(pointer, detail),))
 
 
@@ -110,7 +118,7 @@ class NotReady(RankingError):
 
 
 class OverloadedUndegraded(RankingError):
-    """Overloaded, and the client did not allow a degraded answer."""
+    """The server is overloaded and the request has `allow_degraded: false`."""
 
     status = 503
     title = "Overloaded and not to be degraded"

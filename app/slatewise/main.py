@@ -26,8 +26,10 @@ from slatewise.http.app import create_app
 from slatewise.http.server import AddressError, bind, run
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
+from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
+from slatewise.ranking.registry import Registry
 from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
@@ -42,30 +44,35 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         workers = await stack.enter_async_context(Workers(threads))
         metrics.THREADS.set(threads)
         metrics.MEMORY_LIMIT.set(memory_limit())
-        metrics.IN_FLIGHT_LIMIT.set(settings.max_in_flight)
-        metrics.OUTSTANDING_TOKENS_LIMIT.set(settings.max_outstanding_tokens)
         metrics.HISTORY_CACHE_LIMIT.set(int(settings.history_cache_mb * 2**20))
+        registry = Registry(rankers.values())
+        limits = RequestLimits(
+            max_in_flight=settings.max_in_flight,
+            max_outstanding_tokens=settings.max_outstanding_tokens,
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_s,
+            max_candidates=settings.max_candidates,
+            max_history=settings.max_history,
+            deadline_ms=settings.deadline_ms,
+        )
         url = settings.redis_url.get_secret_value()
         store: Store = EmbeddedStore(settings.embedding_max_age_s)
         if url:
             redis = RedisStore(
                 url,
                 settings.redis_timeout_ms / 1e3,
-                lambda: rankers.values(),
+                registry.serving,
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,
             )
             store = await stack.enter_async_context(redis)
         yield Pipeline(
-            rankers,
+            registry,
             store,
             HistoryCache(int(settings.history_cache_mb * 2**20)),
             workers,
-            max_candidates=settings.max_candidates,
-            max_history=settings.max_history,
-            max_outstanding_tokens=settings.max_outstanding_tokens,
-            default_deadline_ms=settings.deadline_ms,
+            Admission(limits),
             pack_history=settings.history_cache_dtype == "int8",
         )
 
@@ -86,8 +93,6 @@ def load(settings: Settings) -> dict[str, Ranker]:
         raise ManifestError(f"{reason.removesuffix('.')}; {remedy}") from error
     for ranker in rankers.values():
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
-        for variant in ranker.engines:
-            metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
 

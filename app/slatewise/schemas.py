@@ -1,15 +1,27 @@
-"""The wire: what a request may hold and what an answer holds, as columns. No NumPy here.
+"""JSON of the HTTP API: the members of requests and responses, stored by column. No NumPy here.
 
-Limits that settings or the bundle decide (candidates, history) are checked in `pipeline.py`.
+Requests are Pydantic models, which validate. The response of a ranking is a plain dataclass, which is rendered without
+validation (`http/rank.py`) and documented by FastAPI. `ranking/validation.py` checks the limits that depend on settings
+or on the bundle.
+
+Called by: every other package. Calls: nothing of ours.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_ID = 256
 
-Exit = Literal["auto", "dot", "point", "set"]
+ModelExit: TypeAlias = Literal["dot", "point", "set"]
+EXITS: tuple[ModelExit, ...] = get_args(ModelExit)  # the cascade, cheapest first
+RequestedExit: TypeAlias = Literal["auto", ModelExit]
+AnsweredExit: TypeAlias = Literal[ModelExit, "input_order"]
+CacheResult: TypeAlias = Literal["miss", "hit", "extended", "none"]
+MetaStatus: TypeAlias = Literal["hit", "default", "stale", "error", "off"]
+DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "store_error"]
+
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Id = Annotated[Text | Integer, Field(union_mode="left_to_right")]
@@ -20,15 +32,15 @@ RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 
 
 T = TypeVar("T")
-Column = Annotated[list[T], Field(fail_fast=True)]  # one fault says enough of a column of thousands
+Column = Annotated[list[T], Field(fail_fast=True)]  # reports the first fault only: a column may have thousands
 
 
 def as_text(ids: list[Any]) -> list[str]:
-    """An integer is taken as its decimal string; most columns hold none, which one loop in C tells."""
+    """Ids as strings: an integer becomes its decimal string. Columns without integers are returned unchanged."""
     return ids if set(map(type, ids)) <= {str} else list(map(str, ids))
 
 
-if TYPE_CHECKING:  # what validation makes of them
+if TYPE_CHECKING:  # the types after validation
     User: TypeAlias = str
     Ids: TypeAlias = list[str]
     SomeIds: TypeAlias = list[str]
@@ -40,12 +52,12 @@ else:
 Values = Annotated[list[Text], Field(fail_fast=True, max_length=64)]
 
 
-class Wire(BaseModel):
+class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class History(Wire):
-    """What the user did, oldest first. A null time or action is a missing one."""
+class History(RequestModel):
+    """The user's past events, oldest first. A null time or action is a missing one."""
 
     item_ids: Ids = Field(default_factory=list)
     actions: Column[Text | None] | None = None
@@ -55,19 +67,19 @@ class History(Wire):
     )
 
 
-class Candidates(Wire):
-    """What to rank, in first-stage order. A null feature is a missing one; `fields` describe items the ranker may not know."""
+class Candidates(RequestModel):
+    """The items to rank, in first-stage order. A null feature is missing; `fields` describe unknown items."""
 
     item_ids: SomeIds
     features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
     fields: dict[Text, Column[Values | Text | None]] = Field(default_factory=dict)
 
 
-class RankRequest(Wire):
+class RankRequest(RequestModel):
     id: RequestId | None = None
-    ranker: Text | None = Field(None, description="Name of the ranker; may be left out where only one is served.")
+    ranker: Text | None = Field(None, description="Name of the ranker; optional if the server has only one.")
     variant: Text = "auto"
-    exit: Exit = "auto"
+    exit: RequestedExit = "auto"
     user: User | None = None
     history: History = Field(default_factory=History)
     candidates: Candidates
@@ -81,42 +93,59 @@ class RankRequest(Wire):
     priority: int = Field(0, ge=-100, le=100, strict=True, description="Lower is more important.")
 
 
-class Results(Wire):
-    """Columns of equal length; `index` points into the candidates sent."""
+CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 
+
+@dataclass(frozen=True)
+class Results:
     index: list[int]
     item_ids: list[str]
-    scores: list[float]
+    scores: Annotated[list[float] | None, Field(description="null for the exit `input_order`.")]
     heads: dict[str, list[float]]
 
+    __pydantic_config__: ClassVar = CLOSED
 
-class HistoryUse(Wire):
+
+@dataclass(frozen=True)
+class HistoryUse:
+    """Number of events that the model read, that it skipped, and whose item it does not know."""
+
     used: int
     dropped: int
     unknown: int
-    cache: Literal["miss", "hit", "extended", "none"]
+    cache: CacheResult
+
+    __pydantic_config__: ClassVar = CLOSED
 
 
-class MetaEmbeddingUse(Wire):
-    status: Literal["hit", "default", "stale", "error", "off"]
+@dataclass(frozen=True)
+class MetaEmbeddingUse:
+    status: MetaStatus
     version: str | None = None
     age_seconds: float | None = None
 
+    __pydantic_config__: ClassVar = CLOSED
 
-class RankResponse(Wire):
+
+@dataclass(frozen=True)
+class RankResponse:
     id: str | None
     ranker: str
     version: int
-    variant: str | None = Field(description="null where the model was not asked (exit `input_order`).")
-    exit: Literal["dot", "point", "set", "input_order"]
-    results: Results
-    unknown_candidates: list[int] = Field(
-        description="Positions whose id the ranker does not know; they are ranked all the same."
-    )
+    variant: Annotated[str | None, Field(description="null for the exit `input_order`: no model scored the request.")]
+    exit: AnsweredExit
+    results: Annotated[
+        Results, Field(description="Columns of equal length; `index` is the position in the candidates of the request.")
+    ]
+    unknown_candidates: Annotated[
+        list[int], Field(description="Positions of candidates whose id the ranker does not know; they are ranked too.")
+    ]
     history: HistoryUse
     meta_embedding: MetaEmbeddingUse
-    degraded: list[Literal["deadline", "overload", "exit", "variant", "store_error"]]
+    degraded: list[DegradedReason]
     timings_ms: dict[str, float]
+
+    __pydantic_config__: ClassVar = CLOSED
 
 
 class FaultBody(BaseModel):
@@ -125,7 +154,7 @@ class FaultBody(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457 problem details; `error` and `message` repeat the detail for clients that look for them."""
+    """RFC 9457 problem details. `error` and `message` repeat `detail` for clients that expect those names."""
 
     type: str
     title: str

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from loadtest.markdown import table
-from slatewise.bundle.ranker import rows_of
+from slatewise.bundle.features import rows_of
 from slatewise.process import cpu_name
 
 IDS = 456  # in one request of shape W

@@ -1,4 +1,4 @@
-"""Times to gap buckets, histories to windows, moments to context; each beside a slow, obvious reference."""
+"""Gap buckets, windows and request context, each compared with a slow reference; matrices of requests and tables."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.bundle.features import (
+    LARGEST_FEATURE,
+    field_change,
+    gap_buckets,
+    make_candidates,
+    make_history,
+    numeric_matrix,
+    request_context,
+    rows_of,
+    unknown_positions,
+    window_start,
+)
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, GAP_FIRST, GAP_MISSING
 
-# quarters of a second: floats hold them exactly, so the reference may count in whole numbers
+# quarters of a second, which floats hold exactly, so the reference can use integers
 quarters = st.integers(0, 4 * 99_999_999_999)
 times = st.lists(st.none() | quarters, max_size=80)
 
@@ -27,7 +38,7 @@ def buckets_of(timestamps: Sequence[float | None]) -> list[int]:
 
 
 def slow_bucket(gap: int) -> int:
-    """By whole numbers: how often (gap + 1) can be halved; gap in quarters of a second."""
+    """In integers: the number of times that gap + 1 can be halved; gap in quarters of a second."""
     left = gap + 4
     halvings = 0
     while left >= 8:
@@ -50,18 +61,18 @@ def slow_buckets(timestamps: list[int | None]) -> list[int]:
 
 
 @given(times)
-def test_gap_buckets_equal_the_reference(timestamps: list[int | None]) -> None:
+def test_gap_buckets_drawn_times_equal_the_reference(timestamps: list[int | None]) -> None:
     assert buckets_of([None if t is None else t / 4 for t in timestamps]) == slow_buckets(timestamps)
 
 
 @given(st.integers(0, 40), st.integers(-2, 2))
-def test_gap_buckets_equal_the_reference_at_powers_of_two(power: int, aside: int) -> None:
+def test_gap_buckets_near_powers_of_two_equal_the_reference(power: int, aside: int) -> None:
     gap = max(0, 4 * 2**power + aside - 4)
     assert buckets_of([0.0, gap / 4])[1] == slow_bucket(gap)
 
 
 def formula(timestamps: list[float]) -> list[int]:
-    """2 + floor(log2(gap + 1)), clamped, by exact fractions; NaN is a missing time."""
+    """2 + floor(log2(gap + 1)), clamped, in exact fractions; NaN is a missing time."""
     result = [GAP_FIRST][: len(timestamps)]
     for before, now in itertools.pairwise(timestamps):
         if math.isnan(before) or math.isnan(now):
@@ -75,7 +86,7 @@ def formula(timestamps: list[float]) -> list[int]:
     return result
 
 
-near_powers = st.builds(  # of two, less one: where a bucket begins, and the floats on either side
+near_powers = st.builds(  # the edges of the buckets, and the next floats on both sides
     lambda power, aside: float(np.nextafter(2.0**power - 1, aside)),
     st.integers(0, 40),
     st.sampled_from([-math.inf, math.inf]),
@@ -84,13 +95,13 @@ gap_sizes = near_powers | near_powers.map(lambda gap: gap + 1) | st.floats(0, 1e
 
 
 @given(st.lists(st.just(math.nan) | st.floats(-1e11, 1e11), max_size=60))
-def test_gap_buckets_equal_the_formula_over_drawn_times(timestamps: list[float]) -> None:
+def test_gap_buckets_drawn_times_equal_the_formula(timestamps: list[float]) -> None:
     assert buckets_of(timestamps) == formula(timestamps)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["gap", "gap", "gap", "back", "missing"]), gap_sizes), max_size=60))
-def test_gap_buckets_equal_the_formula_at_the_edges_of_the_buckets(steps: list[tuple[str, float]]) -> None:
-    """Each step from 0, where the difference of two times is the gap to the last bit."""
+def test_gap_buckets_at_bucket_edges_equal_the_formula(steps: list[tuple[str, float]]) -> None:
+    """Each gap starts at time 0, so that the difference of the times is exact."""
     timestamps = [0.0]
     for kind, gap in steps:
         timestamps += {"gap": [gap, 0.0], "back": [-gap, 0.0], "missing": [math.nan, gap, 0.0]}[kind]
@@ -98,8 +109,8 @@ def test_gap_buckets_equal_the_formula_at_the_edges_of_the_buckets(steps: list[t
 
 
 @pytest.mark.parametrize("power", range(1, 33))
-def test_a_bucket_begins_at_a_power_of_two_less_one_and_not_before(power: int) -> None:
-    """Also where gap + 1 would be rounded up to the power."""
+def test_bucket_begins_exactly_at_a_power_of_two_minus_one(power: int) -> None:
+    """Also if gap + 1 would be rounded up to the power of two."""
     edge = 2.0**power - 1
     assert buckets_of([0.0, edge, 0.0, float(np.nextafter(edge, 0))])[1::2] == [
         min(2 + power, GAP_BUCKETS - 1),
@@ -111,41 +122,41 @@ def test_a_bucket_begins_at_a_power_of_two_less_one_and_not_before(power: int) -
     ("gap", "bucket"),
     [(0, 2), (0.5, 2), (1, 3), (2, 3), (3, 4), (59, 7), (3_600, 13), (86_400, 18), (2**31 - 2, 32), (2**31 - 1, 33)],
 )
-def test_gap_buckets_are_as_documented(gap: float, bucket: int) -> None:
+def test_gap_buckets_of_known_gaps_are_as_documented(gap: float, bucket: int) -> None:
     assert buckets_of([1_000.0, 1_000.0 + gap]) == [GAP_FIRST, bucket]
 
 
-def test_no_events_have_no_buckets_and_one_event_is_the_first() -> None:
+def test_gap_buckets_of_zero_and_one_event() -> None:
     assert buckets_of([]) == []
     assert buckets_of([5.0]) == buckets_of([None]) == [GAP_FIRST]
 
 
-def test_a_missing_time_takes_both_its_gaps() -> None:
+def test_missing_time_makes_both_its_gaps_missing() -> None:
     assert buckets_of([0.0, None, 1.0, 2.0]) == [GAP_FIRST, GAP_MISSING, GAP_MISSING, 3]
 
 
-def test_a_clock_that_went_backwards_is_a_gap_of_nothing() -> None:
+def test_negative_gap_counts_as_zero() -> None:
     assert buckets_of([100.0, 40.0]) == buckets_of([100.0, 100.0])
 
 
 @pytest.mark.parametrize("gap", [1e10, 1e15, 1e300])
-def test_a_huge_gap_is_in_the_last_bucket(gap: float) -> None:
+def test_huge_gap_is_in_the_last_bucket(gap: float) -> None:
     assert buckets_of([0.0, gap])[1] == GAP_BUCKETS - 1
 
 
 @given(times)
-def test_buckets_stay_inside_the_table(timestamps: list[int | None]) -> None:
+def test_gap_buckets_stay_inside_the_table(timestamps: list[int | None]) -> None:
     assert all(0 <= b < GAP_BUCKETS for b in buckets_of([None if t is None else t / 4 for t in timestamps]))
 
 
 @given(times, st.integers(0, 10**9))
-def test_gaps_do_not_depend_on_when_the_clock_began(timestamps: list[int | None], shift: int) -> None:
+def test_shifted_times_have_equal_gap_buckets(timestamps: list[int | None], shift: int) -> None:
     moved = [None if t is None else (t + 4 * shift) / 4 for t in timestamps]
     assert buckets_of(moved) == buckets_of([None if t is None else t / 4 for t in timestamps])
 
 
 def slow_window_start(offset: int, length: int, longest: int) -> int:
-    """Event by event: the first readable one at a multiple of 64 that leaves half; else of 32, of 16, ..."""
+    """Event by event: the first readable multiple of 64 that leaves half of the events; otherwise of 32, 16, ..."""
     readable = [k for k in range(length) if length - k <= longest]
     for step in (64, 32, 16, 8, 4, 2, 1):
         for k in readable:
@@ -165,48 +176,46 @@ def test_window_start_equals_the_reference(offset: int, length: int, longest: in
 
 
 @given(offsets, st.integers(1, 700), longests)
-def test_a_window_leaves_one_to_longest_events_and_half_of_them_at_least(
-    offset: int, length: int, longest: int
-) -> None:
+def test_window_has_at_least_half_of_the_readable_events(offset: int, length: int, longest: int) -> None:
     start = window_start(offset, length, longest)
     assert 0 <= start < length
     assert 1 <= length - start <= longest
     assert 2 * (length - start) >= min(length, longest)
 
 
-def test_an_empty_history_starts_at_nothing() -> None:
+def test_window_of_an_empty_history_starts_at_zero() -> None:
     assert window_start(0, 0, 1) == window_start(7, 0, 128) == 0
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128])
-def test_a_whole_history_that_fits_is_read_whole(length: int) -> None:
+def test_history_within_the_limit_is_read_whole(length: int) -> None:
     assert window_start(0, length, 128) == 0
 
 
 @given(st.integers(126, 400), st.integers(126, 600), st.integers(0, 5_000))
-def test_a_sliding_window_keeps_its_start_until_it_moves_by_64(longest: int, length: int, begin: int) -> None:
+def test_long_sliding_window_moves_in_steps_of_64(longest: int, length: int, begin: int) -> None:
     starts = [
         begin + k + window_start(begin + k, length, longest) for k in range(200)
-    ]  # each request one event further
+    ]  # each request has one more event
     moves = [after - before for before, after in itertools.pairwise(starts) if after != before]
     assert set(moves) == {64}
-    assert len(moves) in (3, 4)  # of 199 steps, 64 apart
+    assert len(moves) in (3, 4)  # in 199 steps, 64 apart
 
 
 @given(st.integers(8, 125), st.integers(0, 5_000))
-def test_a_short_sliding_window_moves_by_steps_of_a_quarter_at_least(length: int, begin: int) -> None:
+def test_short_sliding_window_moves_by_a_quarter_or_more(length: int, begin: int) -> None:
     starts = [begin + k + window_start(begin + k, length, 256) for k in range(300)]
     assert len(set(starts)) <= 300 / (length / 4) + 2
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 1_000))
-def test_what_is_read_does_not_depend_on_how_much_more_was_sent(longest: int, beyond: int, dropped: int) -> None:
+def test_window_does_not_depend_on_older_events_sent(longest: int, beyond: int, dropped: int) -> None:
     length = longest + beyond
     assert dropped + window_start(dropped, length, longest) == window_start(0, dropped + length, longest)
 
 
 @given(st.floats(0, 99_999_999_999))
-def test_context_is_two_circles_with_the_periods_of_a_day_and_a_week(moment: float) -> None:
+def test_context_is_two_circles_of_a_day_and_a_week(moment: float) -> None:
     context = request_context(moment)
     assert (context.shape, context.dtype) == ((CONTEXT_SIZE,), np.float32)
     day = math.fmod(moment, 86_400) / 86_400
@@ -215,7 +224,60 @@ def test_context_is_two_circles_with_the_periods_of_a_day_and_a_week(moment: flo
     np.testing.assert_allclose(context, expected, atol=1e-5)
 
 
-def test_context_tells_hours_and_weekdays_apart() -> None:
+def test_context_differs_for_all_hours_of_a_week() -> None:
     moments = np.array([request_context(3_600.0 * hour) for hour in range(168)])
     distances = np.abs(moments[:, None] - moments[None]).max(axis=2) + np.eye(168)
     assert distances.min() > 0.01
+
+
+# Requests and tables as arrays
+
+
+def test_make_history_equals_its_columns_with_gap_buckets() -> None:
+    items = np.array([2, 0, 5])
+    times = np.array([10.0, np.nan, 12.0])
+    history = make_history(items, np.array([1, 0, 2]), times)
+    assert (history.items.tolist(), history.actions.tolist()) == ([2, 0, 5], [1, 0, 2])
+    np.testing.assert_array_equal(history.gaps, gap_buckets(times))
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d", ""]), max_size=20))
+def test_unknown_positions_equal_the_rows_that_are_0(names: list[str]) -> None:
+    vocabulary = {"a": 2, "c": 3}
+    assert unknown_positions(vocabulary, names) == np.flatnonzero(rows_of(vocabulary, names) == 0).tolist()
+
+
+@given(st.integers(1, 5), st.data())
+def test_numeric_matrix_equals_the_reference(n: int, data: st.DataObject) -> None:
+    values = st.none() | st.floats(-1e308, 1e308)
+    names = ["first", "second", "third"]
+    sent = data.draw(st.dictionaries(st.sampled_from(names), st.lists(values, min_size=n, max_size=n)))
+    matrix = numeric_matrix(sent, names, n)
+    assert (matrix.shape, matrix.dtype, matrix.flags.c_contiguous) == ((n, 3), np.float32, True)
+    for k, name in enumerate(names):
+        for row, value in enumerate(sent.get(name, [None] * n)):
+            if value is None:
+                assert np.isnan(matrix[row, k])
+            else:
+                assert matrix[row, k] == np.float32(max(-LARGEST_FEATURE, min(LARGEST_FEATURE, value)))
+
+
+def test_numeric_matrix_without_features_has_no_columns() -> None:
+    assert numeric_matrix({}, [], 4).shape == (4, 0)
+
+
+def test_make_candidates_takes_rows_of_the_item_table() -> None:
+    items = np.arange(12, dtype=np.float32).reshape(4, 3)
+    numeric = np.zeros((2, 0), np.float32)
+    candidates = make_candidates(items, np.array([3, 0]), numeric, 7_000.0)
+    np.testing.assert_array_equal(candidates.vectors, items[[3, 0]])
+    np.testing.assert_array_equal(candidates.context, request_context(7_000.0)[None])
+    assert candidates.numeric is numeric and len(candidates) == 2
+
+
+def test_field_change_averages_known_values_and_replaces_none() -> None:
+    vectors = np.array([[1, 1], [5, 1], [3, 7]], np.float32)  # "none", "x", "y"
+    values = {"x": 1, "y": 2}
+    column = ["x", None, ["x", "y"], ["x", "unknown"], "unknown", []]
+    change = field_change(column, np.array([0, 1, 2, 3, 5]), values, vectors, 0)
+    np.testing.assert_array_equal(change, [[4, 0], [0, 0], [3, 3], [4, 0], [0, 0]])

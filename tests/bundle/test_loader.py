@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from pydantic import ValidationError
 
+from slatewise.bundle.features import rows_of
 from slatewise.bundle.loader import load_bundle, load_rankers, score_request
 from slatewise.bundle.manifest import ManifestError
-from slatewise.bundle.ranker import Ranker, rows_of
-from slatewise.http.rank import refusal
+from slatewise.bundle.ranker import Ranker
+from slatewise.http.problems import schema_error
 from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
 from slatewise.schemas import RankRequest
 from slatewise_train.compression.item_quantization import middle_max
@@ -627,8 +628,8 @@ def test_what_is_no_id_is_refused_where_it_stands(wrong: object) -> None:
             with pytest.raises(ValidationError) as refused:
                 RankRequest.model_validate(body)
             assert {found["loc"][: len(place)] for found in refused.value.errors()} == {place}
-            assert refusal(refused.value).faults[0].pointer == "/" + "/".join(map(str, place))
-            assert len(refusal(refused.value).faults) == 1
+            assert schema_error(refused.value).faults[0].pointer == "/" + "/".join(map(str, place))
+            assert len(schema_error(refused.value).faults) == 1
 
 
 def test_an_empty_column_of_events_is_well_and_one_of_candidates_is_not() -> None:

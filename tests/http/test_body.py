@@ -1,4 +1,4 @@
-"""The body's bounds: type, coding, bytes as sent, bytes once inflated, and time."""
+"""The limits of a body: type, coding, bytes as sent, bytes after decompression, and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
 from slatewise.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType
-from slatewise.http.body import inflate, read_body
+from slatewise.http.body import inflate
+from slatewise.http.rank import read_admitted
+from slatewise.ranking.admission import Admission
+from tests.ranking.support import request_limits
 
 LIMIT = 1_000
 Receive = Callable[[], Awaitable[dict[str, object]]]
@@ -47,13 +50,14 @@ async def unread() -> dict[str, object]:
 
 def read(receive: Receive, limit: int = LIMIT, timeout: float = 60, **headers: str) -> bytes:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return asyncio.run(read_body(request_of(receive, named), limit, timeout))
+    admission = Admission(request_limits(max_body_bytes=limit, body_timeout_s=timeout))
+    return asyncio.run(read_admitted(request_of(receive, named), admission))
 
 
 @pytest.mark.parametrize(
     "kind", ["application/json", "Application/JSON; charset=utf-8", "application/problem+json", None]
 )
-def test_a_json_body_is_returned_as_sent(kind: str | None) -> None:
+def test_json_body_is_returned_as_sent(kind: str | None) -> None:
     headers = {} if kind is None else {"content_type": kind}
     assert read(chunked(b'{"a"', b"", b": 1}"), **headers) == b'{"a": 1}'
 
@@ -69,13 +73,13 @@ def test_a_json_body_is_returned_as_sent(kind: str | None) -> None:
         "",
     ],
 )
-def test_another_content_type_is_refused_unread(kind: str) -> None:
+def test_other_content_type_is_refused_without_reading(kind: str) -> None:
     with pytest.raises(UnsupportedType):
         read(unread, content_type=kind)
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, gzip", "x"])
-def test_an_unknown_content_coding_is_refused_unread(coding: str) -> None:
+def test_unknown_content_coding_is_refused_without_reading(coding: str) -> None:
     with pytest.raises(UnsupportedType, match=r"gzip.*deflate"):
         read(unread, content_encoding=coding)
 
@@ -84,31 +88,29 @@ def test_an_unknown_content_coding_is_refused_unread(coding: str) -> None:
     ("coding", "encode"),
     [("identity", bytes), ("", bytes), ("gzip", gzip.compress), ("GZIP", gzip.compress), (" deflate ", zlib.compress)],
 )
-def test_codings_are_undone(coding: str, encode: Callable[[bytes], bytes]) -> None:
+def test_known_content_coding_is_decompressed(coding: str, encode: Callable[[bytes], bytes]) -> None:
     body = b'{"a": 1}' * 100
     assert read(chunked(encode(body)), content_encoding=coding) == body
 
 
-@pytest.mark.parametrize(
-    "length", [str(LIMIT + 1), "1" + "0" * 18, "9" * 5_000], ids=len
-)  # int() itself refuses the last
-def test_a_content_length_over_the_limit_is_refused_unread(length: str) -> None:
+@pytest.mark.parametrize("length", [str(LIMIT + 1), "1" + "0" * 18, "9" * 5_000], ids=len)  # int() refuses the last one
+def test_content_length_over_limit_is_refused_without_reading(length: str) -> None:
     with pytest.raises(TooLarge, match=str(LIMIT)):
         read(unread, content_length=length)
 
 
 @pytest.mark.parametrize("length", ["", "-1", "1e9", "x", "\u00b2"])
-def test_a_content_length_that_is_no_number_is_left_to_what_arrives(length: str) -> None:
+def test_content_length_that_is_no_number_is_ignored(length: str) -> None:
     assert read(chunked(b"{}"), content_length=length) == b"{}"
 
 
-def test_a_body_at_the_limit_is_read_and_one_byte_more_is_refused() -> None:
+def test_body_one_byte_over_the_limit_is_refused() -> None:
     assert len(read(chunked(b" " * LIMIT), content_length=str(LIMIT))) == LIMIT
     with pytest.raises(TooLarge):
         read(chunked(b" " * LIMIT, b" "))
 
 
-def test_a_chunked_body_is_left_as_soon_as_it_is_too_large() -> None:
+def test_chunked_body_is_read_up_to_the_limit_only() -> None:
     sent = 0
 
     async def endless() -> dict[str, object]:
@@ -121,19 +123,19 @@ def test_a_chunked_body_is_left_as_soon_as_it_is_too_large() -> None:
     assert sent == LIMIT // 100 + 1
 
 
-def test_a_content_length_that_lies_does_not_lift_the_limit() -> None:
+def test_false_content_length_does_not_raise_the_limit() -> None:
     with pytest.raises(TooLarge):
         read(chunked(b" " * (LIMIT + 1)), content_length="1")
 
 
 @pytest.mark.parametrize(("coding", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-def test_the_limit_counts_inflated_bytes_too(coding: str, encode: Callable[[bytes], bytes]) -> None:
+def test_limit_applies_to_decompressed_bytes_too(coding: str, encode: Callable[[bytes], bytes]) -> None:
     assert len(read(chunked(encode(b" " * LIMIT)), content_encoding=coding)) == LIMIT
     with pytest.raises(TooLarge, match="inflated"):
         read(chunked(encode(b" " * (LIMIT + 1))), content_encoding=coding)
 
 
-def test_a_gzip_bomb_is_refused_in_little_memory() -> None:
+def test_gzip_bomb_is_refused_in_little_memory() -> None:
     bomb = gzip.compress(bytes(64 * 2**20))
     tracemalloc.start()
     try:
@@ -145,7 +147,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory() -> None:
 
 
 @given(st.binary(max_size=200), st.data())
-def test_a_gzip_body_that_is_cut_is_refused(body: bytes, data: st.DataObject) -> None:
+def test_truncated_gzip_body_is_refused(body: bytes, data: st.DataObject) -> None:
     whole = gzip.compress(body)
     kept = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(NotJson):
@@ -154,7 +156,9 @@ def test_a_gzip_body_that_is_cut_is_refused(body: bytes, data: st.DataObject) ->
 
 @pytest.mark.parametrize(("coding", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
 @pytest.mark.parametrize("garbage", [b"\0", b"garbage", gzip.compress(b"{}", mtime=0)])
-def test_bytes_after_the_stream_are_refused(coding: str, encode: Callable[[bytes], bytes], garbage: bytes) -> None:
+def test_bytes_after_the_compressed_stream_are_refused(
+    coding: str, encode: Callable[[bytes], bytes], garbage: bytes
+) -> None:
     with pytest.raises(NotJson):
         read(chunked(encode(b"{}") + garbage), content_encoding=coding)
 
@@ -162,13 +166,13 @@ def test_bytes_after_the_stream_are_refused(coding: str, encode: Callable[[bytes
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"\x1f\x8b", zlib.compress(b"{}"), gzip.compress(b"{}", mtime=0)[:-1] + b"\1"]
 )
-def test_a_body_that_is_not_its_coding_is_refused(body: bytes) -> None:
+def test_body_in_another_coding_is_refused(body: bytes) -> None:
     with pytest.raises(NotJson):
         read(chunked(body), content_encoding="gzip")
 
 
 @given(st.binary(max_size=300), st.integers(0, 300))
-def test_inflating_gives_the_whole_body_or_refuses(body: bytes, limit: int) -> None:
+def test_inflate_drawn_bodies_returns_all_or_refuses(body: bytes, limit: int) -> None:
     for coding, encoded in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body))):
         if len(body) > limit:
             with pytest.raises(TooLarge):
@@ -177,7 +181,7 @@ def test_inflating_gives_the_whole_body_or_refuses(body: bytes, limit: int) -> N
             assert inflate(encoded, coding, limit) == body
 
 
-def test_a_body_that_does_not_arrive_is_given_up() -> None:
+def test_stalled_body_times_out() -> None:
     sent: list[int] = []
 
     async def stalling() -> dict[str, object]:
@@ -190,7 +194,7 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
         read(stalling, timeout=0.02)
 
 
-def test_the_time_limit_is_of_the_whole_body_not_of_a_chunk() -> None:
+def test_timeout_applies_to_the_whole_body() -> None:
     async def drip() -> dict[str, object]:
         await asyncio.sleep(0.005)
         return {"type": "http.request", "body": b" ", "more_body": True}
@@ -199,7 +203,7 @@ def test_the_time_limit_is_of_the_whole_body_not_of_a_chunk() -> None:
         read(drip, limit=10**9, timeout=0.1)
 
 
-def test_a_client_that_goes_away_is_told_apart() -> None:
+def test_disconnect_raises_client_disconnect() -> None:
     async def gone() -> dict[str, object]:
         return {"type": "http.disconnect"}
 

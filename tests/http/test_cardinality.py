@@ -1,4 +1,4 @@
-"""The number of series does not grow with who asks and what: 100,000 users, 100,000 items, and every kind of bad request, many times."""
+"""The number of series is bounded: 100,000 users, 100,000 items and many bad requests of each kind add no series."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def series() -> set[tuple[str, tuple[tuple[str, str], ...]]]:
 
 
 def ask(client: httpx.Client, example: dict[str, Any], first: int) -> None:
-    """A batch of other items of another user, with another id, and one bad request of each kind, each with names of its own."""
+    """One request with new items, a new user and a new id, and one bad request of each kind with new names."""
     items = [f"item-{k}" for k in range(first, first + A_REQUEST)]
     body = example | {"id": f"r-{first}", "user": f"user-{first}", "candidates": {"item_ids": items}}
     assert client.post("/rerank", json=body | {"exit": "dot"}).status_code == 200
@@ -58,7 +58,7 @@ def test_series_do_not_grow_with_users_items_or_bad_requests(
         for k in range(first, last):
             await store.look_up(ranker, f"user-{k}")
 
-    ask(client, example, 0)  # each kind once: the series that there are
+    ask(client, example, 0)  # each kind once, which creates all series
     asyncio.run(look_up(0, 10))
     before = series()
     for first in range(A_REQUEST, ITEMS, A_REQUEST):

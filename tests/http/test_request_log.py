@@ -1,4 +1,4 @@
-"""The log of refused, degraded and slow requests, and the capture: what a line has, what it must not have, and that nobody waits for it."""
+"""The log of refused, degraded and slow requests, and the capture: their lines, and the writer that never blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from loadtest import replay
-from slatewise.http import request_log as request_lines
-from slatewise.http.request_log import LineWriter, appending, capture_line, pseudonym
+from slatewise.http.capture import Capture, appending, capture_line, pseudonym
+from slatewise.http.request_log import WAITING, LineWriter
 from slatewise.metrics import STAGES
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
@@ -61,7 +61,7 @@ def lines_of(kind: str, result: str = "written") -> float:
 def logged(
     capsys: pytest.CaptureFixture[str], ask: Callable[[], httpx.Response]
 ) -> tuple[httpx.Response, list[dict[str, Any]]]:
-    """The answer, and the lines that it left; a quiet request is told from a slow thread by a refused one after it."""
+    """The response and the log lines of a request. A refused request follows, whose line marks the end."""
     capsys.readouterr()
     response = ask()
     headers = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json", "X-Request-ID": "the-last"}
@@ -75,15 +75,13 @@ def logged(
     return response, [json.loads(line) for line in text.splitlines()][:-1]
 
 
-def test_an_ordinary_request_is_not_logged(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ordinary_request_is_not_logged(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     response, lines = logged(capsys, lambda: client.post("/rerank", json=BODY))
     assert response.status_code == 200
     assert lines == []
 
 
-def test_a_refused_request_leaves_one_line_with_its_id_and_why(
-    client: httpx.Client, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_request_is_logged_with_id_and_reason(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     response, lines = logged(capsys, lambda: client.post("/rerank", json=BODY | {"id": "r-1", "ranker": "other"}))
     assert response.status_code == 404
     (line,) = lines
@@ -91,7 +89,7 @@ def test_a_refused_request_leaves_one_line_with_its_id_and_why(
     assert line["stages_ms"].keys() == {"parse"}
 
 
-def test_a_request_that_is_refused_unread_is_known_by_its_header(
+def test_request_that_is_not_json_is_logged_with_the_header_id(
     client: httpx.Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, (line,) = logged(
@@ -103,7 +101,7 @@ def test_a_request_that_is_refused_unread_is_known_by_its_header(
     assert (line["id"], line["code"], line["reasons"], line["ranker"]) == ("r-2", "400", ["not-json"], "")
 
 
-def test_a_degraded_request_leaves_its_reasons_as_in_the_metrics_and_its_stages(
+def test_degraded_request_is_logged_with_reasons_and_stages(
     client: httpx.Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     response, (line,) = logged(capsys, lambda: client.post("/rerank", json=BODY | {"id": "r-3", "deadline_ms": 0.001}))
@@ -113,14 +111,14 @@ def test_a_degraded_request_leaves_its_reasons_as_in_the_metrics_and_its_stages(
     assert sum(line["stages_ms"].values()) == pytest.approx(line["total_ms"], abs=1.0)
 
 
-def test_a_slow_request_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_request_is_logged_with_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Settings(bundles=DEMO, variants="fp32", slow_ms=0.01)) as client:
         _, (line,) = logged(capsys, lambda: client.post("/rerank", json=BODY))
     assert line["reasons"] == ["slow"] and line["variant"] == "fp32" and line["history_cache"] == "miss"
     assert {"parse", "features", "encode", "score", "serialize"} <= line["stages_ms"].keys()
 
 
-def test_neither_user_nor_key_is_in_any_line(
+def test_lines_hold_neither_user_ids_nor_keys(
     client: httpx.Client, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for change in ({"deadline_ms": 0.001}, {"ranker": "other"}, {"candidates": {"item_ids": []}}, {"exit": USER}):
@@ -133,7 +131,7 @@ def test_neither_user_nor_key_is_in_any_line(
     assert not any(secret in captured for secret in (USER, KEY, API_KEY))
 
 
-def test_a_captured_request_is_a_line_of_warmup_jsonl_that_ranks_the_same(client: httpx.Client, folder: Path) -> None:
+def test_captured_request_ranks_the_same_when_sent_again(client: httpx.Client, folder: Path) -> None:
     before = lines_of("capture")
     path = folder / "requests.jsonl"
     sent = BODY | {"id": "r-4", "request_time": 978_300_000, "candidates": {"item_ids": ["3", "4"]}}
@@ -150,7 +148,7 @@ def test_a_captured_request_is_a_line_of_warmup_jsonl_that_ranks_the_same(client
     assert path.stat().st_mode & 0o077 == 0, "histories are private"
 
 
-def test_a_capture_keeps_what_ranking_needs_and_fixes_the_time() -> None:
+def test_capture_line_keeps_all_inputs_and_sets_the_time() -> None:
     request = RankRequest.model_validate(
         BODY | {"id": "r", "candidates": {"item_ids": ["1", "2"], "features": {"popularity": [0.5, None]}}, "top_n": 1}
     )
@@ -164,16 +162,16 @@ def test_a_capture_keeps_what_ranking_needs_and_fixes_the_time() -> None:
     }
 
 
-def test_a_user_is_captured_always_or_never_and_about_as_many_as_asked() -> None:
-    lines = request_lines.RequestLog(None, 0.0, None, 0.1, b"k")  # type: ignore[arg-type]
-    sampled = [lines.sampled(f"u{k}") for k in range(5_000)]
-    assert sampled == [lines.sampled(f"u{k}") for k in range(5_000)]
+def test_capture_samples_whole_users_at_the_given_share() -> None:
+    capture = Capture(None, 0.1, b"k")  # type: ignore[arg-type]
+    sampled = [capture.samples(f"u{k}") for k in range(5_000)]
+    assert sampled == [capture.samples(f"u{k}") for k in range(5_000)]
     assert 400 < sum(sampled) < 600
-    assert 400 < sum(lines.sampled(None) for _ in range(5_000)) < 600
+    assert 400 < sum(capture.samples(None) for _ in range(5_000)) < 600
     assert pseudonym("u", b"k") != pseudonym("u", b"other key") and len(pseudonym("u", b"k")) == 32
 
 
-def test_a_capture_without_a_key_is_refused_and_so_is_a_share_of_nothing() -> None:
+def test_capture_needs_a_key_and_a_share_within_0_and_1() -> None:
     with pytest.raises(ValidationError, match="capture_key"):
         Settings(capture_file="requests.jsonl")
     for share in (0.0, 1.1):
@@ -181,7 +179,7 @@ def test_a_capture_without_a_key_is_refused_and_so_is_a_share_of_nothing() -> No
             Settings(capture_share=share)
 
 
-def test_a_file_stays_within_its_bound_and_keeps_the_newest(tmp_path: Path) -> None:
+def test_capture_file_stays_below_its_limit_with_newest_lines(tmp_path: Path) -> None:
     path = tmp_path / "requests.jsonl"
     write = appending(path, 1_000)
     for k in range(500):
@@ -191,7 +189,7 @@ def test_a_file_stays_within_its_bound_and_keeps_the_newest(tmp_path: Path) -> N
     assert kept == [f"{k:08d}" for k in range(500 - len(kept), 500)] and len(kept) > 50
 
 
-def test_nobody_waits_for_a_reader_that_stands_still_and_what_is_dropped_is_counted() -> None:
+def test_stalled_reader_delays_no_request_and_drops_are_counted() -> None:
     free = threading.Event()
     begun = threading.Event()
 
@@ -205,16 +203,16 @@ def test_nobody_waits_for_a_reader_that_stands_still_and_what_is_dropped_is_coun
     begin = time.perf_counter()
     lines.put(lambda: "first")
     assert begun.wait(10)
-    for _ in range(request_lines.WAITING + 50):
+    for _ in range(WAITING + 50):
         lines.put(lambda: "more")
     assert time.perf_counter() - begin < 5
     assert lines_of("log", "dropped") - dropped == 50
     free.set()
     lines.close()
-    assert lines_of("log") - written == request_lines.WAITING + 1
+    assert lines_of("log") - written == WAITING + 1
 
 
-def test_a_full_disk_drops_the_line_and_the_next_one_is_tried() -> None:
+def test_full_disk_drops_the_line_and_tries_the_next_one() -> None:
     seen = []
 
     def write(text: str) -> None:
@@ -230,7 +228,7 @@ def test_a_full_disk_drops_the_line_and_the_next_one_is_tried() -> None:
     assert seen == ["one\n", "two\n"] and lines_of("capture", "dropped") - dropped == 1
 
 
-def test_a_replay_of_one_bundle_on_two_servers_finds_no_difference(client: httpx.Client, tmp_path: Path) -> None:
+def test_replay_of_one_bundle_on_two_servers_has_no_difference(client: httpx.Client, tmp_path: Path) -> None:
     with serve(Settings(bundles=DEMO, variants="fp32")) as other:
         path = tmp_path / "capture.jsonl"
         requests = [
@@ -241,7 +239,7 @@ def test_a_replay_of_one_bundle_on_two_servers_finds_no_difference(client: httpx
         with pytest.raises(ValueError, match="not every request was answered"):
             replay.replay(
                 replay.read(path), [client.base_url.port or 0, other.base_url.port or 0]
-            )  # the first asks for a key
+            )  # the first server requires a key
         result = replay.replay(replay.read(path), [other.base_url.port or 0] * 2)
     assert [server["statuses"] for server in result["servers"]] == [{200: 3}] * 2
     found = result["difference"]
@@ -255,7 +253,7 @@ def test_a_replay_of_one_bundle_on_two_servers_finds_no_difference(client: httpx
     assert found["largest_difference"] <= 1e-5 and found["other_exit"] == 0
 
 
-def test_a_comparison_counts_what_moved() -> None:
+def test_compare_swapped_scores_measures_the_difference() -> None:
     def answer(scores: list[float]) -> bytes:
         return json.dumps(
             {"ranker": "r", "version": 1, "variant": "v", "exit": "set", "results": {"scores": scores}}

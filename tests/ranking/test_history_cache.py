@@ -1,4 +1,4 @@
-"""What is kept between requests: the longest common prefix, the bound in bytes, and one encoding for all who ask."""
+"""The history cache: longest common prefix, limit in bytes, and one encoding for concurrent equal requests."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_common_prefix_equals_the_reference(first: list[Event], second: list[Eve
 
 
 @pytest.mark.parametrize("column", [0, 1, 2])
-def test_a_change_in_any_column_ends_the_common_prefix(column: int) -> None:
+def test_change_in_any_column_ends_the_common_prefix(column: int) -> None:
     sent: list[Event] = [(k, 1, 2) for k in range(5)]
     edited = [list(event) for event in sent]
     edited[3][column] += 100
     assert history_of(sent).common_prefix(history_of([(a, b, c) for a, b, c in edited])) == 3
 
 
-def test_an_entry_counts_all_its_arrays() -> None:
+def test_entry_counts_the_bytes_of_all_its_arrays() -> None:
     entry = entry_of(1, 2, 3)
     arrays = (
         entry.history.items,
@@ -81,10 +81,10 @@ def test_an_entry_counts_all_its_arrays() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.booleans()), max_size=40), st.integers(0, 12_000))
-def test_the_cache_equals_a_slow_one_and_never_passes_its_limit(steps: list[tuple[int, int, bool]], limit: int) -> None:
-    """Least recently used out first, by bytes. Each entry's first item differs, so none is a prefix of another."""
+def test_cache_equals_a_slow_lru_and_stays_below_its_limit(steps: list[tuple[int, int, bool]], limit: int) -> None:
+    """Eviction by bytes, least recently used first. No entry is a prefix of another: their first items differ."""
     cache = HistoryCache(limit)
-    kept = {}  # a dict keeps the order of use
+    kept = {}  # in order of use
     for number, (key, length, read) in enumerate(steps):
         if read:
             found = cache.get(key)
@@ -103,7 +103,7 @@ def test_the_cache_equals_a_slow_one_and_never_passes_its_limit(steps: list[tupl
         assert cache.nbytes == sum(e.nbytes for e in kept.values()) <= limit
 
 
-def test_reading_an_entry_saves_it_from_eviction() -> None:
+def test_reading_an_entry_makes_it_the_most_recent() -> None:
     size = entry_of(1).nbytes
     cache = HistoryCache(2 * size)
     cache.put("a", entry_of(1))
@@ -113,20 +113,20 @@ def test_reading_an_entry_saves_it_from_eviction() -> None:
     assert list(cache.entries) == ["a", "c"]
 
 
-def test_an_entry_larger_than_the_limit_is_not_kept_and_evicts_nobody() -> None:
+def test_entry_above_the_limit_is_not_cached_and_evicts_no_other() -> None:
     cache = HistoryCache(entry_of(1).nbytes)
     cache.put("a", entry_of(1))
     cache.put("b", entry_of(*range(100)))
     assert list(cache.entries) == ["a"]
 
 
-def test_a_cache_of_no_bytes_keeps_nothing() -> None:
+def test_cache_with_limit_0_stays_empty() -> None:
     cache = HistoryCache(0)
     cache.put("a", entry_of())
     assert (cache.get("a"), cache.nbytes) == (None, 0)
 
 
-def test_a_shorter_prefix_does_not_displace_the_longer_entry() -> None:
+def test_shorter_prefix_does_not_replace_the_longer_entry() -> None:
     cache = HistoryCache(LARGE)
     cache.put("a", entry_of(1, 2, 3, mark=1))
     cache.put("a", entry_of(1, 2, mark=2))
@@ -135,7 +135,7 @@ def test_a_shorter_prefix_does_not_displace_the_longer_entry() -> None:
 
 
 @pytest.mark.parametrize("rows", [(1, 2, 3, 4), (1, 9), (9,), (1, 2, 9), (1, 9, 3), (9, 2, 3, 4)])
-def test_an_extended_or_edited_history_displaces_the_kept_one(rows: tuple[int, ...]) -> None:
+def test_extended_or_edited_history_replaces_the_cached_one(rows: tuple[int, ...]) -> None:
     cache = HistoryCache(LARGE)
     cache.put("a", entry_of(1, 2, 3, mark=1))
     cache.put("a", entry_of(*rows, mark=2))
@@ -144,7 +144,7 @@ def test_an_extended_or_edited_history_displaces_the_kept_one(rows: tuple[int, .
 
 
 class Encoder:
-    """Encodings that run until told; how many began, and how many were stopped."""
+    """Starts encodings that end when `go` is set. Counts the started and the cancelled ones."""
 
     def __init__(self) -> None:
         self.began = self.stopped = 0
@@ -173,7 +173,7 @@ class Encoder:
 
 
 def run(scenario: Callable[[HistoryCache, Encoder], Awaitable[None]]) -> None:
-    """In a loop of its own; nothing may be left running, kept for sharing, or reported to the loop."""
+    """Run in a new event loop. Afterwards no task may be running, no encoding shared, no error reported to the loop."""
 
     async def main() -> None:
         complaints: list[dict[str, Any]] = []
@@ -213,7 +213,7 @@ def test_equal_histories_share_one_encoding() -> None:
 
 
 @pytest.mark.parametrize("other", [(1,), (1, 2, 3), (1, 3), (), (2, 1)])
-def test_different_histories_do_not_share(other: tuple[int, ...]) -> None:
+def test_different_histories_do_not_share_an_encoding(other: tuple[int, ...]) -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         tasks = [
             ask(cache, encode, 1, 2),
@@ -232,7 +232,7 @@ def test_different_histories_do_not_share(other: tuple[int, ...]) -> None:
     run(scenario)
 
 
-def test_equal_histories_of_different_users_do_not_share() -> None:
+def test_equal_histories_of_two_users_do_not_share() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         tasks = [ask(cache, encode, 1, 2, key=key) for key in ("a", "b")]
         await turns()
@@ -243,7 +243,7 @@ def test_equal_histories_of_different_users_do_not_share() -> None:
     run(scenario)
 
 
-def test_the_next_to_ask_after_the_end_encodes_again() -> None:
+def test_request_after_the_end_of_an_encoding_encodes_again() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         encode.go.set()
         await ask(cache, encode, 1)
@@ -255,7 +255,7 @@ def test_the_next_to_ask_after_the_end_encodes_again() -> None:
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_a_waiter_that_is_cancelled_leaves_the_others_served(gone: int) -> None:
+def test_cancelled_waiter_does_not_stop_the_other_waiters(gone: int) -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         tasks = [ask(cache, encode, 1) for _ in range(3)]
         await turns()
@@ -270,7 +270,7 @@ def test_a_waiter_that_is_cancelled_leaves_the_others_served(gone: int) -> None:
     run(scenario)
 
 
-def test_the_last_waiter_to_be_cancelled_stops_the_encoding() -> None:
+def test_cancelling_the_last_waiter_stops_the_encoding() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         tasks = [ask(cache, encode, 1) for _ in range(3)]
         await turns()
@@ -287,8 +287,8 @@ def test_the_last_waiter_to_be_cancelled_stops_the_encoding() -> None:
 
 
 @pytest.mark.parametrize("later", range(6))
-def test_who_asks_while_an_abandoned_encoding_is_being_stopped_is_served(later: int) -> None:
-    """A client that gave up and asks again at once is not cancelled with its first try, at whatever turn of the loop it comes."""
+def test_request_while_an_encoding_is_cancelled_is_served(later: int) -> None:
+    """A client cancels and asks again at once: the second request is not cancelled, at any turn of the event loop."""
 
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         first = ask(cache, encode, 1)
@@ -305,7 +305,7 @@ def test_who_asks_while_an_abandoned_encoding_is_being_stopped_is_served(later: 
     run(scenario)
 
 
-def test_a_failure_reaches_every_waiter_and_the_key_is_free_afterwards() -> None:
+def test_failure_reaches_every_waiter_and_frees_the_key() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         encode.fault = ValueError("no state")
         tasks = [ask(cache, encode, 1) for _ in range(3)]
@@ -320,7 +320,7 @@ def test_a_failure_reaches_every_waiter_and_the_key_is_free_afterwards() -> None
     run(scenario)
 
 
-def test_a_failure_that_nobody_waits_for_is_not_reported() -> None:
+def test_failure_without_waiters_is_not_reported_by_asyncio() -> None:
     """The encoding fails and its only waiter is cancelled in the same turn of the loop."""
 
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
@@ -336,13 +336,13 @@ def test_a_failure_that_nobody_waits_for_is_not_reported() -> None:
         task.cancel()
         await turns()
         assert task.cancelled()
-        jobs.clear()  # the last that held it: whatever it would complain of, it does now
+        jobs.clear()  # the last reference: asyncio would report an exception that was not retrieved here
 
     run(scenario)
 
 
-def test_an_encoding_that_is_ended_from_elsewhere_ends_its_waiters_and_frees_the_key() -> None:
-    """As when the workers close: waiters are cancelled, nobody joins what has ended."""
+def test_cancelled_job_cancels_its_waiters_and_frees_the_key() -> None:
+    """As when the workers close. A later request does not join the ended job."""
 
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         jobs: list[Job[HistoryState]] = []
@@ -362,7 +362,7 @@ def test_an_encoding_that_is_ended_from_elsewhere_ends_its_waiters_and_frees_the
     run(scenario)
 
 
-def test_a_callable_that_raises_in_place_of_a_job_leaves_nothing_behind() -> None:
+def test_encode_that_raises_leaves_no_entry_behind() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         def fail() -> Job[HistoryState]:
             raise ValueError("no job")
@@ -374,7 +374,7 @@ def test_a_callable_that_raises_in_place_of_a_job_leaves_nothing_behind() -> Non
     run(scenario)
 
 
-def test_asking_never_keeps_by_itself() -> None:
+def test_once_does_not_cache_by_itself() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         encode.go.set()
         await ask(cache, encode, 1)

@@ -17,10 +17,10 @@ import polars as pl
 import pytest
 import torch
 
-from slatewise.bundle.features import request_context
+from slatewise.bundle.features import request_context, rows_of
 from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError, read_manifest
-from slatewise.bundle.ranker import Ranker, rows_of
+from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest

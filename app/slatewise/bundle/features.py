@@ -1,39 +1,56 @@
-"""Strings and numbers of a request become arrays here, and only here. Training calls the same functions.
+"""Ids and numbers become arrays here and only here, for serving and for training.
 
-Before: `schemas.py` (lists from the wire) or `models/slatewise_train/data.py` (columns of a table). After: `pipeline.py`, or a batch.
+Functions take plain columns (lists of a request, or arrays of a table), so both halves can call them. For a history:
+
+    window_start -> rows_of (items, actions) -> gap_buckets -> History
+
+Called by: `ranker.py` for requests, the offline evaluation and the compression for tables. Calls: `inference/arrays.py`
+for the array types and the special rows.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 
-from slatewise.inference.arrays import GAP_BUCKETS, GAP_FIRST, GAP_MISSING, WINDOW_STEP, Float32, Float64, Int64
+from slatewise.inference.arrays import (
+    GAP_BUCKETS,
+    GAP_FIRST,
+    GAP_MISSING,
+    WINDOW_STEP,
+    Candidates,
+    Float32,
+    Float64,
+    History,
+    Int64,
+)
+from slatewise.inference.item_table import ItemTable
 
-GAP_EDGES = np.append(
-    2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf
-)  # seconds from which the buckets 3, 4, ... begin
-GAP_OF_EDGES = np.append(
-    np.arange(2, GAP_BUCKETS), GAP_MISSING
-)  # by how many edges are passed; NaN sorts behind infinity
+GAP_EDGES = np.append(2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf)  # seconds at which buckets 3, 4, ... begin
+GAP_OF_EDGES = np.append(np.arange(2, GAP_BUCKETS), GAP_MISSING)  # by number of edges passed; NaN sorts behind infinity
+LARGEST_FEATURE = 3e38  # just below the maximum of float32
 
 
-def gap_buckets(timestamps: Float64) -> Int64:
-    """Seconds since the event before, as bucket ids: 2 + floor(log2(gap + 1)), clamped.
+def rows_of(vocabulary: dict[str, int], names: Sequence[Any]) -> Int64:
+    """(n,) rows of the names; 0, the unknown row, for names that the vocabulary lacks. One loop, in C."""
+    return np.fromiter(map(vocabulary.get, names, repeat(0)), np.int64, len(names))
 
-    timestamps: (L,) float64 unix seconds, NaN where missing, of the *kept* events, oldest first. Returns (L,) int64.
-    The gap is clamped at 0, so a clock that went backwards is a gap of nothing.
-    """
-    buckets = np.empty(len(timestamps), np.int64)
-    buckets[:1] = GAP_FIRST
-    buckets[1:] = GAP_OF_EDGES[GAP_EDGES.searchsorted(timestamps[1:] - timestamps[:-1], "right")]
-    return buckets
+
+def unknown_positions(vocabulary: dict[str, int], names: Sequence[str]) -> list[int]:
+    """Positions of the names that the vocabulary lacks, without making an array, for requests that are not scored."""
+    return [position for position, name in enumerate(names) if name not in vocabulary]
 
 
 def window_start(offset: int, length: int, longest: int) -> int:
-    """Index, within the events sent, of the first one to read.
+    """Index, among the events sent, of the first one to read. At most `longest` events are read.
 
-    The window starts at the smallest multiple of 64, counted over the user's whole history (`offset` is the index of
-    the first event sent), from which at most `longest` events remain: a function of the request alone, and the same
-    for the next 63 requests of a client that sends a sliding window of 126 events or more. Where that would leave less
-    than half of what could be read (a shorter window), multiples of 32 are tried, of 16, and so on.
+    The window starts at a multiple of 64 of the user's whole history, in which the first event sent has the index
+    `offset`. So the start depends on the request alone, and stays the same for 64 requests of a client that sends a
+    sliding window of 126 events or more: the cached state of the history can be extended. If the multiple of 64 would
+    leave less than half of the readable events (shorter windows), multiples of 32, 16, and so on are tried.
     """
     first = max(0, length - longest)
     step = WINDOW_STEP
@@ -44,8 +61,57 @@ def window_start(offset: int, length: int, longest: int) -> int:
         step //= 2
 
 
+def gap_buckets(timestamps: Float64) -> Int64:
+    """(L,) int64 buckets of the seconds since the previous event: 2 + floor(log2(gap + 1)), clamped.
+
+    timestamps: (L,) float64 unix seconds of the events that are *read*, oldest first; NaN if missing. The first event
+    and missing times have buckets of their own. A negative gap (the clock went backwards) counts as 0.
+    """
+    buckets = np.empty(len(timestamps), np.int64)
+    buckets[:1] = GAP_FIRST
+    buckets[1:] = GAP_OF_EDGES[GAP_EDGES.searchsorted(timestamps[1:] - timestamps[:-1], "right")]
+    return buckets
+
+
+def make_history(items: Int64, actions: Int64, timestamps: Float64) -> History:
+    """The events to read: item rows, action rows and unix seconds (NaN if missing), (L,) each, oldest first."""
+    return History(items, actions, gap_buckets(timestamps))
+
+
 def request_context(request_time: float | Float64) -> Float32:
     """(4,) float32: hour of the day and day of the week (UTC) as points on two circles; (4, n) for n times."""
     day = 2 * np.pi * (request_time / 86_400.0)
     week = 2 * np.pi * (request_time / 604_800.0)
     return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)
+
+
+def numeric_matrix(columns: dict[str, list[float | None]], names: Sequence[str], n: int) -> Float32:
+    """(n, len(names)) float32 features in the order of `names`; NaN for a missing value or column."""
+    missing = [None] * n
+    matrix = np.array([columns.get(name, missing) for name in names], np.float64).reshape(-1, n)
+    return np.clip(matrix, -LARGEST_FEATURE, LARGEST_FEATURE).T.astype(np.float32, order="C")
+
+
+def make_candidates(items: ItemTable, rows: Int64, numeric: Float32, request_time: float) -> Candidates:
+    """Candidates by their rows in an item table, with numeric features (N, F) and the time of the request."""
+    return Candidates(items.take(rows, axis=0), numeric, request_context(request_time)[None])
+
+
+def field_change(
+    column: Sequence[Any], positions: Int64, values: dict[str, int], vectors: Float32, none_row: int
+) -> Float32:
+    """(P, d) difference that one metadata column makes to the vectors of unknown items at `positions`.
+
+    The unknown row already contains the vector of "none" (`none_row` of `vectors`) for every column. A known value
+    replaces it; several values are averaged, as in training. Equal values are computed once.
+
+    column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`.
+    """
+    none = vectors[none_row]
+    numbers: dict[Any, int] = {}
+    given = [tuple(v) if isinstance(v, list) else (v,) for v in map(column.__getitem__, positions.tolist())]
+    number_of = [numbers.setdefault(v, len(numbers)) for v in given]
+    rows = [[values[v] for v in distinct if v in values] for distinct in numbers]
+    means = np.stack([vectors[r].mean(axis=0) - none if r else np.zeros_like(none) for r in rows])
+    change: Float32 = means[number_of]
+    return change

@@ -1,139 +1,119 @@
-"""The ASGI application: middleware, routes, problem responses."""
+"""The ASGI application: middleware, hot routes, FastAPI's routes and their documentation.
+
+Called by: `main.py`. Calls: the other files of this package.
+"""
 
 from __future__ import annotations
 
-import hmac
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from slatewise import VERSION, metrics
-from slatewise.errors import NotFound, RankingError, Unauthorized
-from slatewise.http.rank import request_id, rerank, routes, score
+from slatewise import VERSION
+from slatewise.http import health, models
+from slatewise.http.auth import RequireKey
+from slatewise.http.capture import open_capture
+from slatewise.http.problems import HANDLERS, PROBLEMS
+from slatewise.http.rank import rerank, score
 from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import Problem, RankRequest
+from slatewise.schemas import RankRequest, RankResponse
 from slatewise.settings import Settings
 
-log = logging.getLogger("slatewise")
+Handler = Callable[[Request, float], Awaitable[Response]]
 
-
-class Gate:
-    """Before the routes: notes when a request entered, where its deadline starts, and asks for a key where keys are set.
-
-    The ranking endpoints are called from here: what FastAPI does around an endpoint (matching, dependencies, exit stacks)
-    costs more than reading the request does (docs/performance.md), and they use none of it.
-    """
-
-    OPEN = ("/livez", "/readyz", "/metrics")
-    RANKING = {"/rerank": rerank, "/score": score}
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app = app
-        self.keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        scope["slatewise.entered"] = time.perf_counter()
-        request = Request(scope, receive)
-        endpoint = self.RANKING.get(scope["path"])
-        try:
-            if self.keys and scope["path"] not in self.OPEN and not self.admits(request.headers):
-                metrics.REJECTED.labels("key").inc()
-                raise Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
-            if endpoint is None or scope["method"] != "POST":
-                return await self.app(scope, receive, send)
-            response = await endpoint(request)
-        except RankingError as error:
-            response = problem(request, error)
-        await response(scope, receive, send)
-
-    def admits(self, headers: Headers) -> bool:
-        """Every key is compared, in constant time."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        matches = [
-            hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self.keys
-        ]  # the bytes as they came
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def problem(request: Request, error: RankingError) -> Response:
-    """RFC 9457 problem details, with the request's id: the body's where it was read, else the header's."""
-    identifier = request_id(request)
-    body = Problem(
-        type=error.type,
-        title=error.title,
-        status=error.status,
-        detail=error.detail,
-        error=error.detail,
-        message=error.detail,
-        request_id=identifier,
-        errors=[{"pointer": fault.pointer, "detail": fault.detail} for fault in error.faults],
-    )
-    headers = dict(error.headers) | ({"X-Request-ID": identifier} if identifier else {})
-    return Response(body.model_dump_json(), error.status, headers, media_type="application/problem+json")
-
-
-async def on_ranking_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RankingError)
-    return problem(request, error)
-
-
-async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such path, or no such method."""
-    assert isinstance(error, HTTPException)
-    wrapped = NotFound("no such path") if error.status_code == 404 else RankingError(str(error.detail))
-    wrapped.status = error.status_code
-    wrapped.title = "Not found" if error.status_code == 404 else str(error.detail)
-    wrapped.headers = dict(error.headers or {})
-    return problem(request, wrapped)
-
-
-async def on_any_error(request: Request, error: Exception) -> Response:
-    log.exception("unexpected error", exc_info=error)
-    return problem(request, RankingError("an unexpected error; the log has more"))
+HOT_ROUTES: dict[tuple[str, str], Handler] = {
+    ("POST", "/rerank"): rerank,
+    ("POST", "/score"): score,
+}
 
 
 def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
-    """The application; `open_pipeline` opens the parts that rank, for the lifespan of the application."""
+    """The application; `open_pipeline` opens the pipeline for its lifespan."""
+    middleware = [  # outermost first: each sees every request, hot routes included
+        Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
+        Middleware(HotRoutes, table=HOT_ROUTES),  # the last, because it does not call FastAPI for its routes
+    ]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with open_request_log(settings) as app.state.lines:
-            async with open_pipeline() as app.state.pipeline:
-                yield
-                app.state.pipeline = None
+        async with AsyncExitStack() as stack:
+            app.state.request_log = stack.enter_context(open_request_log(settings.slow_ms / 1e3))
+            if settings.capture_file:
+                most_bytes = int(settings.capture_mb * 2**20)
+                key = settings.capture_key.get_secret_value().encode()
+                capture = open_capture(Path(settings.capture_file), most_bytes, settings.capture_share, key)
+                app.state.capture = stack.enter_context(capture)
+            app.state.pipeline = await stack.enter_async_context(open_pipeline())
+            yield
+            app.state.pipeline = None
 
     app = FastAPIOffline(
         title="Slatewise",
         version=VERSION,
         description="Ranks candidates for a user.",
         lifespan=lifespan,
+        middleware=middleware,
+        exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={RankingError: on_ranking_error, HTTPException: on_http_exception, Exception: on_any_error},
     )
-    app.state.settings = settings
-    app.state.in_flight = 0
     app.state.pipeline = None
     app.state.draining = False
-    app.include_router(routes)
-    app.add_middleware(Gate, keys=settings.keys())
-    describe_request(app)
+    app.state.capture = None
+    app.include_router(health.routes)
+    app.include_router(models.routes)
+    document_hot_routes(app)
     return app
 
 
-def describe_request(app: FastAPI) -> None:
-    """Put RankRequest, which the routes parse themselves, into the OpenAPI document; take out the fault of FastAPI's own parsing."""
+class HotRoutes:
+    """Middleware: calls the handlers of its table directly, and passes all other requests on to FastAPI.
+
+    FastAPI's layers around an endpoint (matching, dependencies, exit stacks) cost more time than reading the request
+    (docs/performance.md), and these handlers do not need them. A handler gets the time at which the request entered,
+    and answers errors itself.
+    """
+
+    def __init__(self, app: ASGIApp, table: Mapping[tuple[str, str], Handler]) -> None:
+        self.app = app
+        self.table = table
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self.table.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if handler is None:
+            return await self.app(scope, receive, send)
+        entered = time.perf_counter()
+        response = await handler(Request(scope, receive), entered)
+        await response(scope, receive, send)
+
+
+def document_hot_routes(app: FastAPI) -> None:
+    """Add the hot routes to the router: for the OpenAPI document, and for 405 on other methods.
+
+    The handlers parse the body themselves. So the schema of the body is added here, and FastAPI's validation errors,
+    which never occur, are removed.
+    """
+    schema = {"$ref": "#/components/schemas/RankRequest"}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    for (method, path), handler in HOT_ROUTES.items():
+        app.add_api_route(
+            path,
+            endpoint(handler),
+            methods=[method],
+            name=handler.__name__,
+            description=handler.__doc__,
+            response_model=RankResponse,
+            responses=PROBLEMS,
+            openapi_extra={"requestBody": body},
+        )
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -147,3 +127,12 @@ def describe_request(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """The handler as an endpoint of FastAPI."""
+
+    async def call(request: Request) -> Response:
+        return await handler(request, time.perf_counter())
+
+    return call

@@ -1,8 +1,11 @@
-"""Encoded histories, kept between requests.
+"""Cache of encoded histories, in process.
 
-Per (ranker, version, variant, user): the events as rows, and their immutable state. Bounded in bytes, least recently
-used out first. A request takes the longest common prefix of its events and the kept ones; causality makes that exact,
-for edited and shorter histories too. In process; lives on the event loop, so it needs no lock.
+Key: (ranker, version, variant, user). Value: the events as rows, and their immutable state. The cache is bounded in
+bytes; the least recently used entries are evicted first. A request reuses the longest common prefix of its events and
+the cached ones. Causal attention makes this exact, for edited and shorter histories too. All methods run on the event
+loop, so there is no lock.
+
+Called by: `pipeline.py`. Calls: the array types of `inference/arrays.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from functools import partial
 
 from slatewise.inference.arrays import History, KeptState
 from slatewise.inference.workers import Job
+from slatewise.schemas import CacheResult
 
-ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around an entry's arrays, rounded up
+ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around the arrays of an entry, rounded up
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,18 @@ class Entry:
         return self.history.nbytes + self.state.nbytes + ENTRY_OVERHEAD
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """A cached state and the number of first events that a history shares with it."""
+
+    result: CacheResult
+    events: int
+    state: KeptState | None
+
+
 @dataclass
 class Encoding:
-    """One that runs, and how many wait for it."""
+    """An encoding that is running, and the number of requests that wait for it."""
 
     history: History
     job: Job[KeptState]
@@ -51,10 +64,23 @@ class HistoryCache:
             self.entries.move_to_end(key)
         return entry
 
+    def find(self, key: Hashable, history: History) -> Reuse:
+        """The part of a history (at least one event) that the cached state covers."""
+        entry = self.get(key)
+        if entry is None:
+            return Reuse("miss", 0, None)
+        shared = entry.history.common_prefix(history)
+        if shared == len(history) == len(entry.history):
+            return Reuse("hit", shared, entry.state)
+        shared = min(shared, len(history) - 1)  # encode the newest event again: its hidden state is the user vector
+        return Reuse("extended" if shared else "miss", shared, entry.state)
+
     def put(self, key: Hashable, entry: Entry) -> None:
-        """Keep an entry, unless the one that is kept already holds all of its events and more."""
-        kept = self.entries.get(key)
-        if kept is not None and len(kept.history) > len(entry.history) == entry.history.common_prefix(kept.history):
+        """Cache an entry, unless the cached one covers all of its events and more."""
+        cached = self.entries.get(key)
+        if cached is not None and len(cached.history) > len(entry.history) == entry.history.common_prefix(
+            cached.history
+        ):
             return
         self.remove(key)
         if entry.nbytes > self.limit_bytes:
@@ -70,10 +96,9 @@ class HistoryCache:
             self.nbytes -= entry.nbytes
 
     async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> KeptState:
-        """`encode()`, shared by all who ask for the same events of the same user while it runs.
+        """The result of `encode()`, shared by concurrent requests of one user with equal events.
 
-        It goes on while anybody waits for it: one caller's cancellation does not take it from the others, the last
-        one's stops it.
+        Cancelling one waiter leaves the job running for the others; cancelling the last one cancels the job.
         """
         encoding = next((other for other in self.encoding.get(key, ()) if other.history.equals(history)), None)
         if encoding is None:
@@ -86,7 +111,7 @@ class HistoryCache:
         finally:
             encoding.waiters -= 1
             if not encoding.waiters and not encoding.job.done():
-                self.end(key, encoding, encoding.job)  # at once: nobody may join what is being cancelled
+                self.end(key, encoding, encoding.job)  # before the cancellation, so that no request joins this job
                 encoding.job.cancel()
 
     def end(self, key: Hashable, encoding: Encoding, job: Job[KeptState]) -> None:
@@ -96,4 +121,4 @@ class HistoryCache:
         else:
             self.encoding.pop(key, None)
         if job.done() and not job.cancelled():
-            job.exception()  # seen, also where every waiter has gone
+            job.exception()  # mark as retrieved: all waiters may be gone, and asyncio would log the exception

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slatewise.bundle.features import make_candidates
 from slatewise.bundle.loader import load_bundle, read_json, versions
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
@@ -28,13 +29,12 @@ def recommend(
     engine = ranker.engines[ranker.default_variant]
     weights = ranker.score_weights(None)
     history, _ = ranker.history(request)
-    given, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(str(request.user))
     state = engine.extend(engine.start, history) if len(history) else engine.start
     rows = np.setdiff1d(np.arange(FIRST_ITEM, len(ranker.items)), seen)
 
     def of(rows: np.ndarray) -> Candidates:
-        return Candidates(ranker.items[rows], data.catalogue.numeric[rows], given.context)
+        return make_candidates(ranker.items, rows, data.catalogue.numeric[rows], request.request_time or 0.0)
 
     rows = rows[np.argsort(-(engine.point(of(rows), meta, state).probabilities @ weights), kind="stable")[:RERANKED]]
     point = engine.point(of(rows), meta, state)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from slatewise.bundle.features import gap_buckets, request_context
+from slatewise.bundle.features import make_candidates, make_history
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
@@ -51,7 +51,7 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
     first = start + served_window_start(length, data.config.history_length)
     read = slice(first, start + length)
     ahead = slice(start + length, start + length + upcoming)
-    history = History(s.items[read], s.actions[read], gap_buckets(s.timestamps[read]))
+    history = make_history(s.items[read], s.actions[read], s.timestamps[read])
     seen = s.items[start : start + length]
     return Case(user, history, seen, float(s.timestamps[start + length - 1]), s.items[ahead], s.labels[ahead])
 
@@ -70,7 +70,7 @@ def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:
     """Items (n,) by row, as candidates of a request at a time in unix seconds."""
-    return Candidates(engine.items.take(rows, axis=0), data.catalogue.numeric[rows], request_context(time)[None])
+    return make_candidates(engine.items, rows, data.catalogue.numeric[rows], time)
 
 
 def exits_of(engine: Engine) -> list[str]:

@@ -1,0 +1,74 @@
+"""Capture: a sample of the requests, written to a file in the format of a bundle's `warmup.jsonl`, for replays.
+
+User ids are replaced by pseudonyms. A user's requests are captured all or not at all, so that a replay contains
+histories that grow.
+
+Called by: `rank.py`, at the end of a request that was ranked. Calls: the writer of `request_log.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from slatewise.http.request_log import LineWriter
+from slatewise.schemas import RankRequest
+
+
+def appending(path: Path, most_bytes: int) -> Callable[[str], None]:
+    """A function that appends to a file with mode 600. At half of `most_bytes` the file is renamed to `<name>.1`."""
+
+    def write(text: str) -> None:
+        data = text.encode()
+        if path.exists() and path.stat().st_size + len(data) > most_bytes // 2:
+            path.replace(f"{path}.1")
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+
+    return write
+
+
+class Capture:
+    """Writes the requests of a share of the users, and the same share of the requests without a user."""
+
+    def __init__(self, writer: LineWriter, share: float, key: bytes) -> None:
+        self.writer = writer
+        self.share = share
+        self.key = key
+
+    def record(self, request: RankRequest) -> None:
+        if self.samples(request.user):
+            now = datetime.now(UTC).timestamp()
+            self.writer.put(lambda: capture_line(request, now, self.key))
+
+    def samples(self, user: str | None) -> bool:
+        if user is None:
+            return random.random() < self.share
+        return int(pseudonym(user, self.key)[-8:], 16) < self.share * 16**8
+
+
+def pseudonym(user: str, key: bytes) -> str:
+    """32 hexadecimal digits of a keyed hash: equal for equal user and key, and not invertible without the key."""
+    return hmac.digest(key, user.encode(), hashlib.sha256).hex()[:32]
+
+
+def capture_line(request: RankRequest, now: float, key: bytes) -> str:
+    """A request as JSON, without its id, with a pseudonym for the user and with `now` as the default request time."""
+    user = None if request.user is None else pseudonym(request.user, key)
+    changes = {"id": None, "user": user, "request_time": now if request.request_time is None else request.request_time}
+    return request.model_copy(update=changes).model_dump_json(exclude_none=True, exclude_defaults=True)
+
+
+@contextmanager
+def open_capture(path: Path, most_bytes: int, share: float, key: bytes) -> Iterator[Capture]:
+    writer = LineWriter("capture", appending(path, most_bytes))
+    try:
+        yield Capture(writer, share, key)
+    finally:
+        writer.close()

@@ -1,0 +1,55 @@
+"""/livez, /readyz and /metrics: open without a key.
+
+Called by: `app.py`, and `rank.py` and `models.py` for `ready_pipeline`. Calls: the pipeline's counters.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from slatewise import metrics
+from slatewise.errors import NotReady
+from slatewise.http.problems import PROBLEMS
+from slatewise.ranking.pipeline import Pipeline
+from slatewise.schemas import Health
+
+routes = APIRouter()
+
+
+def ready_pipeline(app: FastAPI) -> Pipeline:
+    """Raises NotReady before the start and after the end of the application's lifespan."""
+    pipeline: Pipeline | None = app.state.pipeline
+    if pipeline is None:
+        raise NotReady("the models are not loaded yet, or the server is stopping")
+    return pipeline
+
+
+@routes.get("/livez", response_model=Health)
+async def livez() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "alive"}
+
+
+@routes.get("/readyz", response_model=Health, responses={503: PROBLEMS[503]})
+async def readyz(request: Request) -> dict[str, str]:
+    """The models are loaded and warm, and the server is not draining.
+
+    Redis is not checked: the service works without it.
+    """
+    if not ready_pipeline(request.app).registry.serving():
+        raise NotReady("no ranker is served")
+    if request.app.state.draining:
+        raise NotReady("the server is draining")
+    return {"status": "ready"}
+
+
+@routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def prometheus_metrics(request: Request) -> Response:
+    """All metrics in the Prometheus text format."""
+    pipeline: Pipeline | None = request.app.state.pipeline
+    if pipeline is not None:
+        metrics.OUTSTANDING_TOKENS.set(pipeline.admission.outstanding_tokens)
+        metrics.QUEUE_LENGTH.set(len(pipeline.workers.queue))
+        metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
+    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

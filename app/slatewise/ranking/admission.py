@@ -1,0 +1,141 @@
+"""Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
+
+    before the body    requests in flight, Content-Length           429, 413
+    after parsing      tokens of work that are outstanding          cheaper exit, input order, or 503
+    from then on       the deadline                                 highest complete exit, or 504
+
+A token is one event to read or one candidate.
+
+Called by: `http/rank.py` before the body, `pipeline.py` after parsing. Calls: the metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from slatewise import metrics
+from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
+from slatewise.schemas import EXITS, AnsweredExit, DegradedReason, ModelExit
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Limits that the operator sets, equal for all rankers. The settings of the same names describe them."""
+
+    max_in_flight: int
+    max_outstanding_tokens: int
+    max_body_bytes: int
+    body_timeout_s: float
+    max_candidates: int
+    max_history: int
+    deadline_ms: float  # of requests without their own; 0: no deadline
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The end of a request's time. Without a deadline, `milliseconds` is 0."""
+
+    milliseconds: float
+    entered: float  # time.perf_counter()
+
+    def remaining(self) -> float | None:
+        """Seconds left, negative if it has passed; `None` without a deadline."""
+        if not self.milliseconds:
+            return None
+        return self.entered + self.milliseconds / 1e3 - time.perf_counter()
+
+    def timeout(self) -> asyncio.Timeout:
+        """For `async with`. Raises TimeoutError at once if no time is left."""
+        remaining = self.remaining()
+        if remaining is not None and remaining <= 0:
+            raise TimeoutError
+        return asyncio.timeout(remaining)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The exit to compute (`input_order`: do not run the model), and the reasons if it is less than was asked for."""
+
+    exit: AnsweredExit
+    degraded: frozenset[DegradedReason] = frozenset()
+
+
+class Admission:
+    """Counts requests in flight and tokens of work, and refuses above the limits. Lives on the event loop."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self.limits = limits
+        self.in_flight = 0
+        self.outstanding_tokens = 0
+        metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
+        metrics.OUTSTANDING_TOKENS_LIMIT.set(limits.max_outstanding_tokens)
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Count the request as in flight. Raises Overloaded if too many are."""
+        self.in_flight += 1
+        metrics.IN_FLIGHT.inc()
+        try:
+            if self.in_flight > self.limits.max_in_flight:
+                metrics.REJECTED.labels("in_flight").inc()
+                raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
+            yield
+        finally:
+            self.in_flight -= 1
+            metrics.IN_FLIGHT.dec()
+
+    def check_content_length(self, length: int | None) -> None:
+        """Raises TooLarge. `None`: the length is not known, and is limited while the body is read."""
+        if length is not None and length > self.limits.max_body_bytes:
+            raise TooLarge(f"the body is longer than {self.limits.max_body_bytes} bytes")
+
+    def deadline(self, deadline_ms: float | None, entered: float) -> Deadline:
+        """The deadline of a request that entered the application at `entered`."""
+        return Deadline(deadline_ms or self.limits.deadline_ms, entered)
+
+    def admit(self, wanted: ModelExit, tokens: int, deadline: Deadline, allow_degraded: bool) -> Admitted:
+        """The exit that the outstanding work and the deadline allow. Raises OverloadedUndegraded or DeadlineExceeded.
+
+        Half of the token limit is free for all exits; the next quarter allows `point`, the last one `dot`. A request
+        without others beside it is always admitted, however large it is.
+        """
+        admitted = self.admit_tokens(wanted, tokens, allow_degraded)
+        remaining = deadline.remaining()
+        if admitted.exit != "input_order" and remaining is not None and remaining <= 0:
+            self.deadline_passed(deadline, allow_degraded)
+            return Admitted("input_order", admitted.degraded | {"deadline"})
+        return admitted
+
+    def admit_tokens(self, wanted: ModelExit, tokens: int, allow_degraded: bool) -> Admitted:
+        limit = self.limits.max_outstanding_tokens
+        load = (self.outstanding_tokens + tokens) / limit
+        if load <= 0.5 or not self.outstanding_tokens:
+            return Admitted(wanted)
+        if load > 1:
+            metrics.REJECTED.labels("tokens").inc()
+            if not allow_degraded:
+                raise OverloadedUndegraded(f"more than {limit} events and candidates are at work")
+            return Admitted("input_order", frozenset({"overload"}))
+        allowed: ModelExit = "dot" if load > 0.75 else "point"
+        if not allow_degraded or EXITS.index(wanted) <= EXITS.index(allowed):
+            return Admitted(wanted)
+        return Admitted(allowed, frozenset({"overload", "exit"}))
+
+    @contextmanager
+    def working(self, tokens: int) -> Iterator[None]:
+        """Count the tokens of an admitted request as outstanding."""
+        self.outstanding_tokens += tokens
+        try:
+            yield
+        finally:
+            self.outstanding_tokens -= tokens
+
+    def deadline_passed(self, deadline: Deadline, allow_degraded: bool) -> None:
+        """Count it. Raises DeadlineExceeded unless the request accepts a degraded response."""
+        metrics.DEADLINE_EXCEEDED.inc()
+        if not allow_degraded:
+            raise DeadlineExceeded(f"not done within deadline_ms = {deadline.milliseconds:g}")

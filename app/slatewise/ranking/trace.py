@@ -1,0 +1,52 @@
+"""Observation of one request: its clock, and the facts that describe it in metrics and in the request log.
+
+The response is made from `pipeline.Ranking`. A trace also describes a request that fails, and how far it came.
+
+Called by: `pipeline.py`, which writes it on the event loop, and `http/rank.py`. Calls: the metrics.
+"""
+
+from __future__ import annotations
+
+import time
+
+from slatewise import metrics
+from slatewise.bundle.ranker import Ranker
+from slatewise.schemas import AnsweredExit, HistoryUse, MetaStatus
+
+
+class Timings:
+    """Seconds of one request by stage. Each moment belongs to one stage, so the stages add up to the duration."""
+
+    def __init__(self, entered: float) -> None:
+        self.entered = entered  # time.perf_counter()
+        self.marked = entered  # end of the last lap
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str, queued: float = 0.0) -> None:
+        """Add the time since the last lap to a stage; `queued` seconds of it count as `queue`."""
+        now = time.perf_counter()
+        queued = min(queued, now - self.marked)
+        if queued:
+            self.add("queue", queued)
+        self.add(stage, now - self.marked - queued)
+        self.marked = now
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def observe(self) -> None:
+        """Add the stages to the histograms. Called once, at the end of the request."""
+        for stage, seconds in self.seconds.items():
+            metrics.STAGES_BY_NAME[stage].observe(seconds)
+
+
+class Trace:
+    """Facts known so far. Each attribute is replaced, never changed in place."""
+
+    def __init__(self, entered: float) -> None:
+        self.timings = Timings(entered)
+        self.ranker: Ranker | None = None
+        self.exit: AnsweredExit = "input_order"  # highest stage of the cascade that is complete
+        self.variant = ""  # the variant that computed this stage
+        self.history = HistoryUse(used=0, dropped=0, unknown=0, cache="none")
+        self.meta: MetaStatus | None = None

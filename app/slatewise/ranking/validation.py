@@ -1,0 +1,56 @@
+"""Checks of a request that the schema cannot make: counts against limits, names against the bundle.
+
+Called by: `pipeline.py`, before any array is made. Calls: nothing of ours but the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import cast
+
+from slatewise.bundle.ranker import Ranker
+from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotFound, pointer
+from slatewise.ranking.admission import RequestLimits
+from slatewise.schemas import ModelExit, RankRequest
+
+
+def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple[str, ModelExit]:
+    """Variant and exit that the request asks for. Raises NotFound, or Invalid with all faults."""
+    variant = ranker.default_variant if request.variant == "auto" else request.variant
+    if variant not in ranker.engines:
+        raise NotFound(f"ranker {ranker.name} serves no such variant; served: {', '.join(ranker.engines)}")
+    if faults := tuple(islice(find_faults(request, ranker, limits), MOST_FAULTS)):
+        raise Invalid("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults[:3]), faults)
+    exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
+    if exit == "set" and len(request.candidates.item_ids) > ranker.manifest.limits.set_wise:
+        exit = "point"  # documented as `limits.set_wise`, so it is not degradation
+    return variant, exit
+
+
+def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> Iterator[Fault]:
+    manifest = ranker.manifest
+    n = len(request.candidates.item_ids)
+    events = len(request.history.item_ids)
+    if n > limits.max_candidates:
+        yield Fault("/candidates/item_ids", f"{n} candidates, limit {limits.max_candidates}")
+    if events > limits.max_history:
+        yield Fault("/history/item_ids", f"{events} events, limit {limits.max_history}")
+    for name, column in (("actions", request.history.actions), ("timestamps", request.history.timestamps)):
+        if column is not None and len(column) != events:
+            yield Fault(f"/history/{name}", f"{len(column)} entries for {events} item_ids")
+    for member, sent, known in (
+        ("features", request.candidates.features, list(manifest.features)),
+        ("fields", request.candidates.fields, list(manifest.fields)),
+    ):
+        for name, values in sent.items():
+            where = pointer("candidates", member, name)
+            if name not in known:
+                yield Fault(where, f"unknown name; known: {', '.join(known) or 'none'}")
+            elif len(values) != n:
+                yield Fault(where, f"{len(values)} entries for {n} item_ids")
+    for name in request.head_weights or ():
+        if name not in manifest.heads:
+            yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(manifest.heads)}")
+    if request.exit not in ("auto", *manifest.exits):
+        yield Fault("/exit", f"this ranker has: {', '.join(manifest.exits)}")
