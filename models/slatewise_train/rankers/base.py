@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from slatewise.ranking.pipeline import EXITS as EXITS  # the only list of exits; the offline half imports it from here
+from slatewise.schemas import EXITS as EXITS  # the only list of exits; the offline half imports it from here
 
 EncodedHistory = list[tuple[Tensor, Tensor]]  # per block: keys (B, H, T, key size) and values (B, H, T, value size)
 
