@@ -20,9 +20,10 @@ from tests.support.application import serve
 from tests.support.redis_binary import describe_redis
 from tests.support.redis_server import run_redis
 
-hypothesis.settings.register_profile("ci", derandomize=True)  # CI draws the same cases in every run
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# No deadline: the time of one example says more about the neighbours on the machine than about the code.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)  # CI draws the same cases in every run
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 HERE = Path(__file__).resolve().parent
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
