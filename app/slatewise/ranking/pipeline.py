@@ -7,7 +7,7 @@ in chunks on the threads of `workers.py`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -124,7 +124,7 @@ class Pipeline:
                     look_up = None if request.user is None else self.store.look_up(ranker, request.user)  # starts now
                     state = await self.encode(request, ranker, variant, history, trace)
                     unknown_events = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
-                    trace.history = replace(trace.history, used=len(history), unknown=unknown_events)
+                    trace.history = HistoryUse(len(history), dropped, unknown_events, trace.history.cache)
                     meta = meta if look_up is None else await look_up
                     trace.meta = meta.status
                     trace.timings.lap("embed")  # the wait that was left after the encoding
@@ -174,7 +174,7 @@ class Pipeline:
             return await self.run(extend(engine, engine.start, 0, history, False), "encode", priority, trace.timings)
         key = (ranker.name, ranker.manifest.version, variant, request.user)
         reuse = self.cache.find(key, history)
-        trace.history = replace(trace.history, cache=reuse.result)
+        trace.history = HistoryUse(0, trace.history.dropped, 0, reuse.result)
         metrics.HISTORY_REUSED.inc(reuse.events)
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state

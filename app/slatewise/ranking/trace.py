@@ -41,7 +41,7 @@ class Timings:
 
 
 class Trace:
-    """Facts known so far. Each attribute is replaced, never changed in place."""
+    """Facts known so far, replaced as the request proceeds; `timings` is the clock."""
 
     def __init__(self, entered: float) -> None:
         self.timings = Timings(entered)
