@@ -173,6 +173,15 @@ def test_find_python_takes_a_path_with_spaces(path_of_fakes: Path) -> None:
     assert find_python(path_of_fakes, str(path_of_fakes / "my python" / "python")).returncode == 0
 
 
+# A Python that makes an environment of itself alone, in no time, and installs nothing.
+FAKE = f"""case "$1 $2" in
+"-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+"-m pip") ;;
+-c*import*venv*) echo "$0" ;;
+*) exec {sys.executable} "$@" ;;
+esac"""
+
+
 def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> None:
     checkout = tmp_path / "check out"
     (checkout / "deploy").mkdir(parents=True)
@@ -180,23 +189,27 @@ def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> N
     lock = checkout / "deploy" / "serve.lock"
     lock.write_text("# no package\n")
     folder = checkout / "environment"
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    for path in (first, second):
+        script(Path(path), FAKE)
 
-    def make(python: str = "") -> str:
+    def is_made_anew(python: str = "") -> bool:
+        mark = folder / "mark"
+        if folder.exists():
+            mark.touch()
         command = [checkout / ".ci" / "environment", "environment", "serve", python]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert ("Installing" in shown) != mark.exists()
+        return not mark.exists()
 
-    assert "Installing" in make(sys.executable)
-    mark = folder / "mark"
-    mark.touch()
-    assert make(sys.executable) == make() == ""
-    assert mark.exists()
-    (folder / "installed").unlink()  # stopped half way
-    assert "Installing" in make()
-    assert not mark.exists()
-    mark.touch()
-    (folder / "installed").write_text((folder / "installed").read_text().replace("3.", "2.", 1))  # of another Python
-    assert "Installing" in make(sys.executable)
-    mark.touch()
+    assert is_made_anew(first)
+    assert not is_made_anew(first)
+    assert not is_made_anew()
+    (folder / "installed").unlink()  # an installation that stopped half way
+    assert is_made_anew(first)
+    assert is_made_anew(second)  # another Python
+    assert not is_made_anew(second)
     lock.write_text("# another lock\n")
-    assert "Installing" in make()
-    assert not mark.exists()
+    assert is_made_anew(second)
+    (folder / "bin" / "python").unlink()  # its Python is gone
+    assert is_made_anew(second)
