@@ -225,7 +225,7 @@ class Source:
                 self.data.split.train_lengths, self.manifest.limits.history_used, self.train.batch_events, rng
             )
             for batch in itertools.islice(windows, SEEN_BATCHES):
-                yield trainer.loss(make_batch(self.data.sequences, batch), ladder=True)
+                yield trainer.loss(make_batch(self.data.sequences, batch), cascade=True)
             return
         for sample in self.samples:
             found = invariance.logits_of(

@@ -393,7 +393,7 @@ def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12
     )
     toml = Config(config, TablesConfig(str(folder / "events.csv"), str(folder / "items.csv")))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
-    short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
+    short = TrainConfig(epochs=2, cascade_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
     trainer = train(load_data(config, toml.tables), ModelConfig("ligr", shape), short, folder / "train")
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
