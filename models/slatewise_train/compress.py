@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from slatewise.bundle.features import request_context
-from slatewise.bundle.graph_check import parts_of
+from slatewise_train.compression.graph_check import name_parts
 from slatewise.bundle.loader import load_bundle, sha256, versions
 from slatewise.bundle.manifest import Variant, read_manifest
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
@@ -111,7 +111,7 @@ class Recipe:
     @classmethod
     def named(cls, name: str) -> Recipe:
         """Raises ValueError for what is no name of a variant, or fp32's."""
-        parts = parts_of(name)
+        parts = name_parts(name)
         if parts == ["fp32"]:
             raise ValueError("fp32 is what variants are made of")
         return cls(parts[0] if parts[0] in ("lowrank", "student") else "fp32", "int8" in parts, "tables8" in parts)

@@ -55,7 +55,7 @@ TIMES = {
 def small() -> pytest.MonkeyPatch:
     """The tiny ranker's layers are small, and so may be what is measured on it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slatewise_train.compression.quantize.SMALLEST", 3)
+        patch.setattr("slatewise_train.compression.quantize.INTEGER_SIDE", 3)
         patch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
         patch.setattr(compressing, "SAMPLES", 12)
         patch.setattr(compressing, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))

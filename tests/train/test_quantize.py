@@ -22,7 +22,7 @@ from slatewise_train.compression.quantize import (
     CONTRIB,
     FULL_BITS,
     SAFE_BITS,
-    SMALLEST,
+    INTEGER_SIDE,
     dense_nodes,
     input_scale,
     observe,
@@ -117,7 +117,7 @@ def test_layers_that_read_the_same_share_its_codes_and_small_ones_stay() -> None
     assert {w.data_type for w in graph.graph.initializer if w.name.startswith("w") and w.name.endswith("codes")} == {
         TensorProto.INT8
     }
-    small = layer(48, SMALLEST - 1)
+    small = layer(48, INTEGER_SIDE - 1)
     assert not dense_nodes(small) and quantize(small, {}).graph == small.graph
 
 

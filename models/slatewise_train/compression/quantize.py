@@ -17,10 +17,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.graph_check import LARGE
+from slatewise_train.compression.graph_check import INTEGER_SIDE
 
 CONTRIB = "com.microsoft"
-SMALLEST = LARGE  # rows or columns of a weight below which integers save nothing
 SAFE_BITS = 7
 FULL_BITS = 8  # of a weight: without VNNI, pairs of products with 8 bits overflow their 16
 
@@ -29,7 +28,9 @@ def dense_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The `Gemm` nodes worth quantizing: constant weight (in, out), neither side small."""
     shapes = {weight.name: tuple(weight.dims) for weight in graph.graph.initializer}
     return [
-        node for node in graph.graph.node if node.op_type == "Gemm" and min(shapes.get(node.input[1], (0,))) >= SMALLEST
+        node
+        for node in graph.graph.node
+        if node.op_type == "Gemm" and min(shapes.get(node.input[1], (0,))) >= INTEGER_SIDE
     ]
 
 
