@@ -5,6 +5,7 @@ Before: a .npy file that `models/slatewise_train/compression/item_quantization.p
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -42,3 +43,9 @@ class Int8Items:
 
 
 ItemTable = Float32 | Int8Items
+
+
+def read_item_table(path: Path) -> ItemTable:
+    """The item table of a .npy file, read into memory: float32 rows or int8 records, by the dtype of the file."""
+    rows = np.load(path, allow_pickle=False)
+    return Int8Items(rows) if rows.dtype.names else rows

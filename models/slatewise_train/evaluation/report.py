@@ -1,0 +1,245 @@
+"""Markdown tables and plots of training, export, compression and personalization.
+
+Called by: `train.py`, `export.py`, `compress.py`, `personalization.py`. Calls: matplotlib.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from slatewise.bundle.manifest import Variant
+from slatewise.process import cpu_name
+from slatewise_train.rankers.ligr import EXITS
+
+Interval = Sequence[float]  # mean, low and high end of a 95 % interval
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def interval_cell(value: Interval) -> str:
+    return f"{value[0]:.4f} ({value[1]:.4f} to {value[2]:.4f})"
+
+
+def difference_cell(value: Interval, digits: int = 4) -> str:
+    mean, low, high = (f"{number:+.{digits}f}" for number in value)
+    return f"{mean} ({low} to {high})"
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+
+
+# Training
+
+
+def plot_training(log: Path) -> None:
+    """Plot a training's log.csv beside it, as log.png: the loss, and the quality on the validation users."""
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in (rows[0] if rows else {}) if name.endswith(("hr10", "ndcg10"))]
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
+    left.plot([int(row["epoch"]) for row in rows], [float(row["loss"]) for row in rows])
+    left.set(xlabel="epoch", ylabel="training loss (rises when the exits point and set join)")
+    for name in columns:
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=".", label=name)
+            right.legend()
+    right.set(xlabel="epoch", ylabel="validation users, full catalogue")
+    save_figure(figure, log.with_suffix(".png"), dpi=110)
+
+
+# Quality by exit (report.json of a bundle)
+
+
+def quality_table(report: Mapping[str, Any]) -> str:
+    """Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`."""
+    leave_one_out = [
+        [name, str(row["users"]), interval_cell(row["hr10"]), interval_cell(row["ndcg10"])]
+        for name, row in report["leave_one_out"].items()
+    ]
+    slates = []
+    for name, row in report["slates"].items():
+        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else ""
+        cells = [interval_cell(row["ndcg10"]), interval_cell(row["auc_in_slate"]), f"{row['auc']:.4f}", error]
+        slates.append([name, str(row["slates"]), *cells])
+    differences = [[name, difference_cell(value)] for name, value in report["set_against_point"].items()]
+    title = f"held-out slates, `{report['label']}`"
+    return "\n".join(
+        [
+            *markdown_table(["leave-one-out, full catalogue", "users", "HR@10", "NDCG@10"], leave_one_out),
+            "",
+            *markdown_table(
+                [title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"],
+                slates,
+            ),
+            "",
+            *markdown_table(["`set` minus `point`, paired", "difference"], differences),
+        ]
+    )
+
+
+def plot_quality(report: Mapping[str, Any], path: Path) -> None:
+    """HR@10 and NDCG@10 of each exit and baseline, with 95 % intervals."""
+    panels = (
+        ("leave_one_out", "hr10", "HR@10, leave-one-out"),
+        ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"),
+        ("slates", "ndcg10", "NDCG@10, held-out slates"),
+    )
+    figure = Figure(figsize=(13, 3.6))
+    for axis, (table, metric, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        rows = report[table]
+        for k, (name, row) in enumerate(rows.items()):
+            mean, low, high = row[metric]
+            color = "tab:blue" if name in EXITS else "0.7"
+            axis.barh(k, mean, xerr=[[mean - low], [high - mean]], color=color, capsize=3)
+        axis.set(yticks=range(len(rows)), yticklabels=list(rows), title=title)
+        axis.invert_yaxis()
+    save_figure(figure, path, dpi=100)
+
+
+# Variants of a bundle (variants.md, variants.png)
+
+
+def ndcg_by_table(variant: Variant, exit: str) -> dict[str, Interval]:
+    """NDCG@10 of an exit, by table (leave_one_out, slates); empty when quality was not measured."""
+    return {table: row["ndcg10"] for table, row in variant.quality.get(exit, {}).items()}
+
+
+VARIANT_COLUMNS = (
+    "variant",
+    "KB on disk",
+    "MB resident",
+    "encode ms, p50 / p99",
+    "score ms, p50 / p99",
+    "HR@10",
+    "NDCG@10",
+    "minus fp32",
+    "NDCG@10 of slates",
+    "minus fp32",
+    "AUC in the slate",
+    "Kendall tau",
+    "top 10",
+    "bound",
+    "published",
+)
+
+
+def variants_table(variants: Mapping[str, Variant], exit: str, reasons: Mapping[str, str]) -> str:
+    """Markdown with one row per variant. `reasons`: variant -> the reason it is not published."""
+    rows = [
+        [name, *variant_cells(variant, exit), f"no: {reasons[name]}" if name in reasons else "yes"]
+        for name, variant in variants.items()
+    ]
+    title = f"`{exit}`, {cpu_name()}, one thread; times of history 200, 200 candidates"
+    return "\n".join([title, "", *markdown_table(VARIANT_COLUMNS, rows)])
+
+
+def variant_cells(variant: Variant, exit: str) -> list[str]:
+    """The cells of VARIANT_COLUMNS between the name and the last column; empty for unknown values."""
+    quality = variant.quality.get(exit, {})
+    next_item = quality.get("leave_one_out", {})
+    slates = quality.get("slates", {})
+    shapes = variant.latency_ms.get("rows", [])
+    times = next((row for row in shapes if (row["history"], row["candidates"]) == (200, 200)), None)
+
+    def latency(stage: str) -> str:
+        return "" if times is None else f"{times[f'{stage}_p50']:.2f} / {times[f'{stage}_p99']:.2f}"
+
+    def mean(row: Mapping[str, Interval], metric: str) -> str:
+        return f"{row[metric][0]:.4f}" if metric in row else ""
+
+    def minus_fp32(metric: str) -> str:
+        return difference_cell(variant.difference[metric]) if metric in variant.difference else ""
+
+    return [
+        f"{variant.bytes / 1024:.0f}",
+        "" if variant.resident_bytes is None else f"{variant.resident_bytes / 2**20:.1f}",
+        latency("encode"),
+        latency("score"),
+        mean(next_item, "hr10"),
+        mean(next_item, "ndcg10"),
+        minus_fp32("leave_one_out_ndcg10"),
+        mean(slates, "ndcg10"),
+        minus_fp32("slate_ndcg10"),
+        mean(slates, "auc_in_slate"),
+        str(variant.agreement.get("kendall_tau", "")),
+        str(variant.agreement.get("top10_overlap", "")),
+        f"{variant.bound:.0e}",
+    ]
+
+
+def plot_variants(variants: Mapping[str, Variant], exit: str, path: Path) -> None:
+    """Quality over latency, with the size on disk as the area; Kendall's tau with fp32 when quality is unknown."""
+    figure = Figure(figsize=(8, 5))
+    axis = figure.subplots()
+    measured = all(ndcg_by_table(variant, exit) for variant in variants.values())
+    for name, variant in variants.items():
+        tau = variant.agreement.get("kendall_tau", 1.0)
+        mean, low, high = next(iter(ndcg_by_table(variant, exit).values())) if measured else (tau, tau, tau)
+        x = variant.milliseconds
+        axis.errorbar(x, mean, yerr=[[mean - low], [high - mean]], color="0.8", capsize=2, zorder=0)
+        axis.scatter(x, mean, s=variant.bytes / 4096, alpha=0.5)
+        axis.annotate(name, (x, mean), xytext=(6, 6), textcoords="offset points")
+    axis.set(
+        xlabel="ms, encode + score, summed over the measured shapes, one thread",
+        ylabel="NDCG@10" if measured else "Kendall's tau with fp32",
+    )
+    save_figure(figure, path, dpi=110)
+
+
+# Personalization
+
+ARM_METRICS = {"query_loss": "query loss", "next_ndcg10": "NDCG@10 of next item", "like_ndcg10": "NDCG@10 of `like`"}
+
+
+def length_labels(report: Mapping[str, Any]) -> dict[str, str]:
+    """Label of each history length; the last length stands for itself and all longer ones."""
+    *shorter, longest = report["lengths"]
+    return {length: length for length in shorter} | {longest: f"{longest}+"}
+
+
+def personalization_table(report: Mapping[str, Any]) -> str:
+    """Markdown with one row per history length and arm: means, and paired differences to the default vector."""
+    labels = length_labels(report)
+    rows = []
+    for length, found in report["lengths"].items():
+        for name, metrics in found["arms"].items():
+            cells = [labels[length], str(found["users"]), name]
+            for metric in ARM_METRICS:
+                row = metrics[metric]
+                compared = "minus_default" in row
+                cells.append(f"{row['mean']:.4f}")
+                cells.append(f"{difference_cell(row['minus_default'], 5)}, p {row['p']:.4f}" if compared else "")
+            rows.append(cells)
+    columns = ["events", "users", "arm"]
+    columns += [name for title in ARM_METRICS.values() for name in (title, "minus default")]
+    return "\n".join(markdown_table(columns, rows))
+
+
+def plot_personalization(report: Mapping[str, Any], path: Path) -> None:
+    """Difference to the default vector, by history length, for the adapted vector and the user's own fitted vector."""
+    labels = list(length_labels(report).values())
+    figure = Figure(figsize=(13, 3.6))
+    for axis, (metric, title) in zip(figure.subplots(1, len(ARM_METRICS)), ARM_METRICS.items(), strict=True):
+        for shift, name in ((-0.1, "adapted"), (0.1, "own vector")):
+            rows = [lengths["arms"][name][metric]["minus_default"] for lengths in report["lengths"].values()]
+            mean, low, high = np.array(rows).T
+            x = np.arange(len(rows)) + shift
+            axis.errorbar(x, mean, [mean - low, high - mean], marker="o", capsize=3, label=name)
+        axis.axhline(0, color="0.7")
+        axis.set(xticks=range(len(labels)), xticklabels=labels, xlabel="events of the user")
+        axis.set(title=f"{title}, minus default")
+        axis.legend()
+    save_figure(figure, path, dpi=100)
