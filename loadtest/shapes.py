@@ -15,7 +15,8 @@ from slatewise.process import cpu_name
 from slatewise_train.compression.source import restore
 from slatewise_train.compression.student import shrink
 from slatewise_train.export import measure_latency, write_graphs
-from slatewise_train.rankers.ligr_onnx import LigrGraphs, uncalibrated
+from slatewise_train.rankers.base import uncalibrated
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
 SHAPES: dict[str, dict[str, int]] = {
     "W": {},

@@ -70,8 +70,9 @@ from slatewise_train.export import (
     write_graphs,
     write_json,
 )
+from slatewise_train.rankers.base import Calibration, uncalibrated
 from slatewise_train.rankers.ligr import Ligr
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs, uncalibrated
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Data, TrainConfig, Trainer, epoch_windows, load_data, make_batch
 
 LEAST_INTEGER_BOUND = 1e-4  # also where nothing moved: few requests meet a value beside a rounding step, and one that does was seen to move a score by 2e-5

@@ -18,40 +18,10 @@ import polars as pl
 
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
+from slatewise_train.config import DataConfig, Head
 
 MULTI_VALUE_SEPARATOR = "|"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Head:
-    """What one output predicts: `next` (is this the next item?) or `label` (column label_<name> of the events)."""
-
-    name: str
-    kind: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `[data]`, `[items]`, `[heads]` and `[split]` tables of a TOML."""
-
-    name: str
-    heads: tuple[Head, ...]
-    title: str = "title"
-    categorical: tuple[str, ...] = ()
-    numeric: tuple[str, ...] = ()
-    history_length: int = 256
-    kind: str = "leave-one-out"  # or "time"
-    test_from: float = 0.0  # unix seconds, of the kind "time"
-    slate_size: int = 20  # a slate is the next this many events of a user
-    slate_users: int = 0  # users whose last slate is held out of training
-    validation_users: int = 0  # further users whose last training event is held out, to watch the training
-    held_out_users: int = (
-        0  # further users of whom training sees nothing: those that a meta-embedding must help (`limaml.py`)
-    )
-    max_bad_share: float = 0.01  # above this share of unusable rows, reading is an error
-    seed: int = 0
 
 
 def from_table(kind: type[T], table: dict, where: str, /, **given: Any) -> T:

@@ -368,7 +368,7 @@ class Trainer:
     def loss(self, batch: Batch, ladder: bool) -> Tensor:
         """Of the exit `dot`, and with `ladder` of all exits."""
         table = self.model.item_table()
-        cold_item_vectors = self.model.unknown_twin(table)
+        cold_item_vectors = self.model.cold_item_vectors(table)
         state, users = self.model.encode(
             self.model.tokens(self.id_dropout(batch.items, table, cold_item_vectors), batch.actions, batch.gaps)
         )

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from slatewise_train.evaluation.calibration import LEAST_SLOPE, fit_calibration
 from slatewise_train.evaluation.offline import calibration_error
+from slatewise_train.rankers.base import Calibration
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
-from slatewise_train.rankers.ligr_onnx import DOUBLE, Calibration, Graph, LigrGraphs
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
+from slatewise_train.rankers.onnx_builder import GraphBuilder
 
 torch.set_num_threads(1)
 
@@ -105,8 +107,8 @@ def test_graph_writes_the_same_map(tmp_path: Path) -> None:
     calibrations = [FITTED[1.7, 0.5], Calibration.identity(), FITTED[0.0, 0.0]]
     config = LigrConfig(items=4, actions=1, fields={}, numeric=0, heads=3, width=4, blocks=1, set_blocks=0)
     graphs = LigrGraphs(Ligr(config, {}, torch.zeros(0), torch.ones(0)), {"dot": calibrations}, 1)
-    g = Graph("calibration")
-    g.output("probabilities", graphs.probabilities(g, g.input("logits", ["B", "N", 3]), "dot"), ["B", "N", 3], DOUBLE)
+    g = GraphBuilder("calibration")
+    graphs.probabilities(g, g.input("logits", ["B", "N", 3]), "dot")
     (tmp_path / "graph.onnx").write_bytes(g.model().SerializeToString())
     session = ort.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     for n in (0, 1, 1000):

@@ -39,8 +39,8 @@ from slatewise_train.export import (
     write_graphs,
 )
 from slatewise_train.meta.limaml import MetaConfig, MetaTrainer, user_vectors
-from slatewise_train.rankers.ligr import EXITS
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs
+from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import TrainConfig, build_model, load_data, train
 from tests.conftest import Tiny
 
@@ -208,7 +208,7 @@ def test_fields_of_the_bundle_describe_an_unknown_item_as_training_did(ranker: R
     candidates, unknown = ranker.candidates(RankRequest.model_validate(body), 0.0)
     model = tiny.trainer.model
     with torch.no_grad():
-        expected = model.unknown_twin(model.item_table())[rows].numpy()
+        expected = model.cold_item_vectors(model.item_table())[rows].numpy()
     np.testing.assert_allclose(candidates.vectors, expected, rtol=0, atol=1e-6)
     assert unknown.tolist() == [0, 1, 2]
 

@@ -255,8 +255,8 @@ def test_item_table_folds_the_id_row_and_the_mean_of_the_field_values() -> None:
     torch.testing.assert_close(table[7], ids[7] + field[1:].mean(0))
 
 
-def test_an_unknown_twin_has_the_items_fields_and_the_unknown_items_id() -> None:
-    cold_item_vectors = MODEL.unknown_twin(MODEL.item_table())
+def test_an_cold_item_vectors_has_the_items_fields_and_the_unknown_items_id() -> None:
+    cold_item_vectors = MODEL.cold_item_vectors(MODEL.item_table())
     ids = MODEL.item.weight
     field = MODEL.field["genre"].weight
     torch.testing.assert_close(cold_item_vectors[7], ids[UNKNOWN_ITEM] + field[1:].mean(0))

@@ -17,8 +17,9 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, GAP_FIRST, Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.evaluation.parity import torch_logits
-from slatewise_train.rankers.ligr import EXITS, Ligr, LigrConfig
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs
+from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from tests.conftest import Tiny
 
 torch.set_num_threads(1)

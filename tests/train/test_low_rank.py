@@ -26,8 +26,9 @@ from slatewise_train.compression.low_rank import (
     timed_layer,
     uniform,
 )
-from slatewise_train.rankers.ligr import EXITS, Ligr, LigrConfig
-from slatewise_train.rankers.ligr_onnx import Calibration, LigrGraphs
+from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
 SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 

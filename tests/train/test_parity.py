@@ -15,7 +15,7 @@ from slatewise.inference.engine import Engine
 from slatewise_train.evaluation import parity as invariance
 from slatewise_train.evaluation.parity import Requests
 from slatewise_train.export import FP32_BOUND
-from slatewise_train.rankers.ligr_onnx import Calibration
+from slatewise_train.rankers.base import Calibration
 from tests.conftest import Tiny
 
 MEASURES = [

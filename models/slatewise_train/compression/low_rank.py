@@ -21,7 +21,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from slatewise_train.rankers.ligr_onnx import Graph, linear
+from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 
 
 def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
     """Median time of a chain of dense layers, each (out, in), for that many rows."""
-    g = Graph("layers")
+    g = GraphBuilder("layers")
     x = g.input("x", ["N", weights[0].shape[1]])
     for k, weight in enumerate(weights):
         x = linear(g, x, f"layer{k}", weight.float().numpy(), None)

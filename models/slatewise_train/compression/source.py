@@ -13,8 +13,8 @@ import torch
 from onnx import numpy_helper
 
 from slatewise.bundle.manifest import Manifest, read_manifest
+from slatewise_train.rankers.base import Calibration
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
-from slatewise_train.rankers.ligr_onnx import Calibration
 
 
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:

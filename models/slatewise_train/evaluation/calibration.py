@@ -18,11 +18,9 @@ from tqdm import tqdm
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
 from slatewise_train.evaluation.offline import candidates_of, slate_cases
-from slatewise_train.rankers.ligr import EXITS
-from slatewise_train.rankers.ligr_onnx import Calibration
+from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
 from slatewise_train.train import Data
 
-Calibrations = dict[str, list[Calibration]]  # exit -> head, in the manifest's order
 LEAST_SLOPE = 1e-3
 MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probability of exactly 1
 MOST_BIAS = 10.0

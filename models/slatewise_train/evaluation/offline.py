@@ -18,7 +18,7 @@ from slatewise.bundle.features import gap_buckets, request_context, window_start
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.data import training_events
-from slatewise_train.rankers.ligr import EXITS
+from slatewise_train.rankers.base import EXITS
 from slatewise_train.train import Data
 
 RERANKED = 100  # in (a), the exit `set` orders the best of `point`: a slate of the whole catalogue is none

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from slatewise.bundle.manifest import Variant
 from slatewise.process import cpu_name
-from slatewise_train.rankers.ligr import EXITS
+from slatewise_train.rankers.base import EXITS
 
 Interval = Sequence[float]  # mean, low and high end of a 95 % interval
 

@@ -1,13 +1,15 @@
-"""A LiGR ranker (arXiv 2502.03417): gated blocks, the history encoded once for all candidates, set-wise attention.
+"""The family `ligr`: a LiGR ranker (arXiv 2502.03417).
 
-What is special about it:
-- the gate of a block reads the stream before normalisation: x + F(LN(x)) * sigmoid(x W + b)
-- history is causal with rotary positions behind a learned start token, so its keys and values can be kept and extended
-- candidates run through the same blocks, read start token and history, and neither each other nor, by attention, themselves
-- numeric features, meta-embedding and request context join after the history blocks (late fusion)
-- a ladder of exits, each a ranker by itself:  dot: a (u . e) + c,  point: + f,  set: + g
+- A block gates its update with the stream before normalisation: x + F(LN(x)) * sigmoid(x W + b) (equation 1).
+- The history is causal, with rotary positions behind a learned start token, so its keys and values can be cached and
+  extended by new events.
+- Candidates pass through the same blocks. Each attends to the start token and the history, not to other candidates and
+  not to itself.
+- Numeric features, meta-embedding and request context join after the blocks (late fusion).
+- Set-wise blocks let the candidates of a slate attend to each other.
 
-Before: `data.py` (index arrays). After: `train.py` learns the weights, `graphs.py` writes the same equations as ONNX.
+Called by: `families.py` (its table of families). Calls: `base.py`, whose letters for shapes it uses.
+`ligr_onnx.py` writes the same equations as ONNX.
 """
 
 from dataclasses import dataclass
@@ -17,46 +19,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
-
-EXITS = ("dot", "point", "set")
+from slatewise_train.rankers.base import EXITS, EncodedHistory, Ranker, RankerConfig
 
 
 @dataclass(frozen=True)
-class LigrConfig:
-    items: int  # rows of the item table, with the unknown item and the start token
-    actions: int  # with the unknown action
-    fields: dict[str, int]  # categorical column -> rows, with "none"
-    numeric: int
-    heads: int
+class LigrConfig(RankerConfig):
+    """The TOML's table `[model]` and the sizes of the data. Raises ValueError for sizes that do not fit each other."""
+
     width: int = 64
-    blocks: int = 2
+    blocks: int = 2  # shared by history and candidates
     attention_heads: int = 1
     set_blocks: int = 1
-    feed_forward: int = 4  # times the width
+    feed_forward: int = 4  # hidden units of a feed-forward layer, as a multiple of the width
     meta_size: int = 16
     dropout: float = 0.1
-    key_heads: int = (
-        0  # of keys and values, each read by as many queries' heads (GQA, arXiv 2305.13245); 0: as many as those
-    )
-    key_size: int = (
-        0  # of a head of queries and keys (DARE, arXiv 2410.02604: less than of values will do); 0: as of values
-    )
+    # Heads of keys and values; several query heads share one of them (GQA, arXiv 2305.13245). 0: attention_heads.
+    key_heads: int = 0
+    # Size of a query or key head, which may be less than that of a value head (DARE, arXiv 2410.02604). 0: value_size.
+    key_size: int = 0
 
     def __post_init__(self) -> None:
         if self.width % self.attention_heads or (self.key_heads and self.attention_heads % self.key_heads):
             raise ValueError(
-                f"attention_heads = {self.attention_heads} must divide width = {self.width}, and key_heads = {self.key_heads} them"
+                f"attention_heads = {self.attention_heads} must divide width = {self.width}, "
+                f"and key_heads = {self.key_heads} must divide attention_heads"
             )
         if (self.key_size or self.value_size) % 2:
-            raise ValueError(f"key_size = {self.key_size or self.value_size} must be even: rotary positions turn pairs")
+            raise ValueError(
+                f"key_size = {self.key_size or self.value_size} must be even: rotary positions rotate pairs of numbers"
+            )
 
     @property
     def value_size(self) -> int:
-        """Of a head."""
+        """Size of a value head."""
         return self.width // self.attention_heads
 
     @property
     def query_width(self) -> int:
+        """Of all query heads together; `key_width` and `value_width` likewise."""
         return self.attention_heads * (self.key_size or self.value_size)
 
     @property
@@ -69,9 +69,9 @@ class LigrConfig:
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864): pairs (i, i + D/2) turned by position * 10000^(-2i/D).
+    """Rotary positions (RoFormer, arXiv 2104.09864): (B, H, T, D).
 
-    x: (B, H, T, D), positions: (T,) or (B, T); (B, H, T, D).
+    Rotates the pair (i, i + D/2) by the angle position * 10000^(-2i/D). x: (B, H, T, D), positions: (T,) or (B, T).
     """
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -86,7 +86,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A gated block (LiGR eq. 1): x + F(LN(x)) * sigmoid(x W + b), with F = attention, then F = feed-forward."""
+    """A gated block (LiGR, equation 1): x + F(LN(x)) * sigmoid(x W + b) for F = attention, then for F = feed-forward."""
 
     def __init__(self, config: LigrConfig) -> None:
         super().__init__()
@@ -106,10 +106,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
+        """(B, T, H * D) -> (B, H, T, D)"""
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of H key heads, (B, H, T, key size) and (B, H, T, value size); without positions (set-wise) nothing is rotated."""
+        """Keys (B, H, T, key size) and values (B, H, T, value size) of H key heads, for x (B, T, d).
+
+        Keys are rotated to their positions, (T,) or (B, T); None in set-wise blocks, which have no positions.
+        """
         x = self.attention_norm(x)
         key = self.split(self.key(x), self.key_heads)
         value = self.split(self.value(x), self.key_heads)
@@ -118,7 +122,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False
     ) -> Tensor:
-        """x: (B, N, d) reads key and value of `keys_values`; mask (B or 1, 1, N, K), True where it may read."""
+        """x (B, N, d) attends to key and value, as `keys_values` returns them for K positions: (B, N, d).
+
+        mask: (B or 1, 1, N, K), True for the positions that may be read.
+        """
         query = self.split(self.query(self.attention_norm(x)), self.heads)
         query = query if positions is None else rotate(query, positions)
         read = F.scaled_dot_product_attention(
@@ -130,7 +137,12 @@ class Block(nn.Module):
         return x + self.dropout(fed) * torch.sigmoid(self.feed_forward_gate(x))
 
 
-class Ligr(nn.Module):
+class Ligr(Ranker):
+    """field_values, numeric_mean and numeric_std: as in `families.ItemColumns`; they become buffers."""
+
+    family = "ligr"
+    config: LigrConfig
+
     def __init__(
         self, config: LigrConfig, field_values: dict[str, Tensor], numeric_mean: Tensor, numeric_std: Tensor
     ) -> None:
@@ -142,7 +154,7 @@ class Ligr(nn.Module):
         self.action = nn.Embedding(config.actions, d)
         self.gap = nn.Embedding(GAP_BUCKETS, d)
         for name, rows in field_values.items():
-            self.register_buffer(f"values_{name}", rows)  # (items, V) int64, 0 is none
+            self.register_buffer(f"values_{name}", rows)  # (items, V)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.user_norm = nn.LayerNorm(d)
         self.dot_scale = nn.Parameter(torch.ones(config.heads))
@@ -165,79 +177,78 @@ class Ligr(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for last in (self.point_down, self.set_out):  # an exit starts as the one below it
+        for last in (self.point_down, self.set_out):  # so untrained, every exit gives the logits of `dot`
             nn.init.zeros_(last.weight)
 
+    @property
+    def exits(self) -> tuple[str, ...]:
+        return EXITS if self.config.set_blocks else EXITS[:-1]
+
+    def field_table(self, name: str) -> Tensor:
+        return self.field[name].get_parameter("weight")
+
     def field_vectors(self, name: str, values: Tensor) -> Tensor:
-        """(..., V) value rows, 0 is none or padding -> (..., d): the mean of the values, or the row of "none"."""
-        table = self.field[name].weight
+        """The mean vector of a field's values, or row 0 of the field if there are no values: (..., d).
+
+        values: (..., V) rows of the field, 0 for padding.
+        """
+        table = self.field_table(name)
         known = (values > 0).unsqueeze(-1)
         mean = (F.embedding(values, table) * known).sum(-2) / known.sum(-2).clamp(min=1)
         return torch.where(known.any(-2), mean, table[0])
 
     def item_table(self) -> Tensor:
-        """Id rows and metadata folded into one table: (items, d)."""
-        folded = self.item.weight
+        folded = self.item.weight  # (items, d)
         for name in self.config.fields:
             rows = self.field_vectors(name, getattr(self, f"values_{name}"))
-            rows = rows.index_fill(0, torch.tensor([START_ITEM]), 0.0)
+            rows = rows.index_fill(0, torch.tensor([START_ITEM]), 0.0)  # the start token has no fields
             folded = folded + rows
         return folded
 
-    def unknown_twin(self, table: Tensor) -> Tensor:
-        """(items, d): each item's vector as it would be if its id were not known, its fields alone."""
-        return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]
+    def cold_item_vectors(self, table: Tensor) -> Tensor:
+        return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
 
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
-        """(B, T, d) item vectors, (B, T) action rows, (B, T) gap buckets -> (B, T, d)."""
-        return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))
+        return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))  # (B, T, d)
 
-    def encode(self, x: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """History tokens (B, T, d), start token first -> per block K and V of `keys_values`; user vectors (B, T, d), one a position."""
+    def encode(self, x: Tensor) -> tuple[EncodedHistory, Tensor]:
         positions = torch.arange(x.shape[1])
         state = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             key, value = block.keys_values(x, positions)
             state.append((key, value))
             x = block(x, key, value, positions, None, causal=True)
-        return state, self.user_norm(x)
+        return state, self.user_norm(x)  # (B, T, d)
 
     def dot_logits(self, users: Tensor, vectors: Tensor) -> Tensor:
-        """Exit `dot`: users (B, 1, d), candidates' vectors (B, N, d) -> (B, N, heads)."""
-        return (users * vectors).sum(-1, keepdim=True) * self.dot_scale + self.dot_bias
+        return (users * vectors).sum(-1, keepdim=True) * self.dot_scale + self.dot_bias  # (B, N, heads)
 
     def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
-        """Late fusion: raw numeric features (..., N, F) with NaN for missing, meta (..., 1, M), context (..., 1, 4) -> (..., N, d)."""
-        missing = numeric.isnan()
+        missing = numeric.isnan()  # (..., N, F)
         scaled = torch.where(missing, 0.0, (numeric - self.numeric_mean) / self.numeric_std).clamp(-10, 10)
         n = (*numeric.shape[:-1], -1)
         return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
 
     def meta_shift(self, meta: Tensor) -> Tensor:
-        """What a meta-embedding (..., M) adds to `fuse` of none at all: (..., d)."""
-        first = 2 * self.config.numeric
+        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
         return F.linear(meta, self.fusion.weight[:, first : first + self.config.meta_size])
 
     def hidden(
-        self, vectors: Tensor, state: list[tuple[Tensor, Tensor]], positions: Tensor, mask: Tensor | None, fused: Tensor
+        self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor
     ) -> Tensor:
-        """Candidates' vectors (B, N, d) through the blocks, each reading the history alone; (B, N, d).
-
-        positions: (1,) or (B, N), where they stand; mask: (B, 1, N, T), True for the history that a candidate may read, or None for all.
-        """
-        x = self.dropout(vectors)
-        for block, (key, value) in zip(self.blocks, state, strict=True):
+        x = self.dropout(vectors)  # (B, N, d)
+        for block, (key, value) in zip(self.blocks, history, strict=True):
             x = block(x, key, value, positions, mask)
         return x + fused
 
     def point_logits(self, hidden: Tensor) -> Tensor:
-        """f of the exit `point`: (B, N, heads)."""
-        return self.point_down(F.gelu(self.point_up(self.point_norm(hidden))))
+        return self.point_down(F.gelu(self.point_up(self.point_norm(hidden))))  # (..., N, heads)
 
     def set_logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """g of the exit `set`, the candidates of a slate reading each other; mask (B, 1, 1, N), False for padding."""
         x = hidden
         for block in self.set_blocks:
+            assert isinstance(block, Block)
             key, value = block.keys_values(x, None)
             x = block(x, key, value, None, mask)
-        return self.set_out(self.set_norm(x))
+        return self.set_out(self.set_norm(x))  # (B, N, heads)

@@ -1,4 +1,4 @@
-"""The serving graphs, written operator by operator: the equations of `ligr.py` as ONNX, with a batch axis B.
+"""The serving graphs of `ligr.py`, written operator by operator, with a batch axis B.
 
     encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> (B,P,key width) past_value_<i> (B,P,value width)
              -> key_<i> value_<i> (B,P+T,...), user (B,d)
@@ -7,123 +7,43 @@
              key_<i> value_<i> (B,K,...) history_length (B,)                      -> probabilities, logits, hidden (B,N,d)
     set      hidden (B,N,d) logits (B,N,heads) set_length (B,)                      -> probabilities
 
-Rows of a batch are padded on the right and `length`, `history_length`, `set_length` say how much of each is real: a
-request alone is never padded. The rows of one `encode` call share the length of their past, so causality does the
-rest. A fresh history is an extension of the start token's state, which the engine makes once (item row 1, action 0,
-gap 0, no past). Attention is one operator throughout (`Attention`, opset 24) and never sees a mask.
+Rows of a batch are padded on the right; `length`, `history_length` and `set_length` are the lengths without padding.
+A single request is never padded. All rows of one `encode` call have the same past length, so causality alone keeps
+padding unread. An empty history is the state of the start token (item row 1, action 0, gap 0, no past), which the
+engine encodes once and every history extends. Attention is one operator (`Attention`, opset 24), never with a mask.
 
-Every dense layer is one `Gemm` of `linear`, two where the model holds a `low_rank.LowRank`; `quantize.py` finds them by
-that and makes them integers. Probabilities are float64: the calibration is strictly increasing and, in double
-precision, stays so through the sigmoid.
-Before: `ligr.py`. After: `export.py` checks them against torch and writes the bundle.
+Every dense layer is one `Gemm`, or two if it was factored by `compression/low_rank.py`; `compression/quantize.py`
+looks for these nodes.
+
+Called by: `families.graphs`. Calls: `onnx_builder.py`. The evaluation compares the graphs with the torch model.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_MISSING, START_ITEM, UNKNOWN_ACTION
+from slatewise_train.rankers.base import Calibrations, RankerGraphs
 from slatewise_train.rankers.ligr import Ligr
-
-OPSET = 24
-IR_VERSION = 11
-FLOAT = TensorProto.FLOAT
-DOUBLE = TensorProto.DOUBLE
-INT = TensorProto.INT64
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A strictly increasing, piecewise linear map of one head's logit: `bias + slope * x + bends . relu(x - knots)`."""
-
-    slope: float
-    bias: float
-    knots: np.ndarray  # (K,) float64, ascending
-    bends: np.ndarray  # (K,) float64, changes of slope
-
-    @classmethod
-    def identity(cls) -> "Calibration":
-        return cls(1.0, 0.0, np.zeros(0), np.zeros(0))
-
-    def __call__(self, logits: np.ndarray) -> np.ndarray:
-        logits = logits.astype(np.float64)
-        return self.bias + self.slope * logits + np.maximum(logits[..., None] - self.knots, 0.0) @ self.bends
-
-
-def uncalibrated(exits: Sequence[str], heads: int) -> dict[str, list[Calibration]]:
-    """The logits as they are, by exit and head."""
-    return {exit: [Calibration.identity() for _ in range(heads)] for exit in exits}
-
-
-class Graph:
-    """Collects nodes and weights; `graph.op("MatMul", a, b)` returns the name of the result."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.count = 0
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: dict[str, onnx.TensorProto] = {}
-        self.inputs: list[onnx.ValueInfoProto] = []
-        self.outputs: list[onnx.ValueInfoProto] = []
-        self.rotary: tuple[str, str] | None = None  # of `LigrGraphs.rotary`, worked out once
-
-    def input(self, name: str, shape: Sequence[int | str], dtype: int = FLOAT) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
-        return name
-
-    def output(self, name: str, value: str, shape: Sequence[int | str], dtype: int = FLOAT) -> str:
-        """Gives a value its name as an output, in place: an Identity would copy it."""
-        for node in self.nodes:
-            node.input[:] = [name if v == value else v for v in node.input]
-            node.output[:] = [name if v == value else v for v in node.output]
-        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
-        return name
-
-    def weight(self, name: str, array: np.ndarray) -> str:
-        if name not in self.weights:
-            self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-    def ints(self, *values: int) -> str:
-        return self.weight("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
-        self.count += 1
-        name = f"{kind}_{self.count}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def model(self) -> onnx.ModelProto:
-        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.weights.values()))
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="slatewise"
-        )
-        onnx.checker.check_model(model, full_check=True)
-        return model
-
-
-def linear(g: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
-    """x (rows, in) -> (rows, out); weight (out, in) as torch keeps it. One GEMM, the bias in it."""
-    return g.op(
-        "Gemm", x, g.weight(f"{name}.weight", weight.T), *([] if bias is None else [g.weight(f"{name}.bias", bias)])
-    )
+from slatewise_train.rankers.onnx_builder import DOUBLE, FLOAT, INT, GraphBuilder, linear, probabilities
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens on their way through the blocks: rows (B * N, d), so that a dense layer is one GEMM, and their shape (B, N, d)."""
+    """Tokens between blocks. They are stacked into rows, so that a dense layer is one GEMM."""
 
-    rows: str
-    shape: str
+    rows: str  # (B * N, d)
+    shape: str  # int64 vector [B, N, d]
 
 
-class LigrGraphs:
-    """Writes the graphs of one ranker. `calibrations[exit][head]`."""
+class LigrGraphs(RankerGraphs):
+    """Writes the graphs of one ranker. longest_history: the rotary tables reach that many events."""
 
-    def __init__(self, model: Ligr, calibrations: dict[str, list[Calibration]], longest_history: int) -> None:
+    def __init__(self, model: Ligr, calibrations: Calibrations, longest_history: int) -> None:
         self.config = model.config
         self.calibrations = calibrations
         self.state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
@@ -131,7 +51,7 @@ class LigrGraphs:
         self.set_blocks = len(model.set_blocks)
         self.heads = model.config.attention_heads
         self.key_heads = model.config.key_heads or model.config.attention_heads
-        self.query_size = model.config.query_width // self.heads  # of a head of queries and keys
+        self.query_size = model.config.query_width // self.heads  # of one query or key head
         half = self.query_size // 2
         frequencies = 10_000.0 ** (-np.arange(half) / half)
         self.rotary_factors = {
@@ -139,40 +59,49 @@ class LigrGraphs:
             "frequencies": frequencies.astype(np.float32),
         }
 
-    def stream(self, g: Graph, x: str) -> Stream:
-        """x (B, N, d)"""
+    def stream(self, g: GraphBuilder, x: str) -> Stream:
+        """x (B, N, d), stacked."""
         return Stream(g.op("Reshape", x, g.ints(-1, self.config.width)), g.op("Shape", x))
 
-    def layer(self, g: Graph, x: str, name: str) -> str:
+    def layer(self, g: GraphBuilder, x: str, name: str) -> str:
+        """The model's dense layer of that name: (rows, in) -> (rows, out)."""
         if f"{name}.first.weight" in self.state:
             x = linear(g, x, f"{name}.first", self.state[f"{name}.first.weight"], None)
             name = f"{name}.second"
         return linear(g, x, name, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
-    def norm(self, g: Graph, x: str, name: str) -> str:
+    def norm(self, g: GraphBuilder, x: str, name: str) -> str:
         scale, bias = (g.weight(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
         return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-5)
 
-    def rotate(self, g: Graph, x: str, positions: str, heads: int) -> str:
-        """x (B, T, heads * D), positions (B, T)"""
+    def rotate(self, g: GraphBuilder, x: str, positions: str, heads: int) -> str:
+        """x (B, T, heads * D) rotated to positions (B, T)."""
         return g.op("RotaryEmbedding", x, *self.rotary(g), positions, num_heads=heads)
 
-    def rotate_alike(self, g: Graph, x: str, shape: str, position: str) -> str:
-        """x (B, N, H * D), all N at one position (B, 1): onnxruntime wants no more steps than positions, so N counts as heads."""
+    def rotate_alike(self, g: GraphBuilder, x: str, shape: str, position: str) -> str:
+        """x (B, N, H * D), all N rotated to one position (B, 1).
+
+        onnxruntime does not accept more rows than positions, so N counts as heads here.
+        """
         heads = g.op("Reshape", x, g.ints(0, -1, 1, self.query_size))  # (B, N * H, 1, D)
         return self.unstacked(
             g, g.op("RotaryEmbedding", heads, *self.rotary(g), position), shape, self.config.query_width
         )
 
-    def rotary(self, g: Graph) -> tuple[str, str]:
-        """Tables (positions, D/2) of constants, which onnxruntime works out when it loads: on disk they would be a quarter of a small int8 variant."""
-        if g.rotary is None:
-            angle = g.op("Mul", *(g.weight(f"rotary.{name}", array) for name, array in self.rotary_factors.items()))
-            g.rotary = g.op("Cos", angle), g.op("Sin", angle)
-        return g.rotary
+    def rotary(self, g: GraphBuilder) -> tuple[str, str]:
+        """Cosine and sine tables (positions, D/2).
 
-    def keys_values(self, g: Graph, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
-        """(B, N, key width) and (B, N, value width)"""
+        onnxruntime computes them from their factors when it loads the graph. Stored as constants they would be a
+        quarter of a small int8 variant's size.
+        """
+        if "rotary" not in g.shared:
+            angle = g.op("Mul", *(g.weight(f"rotary.{name}", array) for name, array in self.rotary_factors.items()))
+            g.shared["rotary"] = g.op("Cos", angle), g.op("Sin", angle)
+        cosine, sine = g.shared["rotary"]
+        return cosine, sine
+
+    def keys_values(self, g: GraphBuilder, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
+        """Keys (B, N, key width) and values (B, N, value width), keys rotated to positions (B, N) unless None."""
         normed = self.norm(g, x.rows, f"{block}.attention_norm")
         widths = {"key": self.config.key_width, "value": self.config.value_width}
         key, value = (
@@ -181,72 +110,58 @@ class LigrGraphs:
         )
         return (key if positions is None else self.rotate(g, key, positions, self.key_heads)), value
 
-    def unstacked(self, g: Graph, rows: str, shape: str, width: int) -> str:
-        """rows of (B, N, width), whatever their shape was -> (B, N, width); `shape` is that of (B, N, d)"""
+    def unstacked(self, g: GraphBuilder, rows: str, shape: str, width: int) -> str:
+        """rows (B * N, width) -> (B, N, width); shape is the vector [B, N, d]."""
         if width != self.config.width:
             shape = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(2)), g.ints(width), axis=0)
         return g.op("Reshape", rows, shape)
 
-    def attention(self, g: Graph, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
-        """query (B, N, ...) reads the first `length` (B,) of key and value (B, K, ...) -> (B, N, d)
+    def attention(self, g: GraphBuilder, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
+        """query (B, N, ...) attends to the first length (B,) positions of key and value (B, K, ...) -> (B, N, d).
 
-        causal: the last of N reads all of them, the one before all but one, ...
+        causal: the last of the N attends to all of these positions, the one before it to all but one, and so on.
         """
         heads = {"q_num_heads": self.heads, "kv_num_heads": self.key_heads}
         return g.op("Attention", query, key, value, "", "", "", length, is_causal=int(causal), **heads)
 
-    def block(self, g: Graph, x: Stream, block: str, turn: Callable[[str], str], read: Callable[[str], str]) -> Stream:
-        """A gated block; `turn` gives queries (B, N, query width) their positions, `read` has them read keys and values."""
-        query = turn(
-            self.unstacked(
-                g,
-                self.layer(g, self.norm(g, x.rows, f"{block}.attention_norm"), f"{block}.query"),
-                x.shape,
-                self.config.query_width,
-            )
-        )
-        attended = self.layer(g, g.op("Reshape", read(query), g.ints(-1, self.config.width)), f"{block}.out")
+    def queries(self, g: GraphBuilder, x: Stream, block: str) -> str:
+        """Queries (B, N, query width), not rotated."""
+        normed = self.norm(g, x.rows, f"{block}.attention_norm")
+        return self.unstacked(g, self.layer(g, normed, f"{block}.query"), x.shape, self.config.query_width)
+
+    def block(self, g: GraphBuilder, x: Stream, block: str, read: str) -> Stream:
+        """The rest of a gated block, from read (B, N, d), the result of the attention."""
+        attended = self.layer(g, g.op("Reshape", read, g.ints(-1, self.config.width)), f"{block}.out")
         rows = self.gated(g, x.rows, attended, f"{block}.attention_gate")
         fed = g.op("Gelu", self.layer(g, self.norm(g, rows, f"{block}.feed_forward_norm"), f"{block}.up"))
         return Stream(self.gated(g, rows, self.layer(g, fed, f"{block}.down"), f"{block}.feed_forward_gate"), x.shape)
 
-    def gated(self, g: Graph, x: str, change: str, gate: str) -> str:
+    def gated(self, g: GraphBuilder, x: str, change: str, gate: str) -> str:
+        """x + change * sigmoid(gate(x)), all (rows, d)."""
         return g.op("Add", x, g.op("Mul", change, g.op("Sigmoid", self.layer(g, x, gate))))
 
-    def probabilities(self, g: Graph, logits: str, exit: str) -> str:
-        """(B, N, heads) float32 logits -> calibrated float64 probabilities."""
-        x = g.op("Cast", logits, to=DOUBLE)
-        columns = []
-        for k, calibration in enumerate(self.calibrations[exit]):
-            column = g.op("Slice", x, g.ints(k), g.ints(k + 1), g.ints(2))
-            straight = g.op("Mul", column, g.weight(f"calibration.{exit}.{k}.slope", np.array(calibration.slope)))
-            straight = g.op("Add", straight, g.weight(f"calibration.{exit}.{k}.bias", np.array(calibration.bias)))
-            if len(calibration.knots):
-                over = g.op("Relu", g.op("Sub", column, g.weight(f"calibration.{exit}.{k}.knots", calibration.knots)))
-                bend = g.op("MatMul", over, g.weight(f"calibration.{exit}.{k}.bends", calibration.bends[:, None]))
-                straight = g.op("Add", straight, bend)
-            columns.append(straight)
-        return g.op("Sigmoid", g.op("Concat", *columns, axis=-1))
-
-    def dot_logits(self, g: Graph, candidates: str, user: str) -> str:
+    def dot_logits(self, g: GraphBuilder, candidates: str, user: str) -> str:
         """candidates (B, N, d), user (B, d) -> (B, N, heads)"""
         column = g.op("MatMul", candidates, g.op("Unsqueeze", user, g.ints(2)))  # (B, N, 1)
         scale, bias = (g.weight(name, self.state[name]) for name in ("dot_scale", "dot_bias"))
         return g.op("Add", g.op("Mul", column, scale), bias)
 
     def write_history(
-        self, g: Graph, x: str, actions: str, gaps: str, length: str, past: list[tuple[str, str]]
+        self, g: GraphBuilder, x: str, actions: str, gaps: str, length: str, past: list[tuple[str, str]]
     ) -> tuple[list[tuple[str, str]], str]:
-        """Events' vectors x (B, T, d) behind `past` (B, P, ...) a block, or behind nothing -> keys and values (B, P + T, ...), user (B, d)."""
+        """Encode events, item vectors x (B, T, d), actions and gaps (B, T), that follow a past.
+
+        past: keys and values (B, P, ...) of each block, or an empty list if nothing came before.
+        Returns keys and values (B, P + T, ...) of each block, and the user vector (B, d).
+        """
         x = g.op("Add", x, g.op("Gather", g.weight("action", self.state["action.weight"]), actions))
         x = g.op("Add", x, g.op("Gather", g.weight("gap", self.state["gap.weight"]), gaps))
         first = g.op("Shape", past[0][0], start=1, end=2) if past else g.ints(0)  # (1,): P
         steps = g.op("Squeeze", g.op("Shape", actions, start=1, end=2))  # T
         steps = g.op("Range", g.weight("zero", np.array(0, np.int64)), steps, g.weight("one", np.array(1, np.int64)))
         positions = g.op("Expand", g.op("Add", first, steps), g.op("Shape", actions))  # (B, T)
-        written = g.op(
-            "Add", first, g.op("Shape", actions, start=1, end=2)
-        )  # (1,): P + T, padding too: causality leaves it unread
+        # (1,): P + T, which counts padding too; causality keeps the padding unread
+        written = g.op("Add", first, g.op("Shape", actions, start=1, end=2))
         written = g.op("Expand", written, g.op("Shape", length))  # (B,)
         tokens = self.stream(g, x)
         state = []
@@ -257,68 +172,57 @@ class LigrGraphs:
                 key, value = (g.op("Concat", old, new, axis=1) for old, new in zip(past[i], (key, value), strict=True))
             state.append((key, value))
             if i + 1 < self.blocks:
-                turn = lambda q: self.rotate(g, q, positions, self.heads)  # noqa: E731
-                tokens = self.block(
-                    g,
-                    tokens,
-                    name,
-                    turn,
-                    lambda q: self.attention(g, q, key, value, written, causal=True),  # noqa: B023
-                )
-        # only the newest position of the last block is used for more than its key and value
+                query = self.rotate(g, self.queries(g, tokens, name), positions, self.heads)
+                tokens = self.block(g, tokens, name, self.attention(g, query, key, value, written, causal=True))
+        # In the last block only the newest position needs more than its key and value.
         last = g.op("Unsqueeze", g.op("Sub", length, g.ints(1)), g.ints(1))  # (B, 1)
         newest = g.op(
             "GatherND", g.op("Reshape", tokens.rows, tokens.shape), g.op("Unsqueeze", last, g.ints(2)), batch_dims=1
         )  # (B, 1, d)
-        readable = g.op("Add", first, length)
+        readable = g.op("Add", first, length)  # (B,)
         position = g.op("Add", first, last)  # (B, 1)
-        turn = lambda q: self.rotate(g, q, position, self.heads)  # noqa: E731
-        x = self.block(g, self.stream(g, newest), name, turn, lambda q: self.attention(g, q, key, value, readable))
-        return state, self.norm(g, x.rows, "user_norm")
+        token = self.stream(g, newest)
+        name = f"blocks.{self.blocks - 1}"
+        query = self.rotate(g, self.queries(g, token, name), position, self.heads)
+        token = self.block(g, token, name, self.attention(g, query, *state[-1], readable))
+        return state, self.norm(g, token.rows, "user_norm")
 
     def read_history(
-        self, g: Graph, candidates: str, fused: str, user: str, state: list[tuple[str, str]], length: str
+        self, g: GraphBuilder, candidates: str, fused: str, user: str, state: list[tuple[str, str]], length: str
     ) -> tuple[str, Stream]:
-        """Candidates' vectors (B, N, d) read keys and values (B, K, ...), the first `length` (B,) -> logits (B, N, heads) of the exit `point`, hidden."""
-        x = self.stream(g, candidates)
-        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all stand right after the history
-        for i, (key, value) in enumerate(state):
-            turn = lambda q: self.rotate_alike(g, q, x.shape, position)  # noqa: B023, E731
-            x = self.block(g, x, f"blocks.{i}", turn, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
-        hidden = Stream(g.op("Add", x.rows, fused), x.shape)
-        f = self.layer(
-            g, g.op("Gelu", self.layer(g, self.norm(g, hidden.rows, "point_norm"), "point_up")), "point_down"
-        )
-        return g.op(
-            "Add", self.dot_logits(g, candidates, user), self.unstacked(g, f, x.shape, self.config.heads)
-        ), hidden
+        """Candidates' vectors (B, N, d) attend to the first length (B,) positions of the encoded history.
 
-    def fused(self, g: Graph, candidates: str) -> str:
-        """Late fusion, (B * N, d): the request's part once a request, the candidates' part once a candidate."""
+        Returns the logits (B, N, heads) of the exit `point`, and the hidden states.
+        """
+        x = self.stream(g, candidates)
+        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the place behind the history
+        for i, (key, value) in enumerate(state):
+            query = self.rotate_alike(g, self.queries(g, x, f"blocks.{i}"), x.shape, position)
+            x = self.block(g, x, f"blocks.{i}", self.attention(g, query, key, value, length))
+        hidden = Stream(g.op("Add", x.rows, fused), x.shape)
+        up = g.op("Gelu", self.layer(g, self.norm(g, hidden.rows, "point_norm"), "point_up"))
+        added = self.layer(g, up, "point_down")
+        dot = self.dot_logits(g, candidates, user)
+        return g.op("Add", dot, self.unstacked(g, added, x.shape, self.config.heads)), hidden
+
+    def fused(self, g: GraphBuilder, candidates: str) -> str:
+        """Late fusion: (B * N, d). The request's part is computed once, the candidates' part for each candidate."""
         f = self.config.numeric
         m = self.config.meta_size
         d = self.config.width
         weight = self.state["fusion.weight"]
-        bias = self.state["fusion.bias"]  # columns: scaled, missing, meta, context
+        bias = self.state["fusion.bias"]  # columns of the weight: scaled, missing, meta, context
         request = g.op("Concat", g.input("meta", ["B", m]), g.input("context", ["B", CONTEXT_SIZE]), axis=1)
-        request = g.op(
-            "Unsqueeze", linear(g, request, "fusion.request", weight[:, 2 * f :], bias), g.ints(1)
-        )  # (B, 1, d)
+        request = linear(g, request, "fusion.request", weight[:, 2 * f :], bias)
+        request = g.op("Unsqueeze", request, g.ints(1))  # (B, 1, d)
         if f:
             numeric = g.input("numeric", ["B", "N", f])
             missing = g.op("IsNaN", numeric)
-            scaled = g.op(
-                "Div",
-                g.op("Sub", numeric, g.weight("numeric_mean", self.state["numeric_mean"])),
-                g.weight("numeric_std", self.state["numeric_std"]),
-            )
+            scaled = g.op("Sub", numeric, g.weight("numeric_mean", self.state["numeric_mean"]))
+            scaled = g.op("Div", scaled, g.weight("numeric_std", self.state["numeric_std"]))
             scaled = g.op("Where", missing, g.weight("nought", np.array(0, np.float32)), scaled)
-            scaled = g.op(
-                "Clip",
-                scaled,
-                g.weight("lowest", np.array(-10, np.float32)),
-                g.weight("highest", np.array(10, np.float32)),
-            )
+            lowest = g.weight("lowest", np.array(-10, np.float32))
+            scaled = g.op("Clip", scaled, lowest, g.weight("highest", np.array(10, np.float32)))
             each = g.op("Reshape", g.op("Concat", scaled, g.op("Cast", missing, to=FLOAT), axis=-1), g.ints(-1, 2 * f))
             each = linear(g, each, "fusion.numeric", weight[:, : 2 * f], np.zeros_like(bias))
             request = g.op("Add", g.op("Reshape", each, g.op("Shape", candidates)), request)
@@ -326,24 +230,33 @@ class LigrGraphs:
             request = g.op("Expand", request, g.op("Shape", candidates))
         return g.op("Reshape", request, g.ints(-1, d))
 
-    def read_slate(self, g: Graph, x: Stream, logits: str, length: str) -> str:
-        """The candidates of a slate read each other, the first `length` (B,) of them -> logits (B, N, heads) of the exit `set`."""
+    def read_slate(self, g: GraphBuilder, x: Stream, logits: str, length: str) -> str:
+        """The first length (B,) candidates of a slate attend to each other.
+
+        logits (B, N, heads) of the exit `point` -> logits (B, N, heads) of the exit `set`.
+        """
         for i in range(self.set_blocks):
-            key, value = self.keys_values(g, x, f"set_blocks.{i}", None)
-            x = self.block(g, x, f"set_blocks.{i}", lambda q: q, lambda q: self.attention(g, q, key, value, length))  # noqa: B023
+            name = f"set_blocks.{i}"
+            key, value = self.keys_values(g, x, name, None)
+            x = self.block(g, x, name, self.attention(g, self.queries(g, x, name), key, value, length))
         out = self.layer(g, self.norm(g, x.rows, "set_norm"), "set_out")
         return g.op("Add", logits, self.unstacked(g, out, x.shape, self.config.heads))
 
-    def state_inputs(self, g: Graph, prefix: str, length: str) -> list[tuple[str, str]]:
-        """Keys and values, a pair a block."""
-        widths = {"key": self.config.key_width, "value": self.config.value_width}
-        return [
-            tuple(g.input(f"{prefix}{part}_{i}", ["B", length, width]) for part, width in widths.items())
-            for i in range(self.blocks)
-        ]
+    def state_inputs(self, g: GraphBuilder, prefix: str, length: str) -> list[tuple[str, str]]:
+        """Graph inputs (B, length, width) for the keys and values of each block."""
+        state = []
+        for i in range(self.blocks):
+            key = g.input(f"{prefix}key_{i}", ["B", length, self.config.key_width])
+            state.append((key, g.input(f"{prefix}value_{i}", ["B", length, self.config.value_width])))
+        return state
+
+    def probabilities(self, g: GraphBuilder, logits: str, exit: str) -> str:
+        """The output of that name: logits (B, N, heads) of an exit -> (B, N, heads) float64."""
+        found = probabilities(g, logits, exit, self.calibrations[exit])
+        return g.output("probabilities", found, ["B", "N", self.config.heads], DOUBLE)
 
     def encode(self) -> onnx.ModelProto:
-        g = Graph("encode")
+        g = GraphBuilder("encode")
         d = self.config.width
         x = g.input("items", ["B", "T", d])
         actions = g.input("actions", ["B", "T"], INT)
@@ -358,14 +271,14 @@ class LigrGraphs:
         return g.model()
 
     def dot(self) -> onnx.ModelProto:
-        g = Graph("dot")
+        g = GraphBuilder("dot")
         d = self.config.width
         logits = self.dot_logits(g, g.input("candidates", ["B", "N", d]), g.input("user", ["B", d]))
-        g.output("probabilities", self.probabilities(g, logits, "dot"), ["B", "N", self.config.heads], DOUBLE)
+        self.probabilities(g, logits, "dot")
         return g.model()
 
     def point(self) -> onnx.ModelProto:
-        g = Graph("point")
+        g = GraphBuilder("point")
         d = self.config.width
         heads = self.config.heads
         candidates = g.input("candidates", ["B", "N", d])
@@ -375,31 +288,31 @@ class LigrGraphs:
         logits, hidden = self.read_history(g, candidates, fused, user, state, g.input("history_length", ["B"], INT))
         logits = g.output("logits", logits, ["B", "N", heads])
         g.output("hidden", g.op("Reshape", hidden.rows, hidden.shape), ["B", "N", d])
-        g.output("probabilities", self.probabilities(g, logits, "point"), ["B", "N", heads], DOUBLE)
+        self.probabilities(g, logits, "point")
         return g.model()
 
     def set(self) -> onnx.ModelProto:
-        g = Graph("set")
+        g = GraphBuilder("set")
         d = self.config.width
         heads = self.config.heads
         hidden = g.input("hidden", ["B", "N", d])
         logits = g.input("logits", ["B", "N", heads])
         logits = self.read_slate(g, self.stream(g, hidden), logits, g.input("set_length", ["B"], INT))
-        g.output("probabilities", self.probabilities(g, logits, "set"), ["B", "N", heads], DOUBLE)
+        self.probabilities(g, logits, "set")
         return g.model()
 
     def rank(self, items: np.ndarray, head_weights: Sequence[float]) -> onnx.ModelProto:
-        """All of it in one graph, for those who serve it elsewhere: rows of events and candidates in, scores out.
+        """The whole ranker in one graph, for use in another server.
 
         history actions gaps (B,L) candidates (B,N) rows, numeric (B,N,F) with NaN for missing, meta (B,M), context (B,4)
-        -> probabilities (B,N,heads) of the highest exit, scores (B,N)
+        -> probabilities (B,N,heads) of the highest exit, scores (B,N), the probabilities' sum weighted by head_weights
         """
-        g = Graph("rank")
+        g = GraphBuilder("rank")
         exit = "set" if self.set_blocks else "point"
         events = [g.input(name, ["B", "L"], INT) for name in ("history", "actions", "gaps")]
         candidates = g.op("Gather", g.weight("items", items), g.input("candidates", ["B", "N"], INT))
         batch = g.op("Concat", g.op("Shape", events[0], start=0, end=1), g.ints(1), axis=0)
-        history, actions, gaps = (  # the start token first
+        history, actions, gaps = (  # with the start token in front
             g.op("Concat", g.op("Expand", g.weight(f"start_{k}", np.array([[row]])), batch), column, axis=1)
             for k, (row, column) in enumerate(zip((START_ITEM, UNKNOWN_ACTION, GAP_MISSING), events, strict=True))
         )
@@ -410,10 +323,9 @@ class LigrGraphs:
         if self.set_blocks:
             slate = g.op("Expand", g.op("Shape", candidates, start=1, end=2), g.op("Shape", candidates, start=0, end=1))
             logits = self.read_slate(g, hidden, logits, slate)
-        probabilities = g.output(
-            "probabilities", self.probabilities(g, logits, exit), ["B", "N", self.config.heads], DOUBLE
+        weighted = g.op(
+            "MatMul", self.probabilities(g, logits, exit), g.weight("head_weights", np.array(head_weights, np.float64))
         )
-        weighted = g.op("MatMul", probabilities, g.weight("head_weights", np.array(head_weights, np.float64)))
         g.output("scores", weighted, ["B", "N"], DOUBLE)
         return g.model()
 

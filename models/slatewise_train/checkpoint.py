@@ -1,0 +1,69 @@
+"""Checkpoints: a training that was stopped continues after its last whole epoch.
+
+Called by: `train.py`, `meta/limaml.py` and `compression/distill.py`. Calls: torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Stateful(Protocol):
+    """A torch module or optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint was made from other data, another model or another config."""
+
+
+def identity(values: object, tensors: Iterable[Tensor] = ()) -> str:
+    """A digest of everything that a resumed training must share with the stopped one.
+
+    values: anything whose `repr` describes it completely; tensors: weights and vectors, which count by their bytes.
+    """
+    digest = hashlib.sha256(repr(values).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path: Path, identity: str, parts: Mapping[str, Stateful], **progress: Any) -> None:
+    """Write a checkpoint beside its path and rename it, so that it is there whole or not at all.
+
+    progress: plain values, for example the number of finished epochs. The folder is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"identity": identity, **{name: part.state_dict() for name, part in parts.items()}, **progress}
+    unfinished = path.with_name(f"{path.name}.part")
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
+
+
+def load(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str) -> dict[str, Any]:
+    """Restore the parts in place and return the progress.
+
+    Raises OSError if the file cannot be read, and CheckpointMismatch if its identity is another; then no part changes.
+    mismatch: the owner to name in that error, for example "other data or another [model]".
+    """
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["identity"] != identity:
+        raise CheckpointMismatch(f"{path} belongs to {mismatch}: remove it")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return {name: value for name, value in state.items() if name not in parts and name != "identity"}
+
+
+def resume(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str) -> dict[str, Any]:
+    """As `load`; returns an empty progress, and changes no part, if there is no checkpoint yet."""
+    return load(path, identity, parts, mismatch) if path.exists() else {}

@@ -1,0 +1,72 @@
+"""The table of ranker families. A new family is one line here, a `Ranker` and a `RankerGraphs`.
+
+Called by: `train.py` and `bundle_writer.py` (a config becomes a model), `export.py` and `compress.py` (a model becomes
+graphs). Calls: the modules of the families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slatewise_train.rankers.base import Calibrations, Ranker, RankerConfig, RankerGraphs
+from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.ligr_onnx import LigrGraphs
+
+
+@dataclass(frozen=True)
+class Family:
+    """The three classes of a family."""
+
+    config: type[RankerConfig]
+    model: Callable[..., Ranker]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
+    graphs: Callable[..., RankerGraphs]  # (model, calibrations, longest_history)
+
+
+FAMILIES = {Ligr.family: Family(LigrConfig, Ligr, LigrGraphs)}
+DEFAULT_FAMILY = Ligr.family  # of a TOML that names no family, and of bundles of format 1
+
+
+@dataclass(frozen=True)
+class ItemColumns:
+    """The items' metadata as a model keeps it, in buffers of its state dict."""
+
+    field_values: dict[str, Tensor]  # categorical column -> (items, V) int64, 0 is padding or a missing value
+    numeric_mean: Tensor  # (F,) float32
+    numeric_std: Tensor  # (F,) float32, above 0
+
+
+def find(family: str) -> Family:
+    """Raises ValueError for an unknown family."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r} of rankers; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[family]
+
+
+def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> Ranker:
+    """A model with freshly drawn weights.
+
+    config: the family's dataclass, or that dataclass as a dict (`dataclasses.asdict`, JSON). columns may be left out
+    when the model has no fields, as in a bundle, which has them folded into the item table.
+    Raises ValueError for an unknown family or unknown names in the config.
+    """
+    found = find(family)
+    if isinstance(config, Mapping):
+        known = {field.name for field in fields(found.config)}
+        if unknown := config.keys() - known:
+            raise ValueError(f"a config of the family {family!r} has no {', '.join(sorted(unknown))}")
+        config = found.config(**config)
+    if columns is None:
+        columns = ItemColumns({}, torch.zeros(config.numeric), torch.ones(config.numeric))
+    if config.fields.keys() != columns.field_values.keys():
+        raise ValueError(f"fields {sorted(config.fields)} need their item columns, not {sorted(columns.field_values)}")
+    return found.model(config, columns.field_values, columns.numeric_mean, columns.numeric_std)
+
+
+def graphs(model: Ranker, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
+    """The exporter of a model; longest_history: the most positions that one call encodes, start token excluded."""
+    return find(model.family).graphs(model, calibrations, longest_history)
