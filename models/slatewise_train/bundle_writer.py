@@ -23,16 +23,21 @@ import numpy as np
 import onnx
 
 from slatewise.bundle.loader import load_bundle, make_ranker, score_request, sha256
-from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor
+from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train.compression.graph_check import check_variant
+from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import write_calibrations
+from slatewise_train.evaluation.latency import measure_latency
+from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, Ranker
 from slatewise_train.rankers.weights import save_weights, serving_form
 
+FP32_BOUND = 1e-5  # largest score difference of float32 graphs between requests that should score alike
 SET_WISE_LIMIT = 1024  # candidates
 CALIBRATION = "calibration.json"
+FP32 = Path("variants/fp32")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def longest_call(history_used: int) -> int:
 
 @contextmanager
 def staging(folder: Path, version: int) -> Iterator[Path]:
-    """A folder beside `folder/version`, renamed to it at the end, so that a bundle is published completely or not at all.
+    """A folder beside `folder/version`, renamed to it at the end: a bundle is published completely or not at all.
 
     Raises ValueError when the version exists: a published version never changes.
     """
@@ -165,6 +170,44 @@ def tensors(values: Iterable[onnx.ValueInfoProto]) -> dict[str, Tensor]:
     }
 
 
+def write_fp32(stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations) -> Manifest:
+    """Write the graphs of the variant fp32, and rank.onnx for other servers. Returns the manifest with its graphs."""
+    graphs = families.graphs(content.model, calibrations, longest_call(content.history_used))
+    described = write_variant(stage, "fp32", graphs.all(), calibrations)
+    write_graphs(stage / FP32, {"rank": graphs.rank(np.load(stage / "items.npy"), list(content.heads.values()))})
+    return manifest.model_copy(update={"graphs": described})
+
+
+def open_fp32(stage: Path, manifest: Manifest) -> Engine:
+    return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits, 1)
+
+
+def measure_parity(
+    stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations
+) -> dict[str, float]:
+    """The largest differences by property. Raises ValueError when one of them is above the bound of fp32."""
+    measured = parity.measure(open_fp32(stage, manifest), manifest, content.model, calibrations)
+    print(measured)
+    if failed := {
+        name: value for name, value in measured.items() if name not in parity.OPTIONS and not value <= FP32_BOUND
+    }:
+        raise ValueError(f"above the bound {FP32_BOUND}: {failed}")
+    return parity.rounded(measured)
+
+
+def measure_fp32(stage: Path, manifest: Manifest, invariance: dict[str, float], report: dict[str, Any]) -> Variant:
+    """The manifest's row of the variant fp32. report: the tables of `evaluate`, or empty."""
+    engine = open_fp32(stage, manifest)
+    return Variant(
+        bytes=bytes_on_disk(stage / FP32, manifest.graphs, stage / "items.npy"),
+        bound=FP32_BOUND,
+        invariance=invariance,
+        quality=quality_rows(report, manifest.exits),
+        latency_ms=measure_latency({"fp32": engine}, manifest)["fp32"],
+        golden_scores=golden_scores(engine, stage, manifest),
+    )
+
+
 def publish(stage: Path, manifest: Manifest) -> None:
     """Write the manifest with the digest of every file, then load the bundle as the server does.
 
@@ -188,6 +231,14 @@ def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores: list[float] = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
     return scores
+
+
+def quality_rows(report: Mapping[str, Any], exits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By exit, the rows of a report's tables that the manifest repeats."""
+    return {
+        exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report.get(table, {})}
+        for exit in exits
+    }
 
 
 def bytes_on_disk(folder: Path, graphs: Iterable[str], items: Path) -> int:

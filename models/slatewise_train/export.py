@@ -18,33 +18,28 @@ from typing import Any
 import numpy as np
 
 from slatewise.bundle.loader import versions
-from slatewise.bundle.manifest import Manifest, Variant
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import (
     BundleContent,
-    bytes_on_disk,
-    golden_scores,
     longest_call,
+    measure_fp32,
+    measure_parity,
+    open_fp32,
     publish,
     staging,
     write_content,
+    write_fp32,
     write_graphs,
     write_json,
-    write_variant,
 )
 from slatewise_train.demo.content import demo_data, example_request, warmup_requests
-from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations
-from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.offline import evaluate
 from slatewise_train.evaluation.report import plot_quality, quality_table
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 from slatewise_train.train import Data, Trainer, load_trainer
-
-FP32_BOUND = 1e-5
-FP32 = Path("variants/fp32")
 
 
 def export(
@@ -57,7 +52,7 @@ def export(
 ) -> Path:
     """Publish a bundle and return its folder, `root/<name>/<version>`.
 
-    learner: the meta block, or None for a ranker without meta-embeddings. most_users limits leave-one-out.
+    learner: the meta block, or `None` for a ranker without meta-embeddings. most_users limits leave-one-out.
     Raises ValueError when a measured difference is above its bound or the version exists.
     """
     data = trainer.data
@@ -117,44 +112,6 @@ def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray)
     return calibrations
 
 
-def write_fp32(stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations) -> Manifest:
-    """Write the graphs of the variant fp32, and rank.onnx for other servers. Returns the manifest with its graphs."""
-    graphs = families.graphs(content.model, calibrations, longest_call(content.history_used))
-    described = write_variant(stage, "fp32", graphs.all(), calibrations)
-    write_graphs(stage / FP32, {"rank": graphs.rank(np.load(stage / "items.npy"), list(content.heads.values()))})
-    return manifest.model_copy(update={"graphs": described})
-
-
-def open_fp32(stage: Path, manifest: Manifest) -> Engine:
-    return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits, 1)
-
-
-def measure_parity(
-    stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations
-) -> dict[str, float]:
-    """The largest differences by property. Raises ValueError when one of them is above the bound of fp32."""
-    measured = parity.measure(open_fp32(stage, manifest), manifest, content.model, calibrations)
-    print(measured)
-    if failed := {
-        name: value for name, value in measured.items() if name not in parity.OPTIONS and not value <= FP32_BOUND
-    }:
-        raise ValueError(f"above the bound {FP32_BOUND}: {failed}")
-    return parity.rounded(measured)
-
-
-def measure_fp32(stage: Path, manifest: Manifest, invariance: dict[str, float], report: dict[str, Any]) -> Variant:
-    """The manifest's row of the variant fp32. report: the tables of `evaluate`, or empty."""
-    engine = open_fp32(stage, manifest)
-    return Variant(
-        bytes=bytes_on_disk(stage / FP32, manifest.graphs, stage / "items.npy"),
-        bound=FP32_BOUND,
-        invariance=invariance,
-        quality=quality_rows(report, manifest.exits),
-        latency_ms=measure_latency({"fp32": engine}, manifest)["fp32"],
-        golden_scores=golden_scores(engine, stage, manifest),
-    )
-
-
 def write_report(stage: Path, report: dict[str, Any]) -> None:
     write_json(stage / "report.json", report)
     plot_quality(report, stage / "report.png")
@@ -167,16 +124,8 @@ def best_exit(report: dict[str, Any], exits: list[str]) -> str:
     return max(exits, key=lambda exit: sum(table[exit]["ndcg10"][0] for table in tables))
 
 
-def quality_rows(report: dict[str, Any], exits: list[str]) -> dict[str, dict[str, Any]]:
-    """By exit, the rows of the report that the manifest repeats."""
-    return {
-        exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report.get(table, {})}
-        for exit in exits
-    }
-
-
 def load_block(folder: Path, toml: Path) -> MetaLearner | None:
-    """The meta block in a training's folder, or None, with a hint on the terminal, when there is no such file."""
+    """The meta block in a training's folder, or `None`, with a hint on the terminal, when there is no such file."""
     if (folder / META_BLOCK).exists():
         learner, _ = load_learner(folder / META_BLOCK)
         return learner

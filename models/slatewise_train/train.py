@@ -46,6 +46,7 @@ from slatewise_train.data import (
     read_table,
     split_sequences,
 )
+from slatewise_train.evaluation.report import plot_training
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 
 
@@ -484,29 +485,6 @@ def load_trainer(toml_path: Path, folder: Path | None) -> tuple[Trainer, dict, P
     return trainer, toml, folder
 
 
-def plot_log(log: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with log.open() as file:
-        rows = list(csv.DictReader(file))
-    columns = [name for name in (rows[0] if rows else {}) if name.endswith(("hr10", "ndcg10"))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([int(r["epoch"]) for r in rows], [float(r["loss"]) for r in rows])
-    left.set(xlabel="epoch", ylabel="training loss (steps up where the ladder joins)")
-    for name in columns:
-        points = [(int(r["epoch"]), float(r[name])) for r in rows if r[name]]
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=name)
-            right.legend()
-    right.set(xlabel="epoch", ylabel="validation users, full catalogue")
-    figure.tight_layout()
-    figure.savefig(log.with_suffix(".png"), dpi=110)
-    plt.close(figure)
-
-
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
 
 
@@ -534,7 +512,7 @@ def train(data: Data, shape: dict, config: TrainConfig, folder: Path) -> Trainer
                 writer.writeheader()
             writer.writerow(row)
         print(row, flush=True)
-        plot_log(log)
+        plot_training(log)
     return trainer
 
 

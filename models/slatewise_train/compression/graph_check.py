@@ -22,10 +22,12 @@ PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant'
 CONTRIB = "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
 # Every operator that the graphs of a ranker need. All others are refused, control flow included.
-KNOWN = PRODUCTS | set(
-    "Add Attention Cast Clip Concat Cos Div Expand Gather GatherND Gelu IsNaN LayerNormalization Mul QuantizeLinear "
-    "Range Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Squeeze Sub Unsqueeze Where".split()
-)
+KNOWN = {
+    *PRODUCTS,
+    "Add", "Attention", "Cast", "Clip", "Concat", "Cos", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN",
+    "LayerNormalization", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid",
+    "Sin", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip
 INTEGER_SIDE = 16  # a weight whose sides are all at least this long is multiplied as integers in an `int8` variant
 MAX_FLOAT_SHARE = 0.1  # largest share of the weights that an `int8` variant may multiply as floats
 
@@ -62,7 +64,7 @@ class CheckedGraph:
 
 
 def name_parts(name: str) -> list[str]:
-    """The parts of a variant's name: `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order.
+    """The parts of a variant's name: `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in order.
 
     Raises ManifestError for any other name.
     """

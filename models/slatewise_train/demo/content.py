@@ -100,9 +100,7 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
     }
 
 
-def draw_slate(
-    shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def draw_slate(shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Item rows of the candidates, shuffled: `ahead`, then popular items with a title that are not among `met`."""
     vocabulary = data.catalogue.vocabulary
     counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))
@@ -120,7 +118,7 @@ def draw_slate(
 def warmup_requests(
     example: dict[str, Any], ids: list[str], longest_history: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Requests of the smallest and the largest shapes, so that memory is allocated before the first client's request."""
+    """Requests of the smallest and largest shapes, so that memory is allocated before the first client's request."""
     result = []
     for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_CHUNK), (HISTORY_CHUNK, SET_WISE_LIMIT)):
         history = rng.integers(0, len(ids), events)

@@ -104,9 +104,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
 def write_calibrations(path: Path, calibrations: Calibrations) -> None:
     """JSON: exit -> one object per head with `slope`, `bias`, `knots` and `bends`. Every float64 is kept exactly."""
     content = {
-        exit: [
-            {"slope": c.slope, "bias": c.bias, "knots": c.knots.tolist(), "bends": c.bends.tolist()} for c in column
-        ]
+        exit: [{"slope": c.slope, "bias": c.bias, "knots": c.knots.tolist(), "bends": c.bends.tolist()} for c in column]
         for exit, column in calibrations.items()
     }
     path.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False))

@@ -276,32 +276,3 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
 def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None) -> dict:
     """The tables of one variant, baselines beside it."""
     return tabulate(run_cases(engine, data, meta, most_users))
-
-
-def as_markdown(report: dict) -> str:
-    """The tables, for the README."""
-
-    def cell(value: list[float]) -> str:
-        return f"{value[0]:.4f} ({value[1]:.4f} to {value[2]:.4f})"
-
-    lines = ["| leave-one-out, full catalogue | users | HR@10 | NDCG@10 |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {name} | {row['users']} | {cell(row['hr10'])} | {cell(row['ndcg10'])} |"
-        for name, row in report["leave_one_out"].items()
-    ]
-    lines += [
-        "",
-        f"| held-out slates, `{report['label']}` | slates | NDCG@10 | AUC in the slate | AUC | calibration error |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in report["slates"].items():
-        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else ""
-        lines.append(
-            f"| {name} | {row['slates']} | {cell(row['ndcg10'])} | {cell(row['auc_in_slate'])} | {row['auc']:.4f} | {error} |"
-        )
-    lines += ["", "| `set` minus `point`, paired | difference |", "| --- | --- |"]
-    lines += [
-        f"| {name} | {value[0]:+.4f} ({value[1]:+.4f} to {value[2]:+.4f}) |"
-        for name, value in report["set_against_point"].items()
-    ]
-    return "\n".join(lines)

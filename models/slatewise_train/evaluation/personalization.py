@@ -24,6 +24,7 @@ from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.store.codec import pack_many, unpack
 from slatewise_train.data import from_table, read_config
 from slatewise_train.evaluation.offline import interval, ndcg
+from slatewise_train.evaluation.report import personalization_table, plot_personalization
 from slatewise_train.meta.limaml import (
     MetaConfig,
     MetaLearner,
@@ -229,58 +230,6 @@ def tabulate(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict:
     return report
 
 
-METRICS = {"query_loss": "query loss", "next_ndcg10": "NDCG@10 of what is next", "like_ndcg10": "NDCG@10 of `like`"}
-
-
-def as_markdown(report: dict) -> str:
-    lines = [
-        "| events | users | arm | " + " | ".join(f"{title} | minus default" for title in METRICS.values()) + " |",
-        "| --- " * (3 + 2 * len(METRICS)) + "|",
-    ]
-    for length, rows in report["lengths"].items():
-        for name, metrics in rows["arms"].items():
-            cells = []
-            for metric in METRICS:
-                row = metrics[metric]
-                cells.append(f"{row['mean']:.4f}")
-                if "minus_default" in row:
-                    mean, low, high = row["minus_default"]
-                    cells.append(f"{mean:+.5f} ({low:+.5f} to {high:+.5f}), p {row['p']:.4f}")
-                else:
-                    cells.append("")
-            lines.append(
-                f"| {length}{'+' if int(length) == LENGTHS[-1] else ''} | {rows['users']} | {name} | "
-                + " | ".join(cells)
-                + " |"
-            )
-    return "\n".join(lines)
-
-
-def plot(report: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(13, 3.6))
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
-        for shift, name in ((-0.1, "adapted"), (0.1, "own vector")):
-            rows = [lengths["arms"][name][metric]["minus_default"] for lengths in report["lengths"].values()]
-            mean, low, high = np.array(rows).T
-            axis.errorbar(
-                np.arange(len(rows)) + shift, mean, [mean - low, high - mean], marker="o", capsize=3, label=name
-            )
-        axis.axhline(0, color="0.7")
-        labels = [f"{length}+" if int(length) == LENGTHS[-1] else length for length in report["lengths"]]
-        axis.set(
-            xticks=range(len(labels)), xticklabels=labels, xlabel="events of the user", title=f"{title}, minus default"
-        )
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 @dataclass(frozen=True)
 class PersonalizationConfig:
     held_out_users: int = 1800
@@ -316,9 +265,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     (folder / "report.json").write_text(json.dumps(report, indent=1))
-    (folder / "report.md").write_text(as_markdown(report) + "\n")
-    plot(report, folder / "report.png")
-    print(as_markdown(report))
+    (folder / "report.md").write_text(personalization_table(report) + "\n")
+    plot_personalization(report, folder / "report.png")
+    print(personalization_table(report))
 
 
 if __name__ == "__main__":

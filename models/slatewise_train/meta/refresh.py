@@ -37,9 +37,9 @@ from slatewise.bundle.loader import sha256
 from slatewise.bundle.manifest import ManifestError, read_manifest
 from slatewise.store.client import connect
 from slatewise.store.generations import Generations, StoreError
-from slatewise_train.compression.source import restore
 from slatewise_train.data import DataConfig, Head, Vocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
+from slatewise_train.rankers.weights import load_model
 
 CLOCKS_APART = 3_600.0  # seconds that the clock of an event may be ahead
 CHUNK_USERS = 1_000  # about as many are adapted, written and checked together; what is done is kept by chunk
@@ -50,7 +50,7 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
-        self.ranker, _ = restore(folder)
+        self.ranker = load_model(folder, manifest)
         self.ranker.requires_grad_(False)
         self.learner, self.kinds = load_learner(folder / META_BLOCK)
         ids = json.loads((folder / "ids.json").read_text())
