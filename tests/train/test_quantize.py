@@ -21,8 +21,8 @@ from slatewise_train.compress import Recorder
 from slatewise_train.compression.quantize import (
     CONTRIB,
     FULL_BITS,
-    SAFE_BITS,
     INTEGER_SIDE,
+    SAFE_BITS,
     dense_nodes,
     input_scale,
     observe,

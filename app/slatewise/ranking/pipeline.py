@@ -114,7 +114,8 @@ class Pipeline:
             if remaining is not None and remaining <= 0:
                 raise TimeoutError
             async with asyncio.timeout(remaining):
-                looking = None if request.user is None else self.store.look_up(ranker, request.user)  # begins at once
+                user = request.user if ranker.manifest.meta_size else None
+                looking = None if user is None else self.store.look_up(ranker, user)  # begins at once
                 state = await self.encode(call, ranker, variant, history)
                 call.history_used = len(history)
                 call.history_unknown = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
