@@ -9,6 +9,7 @@ Called by: `bundle_writer.py`, `compression/source.py`, `meta/refresh.py`. Calls
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,13 @@ def load_model(folder: Path, manifest: Manifest) -> Ranker:
     for name in (ITEMS, described.weights):
         check_file(folder, name, manifest.files.get(name, ""))
     model = families.build(described.family, described.config)
-    with np.load(folder / described.weights, allow_pickle=False) as arrays:
-        weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    weights[ITEM_TABLE] = torch.from_numpy(np.load(folder / ITEMS, allow_pickle=False))
     try:
+        with np.load(folder / described.weights, allow_pickle=False) as arrays:
+            weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        weights[ITEM_TABLE] = torch.from_numpy(np.load(folder / ITEMS, allow_pickle=False))
         model.load_state_dict(weights)
+    except (ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{folder}: {described.weights} cannot be read: {error}") from error
     except RuntimeError as error:
         raise ManifestError(f"{folder}: {described.weights} has the weights of another model: {error}") from error
     return model.eval()
