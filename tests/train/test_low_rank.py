@@ -98,7 +98,7 @@ def test_fwsvd_rows_without_gradient_stay_exact_at_full_rank() -> None:
 
 
 def uniform(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
-    """The reference for `allocate`: the same share of the saving ranks in every layer, as large as the budget allows."""
+    """The reference for `allocate`: the same share of saving ranks in every layer, as large as the budget allows."""
     most = {name: sum(cost < layer.whole for cost in layer.costs[1:]) for name, layer in layers.items()}
     for percent in range(100, -1, -1):
         found = {name: max(1, round(percent / 100 * n)) if n else None for name, n in most.items()}

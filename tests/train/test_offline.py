@@ -27,7 +27,6 @@ from slatewise_train.data import (
 )
 from slatewise_train.evaluation.offline import (
     BINS,
-    as_markdown,
     auc,
     calibration_error,
     evaluate,
@@ -42,6 +41,7 @@ from slatewise_train.evaluation.offline import (
     slate_cases,
     slates,
 )
+from slatewise_train.evaluation.report import quality_table
 from slatewise_train.train import Data
 from tests.conftest import Tiny
 
@@ -309,5 +309,5 @@ def test_evaluate_has_a_row_for_every_exit_and_baseline_and_the_paired_differenc
         difference = report[table]["set"][key][0] - report[table]["point"][key][0]
         assert report["set_against_point"][metric][0] == pytest.approx(difference, abs=2e-4)
     assert {name for name, row in report["slates"].items() if "calibration_error" in row} == {"dot", "point", "set"}
-    text = as_markdown(report)
+    text = quality_table(report)
     assert all(text.count(f"| {name} |") == 2 for name in names)

@@ -12,15 +12,13 @@ import torch
 from slatewise_train.data import split_sequences, training_events
 from slatewise_train.evaluation.personalization import (
     LENGTHS,
-    METRICS,
     Comparison,
-    as_markdown,
     cases_of,
     fit_vectors,
-    plot,
     sign_flip,
     tabulate,
 )
+from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaTrainer
 from slatewise_train.train import Data, epoch_windows
 from tests.conftest import Tiny
@@ -101,11 +99,11 @@ def test_signs_are_flipped() -> None:
 
 def test_tables_and_picture(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arms = {name: {metric: rng.random(40) for metric in METRICS} for name in ("default", "adapted", "own vector")}
+    arms = {name: {metric: rng.random(40) for metric in ARM_METRICS} for name in ("default", "adapted", "own vector")}
     arms["adapted"]["query_loss"] = arms["default"]["query_loss"] - 0.25
     report = {"lengths": tabulate({5: arms, 50: arms})}
     assert report["lengths"]["5"]["arms"]["adapted"]["query_loss"]["minus_default"] == [-0.25, -0.25, -0.25]
-    table = as_markdown(report)
+    table = personalization_table(report)
     assert table.count("\n") == 2 * 3 + 1 and "| 50+ | 40 | adapted |" in table and "-0.25000" in table
-    plot(report, tmp_path / "report.png")
+    plot_personalization(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5_000
