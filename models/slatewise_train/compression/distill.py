@@ -91,7 +91,7 @@ class Distiller:
         return sum(self.slate_losses(batch.take(rows), found, users[rows], wanted, wanted_users[rows]), loss)
 
     def dot_loss(self, batch: Batch, users: Tensor, wanted: Tensor) -> Tensor:
-        """`listwise_kl` of drawn items at drawn positions. users, wanted: (B, T, d), the student's and the teacher's."""
+        """`listwise_kl` of drawn items at drawn positions. users, wanted: (B, T, d) of student and teacher."""
         real = (torch.arange(batch.items.shape[1]) <= batch.lengths[:, None]).flatten().nonzero()[:, 0]
         places = real[torch.randperm(len(real))[: self.config.positions]]
         items = self.table[FIRST_ITEM + torch.randperm(len(self.table) - FIRST_ITEM)[: self.config.items]]
@@ -154,7 +154,7 @@ def distill(student: Ranker, trainer: Trainer, vectors: np.ndarray, config: Dist
     path: a checkpoint, which is resumed if it belongs to the same work and replaced otherwise.
     """
     distiller = Distiller(student, trainer, vectors, config)
-    parts = {"student": student, "optimizer": distiller.optimizer}
+    parts: dict[str, checkpoint.Stateful] = {"student": student, "optimizer": distiller.optimizer}
     try:
         progress = checkpoint.resume(path, distiller.identity, parts, "other work")
     except checkpoint.CheckpointMismatch:

@@ -8,6 +8,7 @@ Called by: `bundle_writer.py`. Reads: a variant's folder of ONNX graphs.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -164,7 +165,7 @@ def check_operator(node: NodeProto) -> None:
         raise ValueError(f"no ranker needs the operator {node.domain}{'.' if node.domain else ''}{operator}")
 
 
-def check_constants(node: NodeProto, weights: set[str]) -> None:
+def check_constants(node: NodeProto, weights: Set[str]) -> None:
     """Raises ValueError when a scale is computed, or when a product or an attention reads a constant as its input."""
     operator = node.op_type
     if operator in ("QuantizeLinear", "MatMulIntegerToFloat") and any(

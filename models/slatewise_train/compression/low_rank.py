@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -42,6 +43,7 @@ class Factors:
     bias: Tensor  # (out,)
 
 
+M = TypeVar("M", bound=nn.Module)
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
 
 
@@ -228,9 +230,7 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
     return ranks(levels[low])
 
 
-def factor(
-    model: nn.Module, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
-) -> nn.Module:
+def factor(model: M, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]) -> M:
     """A copy of the model with each layer at its rank; `None` or no entry leaves the layer unfactored."""
     result = copy.deepcopy(model)
     for name, layer in dense_layers(model).items():

@@ -51,7 +51,8 @@ def shrink(teacher: Ranker, shape: Mapping[str, int]) -> Ranker:
 
 def student_config(teacher: Ranker, shape: Mapping[str, int]) -> Any:
     """The teacher's config with the sizes of `shape`. Raises ValueError as `shrink` does."""
-    before = dataclasses.asdict(teacher.config)
+    config: Any = teacher.config
+    before = dataclasses.asdict(config)
     if missing := set(SHRINKS) - before.keys():
         raise ValueError(f"the family {teacher.family!r} cannot shrink: it has no {', '.join(sorted(missing))}")
     if unknown := shape.keys() - set(SHRINKS):
@@ -59,7 +60,7 @@ def student_config(teacher: Ranker, shape: Mapping[str, int]) -> Any:
             f"a student has its teacher's {', '.join(sorted(unknown))}; it may have less of {', '.join(SHRINKS)}"
         )
     before["key_heads"] = before["key_heads"] or before["attention_heads"]
-    before["key_size"] = before["key_size"] or teacher.config.value_size
+    before["key_size"] = before["key_size"] or config.value_size
     if grown := [name for name, value in shape.items() if not 1 <= value <= before[name]]:
         sizes = ", ".join(f"{name} = {before[name]}" for name in grown)
         raise ValueError(f"the teacher has {sizes}: a student has at least 1 and at most as many")
@@ -71,7 +72,7 @@ def student_config(teacher: Ranker, shape: Mapping[str, int]) -> Any:
     if "attention_heads" in shape and before["key_heads"] != before["attention_heads"]:
         raise ValueError("a teacher with shared key heads keeps its attention_heads: its values cannot be separated")
     key_heads = min(before["key_heads"], shape.get("attention_heads", before["key_heads"]))
-    return dataclasses.replace(teacher.config, **before | {"key_heads": key_heads} | shape)
+    return dataclasses.replace(config, **before | {"key_heads": key_heads} | dict(shape))
 
 
 def initialise_block(block: Any, original: Any, config: Any, before: Any) -> None:

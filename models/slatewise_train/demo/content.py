@@ -52,7 +52,9 @@ def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, toml: dict
     else:
         kinds = [head.kind for head in data.config.heads]
         vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
-    columns = {c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical}
+    columns: dict[str, list[list[str]]] = {
+        c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical
+    }
     known = set(data.catalogue.vocabulary.items)
     titles = {
         str(row["item_id"]): {"title": row.get(data.config.title)} | {c: values[k] for c, values in columns.items()}

@@ -55,8 +55,9 @@ def recommend(
 
 def known_rows(sequences: Sequences, user: int) -> np.ndarray:
     """Rows of a user's events whose item the ranker knows."""
-    rows = np.arange(sequences.offsets[user], sequences.offsets[user + 1])
-    return rows[sequences.items[rows] != UNKNOWN_ITEM]
+    rows: np.ndarray = np.arange(sequences.offsets[user], sequences.offsets[user + 1])
+    known: np.ndarray = rows[sequences.items[rows] != UNKNOWN_ITEM]
+    return known
 
 
 def whole_history(name: str, data: Data, sequences: Sequences, rows: np.ndarray) -> RankRequest:
