@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Tiny:
 
     root: Path  # holds tiny/1/
     training: Path  # checkpoint.pt, log.csv, log.png
-    toml: dict[str, Any]
+    config: Any  # slatewise_train.config.Config
     trainer: Any  # slatewise_train.train.Trainer
     learner: Any  # slatewise_train.meta.limaml.MetaLearner
 
@@ -59,23 +59,25 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     import torch
 
-    from slatewise_train.data import read_config
+    from slatewise_train.config import read_config
+    from slatewise_train.data import load_data
     from slatewise_train.demo.movielens import read_movielens
     from slatewise_train.export import export
-    from slatewise_train.meta.limaml import MetaConfig, MetaTrainer
-    from slatewise_train.train import TrainConfig, load_data, train
+    from slatewise_train.meta.limaml import MetaTrainer
+    from slatewise_train.train import train
 
     torch.set_num_threads(1)
     base = tmp_path_factory.mktemp("tiny")
     events, items = read_movielens("ml-latest-small", HERE / "data" / "ml-latest-small")
     events.write_parquet(base / "events.parquet")
     items.write_parquet(base / "items.parquet")
-    config, toml = read_config(HERE / "tiny.toml")
-    toml["data"] |= {name: str(base / toml["data"][name]) for name in ("events", "items")}
-    trainer = train(load_data(config, toml), toml["model"], TrainConfig(**toml["train"]), base / "train")
-    learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(**toml["meta"])).train(base / "meta")
-    export(trainer, learner, toml, base / "bundles", 1)
-    return Tiny(base / "bundles", base / "train", toml, trainer, learner)
+    config = read_config(HERE / "tiny.toml")
+    tables = replace(config.tables, events=str(base / config.tables.events), items=str(base / config.tables.items))
+    config = replace(config, tables=tables)
+    trainer = train(load_data(config.data, tables), config.model, config.train, base / "train")
+    learner = MetaTrainer(trainer.model, trainer.data, config.meta).train(base / "meta")
+    export(trainer, learner, config, base / "bundles", 1)
+    return Tiny(base / "bundles", base / "train", config, trainer, learner)
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,10 @@ from slatewise_train.compression.low_rank import METHODS
 from slatewise_train.compression.quantize import FULL_BITS, SAFE_BITS
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import Recipe, measure_or_resume, rejections, remeasure_fp32
-from slatewise_train.data import from_table, read_config
+from slatewise_train.config import read_config
+from slatewise_train.data import load_data
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
-from slatewise_train.train import TrainConfig, load_data
 
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
@@ -127,7 +127,9 @@ def read_shape(text: str) -> dict[str, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="slatewise compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = "default: %(default)s"
     parser.add_argument("ranker", type=Path, help="folder of a ranker; its newest version is compressed")
     parser.add_argument("toml", type=Path, nargs="?", help="TOML of its training")
@@ -175,8 +177,8 @@ def open_source(folder: Path, toml: Path | None) -> Source:
     """The bundle in a folder, with the data of a TOML if one is given."""
     if toml is None:
         return Source(folder, None)
-    config, tables = read_config(toml)
-    return Source(folder, load_data(config, tables), from_table(TrainConfig, tables.get("train", {}), "train"))
+    config = read_config(toml)
+    return Source(folder, load_data(config.data, config.tables), config.train)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 A name that a table does not have is an error, so a typing mistake does not train with a default.
 
-Called by: every command of this package. Calls: `rankers/families.py`, for the config of the family that `[model]` names.
+Called by: every command of this package. Calls: `rankers/families.py`, for the config of the family in `[model]`.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +65,8 @@ class TablesConfig:
 class ModelConfig:
     """Table `[model]`: a family of rankers, and those sizes of its config that the data do not determine."""
 
-    family: str
-    shape: dict[str, Any]
+    family: str = families.DEFAULT_FAMILY
+    shape: dict[str, Any] = field(default_factory=dict)
 
     def sized(self, *, items: int, actions: int, fields: dict[str, int], numeric: int, heads: int) -> RankerConfig:
         """The family's config. Raises ValueError for unknown names and for sizes that do not fit each other."""
@@ -144,17 +144,17 @@ class Config:
 
     data: DataConfig
     tables: TablesConfig
-    model: ModelConfig
-    train: TrainConfig
-    meta: MetaConfig
-    personalization: PersonalizationConfig
-    export: ExportConfig
-    demo: DemoConfig | None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = TrainConfig()
+    meta: MetaConfig = MetaConfig()
+    personalization: PersonalizationConfig = PersonalizationConfig()
+    export: ExportConfig = ExportConfig()
+    demo: DemoConfig | None = None
 
 
 def from_table(kind: type[T], table: dict[str, Any], where: str, /, **given: Any) -> T:
     """A dataclass from a table of the TOML and other values. Raises ValueError for unknown or missing names."""
-    declared = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
+    declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
     known = declared.keys() - given.keys()
     if unknown := table.keys() - known:
         raise ValueError(f"[{where}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
@@ -167,18 +167,18 @@ def from_table(kind: type[T], table: dict[str, Any], where: str, /, **given: Any
 def read_config(path: Path) -> Config:
     """Raises OSError for an unreadable file and ValueError for a TOML that is not a valid config."""
     toml = tomllib.loads(path.read_text())
-    model = {"family": families.DEFAULT_FAMILY} | toml.get("model", {})
+    shape = dict(toml.get("model", {}))
     config = Config(
         data=read_data_config(toml),
         tables=from_table(TablesConfig, toml.get("data", {}), "data"),
-        model=ModelConfig(model.pop("family"), model),
+        model=ModelConfig(shape.pop("family", families.DEFAULT_FAMILY), shape),
         train=from_table(TrainConfig, toml.get("train", {}), "train"),
         meta=from_table(MetaConfig, toml.get("meta", {}), "meta"),
         personalization=from_table(PersonalizationConfig, toml.get("personalization", {}), "personalization"),
         export=from_table(ExportConfig, toml.get("export", {}), "export"),
         demo=from_table(DemoConfig, toml["demo"], "demo") if "demo" in toml else None,
     )
-    known = {"name", "data", "items", "heads", "split", *(field.name for field in fields(Config))} - {"tables"}
+    known = {"name", "data", "items", "heads", "split", *(f.name for f in fields(Config))} - {"tables"}
     if unknown := toml.keys() - known:
         raise ValueError(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     return config

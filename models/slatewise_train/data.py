@@ -1,62 +1,31 @@
-"""Two tables in, training sequences out: the data contract (bring your own).
+"""Two tables become training sequences, and the sequences are split.
 
-Before: Parquet or CSV files, or `movielens.py`. After: `train.py` and `evaluate.py`.
-
-    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        one row an event, any order
+    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        a row for each event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
+
+Called by: `train.py`, the evaluation, `meta/refresh.py`, and the export for a bundle's demo users. Calls: polars.
 """
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
-from slatewise_train.config import DataConfig, Head
+from slatewise_train.config import DataConfig, TablesConfig
 
 MULTI_VALUE_SEPARATOR = "|"
-T = TypeVar("T")
-
-
-def from_table(kind: type[T], table: dict, where: str, /, **given: Any) -> T:
-    """A dataclass from a table of the TOML and what else is given. Raises ValueError with the names it does not know."""
-    known = {f.name for f in fields(kind)} - given.keys()
-    if unknown := table.keys() - known:
-        raise ValueError(f"[{where}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return kind(**given, **table)
-
-
-def read_config(path: Path) -> tuple[DataConfig, dict]:
-    """The data part of a TOML as a dataclass, and the whole TOML as a dict."""
-    toml = tomllib.loads(path.read_text())
-    heads = tuple(Head(name, h["kind"], float(h["weight"])) for name, h in toml["heads"].items())
-    for head in heads:
-        if head.kind not in ("next", "label"):
-            raise ValueError(f"{path}: [heads.{head.name}] kind must be 'next' or 'label', not {head.kind!r}")
-    items = toml.get("items", {})
-    config = from_table(
-        DataConfig,
-        toml.get("split", {}),
-        "split",
-        name=toml["name"],
-        heads=heads,
-        title=items.get("title", "title"),
-        categorical=tuple(items.get("categorical", ())),
-        numeric=tuple(items.get("numeric", ())),
-    )
-    if config.kind not in ("leave-one-out", "time"):
-        raise ValueError(f"{path}: [split] kind must be 'leave-one-out' or 'time', not {config.kind!r}")
-    return config, toml
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """A Parquet or CSV file, by its suffix. CSV columns come as strings: `clean_events` gives them their types."""
+    """A Parquet or CSV file, by its suffix. Raises ValueError for another suffix.
+
+    CSV columns are strings; `clean_events` and `clean_items` convert them.
+    """
     if path.suffix == ".parquet":
         return pl.read_parquet(path)
     if path.suffix == ".csv":
@@ -65,9 +34,9 @@ def read_table(path: Path) -> pl.DataFrame:
 
 
 def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Usable events in time order (ties in input order), and how many rows could not be used, by reason.
+    """Usable events in time order (ties in input order), and the number of unusable rows by reason.
 
-    Raises ValueError where a column is missing or more than `max_bad_share` of the rows cannot be used.
+    Raises ValueError if a column is missing, or if a larger share of the rows than `max_bad_share` is unusable.
     """
     missing = {"user_id", "item_id", "timestamp"} - set(events.columns)
     if "slate_id" in events.columns:
@@ -106,11 +75,11 @@ def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFra
 
 
 def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Usable items, the first row of each id, numbers as numbers; and how many rows or numbers could not be used, by reason.
+    """Usable items (the first row of each id) with numeric columns converted; and the number of faults by reason.
 
-    Raises ValueError where a column that the TOML names is missing.
+    Raises ValueError if a column that the TOML names is missing.
     """
-    derived = {"popularity"}  # counted from the events where the items do not give it
+    derived = {"popularity"}  # counted from the events if the items do not have it
     if missing := {"item_id", *config.categorical, *config.numeric} - derived - set(items.columns):
         raise ValueError(f"items: no column {', '.join(sorted(missing))}")
     items = items.with_columns(pl.col("item_id").cast(pl.String))
@@ -126,7 +95,10 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names and their rows. Rows of `items` start at 2 (0 is unknown, 1 the start token), of all others at 1."""
+    """Names in the order of their rows. The rows of `items` start at 2, all others at 1.
+
+    Row 0 is the unknown name or the missing value; row 1 of the items is the start token.
+    """
 
     items: list[str]
     actions: list[str]
@@ -135,15 +107,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items as arrays; row 0 is the unknown item, row 1 the start token."""
+    """The items as I + 2 rows; row 0 is the unknown item, row 1 the start token."""
 
     vocabulary: Vocabulary
-    field_values: dict[str, np.ndarray]  # column -> (I + 2, most values of one item) int64, 0 is "none" or padding
+    field_values: dict[str, np.ndarray]  # column -> (I + 2, V) int64, V the most values of one item, 0 is padding
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
 def values_of(column: pl.Series) -> list[list[str]]:
-    """The values of a categorical column, row by row: a list column's, or those between `|`."""
+    """The values of a categorical column, row by row: from a list column, or from text separated by `|`."""
     lists = (
         column.cast(pl.List(pl.String))
         if column.dtype == pl.List
@@ -153,7 +125,7 @@ def values_of(column: pl.Series) -> list[list[str]]:
 
 
 def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
-    """All listed items, then those that only the events name, as rows."""
+    """The items of the item table, then those that occur in the events alone."""
     unlisted = events.select("item_id").unique(maintain_order=True).join(items, on="item_id", how="anti")
     items = pl.concat([items, unlisted], how="diagonal")
     vocabularies = {}
@@ -180,33 +152,36 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
 
 @dataclass(frozen=True)
 class Sequences:
-    """All users' events end to end. User u's are the rows `offsets[u] : offsets[u + 1]`, oldest first."""
+    """The events of all users, concatenated. Rows `offsets[u] : offsets[u + 1]` are those of user u, oldest first."""
 
     users: list[str]
     offsets: np.ndarray  # (U + 1,) int64
     items: np.ndarray  # (E,) int64, rows of the catalogue
     actions: np.ndarray  # (E,) int64
     timestamps: np.ndarray  # (E,) float64
-    labels: np.ndarray  # (E, heads) float32, NaN where not known; 1 for heads of kind `next`
+    labels: np.ndarray  # (E, heads) float32, NaN if unknown; 1 for heads of kind `next`
 
     def __len__(self) -> int:
         return len(self.users)
 
     def of(self, user: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Items, actions, gap buckets, labels of events first..last-1 of a user, as one window."""
+        """Items, actions, gap buckets (n,) and labels (n, heads) of events first to last - 1, as one window."""
         rows = slice(self.offsets[user] + first, self.offsets[user] + last)
         return self.items[rows], self.actions[rows], gap_buckets(self.timestamps[rows]), self.labels[rows]
 
 
 def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataConfig) -> Sequences:
-    """Clean events (in time order) as arrays, grouped by user in order of first appearance; unknown ids get row 0."""
+    """Clean events (in time order) grouped by user, in order of first appearance. Unknown ids get row 0.
+
+    Raises ValueError if the label column of a head is missing.
+    """
     item_row = {item: k + FIRST_ITEM for k, item in enumerate(vocabulary.items)}
-    action_row = {action: k + 1 for k, action in enumerate(vocabulary.actions)}
+    action_row: dict[str | None, int] = {action: k + 1 for k, action in enumerate(vocabulary.actions)}
     users = events["user_id"].unique(maintain_order=True).to_list()
     user_index = {user: k for k, user in enumerate(users)}
     index = np.fromiter(map(user_index.__getitem__, events["user_id"]), dtype=np.int64, count=len(events))
     order = np.argsort(index, kind="stable")
-    actions = events["action"].to_list() if "action" in events.columns else [None] * len(events)
+    actions: list[str | None] = events["action"].to_list() if "action" in events.columns else [None] * len(events)
     labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
     for k, head in enumerate(config.heads):
         if head.kind == "label":
@@ -225,24 +200,21 @@ def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataCo
 
 @dataclass(frozen=True)
 class Split:
-    """How many of a user's first events training may see, where the test event stands, and who is held out further.
+    """The events of each user that training may see, and the users with more than a test event held out."""
 
-    `slate_users` have a whole slate right behind their training events that training does not see; so have
-    `validation_users`, before the test event: on these the training is watched and the calibration fitted.
-    """
-
-    train_lengths: np.ndarray  # (U,) int64
-    test_lengths: np.ndarray  # (U,) int64, events before the one to predict; 0: the user has none
-    slate_users: np.ndarray  # (S,) int64
-    validation_users: np.ndarray  # (V,) int64
-    held_out_users: np.ndarray  # (H,) int64, of whom training sees nothing
+    train_lengths: np.ndarray  # (U,) int64, the first so many events are for training
+    test_lengths: np.ndarray  # (U,) int64, events before the test event; 0 if the user has no test event
+    slate_users: np.ndarray  # (S,) int64, with a held-out slate behind their training events, to evaluate
+    validation_users: np.ndarray  # (V,) int64, with a held-out slate before the test event, to validate and calibrate
+    held_out_users: np.ndarray  # (H,) int64, held out completely
 
 
 def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Who is held out, drawn with the config's seed; users too short for a slate and five events before it are passed over.
+    """Draw the held-out users with the config's seed, among those with five events and a slate behind them.
 
-    `leave-one-out`: the test event is a user's last, the slate the last `slate_size`. `time`: training ends at
-    `test_from`; the test event is a user's first from then on, the slate the first `slate_size`.
+    `leave-one-out`: the test event is a user's last event, the slate the last `slate_size` events.
+    `time`: training ends at `test_from`; the test event is a user's first event after that, the slate the first
+    `slate_size` events after that.
     """
     lengths = np.diff(sequences.offsets)
     if config.kind == "time":
@@ -269,7 +241,7 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(user, item row) of every event that training may see."""
+    """User (n,) and item row (n,) of each event that training may see."""
     users = np.repeat(np.arange(len(sequences)), split.train_lengths)
     firsts = np.cumsum(split.train_lengths) - split.train_lengths
     rows = sequences.offsets[users] + np.arange(len(users)) - firsts[users]
@@ -277,10 +249,40 @@ def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.
 
 
 def count_popularity(catalogue: Catalogue, sequences: Sequences, split: Split, config: DataConfig) -> None:
-    """Fill the numeric column `popularity`, where named and not given: log10(1 + training events of the item)."""
+    """Fill the numeric column `popularity` in place, if the TOML names it and the items do not have it.
+
+    It is log10(1 + training events of the item).
+    """
     if "popularity" not in config.numeric:
         return
     column = catalogue.numeric[FIRST_ITEM:, config.numeric.index("popularity")]
     if np.isnan(column).all():
         _, seen = training_events(sequences, split)
         column[:] = np.log10(1 + np.bincount(seen, minlength=len(catalogue.numeric))[FIRST_ITEM:])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, ready for training and evaluation."""
+
+    config: DataConfig
+    catalogue: Catalogue
+    sequences: Sequences
+    split: Split
+    bad_rows: dict[str, int]  # unusable rows, by reason
+
+
+def load_data(config: DataConfig, tables: TablesConfig) -> Data:
+    """Read the tables and split them. Raises OSError or ValueError for files that are no such tables."""
+    events, bad_rows = clean_events(read_table(Path(tables.events)), config.max_bad_share)
+    items, bad_items = clean_items(read_table(Path(tables.items)), config)
+    bad_rows |= bad_items
+    if bad_rows:
+        print(f"unusable rows, left out: {bad_rows}")
+    catalogue = build_catalogue(items, events, config)
+    sequences = build_sequences(events, catalogue.vocabulary, config)
+    split = split_sequences(sequences, config)
+    if not split.train_lengths.any():
+        raise ValueError("no training events are left: every user needs one event more than the split holds out")
+    count_popularity(catalogue, sequences, split, config)
+    return Data(config, catalogue, sequences, split, bad_rows)

@@ -32,6 +32,8 @@ from slatewise_train.bundle_writer import (
     write_graphs,
     write_json,
 )
+from slatewise_train.config import Config
+from slatewise_train.data import Data
 from slatewise_train.demo.content import demo_data, example_request, warmup_requests
 from slatewise_train.evaluation.calibration import fit_calibrations
 from slatewise_train.evaluation.offline import evaluate
@@ -39,13 +41,13 @@ from slatewise_train.evaluation.report import plot_quality, quality_table
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
-from slatewise_train.train import Data, Trainer, load_trainer
+from slatewise_train.train import Trainer, load_trainer
 
 
 def export(
     trainer: Trainer,
     learner: MetaLearner | None,
-    toml: dict[str, Any],
+    config: Config,
     root: Path,
     version: int,
     most_users: int | None = None,
@@ -56,7 +58,7 @@ def export(
     Raises ValueError when a measured difference is above its bound or the version exists.
     """
     data = trainer.data
-    content = make_content(trainer, learner, toml)
+    content = make_content(trainer, learner, config)
     meta = content.model.default_meta.detach().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)
@@ -67,38 +69,37 @@ def export(
         invariance = measure_parity(stage, manifest, content, calibrations)
         report = evaluate(open_fp32(stage, manifest), data, meta, most_users) | {"bad_rows": data.bad_rows}
         write_report(stage, report)
-        default_exit = toml.get("export", {}).get("default_exit") or best_exit(report, content.exits)
+        default_exit = config.export.default_exit or best_exit(report, content.exits)
         manifest = manifest.model_copy(update={"default_exit": default_exit})
         variant = measure_fp32(stage, manifest, invariance, report)
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return root / content.ranker / str(version)
 
 
-def make_content(trainer: Trainer, learner: MetaLearner | None, toml: dict[str, Any]) -> BundleContent:
+def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) -> BundleContent:
     data = trainer.data
-    config = data.config
     model = trainer.model.eval()
     if learner is None:
         model = model.without_meta()
     vocabulary = data.catalogue.vocabulary
     rng = np.random.default_rng(0)
-    shown = demo_data(data, model, learner, toml)
+    shown = demo_data(data, model, learner, config)
     example = example_request(shown, data, rng)
     return BundleContent(
-        ranker=config.name,
-        trained_on=toml["data"].get("trained_on", ""),
+        ranker=config.data.name,
+        trained_on=config.tables.trained_on,
         model=model,
         ids=vocabulary.items,
         actions=vocabulary.actions,
-        features=list(config.numeric),
+        features=list(config.data.numeric),
         fields=vocabulary.fields,
-        heads={head.name: head.weight for head in config.heads},
-        history_used=config.history_length,
+        heads={head.name: head.weight for head in config.data.heads},
+        history_used=config.data.history_length,
         users=shown.users,
         vectors=shown.vectors,
         titles=shown.titles,
         example=example,
-        warmup=warmup_requests(example, vocabulary.items, config.history_length, rng),
+        warmup=warmup_requests(example, vocabulary.items, config.data.history_length, rng),
     )
 
 
@@ -134,17 +135,19 @@ def load_block(folder: Path, toml: Path) -> MetaLearner | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="slatewise export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("toml", type=Path)
     parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
     parser.add_argument("--root", type=Path, default=Path("models/bundles"), help="default: %(default)s")
     parser.add_argument("--version", type=int, help="default: one more than the newest")
     args = parser.parse_args(argv)
     try:
-        trainer, toml, folder = load_trainer(args.toml, args.folder)
-        newest = max(versions(args.root / trainer.data.config.name), default=0)
+        trainer, config, folder = load_trainer(args.toml, args.folder)
+        newest = max(versions(args.root / config.data.name), default=0)
         version = newest + 1 if args.version is None else args.version
-        print(export(trainer, load_block(folder, args.toml), toml, args.root, version))
+        print(export(trainer, load_block(folder, args.toml), config, args.root, version))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

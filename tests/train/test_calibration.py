@@ -1,4 +1,4 @@
-"""Calibration never changes an order or makes a tie, and it makes probabilities truer."""
+"""Calibration keeps the order without ties, and lowers the calibration error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(slope: float, shift: float, n: int = 2000, seed: int = 0) -> tuple[np.n
     return logits, (rng.random(n) < sigmoid(slope * logits + shift)).astype(np.float32)
 
 
-# a logit that says nothing, one that says the contrary (as flat as allowed), overconfident, timid and shifted ones
+# uninformative logits, inverted ones (the flattest map allowed), overconfident ones, and timid and shifted ones
 FITTED = {
     (slope, shift): fit_calibration(*draw(slope, shift))
     for slope, shift in ((0.0, 0.0), (-1.0, 0.0), (0.3, -1.0), (1.7, 0.5))
@@ -40,18 +40,18 @@ FITTED = {
 
 
 @pytest.mark.parametrize("true", FITTED)
-def test_strictly_increasing_far_outside_the_range_and_never_flatter_than_the_least_slope(
+def test_calibration_far_outside_range_keeps_least_slope(
     true: tuple[float, float],
 ) -> None:
     calibration = FITTED[true]
-    assert len(calibration.knots), "the identity would pass in its place"
+    assert len(calibration.knots), "not the identity"
     x = np.concatenate([np.linspace(-1e4, -20, 2_000), np.linspace(-20, 20, 8_001)[1:-1], np.linspace(20, 1e4, 2_000)])
     slopes = np.diff(calibration(x)) / np.diff(x)
     assert slopes.min() >= LEAST_SLOPE * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("true", FITTED)
-def test_linear_outside_the_knots(true: tuple[float, float]) -> None:
+def test_calibration_is_linear_outside_the_knots(true: tuple[float, float]) -> None:
     calibration = FITTED[true]
     for x in (
         calibration.knots[0] - np.array([0.0, 1.0, 10.0, 1000.0]),
@@ -62,15 +62,15 @@ def test_linear_outside_the_knots(true: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("true", FITTED)
-def test_neighbouring_float32_logits_never_tie(true: tuple[float, float]) -> None:
-    # below 1e-3 float32 is finer than what any sum of products resolves, and than the sigmoid itself around one half
+def test_calibration_neighbouring_float32_logits_never_tie(true: tuple[float, float]) -> None:
+    # below 1e-3, float32 is finer than the error of a sum of products, and than the sigmoid near one half
     x = np.random.default_rng(1).uniform(1e-3, 12, 20_000).astype(np.float32)
     x = np.concatenate([x, -x, [np.float32(1e-3), np.float32(12)]]).astype(np.float32)
     above = np.nextafter(x, np.float32(np.inf))
     assert (sigmoid(FITTED[true](above)) > sigmoid(FITTED[true](x))).all()
 
 
-def test_logits_that_separate_the_labels_perfectly_still_do_not_tie() -> None:
+def test_calibration_separable_labels_do_not_tie() -> None:
     logits = np.concatenate([np.linspace(-3, -1, 60), np.linspace(1, 3, 60)])
     calibration = fit_calibration(logits, (logits > 0).astype(np.float32))
     x = np.linspace(-12, 12, 2_001).astype(np.float32)
@@ -78,7 +78,7 @@ def test_logits_that_separate_the_labels_perfectly_still_do_not_tie() -> None:
 
 
 @pytest.mark.parametrize("true", [(0.3, -1.0), (1.7, 0.5)])
-def test_calibration_error_falls_on_fresh_examples(true: tuple[float, float]) -> None:
+def test_calibration_lowers_error_on_fresh_examples(true: tuple[float, float]) -> None:
     logits, labels = draw(*true, n=20_000, seed=9)
     before = calibration_error(sigmoid(logits), labels)
     after = calibration_error(sigmoid(FITTED[true](logits)), labels)
@@ -88,14 +88,14 @@ def test_calibration_error_falls_on_fresh_examples(true: tuple[float, float]) ->
 
 @given(ones=st.integers(0, 49), zeros=st.integers(0, 200), swap=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_fewer_than_fifty_examples_of_a_label_leave_logits_as_they_are(ones: int, zeros: int, swap: bool) -> None:
+def test_calibration_under_fifty_examples_is_the_identity(ones: int, zeros: int, swap: bool) -> None:
     labels = np.concatenate([np.ones(ones), np.zeros(zeros)])
     calibration = fit_calibration(np.linspace(-3, 3, len(labels)), 1 - labels if swap else labels)
     x = np.linspace(-50, 50, 101).astype(np.float32)
     np.testing.assert_array_equal(calibration(x), x.astype(np.float64))
 
 
-def test_fifty_of_each_are_enough_and_equal_logits_do_no_harm() -> None:
+def test_calibration_fifty_examples_or_equal_logits_is_valid() -> None:
     labels = np.arange(100) % 2
     assert len(fit_calibration(np.linspace(-3, 3, 100), labels).knots)
     flat = fit_calibration(np.full(100, 0.7, np.float32), labels)
@@ -103,7 +103,7 @@ def test_fifty_of_each_are_enough_and_equal_logits_do_no_harm() -> None:
     assert np.isfinite(flat(x)).all() and (np.diff(flat(x)) > 0).all()
 
 
-def test_graph_writes_the_same_map(tmp_path: Path) -> None:
+def test_calibration_in_graph_equals_numpy(tmp_path: Path) -> None:
     calibrations = [FITTED[1.7, 0.5], Calibration.identity(), FITTED[0.0, 0.0]]
     config = LigrConfig(items=4, actions=1, fields={}, numeric=0, heads=3, width=4, blocks=1, set_blocks=0)
     graphs = LigrGraphs(Ligr(config, {}, torch.zeros(0), torch.ones(0)), {"dot": calibrations}, 1)

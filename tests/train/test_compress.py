@@ -28,7 +28,6 @@ from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
-from slatewise_train.train import TrainConfig
 from tests.conftest import Tiny, serve
 
 ALL = ["fp32", *NAMES]
@@ -53,7 +52,7 @@ def small() -> pytest.MonkeyPatch:
 
 @pytest.fixture(scope="module")
 def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
-    return Source(tiny.folder, tiny.trainer.data, TrainConfig(**tiny.toml["train"]), most_users=20)
+    return Source(tiny.folder, tiny.trainer.data, tiny.config.train, most_users=20)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The data contract: what is read, what is left out and why, and what training never sees."""
+"""The data contract: reading tables, unusable rows, and the events that training must not see."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from hypothesis import strategies as st
 
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM
+from slatewise_train.config import DataConfig, Head, ModelConfig, TablesConfig, read_config
 from slatewise_train.data import (
-    DataConfig,
-    Head,
+    Data,
     Sequences,
     build_catalogue,
     build_sequences,
     clean_events,
     clean_items,
     count_popularity,
-    read_config,
+    load_data,
     read_table,
     split_sequences,
     values_of,
 )
-from slatewise_train.train import Data, load_data
 
 HEADS = (Head("watch", "next", 1.0), Head("like", "label", 0.5))
 CONFIG = DataConfig("shop", HEADS, categorical=("genres",), numeric=("popularity", "price"))
@@ -66,7 +65,7 @@ def same_data(one: Data, other: Data) -> None:
         np.testing.assert_array_equal(values, other.catalogue.field_values[name])
 
 
-def test_csv_and_parquet_give_the_same(tmp_path: Path) -> None:
+def test_csv_and_parquet_same_tables_same_data(tmp_path: Path) -> None:
     events = pl.DataFrame(
         {
             "user_id": [7, 7, 8, 7, None],
@@ -90,7 +89,7 @@ def test_csv_and_parquet_give_the_same(tmp_path: Path) -> None:
         for name, table in (("events", events), ("items", items)):
             write(table, tmp_path / f"{name}.{suffix}")
         found.append(
-            load_data(config, {"data": {name: str(tmp_path / f"{name}.{suffix}") for name in ("events", "items")}})
+            load_data(config, TablesConfig(*(str(tmp_path / f"{name}.{suffix}") for name in ("events", "items"))))
         )
     same_data(*found)
     assert found[0].bad_rows == {"missing user_id": 1}
@@ -98,15 +97,15 @@ def test_csv_and_parquet_give_the_same(tmp_path: Path) -> None:
     assert found[0].catalogue.vocabulary.items == ["1", "2", "3", "9"]
 
 
-def test_other_file_types_are_refused(tmp_path: Path) -> None:
+def test_read_table_other_suffix_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.parquet or \.csv"):
         read_table(tmp_path / "events.json")
 
 
-def test_unusable_rows_are_counted_by_reason_and_left_out() -> None:
+def test_clean_events_unusable_rows_counted_by_reason() -> None:
     rows = [
         ("u", "a", 1.0, None, 1.0),
-        (None, None, None, None, 7.0),  # counted once, by the first reason
+        (None, None, None, None, 7.0),  # counted once, by its first fault
         ("", "a", 1.0, None, 1.0),
         ("u", None, 1.0, None, 1.0),
         ("u", "", 1.0, None, None),
@@ -125,7 +124,7 @@ def test_unusable_rows_are_counted_by_reason_and_left_out() -> None:
 
 
 @pytest.mark.parametrize("time", ["noon", "", "-1", "NaN", "nan", "inf", "-inf", "1e999"])
-def test_times_in_a_csv_that_are_no_times_are_bad(tmp_path: Path, time: str) -> None:
+def test_clean_events_invalid_csv_time_is_bad_row(tmp_path: Path, time: str) -> None:
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp\nu,a,{time}\nu,b,1.5\n")
     kept, bad = clean_events(read_table(tmp_path / "events.csv"), 1.0)
     assert bad == {"bad timestamp": 1}
@@ -133,14 +132,14 @@ def test_times_in_a_csv_that_are_no_times_are_bad(tmp_path: Path, time: str) -> 
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "NaN", "yes"])
-def test_labels_in_a_csv_that_are_not_0_or_1_are_bad(tmp_path: Path, label: str) -> None:
+def test_clean_events_csv_label_not_0_or_1_is_bad_row(tmp_path: Path, label: str) -> None:
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp,label_like\nu,a,1,{label}\nu,b,2,1\nu,c,3,\n")
     kept, bad = clean_events(read_table(tmp_path / "events.csv"), 1.0)
     assert bad == {"label not 0 or 1": 1}
     assert kept["label_like"].to_list() == [1.0, None]
 
 
-def test_too_many_unusable_rows_are_an_error_that_says_the_share() -> None:
+def test_clean_events_too_many_bad_rows_raises_with_share() -> None:
     events = make_events([("u", "a", 1.0, None, None)] * 3 + [("u", None, 1.0, None, None)])
     with pytest.raises(ValueError, match=r"25\.0% of 4 rows .* limit 24\.0%.*missing item_id"):
         clean_events(events, 0.24)
@@ -148,14 +147,14 @@ def test_too_many_unusable_rows_are_an_error_that_says_the_share() -> None:
 
 
 @pytest.mark.parametrize("name", ["user_id", "item_id", "timestamp"])
-def test_a_missing_column_is_named(name: str) -> None:
+def test_clean_events_missing_column_raises_with_its_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"no column {name}"):
         clean_events(make_events([("u", "a", 1.0, None, None)]).drop(name), 1.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("uv"), st.integers(0, 3)), max_size=40))
 @settings(max_examples=40, deadline=None)
-def test_events_are_in_time_order_and_ties_in_input_order(drawn: list[tuple[str, int]]) -> None:
+def test_sequences_time_order_ties_keep_input_order(drawn: list[tuple[str, int]]) -> None:
     events, _ = clean_events(
         make_events([(user, str(k), float(time), None, None) for k, (user, time) in enumerate(drawn)]), 0.0
     )
@@ -172,7 +171,7 @@ def test_events_are_in_time_order_and_ties_in_input_order(drawn: list[tuple[str,
     assert found == expected
 
 
-def test_catalogue_folds_many_values_and_takes_items_that_only_events_name() -> None:
+def test_catalogue_multi_values_and_items_of_events_only() -> None:
     events = make_events([("u", "z", 1.0, "view", None), ("u", "b", 2.0, "buy", None), ("u", "z", 3.0, None, None)])
     catalogue = build_catalogue(ITEMS, events, CONFIG)
     assert catalogue.vocabulary.items == ["a", "b", "c", "z"]
@@ -185,7 +184,7 @@ def test_catalogue_folds_many_values_and_takes_items_that_only_events_name() -> 
     assert np.isnan(catalogue.numeric[:FIRST_ITEM]).all()
 
 
-def test_an_item_listed_twice_counts_once_and_one_without_id_not_at_all() -> None:
+def test_clean_items_duplicate_or_missing_id_dropped() -> None:
     items = pl.DataFrame(
         {"item_id": ["a", None, "a", ""], "title": ["first", "none", "second", "empty"], "genres": ["x", "y", "z", "y"]}
     )
@@ -196,7 +195,7 @@ def test_an_item_listed_twice_counts_once_and_one_without_id_not_at_all() -> Non
     assert vocabulary.items == ["a"] and vocabulary.fields == {"genres": ["x"]}
 
 
-def test_numbers_of_items_that_are_none_are_counted_and_missing() -> None:
+def test_clean_items_invalid_number_counted_and_missing() -> None:
     config = DataConfig("shop", HEADS, numeric=("price", "popularity"))
     items, bad = clean_items(pl.DataFrame({"item_id": ["a", "b", "c"], "price": ["1.5", "cheap", None]}), config)
     assert bad == {"items: price is not a number": 1}
@@ -206,18 +205,18 @@ def test_numbers_of_items_that_are_none_are_counted_and_missing() -> None:
         clean_items(pl.DataFrame({"item_id": ["a"]}), config)
 
 
-def test_list_columns_and_separated_text_hold_the_same_values() -> None:
+def test_values_of_list_column_equals_separated_text() -> None:
     lists = pl.Series("genres", [["x", "y"], None, [], ["y"]], dtype=pl.List(pl.String))
     assert values_of(lists) == values_of(pl.Series("genres", ["x|y", None, "", "y"])) == [["x", "y"], [], [], ["y"]]
 
 
-def test_actions_may_be_numbers() -> None:
+def test_catalogue_numeric_actions_become_text() -> None:
     events = pl.DataFrame({"user_id": [1], "item_id": ["a"], "timestamp": [1.0], "action": [7]})
     clean, _ = clean_events(events, 0.0)
     assert build_catalogue(ITEMS, clean, CONFIG).vocabulary.actions == ["7"]
 
 
-def test_unknown_items_and_actions_keep_their_event() -> None:
+def test_sequences_unknown_item_or_action_keeps_event() -> None:
     known = build_catalogue(ITEMS, make_events([("u", "a", 1.0, "view", None)]), CONFIG).vocabulary
     events = make_events([("u", "a", 1.0, "view", 1.0), ("u", "new", 2.0, "stare", 0.0), ("u", "c", 3.0, None, None)])
     sequences = build_sequences(events, known, CONFIG)
@@ -232,9 +231,7 @@ def test_unknown_items_and_actions_keep_their_event() -> None:
     n=st.integers(0, 5),
 )
 @settings(max_examples=30, deadline=None)
-def test_a_window_holds_its_users_events_and_its_own_first_gap(
-    rows: list[tuple[str, str, int]], first: int, n: int
-) -> None:
+def test_sequences_window_has_own_events_and_first_gap(rows: list[tuple[str, str, int]], first: int, n: int) -> None:
     events, _ = clean_events(make_events([(u, i, float(t), None, None) for u, i, t in rows]), 0.0)
     sequences = build_sequences(events, build_catalogue(ITEMS, events, CONFIG).vocabulary, CONFIG)
     assert len(sequences) == len({u for u, _, _ in rows})
@@ -272,7 +269,7 @@ def make_sequences(lengths: list[int]) -> Sequences:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_nothing_held_out_is_in_training(
+def test_split_leave_one_out_excludes_held_out_events(
     lengths: list[int], size: int, slate_users: int, validation_users: int, seed: int
 ) -> None:
     config = DataConfig(
@@ -289,7 +286,7 @@ def test_nothing_held_out_is_in_training(
         held_out = size if user in slated else size + 1 if user in validated else 1
         assert split.train_lengths[user] == n - held_out
         if held_out > 1:
-            assert split.train_lengths[user] >= 5, "a held-out slate leaves a history"
+            assert split.train_lengths[user] >= 5, "a history is left before a held-out slate"
 
 
 @given(
@@ -298,9 +295,7 @@ def test_nothing_held_out_is_in_training(
     size=st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_split_by_time_trains_on_what_was_before_and_tests_what_came_next(
-    times: list[list[int]], split_at: int, size: int
-) -> None:
+def test_split_by_time_trains_before_and_tests_after(times: list[list[int]], split_at: int, size: int) -> None:
     config = DataConfig(
         "shop", HEADS, kind="time", test_from=split_at, slate_size=size, slate_users=2, validation_users=2
     )
@@ -316,7 +311,7 @@ def test_a_split_by_time_trains_on_what_was_before_and_tests_what_came_next(
             assert len(mine) - before >= size, "a whole slate comes after"
 
 
-def test_held_out_users_are_drawn_by_the_seed() -> None:
+def test_split_held_out_users_depend_on_seed() -> None:
     sequences = make_sequences([30] * 40)
     drawn = [
         split_sequences(sequences, DataConfig("shop", HEADS, slate_users=5, validation_users=5, seed=seed))
@@ -328,7 +323,7 @@ def test_held_out_users_are_drawn_by_the_seed() -> None:
     )
 
 
-def test_popularity_counts_training_events_alone() -> None:
+def test_popularity_counts_training_events_only() -> None:
     rows = [
         ("u", "a", 1.0, None, None),
         ("v", "a", 1.0, None, None),
@@ -342,10 +337,10 @@ def test_popularity_counts_training_events_alone() -> None:
     count_popularity(catalogue, sequences, split_sequences(sequences, CONFIG), CONFIG)
     np.testing.assert_allclose(
         catalogue.numeric[FIRST_ITEM:, 0], np.log10([3, 2, 1]), rtol=1e-6
-    )  # c is everybody's last
+    )  # c is the last event of every user
 
 
-def test_popularity_that_the_items_bring_is_kept() -> None:
+def test_popularity_given_by_items_is_kept() -> None:
     events = make_events([("u", "a", 1.0, None, None), ("u", "a", 2.0, None, None)])
     catalogue = build_catalogue(ITEMS.with_columns(popularity=pl.Series([7.0, 8.0, None])), events, CONFIG)
     sequences = build_sequences(events, catalogue.vocabulary, CONFIG)
@@ -353,14 +348,44 @@ def test_popularity_that_the_items_bring_is_kept() -> None:
     np.testing.assert_array_equal(catalogue.numeric[FIRST_ITEM:, 0], np.array([7, 8, np.nan], np.float32))
 
 
-def test_config_is_read_and_a_head_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_read_config_unknown_head_kind_raises(tmp_path: Path) -> None:
     path = tmp_path / "shop.toml"
     path.write_text(
-        'name = "shop"\n[heads.buy]\nkind = "label"\nweight = 2\n[split]\nslate_size = 7\n[items]\nnumeric = ["price"]\n'
+        'name = "shop"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n'
+        '[heads.buy]\nkind = "label"\nweight = 2\n[split]\nslate_size = 7\n[items]\nnumeric = ["price"]\n'
     )
-    config, toml = read_config(path)
-    assert config == DataConfig("shop", (Head("buy", "label", 2.0),), numeric=("price",), slate_size=7)
-    assert toml["heads"]["buy"]["weight"] == 2
+    config = read_config(path)
+    assert config.tables == TablesConfig("e.csv", "i.csv")
+    assert config.data == DataConfig("shop", (Head("buy", "label", 2.0),), numeric=("price",), slate_size=7)
     path.write_text('name = "shop"\n[heads.buy]\nkind = "regression"\nweight = 1\n')
     with pytest.raises(ValueError, match=r"heads\.buy.*'regression'"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[split]\ntitle = 'x'", r"\[split\] has unknown title"),
+        ("[items]\nnumbers = ['x']", r"\[items\] has unknown numbers"),
+        ("[train]\nepocs = 3", r"\[train\] has unknown epocs"),
+        ("[demo]\nevents = 'e.csv'", r"\[demo\] lacks items"),
+        ("[trian]\nepochs = 3", "unknown tables trian"),
+        ("[model]\nfamily = 'gpt'", None),  # an error of `ModelConfig.sized`
+    ],
+)
+def test_read_config_unknown_or_missing_name_raises(tmp_path: Path, table: str, message: str | None) -> None:
+    path = tmp_path / "shop.toml"
+    path.write_text(
+        'name = "shop"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n[heads.buy]\nkind = "label"\nweight = 1\n' + table
+    )
+    if message is None:
+        with pytest.raises(ValueError, match="unknown family 'gpt'"):
+            read_config(path).model.sized(items=3, actions=1, fields={}, numeric=0, heads=1)
+        return
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_model_config_unknown_name_raises() -> None:
+    with pytest.raises(ValueError, match=r"\[model\] has unknown widht"):
+        ModelConfig("ligr", {"widht": 8}).sized(items=3, actions=1, fields={}, numeric=0, heads=1)

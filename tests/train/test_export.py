@@ -26,15 +26,25 @@ from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
 from slatewise_train.bundle_writer import FP32_BOUND, staging
-from slatewise_train.data import DataConfig, Head, read_table
+from slatewise_train.config import (
+    Config,
+    DataConfig,
+    DemoConfig,
+    Head,
+    MetaConfig,
+    ModelConfig,
+    TablesConfig,
+    TrainConfig,
+)
+from slatewise_train.data import load_data, read_table
 from slatewise_train.demo.content import demo_data, make_request
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
 from slatewise_train.export import export, load_block, main
-from slatewise_train.meta.limaml import MetaConfig, MetaTrainer, user_vectors
+from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
-from slatewise_train.train import TrainConfig, Trainer, build_model, load_data, train
+from slatewise_train.train import Trainer, build_model, train
 from tests.conftest import Tiny, serve
 
 
@@ -64,7 +74,7 @@ def test_load_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> 
 def test_export_of_existing_version_is_refused(tiny: Tiny) -> None:
     before = (tiny.folder / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="exists"):
-        export(tiny.trainer, tiny.learner, tiny.toml, tiny.root, 1)
+        export(tiny.trainer, tiny.learner, tiny.config, tiny.root, 1)
     assert (tiny.folder / "manifest.json").read_bytes() == before
 
 
@@ -74,7 +84,7 @@ def test_export_above_bound_publishes_nothing(
 ) -> None:
     monkeypatch.setattr(parity, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
-        export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1)
+        export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
@@ -84,7 +94,7 @@ def test_export_options_above_bound_are_published(tiny: Tiny, tmp_path: Path, mo
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(parity, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
-    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 1, most_users=2), 1)
+    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
 
@@ -108,7 +118,7 @@ def test_export_second_version_is_served(tiny: Tiny, tmp_path: Path, monkeypatch
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    assert export(tiny.trainer, tiny.learner, tiny.toml, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
+    assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
     for name in ("items.npy", "ids.json", "display.json"):
@@ -122,7 +132,7 @@ def test_manifest_describes_the_trained_ranker(ranker: Ranker, tiny: Tiny) -> No
     data = tiny.trainer.data
     model = tiny.trainer.model
     assert (manifest.ranker, manifest.version, manifest.space) == ("tiny", 1, "tiny-1")
-    assert manifest.trained_on == tiny.toml["data"]["trained_on"]
+    assert manifest.trained_on == tiny.config.tables.trained_on
     assert manifest.heads == {"watch": 1.0, "like": 0.5}
     assert manifest.exits == list(EXITS) and manifest.default_exit in EXITS
     assert (manifest.width, manifest.meta_size) == (model.config.width, model.config.meta_size)
@@ -305,29 +315,28 @@ def test_calibrations_are_written_beside_their_graphs(tiny: Tiny) -> None:
 
 def test_ranker_without_set_blocks_has_no_exit_set(tiny: Tiny) -> None:
     data = tiny.trainer.data
-    model = build_model(data.catalogue, data.config, tiny.toml["model"] | {"set_blocks": 0})
+    model = build_model(data.catalogue, data.config, ModelConfig("ligr", tiny.config.model.shape | {"set_blocks": 0}))
     graphs = LigrGraphs(model, {exit: [Calibration.identity()] * 2 for exit in EXITS}, 10).all()
     assert set(graphs) == {"encode", "dot", "point"}
 
 
 @pytest.fixture
-def demo(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
-    """A TOML with a demo of two users and some items, one of which the ranker does not know."""
-    items = read_table(Path(tiny.toml["data"]["items"])).head(400)
-    events = read_table(Path(tiny.toml["data"]["events"])).filter(
+def demo(tiny: Tiny, tmp_path: Path) -> Config:
+    """A config with a demo of two users and some items, one of which the ranker does not know."""
+    items = read_table(Path(tiny.config.tables.items)).head(400)
+    events = read_table(Path(tiny.config.tables.events)).filter(
         pl.col("user_id").is_in(["1", "6"]) & pl.col("item_id").is_in(items["item_id"].to_list())
     )
     unknown = items.head(1).with_columns(item_id=pl.lit("999999"), title=pl.lit("Unknown Film"))
     pl.concat([items, unknown]).write_csv(tmp_path / "items.csv")
     pl.concat([events, events.head(1).with_columns(item_id=pl.lit("999999"))]).write_csv(tmp_path / "events.csv")
-    return tiny.toml | {
-        "demo": {"events": str(tmp_path / "events.csv"), "items": str(tmp_path / "items.csv"), "user_prefix": "demo:"}
-    }
+    demo = DemoConfig(str(tmp_path / "events.csv"), str(tmp_path / "items.csv"), "demo:")
+    return dataclasses.replace(tiny.config, demo=demo)
 
 
-def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
-    listed = read_table(Path(demo["demo"]["items"]))
+    listed = read_table(Path(demo.demo.items))
     assert set(shown.titles) == set(listed["item_id"].to_list()) - {"999999"}
     assert len(shown.titles) < len(tiny.trainer.data.catalogue.vocabulary.items)
     row = next(listed.iter_rows(named=True))
@@ -343,7 +352,7 @@ def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: dict[str, Any]) -
     )
 
 
-def test_demo_vectors_leave_the_ranker_unchanged(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_demo_vectors_leave_the_ranker_unchanged(tiny: Tiny, demo: Config) -> None:
     model = tiny.trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vectors = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo).vectors
@@ -365,7 +374,7 @@ def test_user_with_only_unknown_items_has_default_vector(tiny: Tiny) -> None:
     assert (vectors[1:] != default).any(axis=1).all()
 
 
-def test_demo_example_names_only_shown_items(tiny: Tiny, demo: dict[str, Any]) -> None:
+def test_demo_example_names_only_shown_items(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
     request = make_request(shown, tiny.trainer.data, 0, np.random.default_rng(0))
     assert request["user"].startswith("demo:")
@@ -375,8 +384,8 @@ def test_demo_example_names_only_shown_items(tiny: Tiny, demo: dict[str, Any]) -
 
 def train_shop(
     folder: Path, config: DataConfig, items: int, users: int = 12, length: int = 14
-) -> tuple[Trainer, dict[str, Any]]:
-    """A ranker trained for a moment on CSV files of a shop, and its TOML."""
+) -> tuple[Trainer, Config]:
+    """A ranker trained for a moment on CSV files of a shop, and its config."""
     rng = np.random.default_rng(0)
     rows = [
         (f"u{u}", f"i{rng.integers(items)}", 1e9 + 100 * k, int(rng.integers(2)))
@@ -387,19 +396,20 @@ def train_shop(
     pl.DataFrame({"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}).write_csv(
         folder / "items.csv"
     )
-    toml = {"data": {name: str(folder / f"{name}.csv") for name in ("events", "items")}}
+    tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
-    return train(load_data(config, toml), shape, short, folder / "train"), toml
+    trainer = train(load_data(config, tables), ModelConfig("ligr", shape), short, folder / "train")
+    return trainer, Config(config, tables)
 
 
 def bring_your_own(folder: Path, config: DataConfig, items: int) -> Ranker:
     """The ranker of `train_shop` with a meta block, exported and loaded."""
-    trainer, toml = train_shop(folder, config, items)
+    trainer, whole = train_shop(folder, config, items)
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
     )
-    return load_bundle(export(trainer, learner, toml, folder, 1), 1)
+    return load_bundle(export(trainer, learner, whole, folder, 1), 1)
 
 
 NEXT = Head("next", "next", 1.0)
@@ -439,10 +449,10 @@ def test_export_without_meta_block_serves_with_status_off(tmp_path: Path, monkey
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(parity, "SLATES", (1, 5))
     config = DataConfig("shop", (NEXT, BUY), slate_size=2, slate_users=3, validation_users=3, history_length=80)
-    trainer, toml = train_shop(tmp_path, config, items=90, length=8)
+    trainer, whole = train_shop(tmp_path, config, items=90, length=8)
     with pytest.raises(ValueError, match="no user has 15 training events"):
         MetaTrainer(trainer.model, trainer.data, MetaConfig())
-    folder = export(trainer, None, toml, tmp_path / "bundles", 1)
+    folder = export(trainer, None, whole, tmp_path / "bundles", 1)
     manifest = read_manifest(folder)
     assert manifest.meta_size == 0 and manifest.model is not None and manifest.model.config["meta_size"] == 0
     assert not {"default_meta.npy", "meta_embeddings.npy", "users.json", "meta_block.npz"} & manifest.files.keys()

@@ -1,4 +1,4 @@
-"""The equations of the ranker, one property each, on a model with random weights."""
+"""The equations of the ranker, one property in each test, on a model with random weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIELD[7] = torch.tensor([1, 2, 3])
 
 
 def make_model(attention_heads: int = 2, set_blocks: int = 1, **shape: int) -> Ligr:
-    """No weight is left at the zero or one where it starts."""
+    """A model with random weights, including those that are initialised with zeros or ones."""
     torch.manual_seed(0)
     config = LigrConfig(
         ITEMS,
@@ -53,7 +53,7 @@ MODEL = make_model()
 
 
 def draw_events(length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Items, actions, gaps (1, T + 1) behind the start token."""
+    """Items, actions and gaps (1, T + 1), start token first."""
     columns = [torch.randint(low, high, (1, length)) for low, high in ((0, ITEMS), (0, ACTIONS), (0, GAP_BUCKETS))]
     items, actions, gaps = (
         torch.cat([torch.tensor([[first]]), column], dim=1)
@@ -79,9 +79,7 @@ def point_hidden(vectors: Tensor, numeric: Tensor, length: int, model: Ligr = MO
 
 @given(first=st.integers(0, 300), second=st.integers(0, 300), shift=st.integers(0, 300), seed=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_rotation_keeps_norms_and_products_depend_on_the_distance_alone(
-    first: int, second: int, shift: int, seed: int
-) -> None:
+def test_rotate_keeps_norms_and_products_of_equal_distance(first: int, second: int, shift: int, seed: int) -> None:
     torch.manual_seed(seed)
     query, key = torch.randn(2, 1, 3, 1, 8, dtype=torch.float64)
 
@@ -94,7 +92,7 @@ def test_rotation_keeps_norms_and_products_depend_on_the_distance_alone(
     torch.testing.assert_close(near, far, rtol=0, atol=1e-3)  # angles are float32
 
 
-def test_rotation_does_turn_and_position_zero_does_not() -> None:
+def test_rotate_changes_all_positions_but_zero() -> None:
     x = torch.randn(2, 2, 3, 8)
     turned = rotate(x, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(turned[:, :, 0], x[:, :, 0])
@@ -105,7 +103,7 @@ def test_rotation_does_turn_and_position_zero_does_not() -> None:
 
 
 def slow_block(block: Block, x: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The equation of a block for (N, d) rows without positions, one row and one attention head at a time, in float64."""
+    """The equation of a block for rows (N, d) without positions, in float64, one row and attention head at a time."""
     w = {name: parameter.detach().double().numpy() for name, parameter in block.named_parameters()}
 
     def dense(name: str, x: np.ndarray) -> np.ndarray:
@@ -137,7 +135,7 @@ def slow_block(block: Block, x: np.ndarray, key: np.ndarray, value: np.ndarray) 
     ("heads", "key_heads", "key_size"), [(1, 1, 8), (2, 2, 4), (4, 4, 2), (4, 2, 2), (2, 1, 2), (1, 1, 2)]
 )
 @pytest.mark.parametrize(("n", "keys"), [(1, 1), (5, 3), (2, 9)])
-def test_block_is_its_equation_with_gates_that_read_the_stream_before_normalisation(
+def test_block_equals_equation_with_gates_before_norm(
     heads: int, key_heads: int, key_size: int, n: int, keys: int
 ) -> None:
     model = make_model(attention_heads=heads, key_heads=key_heads, key_size=key_size)
@@ -153,7 +151,7 @@ def test_block_is_its_equation_with_gates_that_read_the_stream_before_normalisat
 
 @given(length=st.integers(1, 12), data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_history_is_causal(length: int, data: st.DataObject) -> None:
+def test_encode_later_event_leaves_earlier_positions(length: int, data: st.DataObject) -> None:
     torch.manual_seed(length)
     events = draw_events(length)
     changed = data.draw(st.integers(1, length))
@@ -171,7 +169,7 @@ def test_history_is_causal(length: int, data: st.DataObject) -> None:
             torch.testing.assert_close(a[:, :, :changed], b[:, :, :changed], rtol=0, atol=1e-6)
 
 
-def test_the_order_of_the_history_matters() -> None:
+def test_encode_swapped_events_change_user_vector() -> None:
     items, actions, gaps = draw_events(4)
     items[0, 1:] = torch.tensor([4, 5, 6, 7])
     actions[:] = 0
@@ -182,7 +180,7 @@ def test_the_order_of_the_history_matters() -> None:
 
 @given(n=st.integers(1, 40), length=st.integers(0, 20), data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_candidates_do_not_see_each_other_at_point(n: int, length: int, data: st.DataObject) -> None:
+def test_point_changed_candidate_leaves_the_others(n: int, length: int, data: st.DataObject) -> None:
     changed = data.draw(st.integers(0, n - 1))
     torch.manual_seed(n)
     vectors = torch.randn(1, n, 8)
@@ -202,7 +200,7 @@ def test_candidates_do_not_see_each_other_at_point(n: int, length: int, data: st
 
 @given(n=st.integers(1, 40), set_blocks=st.integers(0, 2))
 @settings(max_examples=20, deadline=None)
-def test_set_logits_permute_with_the_candidates_and_depend_on_the_others(n: int, set_blocks: int) -> None:
+def test_set_logits_permute_and_depend_on_others(n: int, set_blocks: int) -> None:
     model = make_model(set_blocks=set_blocks)
     torch.manual_seed(n)
     hidden = torch.randn(1, n, 8)
@@ -217,7 +215,7 @@ def test_set_logits_permute_with_the_candidates_and_depend_on_the_others(n: int,
 
 @given(n=st.integers(1, 20), padding=st.integers(0, 20))
 @settings(max_examples=20, deadline=None)
-def test_padding_changes_nothing_in_a_set(n: int, padding: int) -> None:
+def test_set_logits_masked_padding_changes_nothing(n: int, padding: int) -> None:
     torch.manual_seed(n)
     hidden = torch.randn(1, n + padding, 8)
     mask = (torch.arange(n + padding) < n)[None, None, None]
@@ -227,7 +225,7 @@ def test_padding_changes_nothing_in_a_set(n: int, padding: int) -> None:
         )
 
 
-def test_an_empty_history_is_the_start_token() -> None:
+def test_encode_empty_history_is_the_start_token() -> None:
     state, users = encode(*draw_events(0))
     assert users.shape == (1, 1, 8)
     assert {a.shape for pair in state for a in pair} == {(1, 2, 1, 4)}
@@ -236,14 +234,14 @@ def test_an_empty_history_is_the_start_token() -> None:
     torch.testing.assert_close(users[:, 0], longer[:, 0], rtol=0, atol=1e-6)
 
 
-def test_padding_behind_a_history_changes_nothing() -> None:
+def test_encode_right_padding_changes_nothing() -> None:
     events = draw_events(9)
     (_, users) = encode(*events)
     (_, cut) = encode(*(e[:, :5] for e in events))
     torch.testing.assert_close(users[:, :5], cut, rtol=0, atol=1e-6)
 
 
-def test_item_table_folds_the_id_row_and_the_mean_of_the_field_values() -> None:
+def test_item_table_is_id_row_plus_mean_of_field_values() -> None:
     table = MODEL.item_table()
     ids = MODEL.item.weight
     field = MODEL.field["genre"].weight
@@ -255,7 +253,7 @@ def test_item_table_folds_the_id_row_and_the_mean_of_the_field_values() -> None:
     torch.testing.assert_close(table[7], ids[7] + field[1:].mean(0))
 
 
-def test_an_cold_item_vectors_has_the_items_fields_and_the_unknown_items_id() -> None:
+def test_cold_item_vectors_have_own_fields_and_unknown_id() -> None:
     cold_item_vectors = MODEL.cold_item_vectors(MODEL.item_table())
     ids = MODEL.item.weight
     field = MODEL.field["genre"].weight
@@ -264,7 +262,7 @@ def test_an_cold_item_vectors_has_the_items_fields_and_the_unknown_items_id() ->
     torch.testing.assert_close(cold_item_vectors[UNKNOWN_ITEM], MODEL.item_table()[UNKNOWN_ITEM])
 
 
-def test_a_missing_number_is_not_a_zero_and_not_the_mean() -> None:
+def test_fuse_missing_number_differs_from_zero_and_mean() -> None:
     meta = torch.randn(1, 1, 3)
     context = torch.randn(1, 1, CONTEXT_SIZE)
     numeric = torch.tensor([[[torch.nan, 2.0], [1.0, 2.0], [0.0, 2.0]]])  # the mean of the first column is 1
@@ -273,7 +271,7 @@ def test_a_missing_number_is_not_a_zero_and_not_the_mean() -> None:
     assert MODEL.fuse(torch.tensor([[[3e38, -3e38]]]), meta, context).isfinite().all()
 
 
-def test_an_exit_starts_as_the_one_below_it() -> None:
+def test_fresh_model_point_and_set_add_nothing() -> None:
     fresh = Ligr(LigrConfig(ITEMS, ACTIONS, {}, NUMERIC, HEADS, width=8), {}, torch.zeros(2), torch.ones(2)).eval()
     hidden = torch.randn(1, 5, 8)
     assert not fresh.point_logits(hidden).any() and not fresh.set_logits(hidden).any()

@@ -1,4 +1,4 @@
-"""The serving graphs are the equations of the torch model, over drawn sizes and shapes of rankers."""
+"""The serving graphs equal the torch model, over drawn sizes and shapes of rankers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ATTENTION = {  # of heads, by name
         "attention_heads": 2,
         "key_heads": 1,
         "key_size": 2,
-    },  # queries share keys and values, and are half as wide as these
+    },  # query heads share keys and values, and are half as wide
 }
 SHAPES = [(heads, set_blocks, numeric) for heads in ATTENTION for set_blocks in (0, 1, 2) for numeric in (0, 2)]
 HEAD_WEIGHTS = (1.0, -0.4)
@@ -50,7 +50,7 @@ def graphs_of(model: Ligr) -> LigrGraphs:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Rankers of every shape, with random weights, as torch, graphs and engine."""
+    """Rankers of every shape with random weights, as torch models, graphs and engines."""
     result = {}
     for heads, set_blocks, numeric in SHAPES:
         torch.manual_seed(set_blocks + numeric)
@@ -69,7 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         values = torch.randint(0, 4, (ITEMS, 2))
         model = Ligr(config, {"genre": values}, torch.full((numeric,), 2.0), torch.full((numeric,), 1.5)).eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # the ladder starts at zero: nothing may stay there
+            for parameter in model.parameters():  # no weight may keep its initial zero
                 parameter += 0.2 * torch.randn_like(parameter)
         exits = list(EXITS) if set_blocks else list(EXITS[:2])
         graphs = graphs_of(model).all()
@@ -86,7 +86,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def ranks(built: Built) -> dict[Shape, tuple[onnx.ModelProto, ort.InferenceSession]]:
-    """The whole of each ranker in one graph."""
+    """Each ranker as the single graph `rank`."""
     graphs = {shape: graphs_of(model).rank(engine.items, HEAD_WEIGHTS) for shape, (model, _, engine) in built.items()}
     return {
         shape: (graph, ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]))
@@ -117,21 +117,21 @@ def check(model: Ligr, engine: Engine, events: int, n: int, numeric: int, seed: 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("events", "n"), [(0, 1), (1, 1), (LONGEST, 600)])
-def test_graphs_equal_torch_at_the_smallest_and_largest_sizes(built: Built, shape: Shape, events: int, n: int) -> None:
+def test_graphs_smallest_and_largest_sizes_equal_torch(built: Built, shape: Shape, events: int, n: int) -> None:
     model, _, engine = built[shape]
     check(model, engine, events, n, shape[2], 0)
 
 
 @given(shape=st.sampled_from(SHAPES), events=st.integers(0, LONGEST), n=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_graphs_equal_torch_over_drawn_sizes(built: Built, shape: Shape, events: int, n: int, seed: int) -> None:
+def test_graphs_drawn_sizes_equal_torch(built: Built, shape: Shape, events: int, n: int, seed: int) -> None:
     model, _, engine = built[shape]
     check(model, engine, events, n, shape[2], seed)
 
 
 @given(events=st.integers(0, 128), n=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
-def test_the_trained_bundle_has_the_order_of_the_torch_model_at_every_exit(
+def test_trained_bundle_orders_as_torch_at_every_exit(
     tiny: Tiny, ranker: Ranker, events: int, n: int, seed: int
 ) -> None:
     model = tiny.trainer.model
@@ -142,14 +142,12 @@ def test_the_trained_bundle_has_the_order_of_the_torch_model_at_every_exit(
     for exit in EXITS:
         order = np.argsort(logits[exit], axis=0, kind="stable")
         found = np.take_along_axis(engine.score(history, candidates, meta, exit), order, axis=0)
-        assert (np.diff(found, axis=0) >= -1e-5).all(), "calibrated, so only the order is comparable"
+        assert (np.diff(found, axis=0) >= -1e-5).all(), "probabilities are calibrated, so the order alone is comparable"
 
 
 @given(shape=st.sampled_from(SHAPES), past=st.integers(0, 60), new=st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
-def test_encode_gives_the_past_as_it_came_and_behind_it_the_new_events(
-    built: Built, shape: Shape, past: int, new: int
-) -> None:
+def test_encode_returns_unchanged_past_then_new_events(built: Built, shape: Shape, past: int, new: int) -> None:
     model, _, engine = built[shape]
     history, _, _ = draw(engine, past, 1, 0, past)
     more, _, _ = draw(engine, new, 1, 0, new)
@@ -186,7 +184,7 @@ def columns_of(history: History) -> tuple[np.ndarray, ...]:
 def rank_feeds(
     engine: Engine, events: int, n: int, numeric: int, seed: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A request as `rank` takes it, and what the engine gives for it: probabilities of the highest exit."""
+    """Inputs of `rank` for a request, and the engine's probabilities at the highest exit."""
     history, candidates, rng = draw(engine, events, n, numeric, seed)
     rows = rng.integers(0, len(engine.items), n)
     meta = rng.normal(0, 1, META).astype(np.float32)
@@ -207,7 +205,7 @@ def rank_feeds(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("events", "n"), [(0, 1), (0, 30), (1, 1), (LONGEST, 600)])
-def test_rank_scores_as_the_engine_at_the_smallest_and_largest_sizes(
+def test_rank_smallest_and_largest_sizes_equal_engine(
     built: Built, ranks: dict[Shape, Any], shape: Shape, events: int, n: int
 ) -> None:
     check_rank(built, ranks, shape, events, n, 1, 0)
@@ -221,14 +219,14 @@ def test_rank_scores_as_the_engine_at_the_smallest_and_largest_sizes(
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_rank_scores_as_the_engine_over_drawn_sizes_and_batches(
+def test_rank_drawn_sizes_and_batches_equal_engine(
     built: Built, ranks: dict[Shape, Any], shape: Shape, events: int, n: int, batch: int, seed: int
 ) -> None:
     check_rank(built, ranks, shape, events, n, batch, seed)
 
 
 def check_rank(built: Built, ranks: dict[Shape, Any], shape: Shape, events: int, n: int, batch: int, seed: int) -> None:
-    """Requests of one size, as a batch."""
+    """A batch of requests of one size."""
     drawn = [rank_feeds(built[shape][2], events, n, shape[2], seed + 1_000 * row) for row in range(batch)]
     feeds = {name: np.concatenate([each[name] for each, _ in drawn]) for name in drawn[0][0]}
     probabilities, scores = ranks[shape][1].run(["probabilities", "scores"], feeds)
@@ -240,7 +238,7 @@ def check_rank(built: Built, ranks: dict[Shape, Any], shape: Shape, events: int,
         )
 
 
-def test_rank_takes_and_gives_what_it_says(built: Built, ranks: dict[Shape, Any]) -> None:
+def test_rank_declares_inputs_outputs_and_one_item_table(built: Built, ranks: dict[Shape, Any]) -> None:
     for shape, (graph, _) in ranks.items():
         names = [v.name for v in graph.graph.input], [v.name for v in graph.graph.output]
         assert set(names[0]) == {"history", "actions", "gaps", "candidates", "meta", "context"} | (
@@ -248,11 +246,11 @@ def test_rank_takes_and_gives_what_it_says(built: Built, ranks: dict[Shape, Any]
         )
         assert names[1] == ["probabilities", "scores"]
         tables = [weight for weight in graph.graph.initializer if ITEMS in weight.dims]
-        assert [weight.name for weight in tables] == ["items"], "the table, once, for events and candidates"
+        assert [weight.name for weight in tables] == ["items"], "one table for events and candidates"
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(tables[0]), built[shape][2].items)
 
 
-# What the graphs are made of
+# Nodes of the graphs
 
 
 def every_graph(built: Built, ranks: dict[Shape, Any], shape: Shape) -> dict[str, onnx.ModelProto]:
@@ -260,14 +258,14 @@ def every_graph(built: Built, ranks: dict[Shape, Any], shape: Shape) -> dict[str
 
 
 def dense_layers(model: Ligr) -> set[str]:
-    """By their names in the state dict, late fusion in its two parts: the request's and the candidates'."""
+    """Names of the dense layers in the state dict; late fusion counts as two, for request and candidates."""
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return names - {"fusion"} | {"fusion.request"} | ({"fusion.numeric"} if model.config.numeric else set())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
-    """Once a graph; in `rank`, where events and candidates go through the same blocks, the nodes are two and the weights one."""
+def test_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
+    """One node in each graph. In `rank`, events and candidates share the weights of a block and have a node each."""
     model = built[shape][0]
     layers = dense_layers(model)
     own = {name for name in layers if name.startswith("blocks.")}
@@ -281,7 +279,7 @@ def test_every_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[S
         "set": Counter(of_set),
         "rank": Counter(own) + Counter(own - keys_values) + Counter(of_point | of_set),
     }
-    assert own | of_set | of_point == layers - ({"set_out"} if not shape[1] else set()), "each is somewhere"
+    assert own | of_set | of_point == layers - ({"set_out"} if not shape[1] else set()), "no layer is left out"
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     columns = 2 * shape[2]
     for name, graph in every_graph(built, ranks, shape).items():
@@ -294,7 +292,7 @@ def test_every_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[S
         )
         assert not [
             i for node in graph.graph.node if node.op_type == "MatMul" for i in node.input if i.endswith(".weight")
-        ], "no other way for a dense layer"
+        ], "no dense layer is a MatMul"
         for layer in expected[name]:
             if layer.startswith("fusion."):
                 part = slice(columns, None) if layer == "fusion.request" else slice(columns)
@@ -308,21 +306,19 @@ def test_every_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[S
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_is_transposed_or_copied(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
+def test_graphs_have_no_transpose_identity_or_unused_node(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
     for name, graph in every_graph(built, ranks, shape).items():
         operators = {node.op_type for node in graph.graph.node}
         assert not operators & {"Transpose", "Identity"}, name
         produced = {output for node in graph.graph.node for output in node.output}
-        assert {v.name for v in graph.graph.output} <= produced, (
-            "an output is what an operator made, under its own name"
-        )
+        assert {v.name for v in graph.graph.output} <= produced, "every output is the result of a node"
         used = {i for node in graph.graph.node for i in node.input} | {v.name for v in graph.graph.output}
-        assert {weight.name for weight in graph.graph.initializer} <= used, "no weight that nothing reads"
-        assert produced <= used, "no operator whose result nothing reads"
+        assert {weight.name for weight in graph.graph.initializer} <= used, "every weight is read"
+        assert produced <= used, "every result is read"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_is_one_operator_and_never_sees_a_mask(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
+def test_attention_is_one_operator_without_mask(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
     blocks = {"encode": 2, "dot": 0, "point": 2, "set": shape[1], "rank": 4 + shape[1]}
     for name, graph in every_graph(built, ranks, shape).items():
         operators = [node.op_type for node in graph.graph.node]
@@ -348,7 +344,7 @@ def test_attention_is_one_operator_and_never_sees_a_mask(built: Built, ranks: di
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_item_table_is_not_inside_the_graphs(built: Built, shape: Shape) -> None:
+def test_graphs_do_not_contain_the_item_table(built: Built, shape: Shape) -> None:
     model, graphs, _ = built[shape]
     rows = model.item.weight.detach().numpy()
     for graph in graphs.values():
@@ -359,10 +355,10 @@ def test_item_table_is_not_inside_the_graphs(built: Built, shape: Shape) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("batch", "past", "new"), [(1, 1, 9), (1, 4, 1), (3, 2, 5)])
-def test_last_block_of_the_history_works_for_the_newest_position_alone(
+def test_last_history_block_computes_newest_position_only(
     built: Built, shape: Shape, batch: int, past: int, new: int
 ) -> None:
-    """By the rows that each dense layer is given: keys and values for every event, all else of the last block for one."""
+    """Counts the rows of each dense layer: the last block computes keys and values for all events, the rest for one."""
     model, graphs, engine = built[shape]
     watched = onnx.ModelProto()
     watched.CopyFrom(graphs["encode"])

@@ -1,4 +1,4 @@
-"""Meta-learning: the inner loop against a loop over users, what a task may see, what the outer loop leaves alone, stop and resume."""
+"""Meta-learning: the inner loop against a loop over users, the content of a task, the outer loop, stop and resume."""
 
 from __future__ import annotations
 
@@ -16,31 +16,23 @@ from slatewise.bundle.features import gap_buckets, request_context
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates, History
 from slatewise.store.codec import pack, unpack
-from slatewise_train.meta.limaml import (
-    MetaConfig,
-    MetaLearner,
-    MetaTrainer,
-    Tasks,
-    event_losses,
-    load_learner,
-    make_tasks,
-    save_learner,
-    user_vectors,
-)
-from slatewise_train.rankers.ligr import Ligr
+from slatewise_train.config import MetaConfig
+from slatewise_train.meta.limaml import MetaLearner, MetaTrainer, load_learner, save_learner, user_vectors
+from slatewise_train.meta.tasks import RankerTables, Tasks, event_losses, make_tasks
+from slatewise_train.rankers.base import Ranker as Model
 from tests.conftest import Tiny
 
 KINDS = ["next", "label"]
 
 
 @pytest.fixture
-def model(tiny: Tiny) -> Ligr:
+def model(tiny: Tiny) -> Model:
     return copy.deepcopy(tiny.trainer.model).eval().requires_grad_(False)
 
 
 @pytest.fixture
 def learner(tiny: Tiny) -> MetaLearner:
-    """Drawn, not learned: every part of it does something."""
+    """Random weights, so that every part has an effect."""
     torch.manual_seed(3)
     learner = MetaLearner(MetaConfig(code=6, steps=3, support=8), tiny.trainer.model.default_meta)
     for rates in learner.log_rates.values():
@@ -48,19 +40,18 @@ def learner(tiny: Tiny) -> MetaLearner:
     return learner
 
 
-def draw_tasks(tiny: Tiny, model: Ligr, cases: list[tuple[int, int]], support: int = 8, query: int = 4) -> Tasks:
+def draw_tasks(tiny: Tiny, model: Model, cases: list[tuple[int, int]], support: int = 8, query: int = 4) -> Tasks:
     torch.manual_seed(0)
     data = tiny.trainer.data
-    numeric = torch.from_numpy(data.catalogue.numeric)
-    return make_tasks(
-        model, model.item_table(), numeric, data.sequences, cases, data.config.history_length, support, query, 6
-    )
+    tables = RankerTables(model, model.item_table(), torch.from_numpy(data.catalogue.numeric))
+    config = MetaConfig(support=support, query=query, negatives=6)
+    return make_tasks(tables, data.sequences, cases, data.config.history_length, config)
 
 
-CASES = [(0, 5), (1, 12), (2, 8), (3, 3)]  # (3, 3) and (0, 5) have fewer events than the support has columns
+CASES = [(0, 5), (1, 12), (2, 8), (3, 3)]  # (0, 5) and (3, 3) have fewer events than the support
 
 
-def adapt_slowly(learner: MetaLearner, model: Ligr, support: Tasks, user: int) -> dict[str, Tensor]:
+def adapt_slowly(learner: MetaLearner, model: Model, support: Tasks, user: int) -> dict[str, Tensor]:
     """The inner loop of one user, event by event."""
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in learner.block.named_parameters()}
     for step in range(learner.config.steps):
@@ -83,18 +74,18 @@ def adapt_slowly(learner: MetaLearner, model: Ligr, support: Tasks, user: int) -
     return parameters
 
 
-def test_all_users_at_once_are_adapted_as_each_alone(tiny: Tiny, model: Ligr, learner: MetaLearner) -> None:
+def test_adapt_many_users_equals_each_user_alone(tiny: Tiny, model: Model, learner: MetaLearner) -> None:
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     assert support.real.sum(1).tolist() == [5, 8, 8, 3]
     together = learner.adapt(model, KINDS, support)
     for user in range(len(CASES)):
         for name, expected in adapt_slowly(learner, model, support, user).items():
             torch.testing.assert_close(together[name][user], expected, rtol=1e-4, atol=1e-6)
-    assert (learner.outputs(together) - model.default_meta).abs().amax(1).min() > 1e-3, "every user moved"
+    assert (learner.outputs(together) - model.default_meta).abs().amax(1).min() > 1e-3, "every user is adapted"
 
 
-def test_the_inner_loop_descends(tiny: Tiny, model: Ligr) -> None:
-    """With steps as short as they are where learning begins."""
+def test_adapt_lowers_the_support_loss(tiny: Tiny, model: Model) -> None:
+    """With the initial step sizes."""
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     fresh = MetaLearner(MetaConfig(code=6, support=8), model.default_meta)
     *inputs, real = support.tensors()
@@ -105,8 +96,8 @@ def test_the_inner_loop_descends(tiny: Tiny, model: Ligr) -> None:
     assert (losses(fresh.vectors(model, KINDS, support)) < losses(model.default_meta.expand(len(CASES), -1))).all()
 
 
-def test_first_order_through_the_last_step(tiny: Tiny, model: Ligr, learner: MetaLearner) -> None:
-    """The outer gradient of what is learned is that of the adapted parameters: the inner gradients count as constants."""
+def test_outer_gradient_is_first_order(tiny: Tiny, model: Model, learner: MetaLearner) -> None:
+    """The gradient of the initialisation is that of the adapted parameters: inner gradients count as constants."""
     tasks = draw_tasks(tiny, model, CASES)
     adapted = learner.adapt(model, KINDS, tasks.columns(0, 8))
     *inputs, real = tasks.columns(8, 12).tensors()
@@ -115,9 +106,9 @@ def test_first_order_through_the_last_step(tiny: Tiny, model: Ligr, learner: Met
     torch.testing.assert_close(torch.autograd.grad(loss, learner.block.inner.weight)[0], at_adapted)
 
 
-def test_what_is_learned_leaves_the_ranker_and_the_default_vector_alone(tiny: Tiny) -> None:
+def test_meta_epoch_keeps_ranker_and_default_vector(tiny: Tiny) -> None:
     before = {name: value.clone() for name, value in tiny.trainer.model.state_dict().items()}
-    trainer = MetaTrainer(tiny.trainer.model, tiny.trainer.data, MetaConfig(**tiny.toml["meta"]))
+    trainer = MetaTrainer(tiny.trainer.model, tiny.trainer.data, tiny.config.meta)
     code = trainer.learner.block.code.detach().clone()
     trainer.run_epoch()
     assert not torch.equal(trainer.learner.block.code, code)
@@ -129,14 +120,17 @@ def test_what_is_learned_leaves_the_ranker_and_the_default_vector_alone(tiny: Ti
     assert all(parameter.requires_grad for parameter in tiny.trainer.model.parameters())
 
 
-def test_a_task_is_what_the_ranker_says_of_the_event(tiny: Tiny, model: Ligr) -> None:
-    """One event of a task against the served way of scoring: history up to it, the event's item as the candidate."""
+def test_make_tasks_equals_ranker_on_each_event(tiny: Tiny, model: Model) -> None:
+    """An event of a task against a request: the history before it, and its item as the only candidate."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
     tasks = draw_tasks(tiny, model, CASES)
     s = data.sequences
     start = int(s.offsets[user])
-    for column, with_numeric in ((3, False), (9, True)):  # of the support, which has no request, and of the query
+    for column, with_numeric in (
+        (3, False),
+        (9, True),
+    ):  # an event of the support, which has no request, and one of the query
         event = now - 8 + column
         read = slice(start, start + event)
         history = torch.cat([torch.tensor([1]), torch.from_numpy(s.items[read])])[None]
@@ -157,7 +151,7 @@ def test_a_task_is_what_the_ranker_says_of_the_event(tiny: Tiny, model: Ligr) ->
         np.testing.assert_array_equal(tasks.labels[1, column], s.labels[start + event])
 
 
-def test_a_support_does_not_see_what_comes_after(tiny: Tiny, model: Ligr) -> None:
+def test_make_tasks_later_events_leave_the_support(tiny: Tiny, model: Model) -> None:
     before = draw_tasks(tiny, model, CASES)
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
@@ -173,7 +167,7 @@ def test_a_support_does_not_see_what_comes_after(tiny: Tiny, model: Ligr) -> Non
     assert not torch.equal(before.columns(8, 12).base, after.columns(8, 12).base)
 
 
-def test_an_unknown_item_is_no_event_to_learn_from(tiny: Tiny, model: Ligr) -> None:
+def test_make_tasks_unknown_item_is_not_real(tiny: Tiny, model: Model) -> None:
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
     items = sequences.items.copy()
@@ -184,10 +178,8 @@ def test_an_unknown_item_is_no_event_to_learn_from(tiny: Tiny, model: Ligr) -> N
     assert real[1].tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
 
 
-def test_the_stored_vector_does_what_the_adapted_block_does(
-    tiny: Tiny, ranker: Ranker, model: Ligr, learner: MetaLearner
-) -> None:
-    """B2: the live block in torch, and its vector through the store's bytes and the served graph."""
+def test_stored_vector_scores_as_adapted_block(tiny: Tiny, ranker: Ranker, model: Model, learner: MetaLearner) -> None:
+    """The adapted block in torch, against its vector as the store returns it and the served graph reads it."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
@@ -207,10 +199,10 @@ def test_the_stored_vector_does_what_the_adapted_block_does(
     served = engine.point(candidates, stored, state).probabilities
     np.testing.assert_allclose(served, engine.point(candidates, vector, state).probabilities, rtol=0, atol=1e-6)
     assert np.abs(served - engine.point(candidates, ranker.default_meta, state).probabilities).max() > 1e-4, (
-        "the vector says something"
+        "the vector has an effect"
     )
     hidden = torch.zeros(1, 30, model.config.width)
-    torch.testing.assert_close(  # in torch: fused as the ranker fuses it, against what the inner loop added
+    torch.testing.assert_close(  # the ranker's late fusion, against the shift that the inner loop adds
         model.fuse(
             torch.from_numpy(candidates.numeric)[None],
             functional_call(learner.block, adapted, ()),
@@ -228,9 +220,9 @@ def test_the_stored_vector_does_what_the_adapted_block_does(
     )
 
 
-def test_stopped_and_resumed_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_meta_training_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
     def trainer(epochs: int) -> MetaTrainer:
-        return MetaTrainer(tiny.trainer.model, tiny.trainer.data, MetaConfig(**tiny.toml["meta"] | {"epochs": epochs}))
+        return MetaTrainer(tiny.trainer.model, tiny.trainer.data, dataclasses.replace(tiny.config.meta, epochs=epochs))
 
     whole = trainer(2).train(tmp_path / "whole")
     first = trainer(2)
@@ -241,16 +233,18 @@ def test_stopped_and_resumed_learns_the_same(tiny: Tiny, tmp_path: Path) -> None
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_ranker_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    MetaTrainer(tiny.trainer.model, tiny.trainer.data, MetaConfig(**tiny.toml["meta"])).save(tmp_path)
+def test_checkpoint_of_another_ranker_raises(tiny: Tiny, tmp_path: Path) -> None:
+    MetaTrainer(tiny.trainer.model, tiny.trainer.data, tiny.config.meta).save(tmp_path)
     other = copy.deepcopy(tiny.trainer.model)
     with torch.no_grad():
         other.user_norm.bias += 0.1
     with pytest.raises(ValueError, match="belongs to another ranker"):
-        MetaTrainer(other, tiny.trainer.data, MetaConfig(**tiny.toml["meta"])).train(tmp_path)
+        MetaTrainer(other, tiny.trainer.data, tiny.config.meta).train(tmp_path)
 
 
-def test_a_learner_comes_back_from_its_file(tiny: Tiny, model: Ligr, learner: MetaLearner, tmp_path: Path) -> None:
+def test_save_learner_load_learner_returns_the_same(
+    tiny: Tiny, model: Model, learner: MetaLearner, tmp_path: Path
+) -> None:
     save_learner(tmp_path / "meta_block.npz", learner, KINDS)
     loaded, kinds = load_learner(tmp_path / "meta_block.npz")
     assert kinds == KINDS and loaded.config == learner.config
@@ -258,7 +252,7 @@ def test_a_learner_comes_back_from_its_file(tiny: Tiny, model: Ligr, learner: Me
     expected = user_vectors(learner, model, KINDS, sequences, 128)
     np.testing.assert_array_equal(user_vectors(loaded, model, KINDS, sequences, 128), expected)
     np.testing.assert_array_equal(
-        expected, user_vectors(learner, model, KINDS, sequences, 128), "drawn alike every time"
+        expected, user_vectors(learner, model, KINDS, sequences, 128), "the same negatives each time"
     )
     content = (tmp_path / "meta_block.npz").read_bytes()
     (tmp_path / "meta_block.npz").write_bytes(content[: len(content) // 2])
@@ -266,6 +260,6 @@ def test_a_learner_comes_back_from_its_file(tiny: Tiny, model: Ligr, learner: Me
         load_learner(tmp_path / "meta_block.npz")
 
 
-def test_no_user_with_events_enough_is_an_error_that_says_how_many(tiny: Tiny) -> None:
+def test_meta_trainer_without_long_histories_raises(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="no user has 100005 training events"):
         MetaTrainer(tiny.trainer.model, tiny.trainer.data, MetaConfig(shortest=100_000, query=5))

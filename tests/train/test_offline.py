@@ -1,4 +1,4 @@
-"""The measures against slow, obvious versions, and what the evaluation may look at."""
+"""The metrics against slow, obvious versions, and the data that each case of the evaluation may use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from slatewise.bundle.features import gap_buckets, request_context, window_start
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History, PointScores
+from slatewise_train.config import DataConfig, Head
 from slatewise_train.data import (
-    DataConfig,
-    Head,
+    Data,
     build_catalogue,
     build_sequences,
     clean_events,
@@ -25,24 +25,18 @@ from slatewise_train.data import (
     split_sequences,
     training_events,
 )
+from slatewise_train.evaluation.metrics import BINS, auc, calibration_error, interval, ndcg, rank_of
 from slatewise_train.evaluation.offline import (
-    BINS,
-    auc,
-    calibration_error,
     evaluate,
-    interval,
     item_knn,
     leave_one_out,
     make_baselines,
-    ndcg,
     next_cases,
     popularity,
-    rank_of,
     slate_cases,
     slates,
 )
 from slatewise_train.evaluation.report import quality_table
-from slatewise_train.train import Data
 from tests.conftest import Tiny
 
 SCORES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=30)  # few values, so many ties
@@ -54,7 +48,7 @@ def columns(drawn: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_data(histories: dict[str, list[str]], items: list[str], **split: Any) -> Data:
-    """A user's k-th event is at 1000 k seconds; liked where k is even."""
+    """A user's k-th event is at 1000 k seconds, and is liked if k is even."""
     config = DataConfig(
         "shop", (Head("watch", "next", 1.0), Head("like", "label", 0.5)), numeric=("popularity",), **split
     )
@@ -72,7 +66,7 @@ def make_data(histories: dict[str, list[str]], items: list[str], **split: Any) -
 
 
 class FakeEngine:
-    """An engine whose score of an item is what `worth` says of its row, the same at every exit; it keeps what it was asked."""
+    """An engine that scores an item by its row of `worth`, at every exit alike. It records its requests in `asked`."""
 
     start = None
 
@@ -103,7 +97,7 @@ class FakeEngine:
 
 @given(SCORES.filter(bool), st.data())
 @settings(max_examples=60, deadline=None)
-def test_rank_is_the_place_in_a_stable_sort(drawn: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_rank_of_equals_place_in_stable_sort(drawn: list[tuple[int, int]], data: st.DataObject) -> None:
     scores, _ = columns(drawn)
     target = data.draw(st.integers(0, len(scores) - 1))
     order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
@@ -112,7 +106,7 @@ def test_rank_is_the_place_in_a_stable_sort(drawn: list[tuple[int, int]], data: 
 
 @given(SCORES, st.integers(1, 12))
 @settings(max_examples=80, deadline=None)
-def test_ndcg_is_its_definition_with_ties_by_input_order(drawn: list[tuple[int, int]], depth: int) -> None:
+def test_ndcg_equals_definition_with_stable_ties(drawn: list[tuple[int, int]], depth: int) -> None:
     scores, labels = columns(drawn)
     found = ndcg(scores, labels, depth)
     if len(set(labels)) < 2:
@@ -124,7 +118,7 @@ def test_ndcg_is_its_definition_with_ties_by_input_order(drawn: list[tuple[int, 
     assert found == pytest.approx(gain / best)
 
 
-def test_ndcg_by_hand() -> None:
+def test_ndcg_small_lists_equal_hand_computed_values() -> None:
     assert ndcg(np.array([3.0, 2.0, 1.0]), np.array([0, 1, 1])) == pytest.approx(
         (1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3))
     )
@@ -134,7 +128,7 @@ def test_ndcg_by_hand() -> None:
 
 @given(SCORES)
 @settings(max_examples=80, deadline=None)
-def test_auc_is_the_share_of_pairs_in_order_with_ties_half(drawn: list[tuple[int, int]]) -> None:
+def test_auc_equals_share_of_ordered_pairs_ties_half(drawn: list[tuple[int, int]]) -> None:
     scores, labels = columns(drawn)
     found = auc(scores, labels)
     pairs = list(itertools.product(scores[labels == 1], scores[labels == 0]))
@@ -146,7 +140,7 @@ def test_auc_is_the_share_of_pairs_in_order_with_ties_half(drawn: list[tuple[int
 
 @given(n=st.integers(1, 100), seed=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_calibration_error_is_the_mean_distance_over_bins_of_equal_size(n: int, seed: int) -> None:
+def test_calibration_error_equals_mean_over_equal_bins(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     probabilities = rng.random(n)
     labels = (rng.random(n) < 0.5).astype(float)
@@ -161,12 +155,12 @@ def test_calibration_error_is_the_mean_distance_over_bins_of_equal_size(n: int, 
     assert calibration_error(probabilities, labels) == pytest.approx(expected)
 
 
-def test_calibration_error_by_hand() -> None:
+def test_calibration_error_equals_hand_computed_values() -> None:
     assert calibration_error(np.full(30, 0.7), np.zeros(30)) == pytest.approx(0.7)
     assert calibration_error(np.repeat([0.0, 1.0], 30), np.repeat([0.0, 1.0], 30)) == 0.0
 
 
-def test_interval_covers_the_mean_and_narrows_with_the_sample() -> None:
+def test_interval_covers_mean_and_narrows_with_sample() -> None:
     rng = np.random.default_rng(0)
     small = interval(rng.random(50))
     large = interval(rng.random(5000))
@@ -179,21 +173,21 @@ def test_interval_covers_the_mean_and_narrows_with_the_sample() -> None:
     assert interval(np.arange(9.0), seed=3) == interval(np.arange(9.0), seed=3)
 
 
-def test_leave_one_out_never_ranks_an_item_of_the_history() -> None:
+def test_leave_one_out_excludes_items_of_the_history() -> None:
     items = [f"i{k}" for k in range(150)]
     data = make_data({"u": ["i9", "i3", "i9", "i5"], "v": ["i0", "i1"], "short": ["i1"]}, items)
     worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
-    worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # better than everything: only what u and v have seen matters
+    worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # the best two; i9 is in the history of u only
     engine = FakeEngine(worth)
     ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
     # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
     expected = [144 - 1, 148]
     for exit in ("dot", "point", "set"):
         assert ranks[exit].tolist() == expected, exit
-    assert all(len(found) == 2 for found in ranks.values()), "one event is no history"
+    assert all(len(found) == 2 for found in ranks.values()), "a user with one event has no history"
 
 
-def test_leave_one_out_of_a_small_catalogue_never_ranks_an_item_of_the_history_at_set_either() -> None:
+def test_leave_one_out_small_catalogue_set_excludes_history() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
     ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
@@ -201,7 +195,7 @@ def test_leave_one_out_of_a_small_catalogue_never_ranks_an_item_of_the_history_a
     assert ranks["set"].tolist() == [0]
 
 
-def test_leave_one_out_reranks_the_best_of_point_and_keeps_the_rank_of_the_rest() -> None:
+def test_leave_one_out_set_reranks_only_the_best_of_point() -> None:
     items = [f"i{k}" for k in range(300)]
     data = make_data({"in": ["i299", "i250"], "out": ["i299", "i5"]}, items)
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
@@ -212,7 +206,7 @@ def test_leave_one_out_reranks_the_best_of_point_and_keeps_the_rank_of_the_rest(
     assert ranks["set"].tolist() == [99 - 48, 293]
 
 
-def test_leave_one_out_knows_neither_the_target_nor_its_time() -> None:
+def test_leave_one_out_requests_lack_target_and_its_time() -> None:
     data = make_data({"u": [f"i{k}" for k in range(9)], "v": ["i0", "i1"]}, [])
     engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
     (case,) = next_cases(data, np.array([0]))
@@ -226,17 +220,17 @@ def test_leave_one_out_knows_neither_the_target_nor_its_time() -> None:
 
 @given(length=st.integers(2, 30), longest=st.integers(1, 30))
 @settings(max_examples=30, deadline=None)
-def test_a_case_reads_the_same_window_as_a_request(length: int, longest: int) -> None:
+def test_case_history_equals_window_of_a_request(length: int, longest: int) -> None:
     data = make_data({"u": [f"i{k}" for k in range(length)]}, [], history_length=longest)
     (case,) = next_cases(data, np.array([0]))
     first = window_start(0, length - 1, longest)
     s = data.sequences
     assert case.history.items.tolist() == s.items[first : length - 1].tolist()
     np.testing.assert_array_equal(case.history.gaps, gap_buckets(s.timestamps[first : length - 1]))
-    assert case.seen.tolist() == s.items[: length - 1].tolist(), "also what is no longer read is removed"
+    assert case.seen.tolist() == s.items[: length - 1].tolist(), "items before the window are excluded too"
 
 
-def test_slate_cases_are_exactly_the_held_out_events() -> None:
+def test_slate_cases_equal_the_held_out_events() -> None:
     data = make_data(
         {user: [f"{user}{k}" for k in range(n)] for user, n in (("a", 20), ("b", 15), ("c", 4), ("d", 13))},
         [],
@@ -253,20 +247,20 @@ def test_slate_cases_are_exactly_the_held_out_events() -> None:
         np.testing.assert_array_equal(case.labels[:, 1], [float(k % 2 == 0) for k in range(len(mine) - 5, len(mine))])
 
 
-def test_no_case_of_the_trained_ranker_predicts_what_training_saw(tiny: Tiny) -> None:
+def test_cases_never_predict_training_events(tiny: Tiny) -> None:
     data = tiny.trainer.data
     lengths = np.diff(data.sequences.offsets)
     split = data.split
     for user, case in zip(split.validation_users, slate_cases(data, split.validation_users), strict=True):
         mine = data.sequences.items[data.sequences.offsets[user] : data.sequences.offsets[user + 1]]
         assert case.upcoming.tolist() == mine[split.train_lengths[user] : -1].tolist(), (
-            "the last one is left to leave-one-out"
+            "the last event is for leave-one-out"
         )
     for case in next_cases(data, np.arange(len(lengths))):
         assert split.train_lengths[case.user] <= lengths[case.user] - 1 == len(case.seen)
 
 
-def test_slates_leave_out_events_without_a_label() -> None:
+def test_slates_exclude_events_without_label() -> None:
     data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
     data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
     engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
@@ -276,7 +270,7 @@ def test_slates_leave_out_events_without_a_label() -> None:
         assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
 
 
-def test_training_events_and_popularity_stop_before_what_is_held_out() -> None:
+def test_training_events_exclude_held_out_events() -> None:
     data = make_data({"u": ["a", "b", "c"], "v": ["b", "b", "a"], "w": ["c"]}, list("abcd"))
     users, items = training_events(data.sequences, data.split)
     assert users.tolist() == [0, 0, 1, 1]
@@ -285,7 +279,7 @@ def test_training_events_and_popularity_stop_before_what_is_held_out() -> None:
     assert popularity(data)(case).tolist() == [0, 0, 1, 3, 0, 0]
 
 
-def test_item_knn_by_hand() -> None:
+def test_item_knn_equals_hand_computed_scores() -> None:
     """Users u: a b, v: a b c, w: c (training events); cosine(a, b) = 1, cosine(a, c) = cosine(b, c) = 1/2."""
     data = make_data({"u": ["a", "b", "x"], "v": ["a", "b", "c", "x"], "w": ["c", "x"]}, list("abcx"))
     u, _, w = next_cases(data, np.arange(3))
@@ -294,7 +288,7 @@ def test_item_knn_by_hand() -> None:
     np.testing.assert_allclose(item_knn(data, neighbours=1)(u), [0, 0, 1, 1, 0, 0], atol=1e-6)
 
 
-def test_evaluate_has_a_row_for_every_exit_and_baseline_and_the_paired_difference(ranker: Ranker, tiny: Tiny) -> None:
+def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tiny: Tiny) -> None:
     report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta, most_users=6)
     names = {"dot", "point", "set", "popularity", "item-kNN"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names

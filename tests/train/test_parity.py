@@ -1,4 +1,4 @@
-"""What must not change a score does not, and each measure notices the fault that it is there for."""
+"""The parity measures: small on a trained bundle, and above the bound for the fault that each one should detect."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import GAP_FIRST, HistoryState, PackedState, PointScores
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import FP32_BOUND
-from slatewise_train.evaluation import parity as invariance
+from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.parity import Requests
 from slatewise_train.rankers.base import Calibration
 from tests.conftest import Tiny
 
 MEASURES = [
-    invariance.one_pass,
-    invariance.extended,
-    invariance.candidate_chunks,
-    invariance.permutation,
-    invariance.padding,
+    parity.one_pass,
+    parity.extended,
+    parity.candidate_chunks,
+    parity.permutation,
+    parity.padding,
 ]
 
 
 @pytest.fixture
 def broken(tiny: Tiny, ranker: Ranker) -> Engine:
-    """An engine of its own, to be broken by setting attributes."""
+    """A separate engine, in which tests replace methods."""
     return Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 1)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("seed", [11, 12])
-def test_score_stays(ranker: Ranker, measure: Callable[[Requests], float], seed: int) -> None:
+def test_measure_of_trained_bundle_is_within_bound(
+    ranker: Ranker, measure: Callable[[Requests], float], seed: int
+) -> None:
     assert measure(Requests(ranker.engines["fp32"], ranker.manifest, seed)) <= FP32_BOUND
 
 
-def test_manifest_holds_every_measure_and_what_was_found(ranker: Ranker, tiny: Tiny) -> None:
+def test_manifest_has_every_measure_within_bound(ranker: Ranker, tiny: Tiny) -> None:
     found = ranker.manifest.variants["fp32"].invariance
     identity = {exit: [Calibration.identity()] * 2 for exit in ranker.manifest.exits}
-    assert (
-        found.keys() == invariance.measure(ranker.engines["fp32"], ranker.manifest, tiny.trainer.model, identity).keys()
-    )
-    assert len(found) == len(MEASURES) + 1 + len(invariance.OPTIONS)
-    assert all(0 <= value <= FP32_BOUND for name, value in found.items() if name not in invariance.OPTIONS)
-    assert any(value for name, value in found.items() if name not in invariance.OPTIONS), "nothing at all was compared"
+    assert found.keys() == parity.measure(ranker.engines["fp32"], ranker.manifest, tiny.trainer.model, identity).keys()
+    assert len(found) == len(MEASURES) + 1 + len(parity.OPTIONS)
+    assert all(0 <= value <= FP32_BOUND for name, value in found.items() if name not in parity.OPTIONS)
+    assert any(value for name, value in found.items() if name not in parity.OPTIONS), "some difference is above 0"
     assert 0 < found["int8_history_state"] < 0.01
 
 
-def test_against_torch_notices_another_calibration(ranker: Ranker, tiny: Tiny) -> None:
+def test_against_torch_other_calibration_exceeds_bound(ranker: Ranker, tiny: Tiny) -> None:
     shifted = {exit: [Calibration(1.0, 0.01, np.zeros(0), np.zeros(0))] * 2 for exit in ranker.manifest.exits}
     assert (
-        invariance.against_torch(Requests(ranker.engines["fp32"], ranker.manifest, 1), tiny.trainer.model, shifted)
+        parity.against_torch(Requests(ranker.engines["fp32"], ranker.manifest, 1), tiny.trainer.model, shifted)
         > FP32_BOUND
     )
 
 
-def test_one_pass_notices_candidates_that_see_each_other(
+def test_one_pass_mixed_candidates_exceed_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = broken.run
@@ -78,22 +78,22 @@ def test_one_pass_notices_candidates_that_see_each_other(
 
     monkeypatch.setattr(broken, "run", crowded)
     draw = Requests(broken, ranker.manifest, 2)
-    assert invariance.one_pass(draw) > FP32_BOUND
-    assert invariance.candidate_chunks(draw) > FP32_BOUND
-    assert invariance.permutation(draw) <= FP32_BOUND, "the mean has no order"
+    assert parity.one_pass(draw) > FP32_BOUND
+    assert parity.candidate_chunks(draw) > FP32_BOUND
+    assert parity.permutation(draw) <= FP32_BOUND, "a mean does not depend on the order"
 
 
-def test_extended_notices_gaps_that_start_anew_in_every_step(
+def test_extended_gaps_restarting_per_step_exceed_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extend = broken.extend
     monkeypatch.setattr(
         broken, "extend", lambda state, events: extend(state, replace(events, gaps=np.r_[GAP_FIRST, events.gaps[1:]]))
     )
-    assert invariance.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
+    assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_extended_notices_a_past_whose_positions_are_shifted(
+def test_extended_shifted_past_positions_exceed_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extend = broken.extend
@@ -102,10 +102,10 @@ def test_extended_notices_a_past_whose_positions_are_shifted(
         return extend(replace(state, keys=tuple(np.roll(k, 1, axis=1) for k in state.keys)), events)
 
     monkeypatch.setattr(broken, "extend", shifted)
-    assert invariance.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
+    assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_extended_notices_a_prefix_that_keeps_the_wrong_end(
+def test_extended_prefix_of_wrong_end_exceeds_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tail(state: HistoryState, events: int) -> HistoryState:
@@ -114,10 +114,10 @@ def test_extended_notices_a_prefix_that_keeps_the_wrong_end(
         )
 
     monkeypatch.setattr(broken, "prefix", tail)
-    assert invariance.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
+    assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_permutation_notices_an_order_in_the_set(
+def test_permutation_order_dependent_set_exceeds_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score_set = broken.set
@@ -132,10 +132,10 @@ def test_permutation_notices_an_order_in_the_set(
         )
 
     monkeypatch.setattr(broken, "set", ordered)
-    assert invariance.permutation(Requests(broken, ranker.manifest, 5)) > FP32_BOUND
+    assert parity.permutation(Requests(broken, ranker.manifest, 5)) > FP32_BOUND
 
 
-def test_chunks_notice_a_set_that_depends_on_more_than_its_candidates(
+def test_chunks_position_dependent_hidden_exceeds_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point = broken.point
@@ -147,11 +147,11 @@ def test_chunks_notice_a_set_that_depends_on_more_than_its_candidates(
         )
 
     monkeypatch.setattr(broken, "point", chunked)
-    assert invariance.candidate_chunks(Requests(broken, ranker.manifest, 4)) > FP32_BOUND
+    assert parity.candidate_chunks(Requests(broken, ranker.manifest, 4)) > FP32_BOUND
 
 
 @pytest.mark.parametrize("length", ["length", "history_length", "set_length"])
-def test_padding_notices_a_length_that_counts_the_padding(
+def test_padding_length_with_padding_exceeds_bound(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch, length: str
 ) -> None:
     run = broken.run
@@ -164,19 +164,17 @@ def test_padding_notices_a_length_that_counts_the_padding(
         )
 
     monkeypatch.setattr(broken, "run", padded)
-    assert invariance.padding(Requests(broken, ranker.manifest, 6)) > FP32_BOUND
+    assert parity.padding(Requests(broken, ranker.manifest, 6)) > FP32_BOUND
 
 
 @pytest.mark.parametrize("seed", [11, 12])
-def test_a_history_kept_as_int8_moves_a_score_by_what_its_rounding_explains(ranker: Ranker, seed: int) -> None:
-    """Near what the manifest says of it, which is of other draws; and more than nothing."""
+def test_int8_history_state_is_near_manifest_value(ranker: Ranker, seed: int) -> None:
+    """Other drawn requests than those of the manifest give a similar difference."""
     said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
-    assert (
-        said / 5 <= invariance.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, seed)) <= 5 * said
-    )
+    assert said / 5 <= parity.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, seed)) <= 5 * said
 
 
-def test_int8_notices_scales_that_are_of_another_row(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_scales_of_another_row_exceed_manifest_value(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = HistoryState.packed
 
     def shifted(state: HistoryState) -> PackedState:
@@ -191,11 +189,11 @@ def test_int8_notices_scales_that_are_of_another_row(ranker: Ranker, monkeypatch
 
     monkeypatch.setattr(HistoryState, "packed", shifted)
     said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
-    assert invariance.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, 7)) > 5 * said
+    assert parity.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, 7)) > 5 * said
 
 
-def test_a_wide_call_gives_the_scores_of_a_narrow_one(ranker: Ranker, tiny: Tiny) -> None:
-    """All threads on one call: another order of adding up at most."""
+def test_multi_threaded_call_is_within_bound(ranker: Ranker, tiny: Tiny) -> None:
+    """Several threads in one call change the order of sums at most."""
     engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
     assert set(engine.multi_threaded) == {"encode", "point", "set"}
     draw = Requests(engine, ranker.manifest, 8)

@@ -1,4 +1,4 @@
-"""The evidence for meta-embeddings: who is held out of what, what is compared, and that a difference that is not there is not found."""
+"""The personalization experiment: held-out users, the arms that it compares, and its statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from slatewise_train.data import split_sequences, training_events
+from slatewise_train.batches import epoch_windows
+from slatewise_train.data import Data, split_sequences, training_events
 from slatewise_train.evaluation.personalization import (
     LENGTHS,
     Comparison,
@@ -20,13 +21,12 @@ from slatewise_train.evaluation.personalization import (
 )
 from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaTrainer
-from slatewise_train.train import Data, epoch_windows
 from tests.conftest import Tiny
 
 
 @pytest.fixture(scope="module")
 def data(tiny: Tiny) -> Data:
-    """The tiny data with users held out; the ranker of `tiny` has seen them, which matters to no test here."""
+    """The tiny data with held-out users. The tiny ranker was trained on them, which does not matter in these tests."""
     whole = tiny.trainer.data
     config = dataclasses.replace(whole.config, held_out_users=12, slate_users=5, validation_users=5)
     return dataclasses.replace(whole, config=config, split=split_sequences(whole.sequences, config))
@@ -37,7 +37,7 @@ def comparison(tiny: Tiny, data: Data) -> Comparison:
     return Comparison(data, tiny.trainer.model.eval().requires_grad_(True), tiny.learner)
 
 
-def test_nobody_learns_from_who_is_held_out(tiny: Tiny, data: Data) -> None:
+def test_held_out_users_are_in_no_training_case(tiny: Tiny, data: Data) -> None:
     split = data.split
     held = set(split.held_out_users.tolist())
     assert len(held) == 12 and not held & {*split.slate_users.tolist(), *split.validation_users.tolist()}
@@ -48,16 +48,16 @@ def test_nobody_learns_from_who_is_held_out(tiny: Tiny, data: Data) -> None:
     assert not held & {user for batch in trainer.cases(np.random.default_rng(0)) for user, _ in batch}
 
 
-def test_cases_have_the_events_they_say_and_the_query_behind_them(data: Data) -> None:
+def test_cases_have_stated_events_and_a_query_behind(data: Data) -> None:
     lengths = np.diff(data.sequences.offsets)
-    everyone = np.arange(len(lengths))
+    users = np.arange(len(lengths))
     for length in LENGTHS:
-        cases = cases_of(data, everyone, length, 4).cases
+        cases = cases_of(data, users, length, 4).cases
         assert {user for user, _ in cases} == set(np.flatnonzero(lengths >= length + 4).tolist())
         assert all(now == (length if length < LENGTHS[-1] else lengths[user] - 4) for user, now in cases)
 
 
-def test_the_arms_differ_in_the_vector_alone(comparison: Comparison, data: Data) -> None:
+def test_comparison_arms_differ_only_in_the_vector(comparison: Comparison, data: Data) -> None:
     cases = cases_of(data, data.split.held_out_users, 5, comparison.config.query)
     found = comparison.run(cases, (0.1, 10))
     assert set(found) == {"adapted", "default", "own vector", "nothing", "adapted, float16", "adapted, int8"}
@@ -80,7 +80,7 @@ def test_the_arms_differ_in_the_vector_alone(comparison: Comparison, data: Data)
     )
 
 
-def test_a_vector_of_ones_own_lowers_the_loss_it_is_fitted_to(comparison: Comparison, data: Data) -> None:
+def test_fit_vectors_lowers_the_fitted_loss(comparison: Comparison, data: Data) -> None:
     torch.manual_seed(0)
     support, _ = comparison.tasks(cases_of(data, data.split.held_out_users, 10, 4).batches()[0])
     fitted = fit_vectors(comparison.ranker, comparison.kinds, support, 0.05, 20, comparison.config.support)
@@ -88,7 +88,7 @@ def test_a_vector_of_ones_own_lowers_the_loss_it_is_fitted_to(comparison: Compar
     assert (comparison.query_losses(support, fitted) < comparison.query_losses(support, start)).all()
 
 
-def test_signs_are_flipped() -> None:
+def test_sign_flip_noise_is_large_and_shift_is_small() -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(size=300)
     noise -= noise.mean()
@@ -97,7 +97,7 @@ def test_signs_are_flipped() -> None:
     assert sign_flip(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(2 / 16, abs=0.02)
 
 
-def test_tables_and_picture(tmp_path: Path) -> None:
+def test_report_has_every_arm_and_a_plot(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arms = {name: {metric: rng.random(40) for metric in ARM_METRICS} for name in ("default", "adapted", "own vector")}
     arms["adapted"]["query_loss"] = arms["default"]["query_loss"] - 0.25

@@ -1,4 +1,4 @@
-"""The refresh job against a real Redis: what it writes and when it is seen, what changed only, stop and resume, Ray, the other commands."""
+"""The refresh job against a real Redis: full and incremental generations, visibility, stop and resume, Ray."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from slatewise.settings import Settings
 from slatewise.store.codec import unpack, user_key
 from slatewise_train.data import read_table
 from slatewise_train.meta import refresh as job
-from slatewise_train.meta.refresh import Adapter, Events, Worker, chunk_of, refresh
+from slatewise_train.meta.refresh import Adapter, Events, Options, Worker, chunk_of, refresh
 from tests.conftest import Tiny, serve
 
-OPTIONS: dict[str, Any] = {"full": False, "processes": 1, "on_ray": False, "dtype": "float32", "ttl_days": 0.0}
-CUT = 4  # events of a user that come later
+CUT = 4  # newest events of a user, which the first refresh does not have
 
 
 @pytest.fixture
@@ -43,12 +42,12 @@ def client(url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture(scope="module")
 def events(tiny: Tiny) -> pl.DataFrame:
-    return read_table(Path(tiny.toml["data"]["events"]))
+    return read_table(Path(tiny.config.tables.events))
 
 
 @pytest.fixture
 def files(events: pl.DataFrame, tmp_path: Path) -> tuple[Path, Path]:
-    """All events but the newest of three users, and these."""
+    """Two files: the newest events of three users, and before them all other events."""
     late = sorted(events["user_id"].unique().to_list())[:3]
     rank = pl.col("timestamp").rank("ordinal", descending=True).over("user_id")
     newest = pl.col("user_id").is_in(late) & (rank <= CUT)
@@ -71,10 +70,10 @@ def stored(client: redis.Redis, ranker: Ranker, user: str) -> dict[int, np.ndarr
 
 
 def run(tiny: Tiny, url: str, paths: list[Path], **options: Any) -> dict[str, Any]:
-    return refresh(tiny.folder, Events(paths), url, **OPTIONS | options)
+    return refresh(tiny.folder, Events(paths), url, Options(**options))
 
 
-def test_full_then_what_changed(
+def test_refresh_full_then_only_changed_users(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], events: pl.DataFrame
 ) -> None:
     before, new = files
@@ -82,7 +81,7 @@ def test_full_then_what_changed(
     late = sorted(read_table(new)["user_id"].unique().to_list())
     first = run(tiny, url, [before])
     assert (first["generation"], first["kind"], first["users"], first["live"]) == (1, "full", len(users), [1]), (
-        "the first of all is full"
+        "the first generation is full"
     )
     assert first["bytes"] == len(users) * (28 + 4 * ranker.manifest.meta_size) and first["users_per_second"] > 0
     old = {user: stored(client, ranker, user)[1] for user in users}
@@ -107,17 +106,17 @@ def test_full_then_what_changed(
         assert sorted(now) == ([1, 2] if user in late else [1])
         np.testing.assert_array_equal(now[1], old[user])
         if user in late:
-            assert np.abs(now[2] - now[1]).max() > 1e-5, "new events, another vector"
+            assert np.abs(now[2] - now[1]).max() > 1e-5, "new events change the vector"
     future = read_table(new).head(1).with_columns(timestamp=pl.lit(4e9))
     future.write_parquet(new.with_name("future.parquet"))
     assert Events([before, new, new.with_name("future.parquet")]).newest() == Events([new]).newest(), (
-        "a clock that is wrong hides nothing"
+        "an event of the future does not count"
     )
     third = run(tiny, url, [before, new], full=True)
     assert (third["kind"], third["users"], third["live"]) == ("full", len(users), [3, 2, 1])
 
 
-def test_a_vector_says_what_the_user_likes(tiny: Tiny, events: pl.DataFrame) -> None:
+def test_vectors_of_depends_on_events_and_labels(tiny: Tiny, events: pl.DataFrame) -> None:
     adapter = Adapter(tiny.folder)
     user = events["user_id"][0]
     mine = events.filter(pl.col("user_id") == user).sort("timestamp", maintain_order=True)
@@ -125,12 +124,12 @@ def test_a_vector_says_what_the_user_likes(tiny: Tiny, events: pl.DataFrame) -> 
     (_, [again]) = adapter.vectors_of(mine)
     np.testing.assert_array_equal(whole, again)
     (_, [flipped]) = adapter.vectors_of(mine.with_columns(label_like=1 - pl.col("label_like")))
-    assert np.abs(flipped - whole).max() > 1e-3, "who likes the opposite is another user"
-    nobody = mine.with_columns(item_id=pl.lit("nothing that is known"))
-    assert adapter.vectors_of(nobody)[0] == []
+    assert np.abs(flipped - whole).max() > 1e-3, "opposite labels give another vector"
+    unknown = mine.with_columns(item_id=pl.lit("an unknown item"))
+    assert adapter.vectors_of(unknown)[0] == []
 
 
-def test_stopped_is_invisible_and_goes_on(
+def test_refresh_stopped_is_invisible_then_resumes(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "CHUNK_USERS", 15)
@@ -140,7 +139,7 @@ def test_stopped_is_invisible_and_goes_on(
     def here(
         work: job.Work, events: Events, users: list[str], chunks: int, done: set[int], processes: int
     ) -> Iterator[dict[str, float]]:
-        """Chunk after chunk in this process, stopped before the third."""
+        """Adapts the chunks in this process, and stops before the third one."""
         worker = Worker(work)
         table = events.table.collect()
         for chunk in range(chunks):
@@ -155,7 +154,7 @@ def test_stopped_is_invisible_and_goes_on(
     monkeypatch.setattr(job, "run_here", here)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, url, [files[0]])
-    assert client.get(pointer) is None, "half a generation is not seen"
+    assert client.get(pointer) is None, "an unfinished generation is not visible"
     assert any(stored(client, ranker, user) for user in read_table(files[0])["user_id"].unique())
     calls[:] = [-1, -1, -1]
     done = run(tiny, url, [files[0]])
@@ -165,10 +164,10 @@ def test_stopped_is_invisible_and_goes_on(
     assert all(list(stored(client, ranker, user)) == [1] for user in users)
 
 
-def test_processes_write_what_one_writes(
+def test_refresh_two_processes_write_same_vectors_as_one(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
-    """Spawned processes and this one: the same vectors, to the bit. Chunks are drawn for each alone."""
+    """Bit for bit: the random numbers of a chunk depend on the chunk alone."""
     run(tiny, url, [files[0]], processes=2, dtype="float16")
     users = read_table(files[0])["user_id"].unique().to_list()
     assert (
@@ -181,10 +180,10 @@ def test_processes_write_what_one_writes(
         np.testing.assert_array_equal(stored(client, ranker, user)[2], first[user])
 
 
-def test_a_server_uses_what_is_refreshed_without_a_restart(
+def test_server_uses_new_vectors_without_restart(
     tiny: Tiny, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
-    """B3, from end to end: default, then the first generation's vector, then the one of the user's new events."""
+    """The answers use the default vector, then the first generation's, then that of the user's new events."""
     user = read_table(files[1])["user_id"][0]
     with serve(Settings(bundles=tiny.root, redis_url=SecretStr(url), embedding_cache_s=3600)) as server:
         body = server.get("/models/tiny").json()["example"] | {"user": user}
@@ -210,7 +209,7 @@ def test_a_server_uses_what_is_refreshed_without_a_restart(
         assert np.abs(np.subtract(first, without)).max() > 1e-6 and np.abs(np.subtract(second, first)).max() > 1e-6
 
 
-def test_on_two_workers_of_ray(
+def test_refresh_on_two_ray_workers_writes_same_vectors(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
     run(tiny, url, [files[0]])
@@ -220,7 +219,6 @@ def test_on_two_workers_of_ray(
         sys.executable,
         "-m",
         "slatewise_train.meta.refresh",
-        "refresh",
         tiny.folder,
         files[0],
         "--full",
@@ -240,33 +238,20 @@ def test_on_two_workers_of_ray(
         np.testing.assert_allclose(stored(client, ranker, user)[2], expected[user], rtol=0, atol=1e-6)
 
 
-def test_the_other_commands(
+def test_command_prints_summary_or_exits_with_message(
     tiny: Tiny,
-    ranker: Ranker,
     client: redis.Redis,
     url: str,
     files: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def command(name: str, *arguments: str, at: str = url) -> Any:
-        job.main([name, str(tiny.folder), *arguments, "--redis-url", at])
+    def command(*arguments: str, at: str = url) -> Any:
+        job.main([str(tiny.folder), *arguments, "--processes", "1", "--redis-url", at])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    user = read_table(files[1])["user_id"][0]
-    assert command("refresh", str(files[0]), "--processes", "1")["live"] == [1]
-    assert command("refresh", *map(str, files), "--processes", "1")["live"] == [2, 1]
-    status = command("status")
-    assert (
-        status["live"] == [2, 1]
-        and status["writing"] is None
-        and [g["kind"] for g in status["generations"]] == ["incremental", "full"]
-    )
-    assert command("roll-back") == {"live": [1]}
-    with pytest.raises(SystemExit, match=r"^roll-back: nothing to roll back to"):
-        command("roll-back")
-    assert command("forget", user) == {"forgotten": True}
-    assert not stored(client, ranker, user)
-    with pytest.raises(SystemExit, match=r"^status: "):
-        command("status", at="redis://127.0.0.1:1/0")
+    assert command(str(files[0]))["live"] == [1]
+    assert command(*map(str, files))["live"] == [2, 1]
     with pytest.raises(SystemExit, match=r"^refresh: "):
-        command("refresh", "nowhere.parquet")
+        command(str(files[0]), at="redis://127.0.0.1:1/0")
+    with pytest.raises(SystemExit, match=r"^refresh: "):
+        command("nowhere.parquet")

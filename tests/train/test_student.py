@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise_train.compression.distill import DistillConfig, Distiller, distill, distillation_loss, listwise_kl
+from slatewise_train.compression.distill import DistillConfig, Distiller, distill
 from slatewise_train.compression.student import half, regroup, shrink
+from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.weights import serving_form
-from slatewise_train.train import TrainConfig, Trainer
+from slatewise_train.train import Trainer
 from tests.conftest import Tiny
 
 torch.set_num_threads(1)
@@ -173,7 +174,7 @@ def test_distillation_loss_of_equal_logits_is_zero() -> None:
 def trainer(tiny: Tiny) -> Trainer:
     """A trainer of the tiny ranker in serving form, as a bundle gives it."""
     model = serving_form(tiny.trainer.model)
-    return Trainer(tiny.trainer.data, {}, TrainConfig(**tiny.toml["train"]), model=model)
+    return Trainer(tiny.trainer.data, model, tiny.config.train)
 
 
 CONFIG = DistillConfig(

@@ -1,12 +1,10 @@
-"""Training learns, sees every user and nothing held out, and goes on where it was stopped."""
+"""Training: it learns, reads every user's training events and no others, and resumes after a stop."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +15,18 @@ from hypothesis import strategies as st
 from slatewise.bundle.features import request_context
 from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, START_ITEM
 from slatewise_train import train as training
-from slatewise_train.train import (
-    Data,
-    TrainConfig,
-    Trainer,
-    build_model,
-    epoch_windows,
-    learning_rate,
-    make_batch,
-    train,
-)
+from slatewise_train.batches import epoch_windows, make_batch
+from slatewise_train.config import ModelConfig, TrainConfig
+from slatewise_train.data import Data
+from slatewise_train.epochs import learning_rate
+from slatewise_train.train import Trainer, build_model, train
 from tests.conftest import Tiny
 from tests.train.test_offline import make_data
 
 torch.set_num_threads(1)
 
 SHAPE = {"width": 8, "blocks": 2, "attention_heads": 2, "set_blocks": 1, "meta_size": 4, "dropout": 0.1}
+MODEL = ModelConfig("ligr", SHAPE)
 SHORT = TrainConfig(
     epochs=3, ladder_epochs=1, batch_events=512, learning_rate=0.01, warmup_steps=2, negatives=32, validate_every=2
 )
@@ -40,7 +34,7 @@ SHORT = TrainConfig(
 
 @pytest.fixture(scope="module")
 def few(tiny: Tiny) -> Data:
-    """The tiny ranker's data with training events of eight users alone."""
+    """The data of the tiny ranker, with the training events of eight users only."""
     data = tiny.trainer.data
     lengths = data.split.train_lengths.copy()
     lengths[8:] = 0
@@ -62,30 +56,30 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_training_leaves_a_row_an_epoch_a_picture_and_a_checkpoint(tiny: Tiny) -> None:
+def test_training_writes_log_row_plot_and_checkpoint(tiny: Tiny) -> None:
     rows = rows_of(tiny.training)
-    last = tiny.toml["train"]["epochs"]
+    last = tiny.config.train.epochs
     assert [int(row["epoch"]) for row in rows] == list(range(1, last + 1))
     validated = [int(row["epoch"]) for row in rows if row["dot_ndcg10"]]
     assert validated == [
-        epoch for epoch in range(1, last + 1) if epoch % tiny.toml["train"]["validate_every"] == 0 or epoch == last
+        epoch for epoch in range(1, last + 1) if epoch % tiny.config.train.validate_every == 0 or epoch == last
     ]
-    assert rows[-1]["point_ndcg10"] and not rows[1]["point_ndcg10"], "the ladder joins in the last epochs"
+    assert rows[-1]["point_ndcg10"] and not rows[1]["point_ndcg10"], "`point` is trained in the last epochs"
     assert (tiny.training / "log.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tiny.training.iterdir()) == ["checkpoint.pt", "log.csv", "log.png"]
 
 
-def test_loss_fell_before_and_after_the_ladder_joined(tiny: Tiny) -> None:
+def test_loss_decreases_before_and_after_ladder_epochs(tiny: Tiny) -> None:
     losses = [float(row["loss"]) for row in rows_of(tiny.training)]
-    joins = tiny.toml["train"]["epochs"] - tiny.toml["train"]["ladder_epochs"]
+    joins = tiny.config.train.epochs - tiny.config.train.ladder_epochs
     assert losses[joins - 1] < losses[0]
     assert losses[-1] < losses[joins]
 
 
-def test_stopped_and_gone_on_is_the_same_as_run_through(
+def test_training_resumed_equals_uninterrupted_training(
     few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    through = train(few, SHAPE, SHORT, tmp_path / "through")
+    through = train(few, MODEL, SHORT, tmp_path / "through")
     run_epoch = Trainer.run_epoch
 
     def stop_in_third(trainer: Trainer, ladder: bool) -> float:
@@ -96,16 +90,16 @@ def test_stopped_and_gone_on_is_the_same_as_run_through(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run_epoch", stop_in_third)
         with pytest.raises(KeyboardInterrupt):
-            train(few, SHAPE, SHORT, tmp_path / "stopped")
+            train(few, MODEL, SHORT, tmp_path / "stopped")
     before = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
     assert before["epoch"] == 2
-    torch.rand(100)  # whatever happened to the generator meanwhile
-    resumed = train(few, SHAPE, SHORT, tmp_path / "stopped")
+    torch.rand(100)  # other use of the random generator must not matter
+    resumed = train(few, MODEL, SHORT, tmp_path / "stopped")
     assert resumed.epoch == through.epoch == 3
     for name, value in state_of(through).items():
         torch.testing.assert_close(state_of(resumed)[name], value, rtol=0, atol=1e-6, equal_nan=True)
     assert any((before["model"][name] != value).any() for name, value in through.model.state_dict().items()), (
-        "the third epoch did something"
+        "the third epoch changed the weights"
     )
     logs = [
         [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)]
@@ -114,10 +108,10 @@ def test_stopped_and_gone_on_is_the_same_as_run_through(
     assert logs[0] == logs[1]
 
 
-def test_a_finished_training_is_left_as_it_is(few: Data, tmp_path: Path) -> None:
+def test_training_finished_is_not_changed_by_another_run(few: Data, tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, epochs=1, ladder_epochs=0)
-    first = train(few, SHAPE, config, tmp_path)
-    again = train(few, SHAPE, config, tmp_path)
+    first = train(few, MODEL, config, tmp_path)
+    again = train(few, MODEL, config, tmp_path)
     for name, value in state_of(first).items():
         torch.testing.assert_close(state_of(again)[name], value, rtol=0, atol=0, equal_nan=True)
     assert len(rows_of(tmp_path)) == 1
@@ -130,7 +124,7 @@ def test_a_finished_training_is_left_as_it_is(few: Data, tmp_path: Path) -> None
     seed=st.integers(0, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_windows_cover_every_user_and_batches_stay_in_their_size(
+def test_epoch_windows_cover_users_within_batch_size(
     lengths: list[int], longest: int, batch_events: int, seed: int
 ) -> None:
     batches = list(epoch_windows(np.array(lengths, np.int64), longest, batch_events, np.random.default_rng(seed)))
@@ -139,14 +133,14 @@ def test_windows_cover_every_user_and_batches_stay_in_their_size(
         width = max(([last - first for _, first, last in windows]), default=0) + 1
         assert len(windows) <= 1 or width * len(windows) <= batch_events
         for user, first, last in windows:
-            assert 0 <= first < last <= lengths[user], "never past what training may see"
+            assert 0 <= first < last <= lengths[user], "only training events"
             assert last - first == min(longest, lengths[user])
             pieces[user] = pieces.get(user, 0) + 1
     assert pieces == {user: -(-n // longest) for user, n in enumerate(lengths) if n}
-    assert all(batches), "a batch without windows cannot be made"
+    assert all(batches), "no batch is empty"
 
 
-def test_windows_of_long_users_start_anywhere() -> None:
+def test_epoch_windows_long_history_starts_at_every_event() -> None:
     firsts = {
         w[1]
         for seed in range(60)
@@ -156,7 +150,7 @@ def test_windows_of_long_users_start_anywhere() -> None:
     assert firsts == {0, 1, 2, 3, 4}
 
 
-def test_a_batch_is_padded_on_the_right_behind_the_start_token(few: Data) -> None:
+def test_make_batch_right_padded_after_start_token(few: Data) -> None:
     sequences = few.sequences
     windows = [(0, 3, 8), (2, 0, 1), (1, 5, 7)]
     batch = make_batch(sequences, windows)
@@ -179,8 +173,8 @@ def test_a_batch_is_padded_on_the_right_behind_the_start_token(few: Data) -> Non
         np.testing.assert_allclose(batch.contexts[row, n], request_context(float(time)), atol=1e-6)
 
 
-def test_padding_of_a_batch_does_not_change_the_loss_of_the_exit_dot(few: Data) -> None:
-    trainer = Trainer(few, SHAPE | {"dropout": 0.0}, dataclasses.replace(SHORT, id_dropout=0.0))
+def test_dot_loss_does_not_depend_on_padding(few: Data) -> None:
+    trainer = Trainer(few, ModelConfig("ligr", SHAPE | {"dropout": 0.0}), dataclasses.replace(SHORT, id_dropout=0.0))
     short = (0, 0, 5)
     long = (1, 0, 20)
 
@@ -197,10 +191,12 @@ def test_padding_of_a_batch_does_not_change_the_loss_of_the_exit_dot(few: Data) 
 
 
 @pytest.mark.parametrize("ladder", [False, True])
-def test_one_batch_can_be_learned_by_heart(few: Data, ladder: bool) -> None:
+def test_loss_one_batch_can_be_overfitted(few: Data, ladder: bool) -> None:
     torch.manual_seed(0)
     trainer = Trainer(
-        few, SHAPE | {"width": 32, "dropout": 0.0}, dataclasses.replace(SHORT, learning_rate=0.02, id_dropout=0.0)
+        few,
+        ModelConfig("ligr", SHAPE | {"width": 32, "dropout": 0.0}),
+        dataclasses.replace(SHORT, learning_rate=0.02, id_dropout=0.0),
     )
     batch = make_batch(few.sequences, [(user, 0, 20) for user in range(4)])
     for group in trainer.optimizer.param_groups:
@@ -221,24 +217,24 @@ def test_one_batch_can_be_learned_by_heart(few: Data, ladder: bool) -> None:
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), losses
 
 
-def test_learning_rate_warms_up_and_ends_at_nothing(few: Data) -> None:
-    trainer = Trainer(few, SHAPE, dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10))
+def test_learning_rate_warms_up_and_ends_at_zero(few: Data) -> None:
+    trainer = Trainer(few, MODEL, dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10))
     assert [learning_rate(trainer.config, 0.0, step) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert learning_rate(trainer.config, 0.5, 50) == pytest.approx(0.5)
     assert learning_rate(trainer.config, 1.0, 50) == pytest.approx(0.0)
 
 
-def test_validation_ranks_the_first_held_out_event_among_what_the_user_never_met() -> None:
+def test_validate_ranks_held_out_event_among_unseen_items() -> None:
     histories = {f"u{u}": [f"i{(u + k * (u + 1)) % 13}" for k in range(10)] for u in range(12)}
     data = make_data(histories, [f"i{k}" for k in range(14)], slate_size=2, validation_users=8)
-    trainer = Trainer(data, SHAPE, SHORT)
+    trainer = Trainer(data, MODEL, SHORT)
     found = trainer.validate(("dot", "point"))
     model = trainer.model.eval()
     hits = []
     gains = []
     with torch.no_grad():
         table = model.item_table()
-    for user in data.split.validation_users:  # the slow, obvious way
+    for user in data.split.validation_users:  # the slow, obvious computation
         start = int(data.sequences.offsets[user])
         n = 10 - 2 - 1
         seen = set(data.sequences.items[start : start + n].tolist())
@@ -259,22 +255,20 @@ def test_validation_ranks_the_first_held_out_event_among_what_the_user_never_met
     assert 0 < np.mean(gains) < 1
 
 
-def test_numbers_that_are_always_missing_leave_the_model_finite(few: Data) -> None:
+def test_build_model_always_missing_number_stays_finite(few: Data) -> None:
     numeric = few.catalogue.numeric.copy()
     numeric[:, 1] = np.nan
-    model = build_model(dataclasses.replace(few.catalogue, numeric=numeric), few.config, SHAPE)
+    model = build_model(dataclasses.replace(few.catalogue, numeric=numeric), few.config, MODEL)
     assert model.numeric_mean.isfinite().all() and (model.numeric_std > 0).all()
 
 
-def test_unknown_training_keys_are_refused_by_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command_unknown_training_key_exits_with_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ranker.toml"
     path.write_text(
-        'name = "x"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n[heads.buy]\nkind = "label"\nweight = 1\n[train]\nepocs = 3\nepochs = 1\n[model]\n'
+        'name = "x"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n[heads.buy]\nkind = "label"\nweight = 1\n'
+        "[train]\nepocs = 3\nepochs = 1\n[model]\n"
     )
-    monkeypatch.setattr(sys, "argv", ["train", str(path)])
     with pytest.raises(SystemExit) as caught:
-        training.main()
+        training.main([str(path)])
     assert caught.value.code == 2
     assert "[train] has unknown epocs" in capsys.readouterr().err

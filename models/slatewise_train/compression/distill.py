@@ -4,7 +4,7 @@ It is trained on histories and drawn slates, and the teacher's probabilities are
 arXiv 1503.02531). The item table does not change, because all variants share it. A stopped run resumes after its last
 complete epoch.
 
-Called by: `bases.py`. Calls: `train.py` for batches and slates, `checkpoint.py`.
+Called by: `bases.py`. Calls: `batches.py`, `epochs.py`, `losses.py`, `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
+from slatewise_train.batches import Batch, make_batch, read_slates
+from slatewise_train.epochs import one_epoch
+from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.base import EncodedHistory, Ranker
-from slatewise_train.train import Batch, Trainer, make_batch, one_epoch, read_slates
+from slatewise_train.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,6 @@ class DistillConfig:
     items: int = 2048  # that it orders at each position
     windows: int = 32  # per batch, with slates for the other exits
     seed: int = 0
-
-
-def distillation_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Loss of a model's logits against the teacher's, both (rows, C, heads); 0 when they are equal.
-
-    The sum of the cross-entropy of the probabilities, minus its minimum, and `listwise_kl`.
-    """
-    target = torch.sigmoid(wanted)
-    scores = F.binary_cross_entropy_with_logits(found, target) - F.binary_cross_entropy_with_logits(wanted, target)
-    return scores + listwise_kl(found, wanted)
-
-
-def listwise_kl(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL divergence of the softmax over C from the teacher's (ListNet's top-one probabilities).
-
-    found, wanted: logits (rows, C, heads).
-    """
-    divergence = F.kl_div(F.log_softmax(found, dim=1), F.log_softmax(wanted, dim=1), reduction="sum", log_target=True)
-    return divergence / (found.shape[0] * found.shape[2])
 
 
 class Distiller:
@@ -117,9 +100,11 @@ class Distiller:
         meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, teacher.default_meta.detach())
         candidates = self.table[slates.candidates]
         with torch.no_grad():
-            wanted = exits(teacher, *read_slates(teacher, slates, wanted_history, wanted_users, candidates, meta))
-        found = exits(self.student, *read_slates(self.student, slates, history, users, candidates, meta))
-        return [distillation_loss(found[exit], wanted[exit]) for exit in found]
+            dot, hidden = read_slates(teacher, slates, wanted_history, wanted_users, candidates, meta)
+            wanted = teacher.logits_by_exit(dot, hidden)
+        dot, hidden = read_slates(self.student, slates, history, users, candidates, meta)
+        found = self.student.logits_by_exit(dot, hidden)
+        return [distillation_loss(found[exit], wanted[exit]) for exit in found if exit != "dot"]
 
     def run_epoch(self) -> float:
         """One pass over the training events; returns the mean loss."""
@@ -140,12 +125,6 @@ class Distiller:
         )
         weights = [value for model in (self.teacher, self.student) for value in model.state_dict().values()]
         return checkpoint.identity(values, [self.vectors, *weights])
-
-
-def exits(model: Ranker, dot: Tensor, added: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-    """Logits (rows, C, heads) of the exits above `dot`, from the results of `read_slates`; each row is one slate."""
-    point = dot + added
-    return {"point": point} | ({"set": point + model.set_logits(hidden)} if "set" in model.exits else {})
 
 
 def distill(student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path) -> list[float]:

@@ -20,13 +20,16 @@ from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, Float64, History
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.item_table import ItemTable
+from slatewise_train.batches import epoch_windows, make_batch
 from slatewise_train.bundle_writer import CALIBRATION
 from slatewise_train.compression.low_rank import LayerStatistics, collect_statistics
+from slatewise_train.config import TrainConfig
+from slatewise_train.data import Data
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import read_calibrations
 from slatewise_train.evaluation.offline import Outcome, run_cases, slate_cases
 from slatewise_train.rankers.weights import load_model
-from slatewise_train.train import Data, TrainConfig, Trainer, epoch_windows, make_batch
+from slatewise_train.train import Trainer
 
 SAMPLES = 120  # requests; half of them give the ranges of int8 inputs, the others the agreement with fp32
 SLATE = 200  # candidates of a sample
@@ -119,7 +122,7 @@ class Source:
     def trainer(self) -> Trainer:
         """A trainer of the bundle's model. Needs data."""
         assert self.data is not None
-        return Trainer(self.data, {}, self.train, model=self.model)
+        return Trainer(self.data, self.model, self.train)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:

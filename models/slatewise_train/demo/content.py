@@ -14,10 +14,10 @@ import numpy as np
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise_train.bundle_writer import SET_WISE_LIMIT
-from slatewise_train.data import Sequences, build_sequences, clean_events, read_table, values_of
+from slatewise_train.config import Config
+from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
 from slatewise_train.rankers.base import Ranker
-from slatewise_train.train import Data
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
@@ -35,18 +35,18 @@ class DemoData:
     titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
 
 
-def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, toml: dict[str, Any]) -> DemoData:
+def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, config: Config) -> DemoData:
     """The data of the TOML's table `[demo]`, or the training data when there is no such table."""
-    demo = toml.get("demo")
+    demo = config.demo
     if demo is None:
-        items = read_table(Path(toml["data"]["items"]))
+        items = read_table(Path(config.tables.items))
         sequences = data.sequences
         users = sequences.users
     else:
-        items = read_table(Path(demo["items"]))
-        events, _ = clean_events(read_table(Path(demo["events"])), data.config.max_bad_share)
+        items = read_table(Path(demo.items))
+        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
         sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
-        users = [demo.get("user_prefix", "") + user for user in sequences.users]
+        users = [demo.user_prefix + user for user in sequences.users]
     if learner is None:
         vectors = np.zeros((0, model.meta_size), np.float32)
     else:

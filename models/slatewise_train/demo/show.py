@@ -20,10 +20,10 @@ from slatewise.bundle.loader import load_bundle, read_json, versions
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
-from slatewise_train.data import Sequences, build_sequences, clean_events, read_config, read_table
+from slatewise_train.config import read_config
+from slatewise_train.data import Data, Sequences, build_sequences, clean_events, load_data, read_table
 from slatewise_train.evaluation.offline import RERANKED
 from slatewise_train.evaluation.report import markdown_table
-from slatewise_train.train import Data, load_data
 
 BEST = 10
 LIKED_SHOWN = 6
@@ -105,17 +105,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("users", nargs="+")
     parser.add_argument("--bundle", type=Path, help="default: the newest version under models/bundles/NAME")
     args = parser.parse_args(argv)
-    config, toml = read_config(args.toml)
-    home = Path("models/bundles") / config.name
+    config = read_config(args.toml)
+    home = Path("models/bundles") / config.data.name
     folder = args.bundle or home / str(max(versions(home), default=0))
     ranker = load_bundle(folder, 1)
-    data = load_data(config, toml)
-    source = toml.get("demo", toml["data"])
-    events, _ = clean_events(read_table(Path(source["events"])), config.max_bad_share)
-    sequences = build_sequences(events, data.catalogue.vocabulary, config)
+    data = load_data(config.data, config.tables)
+    source = config.demo or config.tables
+    events, _ = clean_events(read_table(Path(source.events)), config.data.max_bad_share)
+    sequences = build_sequences(events, data.catalogue.vocabulary, config.data)
+    prefix = config.demo.user_prefix if config.demo else ""
     display = read_json(folder / "display.json")
     for name in args.users:
-        user = sequences.users.index(name.removeprefix(source.get("user_prefix", "")))
+        user = sequences.users.index(name.removeprefix(prefix))
         request = whole_history(name, data, sequences, known_rows(sequences, user))
         print(describe(name, ranker, data, request, display))
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
+from slatewise_train.data import Data
 from slatewise_train.evaluation.offline import candidates_of, slate_cases
 from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
-from slatewise_train.train import Data
 
 LEAST_SLOPE = 1e-3
 MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probability of exactly 1

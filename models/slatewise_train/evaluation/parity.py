@@ -1,13 +1,18 @@
-"""What must not change a score, measured on a variant: the numbers behind the bound that its manifest prints.
+"""Parity: the largest score differences between two ways of computing the same scores.
 
-Each function returns the largest absolute difference of a probability. Before: `export.py` has written the graphs.
-After: the manifest's `invariance`; `export.py` refuses to publish above the bound.
+Each measure returns the largest absolute difference of a probability over drawn requests. The manifest publishes them
+as a variant's `invariance`, and a variant above its bound is not published.
+
+Called by: `export.py`, `compress.py`. Calls: `inference/engine.py`, and the torch model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from slatewise.bundle.manifest import Manifest
@@ -27,20 +32,22 @@ from slatewise.inference.arrays import (
 )
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.rankers.ligr import Ligr
+from slatewise_train.rankers.base import Calibrations, Ranker
 
-SLATES = (1, 2, 37, 512)
-OPTIONS = ("int8_history_state",)  # what a server may be set to, with a bound of its own
+SLATES = (1, 2, 37, 512)  # candidates of the drawn requests
+OPTIONS = (
+    "int8_history_state",
+)  # measures of a server's optional settings; the variant's bound does not apply to them
 
 
 class Requests:
-    """Draws requests that look like a bundle's, from a seed."""
+    """Draws requests that fit a bundle, from a seed."""
 
     def __init__(self, engine: Engine, manifest: Manifest, seed: int = 0) -> None:
         self.engine = engine
         self.manifest = manifest
         self.rng = np.random.default_rng(seed)
-        self.histories = (0, 1, manifest.limits.history_used)
+        self.lengths = (0, 1, manifest.limits.history_used)  # events of the histories
 
     def history(self, length: int) -> History:
         gaps = self.rng.integers(0, GAP_BUCKETS, length)
@@ -55,10 +62,19 @@ class Requests:
         return Candidates(vectors, numeric, self.rng.uniform(-1, 1, (1, CONTEXT_SIZE)).astype(np.float32))
 
     def meta(self) -> np.ndarray:
+        """A meta-embedding (M,) float32."""
         return self.rng.normal(0, 0.3, self.manifest.meta_size).astype(np.float32)
 
     def state(self, history: History) -> HistoryState:
         return self.engine.extend(self.engine.start, history) if len(history) else self.engine.start
+
+    def every_size(self) -> Iterator[tuple[History, Candidates, np.ndarray]]:
+        """History, candidates and meta-embedding for every combination of `lengths` and SLATES."""
+        for length in self.lengths:
+            for n in SLATES:
+                history = self.history(length)
+                candidates = self.candidates(n)
+                yield history, candidates, self.meta()
 
 
 def pick(candidates: Candidates, rows: np.ndarray) -> Candidates:
@@ -66,108 +82,86 @@ def pick(candidates: Candidates, rows: np.ndarray) -> Candidates:
 
 
 def worst(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference; 0 for empty arrays."""
     return float(np.abs(a - b).max(initial=0.0))
 
 
-def against_torch(draw: Requests, model: Ligr, calibrations: dict) -> float:
-    """ONNX against the torch model, all exits."""
+def against_torch(draw: Requests, model: Ranker, calibrations: Calibrations) -> float:
+    """The ONNX graphs against the torch model, at every exit."""
     result = 0.0
-    for length in draw.histories:
-        for n in SLATES:
-            history = draw.history(length)
-            candidates = draw.candidates(n)
-            meta = draw.meta()
-            logits = torch_logits(model, draw.engine.items, history, candidates, meta)
-            for exit in draw.manifest.exits:
-                expected = np.stack(
-                    [1 / (1 + np.exp(-c(logits[exit][:, k]))) for k, c in enumerate(calibrations[exit])], axis=1
-                )
-                result = max(result, worst(draw.engine.score(history, candidates, meta, exit), expected))
+    for history, candidates, meta in draw.every_size():
+        logits = torch_logits(model, draw.engine.items, history, candidates, meta)
+        for exit in draw.manifest.exits:
+            columns = [1 / (1 + np.exp(-c(logits[exit][:, k]))) for k, c in enumerate(calibrations[exit])]
+            found = draw.engine.score(history, candidates, meta, exit)
+            result = max(result, worst(found, np.stack(columns, axis=1)))
     return result
 
 
 @torch.no_grad()
 def torch_logits(
-    model: Ligr, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """(N, heads) logits of every exit, by the torch model as it is trained."""
+    """Logits (N, heads) of every exit by the torch model, without dropout."""
     model.eval()
     return {exit: value[0].numpy() for exit, value in logits_of(model, items, history, candidates, meta).items()}
 
 
 def logits_of(
-    model: Ligr, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
-) -> dict[str, torch.Tensor]:
-    """(1, N, heads), with gradients."""
+    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+) -> dict[str, Tensor]:
+    """Logits (1, N, heads) of every exit by the torch model, with gradients. meta: (M,)."""
     tensor = torch.from_numpy
-    columns = (
-        (START_ITEM, history.items),
-        (UNKNOWN_ACTION, history.actions),
-        (GAP_MISSING, history.gaps),
-    )  # the start token first
-    rows, actions, gaps = (np.concatenate([[first], column])[None] for first, column in columns)
-    state, users = model.encode(model.tokens(tensor(items.take(rows, axis=0)), tensor(actions), tensor(gaps)))
+    columns = ((START_ITEM, history.items), (UNKNOWN_ACTION, history.actions), (GAP_MISSING, history.gaps))
+    rows, actions, gaps = (np.concatenate([[start], column])[None] for start, column in columns)
+    tokens = model.tokens(tensor(items.take(rows, axis=0)), tensor(actions), tensor(gaps))
+    encoded, users = model.encode(tokens)
     vectors = tensor(candidates.vectors)[None]
     fused = model.fuse(tensor(candidates.numeric)[None], tensor(meta)[None, None], tensor(candidates.context)[:, None])
-    hidden = model.hidden(vectors, state, torch.tensor([rows.shape[1]]), None, fused)
-    dot = model.dot_logits(users[:, -1:], vectors)
-    point = dot + model.point_logits(hidden)
-    return {"dot": dot, "point": point} | ({"set": point + model.set_logits(hidden)} if model.config.set_blocks else {})
+    hidden = model.hidden(vectors, encoded, torch.tensor([rows.shape[1]]), None, fused)
+    return model.logits_by_exit(model.dot_logits(users[:, -1:], vectors), hidden)
 
 
 def one_pass(draw: Requests) -> float:
-    """Exit `point`: one pass over N candidates against N passes over one."""
+    """Exit `point`: one pass over N candidates against N passes over one candidate each."""
     result = 0.0
-    for length in draw.histories:
-        for n in SLATES:
-            history = draw.history(length)
-            candidates = draw.candidates(n)
-            meta = draw.meta()
-            state = draw.state(history)
-            whole = draw.engine.point(candidates, meta, state).probabilities
-            alone = [draw.engine.point(pick(candidates, np.array([k])), meta, state).probabilities for k in range(n)]
-            result = max(result, worst(whole, np.concatenate(alone)))
+    for history, candidates, meta in draw.every_size():
+        state = draw.state(history)
+        whole = draw.engine.point(candidates, meta, state).probabilities
+        single = [pick(candidates, np.array([k])) for k in range(len(candidates))]
+        alone = [draw.engine.point(candidate, meta, state).probabilities for candidate in single]
+        result = max(result, worst(whole, np.concatenate(alone)))
     return result
 
 
 def extended(draw: Requests) -> float:
-    """A history encoded in steps (extended by 1, by 5, event by event, in chunks) against the same at once."""
+    """A history encoded in steps against the same history encoded at once.
+
+    The steps extend it by 1 event, by 5 events, event by event and in chunks. A prefix of the state, extended again,
+    is compared too.
+    """
     result = 0.0
     candidates = draw.candidates(50)
     meta = draw.meta()
     longest = draw.manifest.limits.history_used
-    for steps in (
-        [max(1, longest - 1)],
-        [max(1, longest - 5)],
-        list(range(1, 20)),
-        list(range(64, longest, 64)) or [1],
-        [7],
-    ):
+    chunks = list(range(64, longest, 64)) or [1]
+    for steps in ([max(1, longest - 1)], [max(1, longest - 5)], list(range(1, 20)), chunks, [7]):
         history = draw.history(longest if steps[-1] > 19 else 20)
         state = draw.engine.start
         for first, last in zip([0, *steps], [*steps, len(history)], strict=True):
             state = draw.engine.extend(state, history[first:last])
         fresh = draw.state(history)
-        cut = draw.engine.prefix(fresh, steps[0])
-        again = draw.engine.extend(cut, history[steps[0] :])
+        again = draw.engine.extend(draw.engine.prefix(fresh, steps[0]), history[steps[0] :])
+        expected = draw.engine.point(candidates, meta, fresh).probabilities
         for other in (state, again):
-            result = max(
-                result,
-                worst(other.user, fresh.user),
-                *(worst(a, b) for a, b in zip(other.keys, fresh.keys, strict=True)),
-            )
-            result = max(
-                result,
-                worst(
-                    draw.engine.point(candidates, meta, other).probabilities,
-                    draw.engine.point(candidates, meta, fresh).probabilities,
-                ),
-            )
+            keys = [worst(a, b) for a, b in zip(other.keys, fresh.keys, strict=True)]
+            found = draw.engine.point(candidates, meta, other).probabilities
+            result = max(result, worst(other.user, fresh.user), *keys, worst(found, expected))
     return result
 
 
 def candidate_chunks(draw: Requests) -> float:
-    """Exit `point` in chunks of 1, 7, 64 and 512 candidates, and the exit `set` behind them, against all at once."""
+    """Chunks of 1, 7, 64 and 512 candidates against all of them at once, at the exits `point` and `set`."""
     result = 0.0
     candidates = draw.candidates(600)
     meta = draw.meta()
@@ -182,58 +176,29 @@ def candidate_chunks(draw: Requests) -> float:
 
 
 def permutation(draw: Requests) -> float:
-    """Permuted candidates give permuted scores, at the highest exit."""
+    """Permuted candidates against permuted scores, at the highest exit."""
     result = 0.0
-    for length in draw.histories:
-        for n in SLATES:
-            history = draw.history(length)
-            candidates = draw.candidates(n)
-            meta = draw.meta()
-            order = draw.rng.permutation(n)
-            exit = draw.manifest.exits[-1]
-            scores = draw.engine.score(history, candidates, meta, exit)
-            result = max(result, worst(draw.engine.score(history, pick(candidates, order), meta, exit), scores[order]))
+    exit = draw.manifest.exits[-1]
+    for history, candidates, meta in draw.every_size():
+        order = draw.rng.permutation(len(candidates))
+        scores = draw.engine.score(history, candidates, meta, exit)
+        result = max(result, worst(draw.engine.score(history, pick(candidates, order), meta, exit), scores[order]))
     return result
 
 
 def padding(draw: Requests) -> float:
-    """Requests of different sizes padded into one batch, each graph, against each request alone."""
+    """Requests of different sizes, padded into one batch, against each request alone, in every graph."""
     engine = draw.engine
-    lengths = (3, 40, 17)
     sizes = (5, 64, 1)
-    histories = [draw.history(n) for n in lengths]
+    histories = [draw.history(n) for n in (3, 40, 17)]
     slates = [draw.candidates(n) for n in sizes]
     metas = [draw.meta() for _ in sizes]
-
-    def pad(arrays: list[np.ndarray]) -> np.ndarray:
-        longest = max(len(a) for a in arrays)
-        widths = [[(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)] for a in arrays]
-        return np.stack(
-            [
-                np.pad(a, w, constant_values=1 if a.dtype == np.float32 else 0)
-                for a, w in zip(arrays, widths, strict=True)
-            ]
-        )
-
-    feeds = {"items": pad([engine.items.take(h.items, axis=0) for h in histories]), "length": np.array(lengths)}
-    feeds |= {"actions": pad([h.actions for h in histories]), "gaps": pad([h.gaps for h in histories])}
-    for i in range(engine.blocks):
-        for name, start in (("key", engine.start.keys[i]), ("value", engine.start.values[i])):
-            feeds[f"past_{name}_{i}"] = np.repeat(start, len(lengths), axis=0)
-    encoded = engine.run("encode", feeds)
-    states = [draw.state(h) for h in histories]
-    result = worst(encoded["user"], np.concatenate([s.user for s in states]))
-    feeds = {
-        "candidates": pad([c.vectors for c in slates]),
-        "meta": np.stack(metas),
-        "context": np.concatenate([c.context for c in slates]),
-    }
+    states = [draw.state(history) for history in histories]
+    users = engine.run("encode", encode_feeds(engine, histories))["user"]
+    result = worst(users, np.concatenate([state.user for state in states]))
+    feeds = point_feeds(slates, metas, states) | {"user": users}
     if draw.manifest.features:
         feeds["numeric"] = pad([c.numeric for c in slates])
-    feeds |= {"user": encoded["user"], "history_length": np.array([s.events + 1 for s in states])}
-    for i in range(engine.blocks):
-        feeds[f"key_{i}"] = pad([s.keys[i][0] for s in states])
-        feeds[f"value_{i}"] = pad([s.values[i][0] for s in states])
     batch = engine.run("point", feeds)
     for row, (candidates, meta, state) in enumerate(zip(slates, metas, states, strict=True)):
         alone = engine.point(candidates, meta, state)
@@ -241,33 +206,59 @@ def padding(draw: Requests) -> float:
     if "set" in draw.manifest.exits:
         out = engine.run("set", {"hidden": batch["hidden"], "logits": batch["logits"], "set_length": np.array(sizes)})
         for row, n in enumerate(sizes):
-            alone_set = engine.set(
-                PointScores(batch["probabilities"][row, :n], batch["logits"][row, :n], batch["hidden"][row, :n])
-            )
-            result = max(result, worst(out["probabilities"][row, :n], alone_set))
+            point = PointScores(*(batch[name][row, :n] for name in ("probabilities", "logits", "hidden")))
+            result = max(result, worst(out["probabilities"][row, :n], engine.set(point)))
     return result
+
+
+def pad(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays (n, ...) of different lengths, right-padded and stacked: with 1 if they are float32, with 0 otherwise."""
+    longest = max(len(a) for a in arrays)
+    padded = []
+    for a in arrays:
+        widths = [(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)]
+        padded.append(np.pad(a, widths, constant_values=1 if a.dtype == np.float32 else 0))
+    return np.stack(padded)
+
+
+def encode_feeds(engine: Engine, histories: list[History]) -> dict[str, np.ndarray]:
+    """Inputs of the graph `encode` for a padded batch of histories."""
+    feeds = {"items": pad([engine.items.take(h.items, axis=0) for h in histories])}
+    feeds |= {"actions": pad([h.actions for h in histories]), "gaps": pad([h.gaps for h in histories])}
+    for i in range(engine.blocks):
+        feeds[f"past_key_{i}"] = np.repeat(engine.start.keys[i], len(histories), axis=0)
+        feeds[f"past_value_{i}"] = np.repeat(engine.start.values[i], len(histories), axis=0)
+    return feeds | {"length": np.array([len(h) for h in histories])}
+
+
+def point_feeds(slates: list[Candidates], metas: list[np.ndarray], states: list[HistoryState]) -> dict[str, np.ndarray]:
+    """Inputs of the graph `point` for a padded batch of requests, without `user` and `numeric`."""
+    feeds = {"candidates": pad([c.vectors for c in slates]), "meta": np.stack(metas)}
+    feeds["context"] = np.concatenate([c.context for c in slates])
+    feeds["history_length"] = np.array([state.events + 1 for state in states])
+    for i in range(len(states[0].keys)):
+        feeds[f"key_{i}"] = pad([state.keys[i][0] for state in states])
+        feeds[f"value_{i}"] = pad([state.values[i][0] for state in states])
+    return feeds
 
 
 def int8_history_state(draw: Requests) -> float:
-    """Exit `point` on a kept history in int8, whole and extended from its middle, against fp32."""
+    """Exit `point` on a cached history in int8 against fp32: the whole state, and one extended from its middle."""
     result = 0.0
-    for length in draw.histories:
-        for n in SLATES:
-            history = draw.history(length)
-            candidates = draw.candidates(n)
-            meta = draw.meta()
-            state = draw.state(history)
-            half = draw.state(history[: length // 2]).packed().unpacked()
-            extended = draw.engine.extend(half, history[length // 2 :]) if length else state
-            exact = draw.engine.point(candidates, meta, state).probabilities
-            for packed in (state.packed().unpacked(), extended.packed().unpacked()):
-                result = max(result, worst(draw.engine.point(candidates, meta, packed).probabilities, exact))
+    for history, candidates, meta in draw.every_size():
+        middle = len(history) // 2
+        state = draw.state(history)
+        half = draw.state(history[:middle]).packed().unpacked()
+        extended = draw.engine.extend(half, history[middle:]) if len(history) else state
+        exact = draw.engine.point(candidates, meta, state).probabilities
+        for packed in (state.packed().unpacked(), extended.packed().unpacked()):
+            result = max(result, worst(draw.engine.point(candidates, meta, packed).probabilities, exact))
     return result
 
 
-def measure(engine: Engine, manifest: Manifest, model: Ligr, calibrations: dict) -> dict[str, float]:
-    """All of them, by name; those of OPTIONS have bounds of their own."""
-    measures = {
+def measure(engine: Engine, manifest: Manifest, model: Ranker, calibrations: Calibrations) -> dict[str, float]:
+    """All measures by name. The bound of a variant applies to those that are not in OPTIONS."""
+    measures: dict[str, Callable[[Requests], float]] = {
         "onnx_against_torch": lambda draw: against_torch(draw, model, calibrations),
         "one_pass_against_n_passes": one_pass,
         "extended_against_fresh": extended,
@@ -276,10 +267,10 @@ def measure(engine: Engine, manifest: Manifest, model: Ligr, calibrations: dict)
         "padding": padding,
         "int8_history_state": int8_history_state,
     }
-    named = tqdm(measures.items(), desc="what must not change a score", mininterval=2)
+    named = tqdm(measures.items(), desc="parity", mininterval=2)
     return {name: measured(Requests(engine, manifest, seed)) for seed, (name, measured) in enumerate(named, start=1)}
 
 
 def rounded(measured: dict[str, float]) -> dict[str, float]:
-    """As a manifest has them: three digits."""
+    """The measures with three significant digits, as a manifest has them."""
     return {name: float(f"{value:.2e}") for name, value in measured.items()}

@@ -86,7 +86,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A gated block (LiGR, equation 1): x + F(LN(x)) * sigmoid(x W + b) for F = attention, then for F = feed-forward."""
+    """A gated block (LiGR, equation 1): x + F(LN(x)) * sigmoid(x W + b) for F = attention, then F = feed-forward."""
 
     def __init__(self, config: LigrConfig) -> None:
         super().__init__()

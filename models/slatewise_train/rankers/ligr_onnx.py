@@ -2,10 +2,10 @@
 
     encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> (B,P,key width) past_value_<i> (B,P,value width)
              -> key_<i> value_<i> (B,P+T,...), user (B,d)
-    dot      candidates (B,N,d) user (B,d)                                          -> probabilities (B,N,heads)
+    dot      candidates (B,N,d) user (B,d)                        -> probabilities (B,N,heads)
     point    candidates numeric (B,N,F) meta (B,M) context (B,4) user
-             key_<i> value_<i> (B,K,...) history_length (B,)                      -> probabilities, logits, hidden (B,N,d)
-    set      hidden (B,N,d) logits (B,N,heads) set_length (B,)                      -> probabilities
+             key_<i> value_<i> (B,K,...) history_length (B,)      -> probabilities, logits, hidden (B,N,d)
+    set      hidden (B,N,d) logits (B,N,heads) set_length (B,)    -> probabilities
 
 Rows of a batch are padded on the right; `length`, `history_length` and `set_length` are the lengths without padding.
 A single request is never padded. All rows of one `encode` call have the same past length, so causality alone keeps
@@ -304,7 +304,7 @@ class LigrGraphs(RankerGraphs):
     def rank(self, items: np.ndarray, head_weights: Sequence[float]) -> onnx.ModelProto:
         """The whole ranker in one graph, for use in another server.
 
-        history actions gaps (B,L) candidates (B,N) rows, numeric (B,N,F) with NaN for missing, meta (B,M), context (B,4)
+        history actions gaps (B,L) candidates (B,N) rows, numeric (B,N,F), NaN for missing, meta (B,M) context (B,4)
         -> probabilities (B,N,heads) of the highest exit, scores (B,N), the probabilities' sum weighted by head_weights
         """
         g = GraphBuilder("rank")

@@ -22,7 +22,7 @@ INT = TensorProto.INT64
 
 
 class GraphBuilder:
-    """Collects the nodes and weights of one graph. Values are names: `g.op("MatMul", a, b)` returns that of the product."""
+    """Collects nodes and weights of a graph. Values are names: `g.op("MatMul", a, b)` returns that of the product."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,0 +1,60 @@
+"""Metrics of ranked lists and of probabilities, and their confidence intervals.
+
+Called by: `train.py` to validate, and the evaluation. Calls: numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+DEPTH = 10  # of every NDCG and hit rate here
+BOOTSTRAPS = 1_000
+BINS = 15
+
+
+def rank_of(scores: np.ndarray, target: int) -> int:
+    """Rank of an element among scores (n,), 0 for the best. Ties are ranked in input order."""
+    return int((scores > scores[target]).sum() + (scores[:target] == scores[target]).sum())
+
+
+def hits(ranks: np.ndarray) -> np.ndarray:
+    """Hit rate HR@10 of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64, 0 or 1."""
+    return (ranks < DEPTH).astype(float)
+
+
+def gains(ranks: np.ndarray) -> np.ndarray:
+    """NDCG@10 of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64."""
+    return np.where(ranks < DEPTH, 1 / np.log2(ranks + 2), 0.0)
+
+
+def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = DEPTH) -> float:
+    """NDCG@depth with binary gains, scores and labels (n,); NaN if no label or every label is positive."""
+    if not 0 < labels.sum() < len(labels):
+        return float("nan")
+    discount = 1 / np.log2(np.arange(2, len(labels) + 2))
+    discount[depth:] = 0
+    found = (labels[np.argsort(-scores, kind="stable")] * discount).sum()
+    return float(found / (np.sort(labels)[::-1] * discount).sum())
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve, scores and labels (n,), ties counting half; NaN if a class is missing."""
+    positive = np.sort(scores[labels == 1])
+    negative = scores[labels == 0]
+    if not len(positive) or not len(negative):
+        return float("nan")
+    below = (np.searchsorted(positive, negative, "left") + np.searchsorted(positive, negative, "right")) / 2
+    return float(1 - below.mean() / len(positive))
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error (Naeini et al., AAAI 2015) over 15 bins with equally many examples."""
+    order = np.array_split(np.argsort(probabilities, kind="stable"), BINS)
+    return float(sum(abs(probabilities[b].mean() - labels[b].mean()) * len(b) for b in order if len(b)) / len(labels))
+
+
+def interval(values: np.ndarray, seed: int = 0, digits: int = 4) -> list[float]:
+    """[mean, low, high] of values (n,): a 95 % bootstrap interval of the mean, resampling the values."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAPS)]
+    return [round(float(v), digits) for v in (values.mean(), *np.quantile(means, [0.025, 0.975]))]

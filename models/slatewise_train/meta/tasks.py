@@ -1,0 +1,115 @@
+"""Tasks of meta-learning: a user's events as a frozen ranker sees them, and the loss of a meta-embedding on them.
+
+Called by: `limaml.py`, `evaluation/personalization.py`. Calls: `batches.py`, `losses.py`.
+
+Letters in shapes: U users, P events of a user, C candidates of an event, d width, M numbers of a meta-embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
+from slatewise_train.batches import Slates, draw_negatives, make_batch, newest_window_start, read_slates
+from slatewise_train.config import MetaConfig
+from slatewise_train.data import Sequences
+from slatewise_train.losses import label_losses, log_likelihood, sampling_offset
+from slatewise_train.rankers.base import Ranker
+
+POOL = 4096  # the most items that the negatives of one call are drawn from
+Case = tuple[int, int]  # a user, and the number of the user's events that have happened
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """P events of each of U users as the ranker sees them without a meta-embedding.
+
+    C candidates of each event: column 0 is the event's own item, the others are negatives.
+    """
+
+    base: Tensor  # (U, P, C, d) hidden states for a meta-embedding of zero
+    dot: Tensor  # (U, P, C, heads) logits of the exit `dot`
+    offset: Tensor  # (U, P, C) of `losses.sampling_offset`
+    labels: Tensor  # (U, P, heads) NaN if unknown
+    real: Tensor  # (U, P) float32, 1 for events that exist
+
+    def columns(self, first: int, last: int) -> Tasks:
+        return Tasks(*(getattr(self, f.name)[:, first:last] for f in dataclasses.fields(self)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+
+def point_with(ranker: Ranker, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
+    """Logits (..., P, C, heads) of the exit `point` with meta-embeddings (..., M); base and dot as in `Tasks`."""
+    return dot + ranker.point_logits(base + ranker.meta_shift(vectors)[..., None, None, :])
+
+
+def event_losses(
+    ranker: Ranker, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor
+) -> Tensor:
+    """Losses (..., P) of the exit `point`, summed over the heads.
+
+    kinds: of the heads; vector: meta-embeddings (..., M); the other tensors are those of `Tasks`.
+    """
+    logits = point_with(ranker, vector, base, dot)
+    losses = torch.zeros_like(base[..., 0, 0])
+    for head, kind in enumerate(kinds):
+        if kind == "next":
+            losses = losses - log_likelihood(logits[..., head], offset)
+        else:
+            losses = losses + label_losses(logits[..., 0, head], labels[..., head])
+    return losses
+
+
+@dataclass(frozen=True)
+class RankerTables:
+    """A ranker and the tables that its tasks are made from."""
+
+    ranker: Ranker
+    items: Tensor  # (items, d), `Ranker.item_table`
+    numeric: Tensor  # (items, F) that a request would have, NaN for missing
+
+
+@torch.no_grad()
+def make_tasks(
+    tables: RankerTables, sequences: Sequences, cases: list[Case], longest: int, config: MetaConfig
+) -> Tasks:
+    """The `config.support` events before each case, then the `config.query` events after it, as one `Tasks`.
+
+    The ranker reads the history of an event in a window of at most `longest` events. The support has no numeric
+    features, because the refresh job has no requests; only the query uses `tables.numeric`.
+    """
+    ranker = tables.ranker
+    support = config.support
+    query = config.query
+    windows = [(user, newest_window_start(now + query, longest), now + query) for user, now in cases]
+    batch = make_batch(sequences, windows)
+    history, users = ranker.encode(ranker.tokens(F.embedding(batch.items, tables.items), batch.actions, batch.gaps))
+    now = torch.tensor([now - first for (_, first, _), (_, now) in zip(windows, cases, strict=True)])
+    read = now[:, None] + torch.arange(-support, query)  # (U, P) events of the window before each event
+    u, p = read.shape
+    rows = torch.arange(u)[:, None]
+    column = read.clamp(min=0)
+    target = batch.items[rows, column + 1]  # (U, P)
+    real = (read >= 0) & (target != UNKNOWN_ITEM)
+    pool = torch.arange(FIRST_ITEM, len(tables.items))
+    if len(pool) > POOL:
+        pool = torch.randint(FIRST_ITEM, len(tables.items), (POOL,))
+    drawn, log_rate = draw_negatives(users[rows, column], F.embedding(pool, tables.items), config.negatives)
+    candidates = torch.cat([target[..., None], pool[drawn]], dim=2)  # (U, P, C)
+    labels = batch.labels[rows, column + 1]
+    unused = torch.full((u, support, *candidates.shape[2:], tables.numeric.shape[1]), torch.nan)
+    numeric = torch.cat([unused, tables.numeric[candidates[:, support:]]], dim=1)
+    slates = Slates(
+        column, candidates, numeric, batch.contexts[rows, column], real[..., None], labels[:, :, None], log_rate
+    )
+    no_meta = torch.zeros(u, p, ranker.meta_size)
+    dot, base = read_slates(ranker, slates, history, users, F.embedding(candidates, tables.items), no_meta)
+    offset = sampling_offset(log_rate, candidates[..., 1:] == target[..., None])
+    return Tasks(base.view(u, p, *base.shape[1:]), dot.view(u, p, *dot.shape[1:]), offset, labels, real.float())
