@@ -148,7 +148,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
-    """The ranker without its variants. Raises ManifestError when a file cannot be read or an array has another shape."""
+    """The ranker without its variants. Raises ManifestError for an unreadable file or an array of another shape."""
     try:
         ids = read_json(folder / "ids.json")
         users = (read_json(folder / "users.json") or []) if manifest.meta_size else []

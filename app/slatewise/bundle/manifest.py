@@ -2,7 +2,7 @@
 
     <root>/<ranker>/<version>/
       manifest.json                    this file
-      items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of rows 2, 3, ...
+      items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of the others
       items8.npy                       the same table in int8, for the variants that name it (optional)
       fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
       weights.npz                      float32 weights of the model, apart from the item table (format 2)
@@ -66,7 +66,7 @@ class Column(Member):
 class ModelDescription(Member):
     """The model in training's terms: enough to build it again. The server does not read it."""
 
-    family: str = Field(min_length=1, description="Ranker family, for example `ligr`.")
+    family: str = Field(min_length=1, description="Ranker family, a key of `families.FAMILIES`.")
     config: dict[str, Any] = Field(description="Configuration of the model, as its family defines it.")
     weights: str = Field(
         pattern=r"^[\w-]+\.npz$", description="File of the float32 weights: arrays by parameter name, without pickle."
