@@ -17,11 +17,12 @@ from loadtest.markdown import table
 from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.engine import Engine
 from slatewise.process import cpu_name
-from slatewise_train.compression.source import restore
+from slatewise_train.bundle_writer import write_graphs
 from slatewise_train.compression.student import shrink
-from slatewise_train.export import measure_latency, write_graphs
+from slatewise_train.evaluation.latency import measure_latency
+from slatewise_train.rankers import families
 from slatewise_train.rankers.base import uncalibrated
-from slatewise_train.rankers.ligr_onnx import LigrGraphs
+from slatewise_train.rankers.weights import load_model
 
 SHAPES: dict[str, dict[str, int]] = {
     "W": {},
@@ -52,15 +53,14 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("build/bundles/reference/1"))
     args = parser.parse_args()
     manifest = read_manifest(args.bundle)
-    model, _ = restore(args.bundle)
+    model = load_model(args.bundle, manifest)
     identity = uncalibrated(manifest.exits, len(manifest.heads))
     engines = {}
     with tempfile.TemporaryDirectory() as folder:
         for k, (name, shape) in enumerate(SHAPES.items()):
-            write_graphs(
-                Path(folder) / str(k), LigrGraphs(shrink(model, shape), identity, manifest.limits.history_used).all()
-            )
-            engines[name] = Engine(Path(folder) / str(k), model.item.weight.detach().numpy(), manifest.exits, 1)
+            smaller = families.graphs(shrink(model, shape), identity, manifest.limits.history_used)
+            write_graphs(Path(folder) / str(k), smaller.all())
+            engines[name] = Engine(Path(folder) / str(k), model.item_table().detach().numpy(), manifest.exits, 1)
         found = measure_latency(engines, manifest)
     times = {
         name: next(row for row in latency["rows"] if (row["history"], row["candidates"]) == (200, 200))

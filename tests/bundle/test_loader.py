@@ -1,4 +1,4 @@
-"""Bundles on disk: what is served of a broken one, and what becomes of ids and fields of a whole one."""
+"""Loading of bundles: which broken bundles and variants are refused, and how requests become arrays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.http.problems import schema_error
 from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, GAP_MISSING, UNKNOWN_ACTION, UNKNOWN_ITEM
 from slatewise.schemas import RankRequest
+from slatewise_train.bundle_writer import write_graphs
 from slatewise_train.compression.item_quantization import middle_max
+from slatewise_train.rankers import families
+from slatewise_train.rankers.base import uncalibrated
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
@@ -35,7 +38,7 @@ FP32 = "variants/fp32"
 
 
 class Copy:
-    """A bundle of its own under `root`, to be broken."""
+    """A copy of a bundle below `root`, for the test to change."""
 
     def __init__(self, source: Path, root: Path, version: int = 1) -> None:
         self.root = root
@@ -51,7 +54,7 @@ class Copy:
         path.write_text(json.dumps(manifest))
 
     def write(self, name: str, content: bytes) -> None:
-        """A file that the manifest vouches for."""
+        """Write a file, and its digest into the manifest."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -61,7 +64,7 @@ class Copy:
         self.write(name, change((self.folder / name).read_bytes()))
 
     def add_variant(self, name: str) -> None:
-        """One more, equal to fp32."""
+        """Add a variant that is equal to fp32."""
         for graph in GRAPHS:
             self.write(f"variants/{name}/{graph}.onnx", (self.folder / FP32 / f"{graph}.onnx").read_bytes())
         self.change_manifest(lambda m: m["variants"].update({name: m["variants"]["fp32"]}))
@@ -77,13 +80,13 @@ def copy(tiny: Tiny, tmp_path: Path) -> Copy:
 
 @pytest.fixture
 def pair(copy: Copy) -> Copy:
-    """With a second variant, so that the first may break alone."""
+    """A copy with a second variant, `student`, so that fp32 can break alone."""
     copy.add_variant("student")
     return copy
 
 
 def with_nan(model: bytes) -> bytes:
-    """The first float weights, not numbers any more."""
+    """The model with NaN for its first float weight."""
     graph = onnx.load_from_string(model)
     weights = next(w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
     broken = np.full_like(numpy_helper.to_array(weights), np.nan)
@@ -96,7 +99,7 @@ def array_bytes(array: np.ndarray, path: Path, allow_pickle: bool = False) -> by
     return path.read_bytes()
 
 
-def test_a_copy_is_served_whole(pair: Copy, ranker: Ranker) -> None:
+def test_load_copy_serves_every_variant(pair: Copy, ranker: Ranker) -> None:
     loaded = pair.load()
     assert (set(loaded.engines), loaded.refused, loaded.default_variant) == ({"fp32", "student"}, {}, "fp32")
     np.testing.assert_array_equal(loaded.items, ranker.items)
@@ -106,22 +109,64 @@ def test_a_copy_is_served_whole(pair: Copy, ranker: Ranker) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '"x"', "{}", '{"format": 2}', '{"format": "1"}', '{"format": null}', "\0"]
+    "content", ["", "{", "[]", "null", '"x"', "{}", '{"format": 3}', '{"format": "1"}', '{"format": null}', "\0"]
 )
-def test_a_manifest_that_is_not_of_the_known_format_is_refused(copy: Copy, content: str) -> None:
+def test_load_manifest_without_known_format_is_refused(copy: Copy, content: str) -> None:
     (copy.folder / "manifest.json").write_text(content)
     with pytest.raises(ManifestError, match=r"format|manifest\.json"):
         copy.load()
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
-def test_another_format_is_refused_by_its_name(copy: Copy, found: object) -> None:
+@pytest.mark.parametrize("found", [0, 3, "1", "2", None])
+def test_load_unknown_format_is_refused_by_its_name(copy: Copy, found: object) -> None:
     copy.change_manifest(lambda m: m.update(format=found))
-    with pytest.raises(ManifestError, match="format"):
+    with pytest.raises(ManifestError, match=rf"format {found!r} is not known, this version reads formats 1 and 2"):
         copy.load()
 
 
-def test_a_folder_without_a_manifest_is_refused(copy: Copy) -> None:
+def as_format_1(manifest: dict[str, Any]) -> None:
+    del manifest["model"]
+    manifest["format"] = 1
+    for name in ("weights.npz", f"{FP32}/calibration.json"):
+        del manifest["files"][name]
+
+
+def test_load_format_1_gives_the_same_scores(copy: Copy, ranker: Ranker) -> None:
+    copy.change_manifest(as_format_1)
+    (copy.folder / "weights.npz").unlink()
+    (copy.folder / FP32 / "calibration.json").unlink()
+    loaded = copy.load()
+    request = RankRequest.model_validate(loaded.manifest.example)
+    found, expected = (score_request(one, one.engines["fp32"], request) for one in (loaded, ranker))
+    assert loaded.manifest.model is None and found.keys() == expected.keys()
+    for exit, probabilities in expected.items():
+        np.testing.assert_array_equal(found[exit], probabilities)
+
+
+@pytest.fixture
+def without_meta(tiny: Tiny, tmp_path: Path) -> Copy:
+    """A bundle whose ranker reads no meta-embeddings; its graph `point` has an empty input for them."""
+    copy = Copy(tiny.folder, tmp_path)
+    model = tiny.trainer.model.without_meta()
+    identity = uncalibrated(model.exits, 2)
+    write_graphs(copy.folder / FP32, families.graphs(model, identity, 256).all())
+    for graph in GRAPHS:
+        copy.rewrite(f"{FP32}/{graph}.onnx", lambda content: content)
+    copy.change_manifest(lambda m: m.update(meta_size=0))
+    copy.change_manifest(lambda m: m["variants"]["fp32"].update(golden_bound=1))
+    for name in ("default_meta.npy", "meta_embeddings.npy", "users.json"):
+        (copy.folder / name).unlink()
+        copy.change_manifest(lambda m, name=name: m["files"].pop(name))
+    return copy
+
+
+def test_load_without_meta_embeddings_needs_no_files_of_them(without_meta: Copy) -> None:
+    loaded = without_meta.load()
+    assert list(loaded.engines) == ["fp32"]
+    assert loaded.default_meta.shape == (0,) and loaded.embedded_meta.shape == (0, 0) and not loaded.embedded_users
+
+
+def test_load_folder_without_manifest_is_refused(copy: Copy) -> None:
     (copy.folder / "manifest.json").unlink()
     with pytest.raises(ManifestError, match=r"manifest\.json"):
         copy.load()
@@ -138,11 +183,16 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "another meta size": lambda m: m.update(meta_size=m["meta_size"] + 1),
     "one field value more": lambda m: m["fields"]["genres"]["values"].append("More"),
     "no variants": lambda m: m.update(variants={}),
+    "no model in format 2": lambda m: m.pop("model"),
+    "a model in format 1": lambda m: m.update(format=1),
+    "a model without a family": lambda m: m["model"].update(family=""),
+    "weights outside of the bundle": lambda m: m["model"].update(weights="../weights.npz"),
+    "weights without a digest": lambda m: m["model"].update(weights="other.npz"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_manifest_that_does_not_hold_is_refused(copy: Copy, change: str) -> None:
+def test_load_invalid_manifest_is_refused(copy: Copy, change: str) -> None:
     copy.change_manifest(CHANGES[change])
     with pytest.raises(ManifestError):
         copy.load()
@@ -152,6 +202,7 @@ SHARED_FILES = [
     "items.npy",
     "ids.json",
     "fields.npy",
+    "weights.npz",
     "default_meta.npy",
     "meta_embeddings.npy",
     "users.json",
@@ -162,7 +213,7 @@ SHARED_FILES = [
 
 
 @pytest.mark.parametrize("name", SHARED_FILES)
-def test_a_file_with_another_digest_is_refused_by_name(copy: Copy, name: str) -> None:
+def test_load_file_with_other_digest_is_refused_by_name(copy: Copy, name: str) -> None:
     path = copy.folder / name
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -171,15 +222,15 @@ def test_a_file_with_another_digest_is_refused_by_name(copy: Copy, name: str) ->
 
 
 @pytest.mark.parametrize("name", SHARED_FILES)
-def test_a_missing_file_is_refused_by_name(copy: Copy, name: str) -> None:
+def test_load_missing_file_is_refused_by_name(copy: Copy, name: str) -> None:
     (copy.folder / name).unlink()
     with pytest.raises(ManifestError, match=f"{name} is missing"):
         copy.load()
 
 
 @pytest.mark.parametrize("name", SHARED_FILES)
-def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(copy: Copy, name: str) -> None:
-    """Refused, or loaded as if the file were not there (an optional one)."""
+def test_load_file_without_digest_is_not_read(copy: Copy, name: str) -> None:
+    """Refused, or loaded as if an optional file were absent."""
     copy.change_manifest(lambda m: m["files"].pop(name))
     (copy.folder / name).write_bytes(b"not what was published")
     try:
@@ -187,11 +238,11 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(copy: Copy, nam
     except ManifestError as error:
         assert name in str(error)
     else:
-        assert name not in ("items.npy", "ids.json", "fields.npy", "default_meta.npy")
+        assert name not in ("items.npy", "ids.json", "fields.npy", "weights.npz", "default_meta.npy")
         assert loaded.engines
 
 
-def test_a_truncated_array_is_refused(copy: Copy) -> None:
+def test_load_truncated_array_is_refused(copy: Copy) -> None:
     path = copy.folder / "items.npy"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ManifestError, match=r"items\.npy"):
@@ -200,7 +251,7 @@ def test_a_truncated_array_is_refused(copy: Copy) -> None:
 
 @pytest.mark.parametrize("name", ["items.npy", "fields.npy", "default_meta.npy", "meta_embeddings.npy"])
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_a_truncated_array_is_refused_even_with_a_right_digest(copy: Copy, name: str, kept: int) -> None:
+def test_load_truncated_array_with_its_digest_is_refused(copy: Copy, name: str, kept: int) -> None:
     copy.rewrite(name, lambda content: content[:kept])
     with pytest.raises(ManifestError):
         copy.load()
@@ -219,16 +270,14 @@ ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("name", ["items.npy", "fields.npy", "meta_embeddings.npy"])
 @pytest.mark.parametrize("change", ARRAYS)
-def test_an_array_that_is_not_what_the_manifest_says_is_refused(
-    copy: Copy, tmp_path: Path, name: str, change: str
-) -> None:
+def test_load_array_of_other_shape_or_dtype_is_refused(copy: Copy, tmp_path: Path, name: str, change: str) -> None:
     copy.write(name, array_bytes(ARRAYS[change](np.load(copy.folder / name)), tmp_path / "changed.npy"))
     with pytest.raises(ManifestError, match=name):
         copy.load()
 
 
 class Touch:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -237,7 +286,7 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_refused_unopened(copy: Copy, tmp_path: Path) -> None:
+def test_load_pickle_is_refused_without_unpickling(copy: Copy, tmp_path: Path) -> None:
     trap = Touch(tmp_path / "opened")
     for content in (
         pickle.dumps(trap),
@@ -251,10 +300,8 @@ def test_a_pickle_is_refused_unopened(copy: Copy, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ids.json", "users.json", "report.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"5", b'"text"', b"null", b"[[1], {}]", b"\xff"])
-def test_a_json_file_that_is_none_or_of_another_shape_does_not_get_past_loading(
-    copy: Copy, name: str, content: bytes
-) -> None:
-    """Refused; never an error that would take the other rankers with it. `null` and an empty report may pass as absent."""
+def test_load_invalid_json_file_raises_only_manifest_error(copy: Copy, name: str, content: bytes) -> None:
+    """Any other error would stop the other rankers too. `null` may pass as absent."""
     copy.write(name, content)
     try:
         loaded = copy.load()
@@ -265,14 +312,14 @@ def test_a_json_file_that_is_none_or_of_another_shape_does_not_get_past_loading(
     assert content == b"null"
 
 
-def test_a_warm_up_request_that_is_none_is_refused(copy: Copy) -> None:
+def test_load_invalid_warmup_request_is_refused(copy: Copy) -> None:
     copy.write("warmup.jsonl", b'{"candidates": {"item_ids": []}}\n')
     with pytest.raises(ManifestError):
         copy.load()
 
 
 @pytest.mark.parametrize("name", ["items.npy", f"{FP32}/encode.onnx"])
-def test_a_link_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path, name: str) -> None:
+def test_load_symlink_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path, name: str) -> None:
     path = copy.folder / name
     outside = tmp_path / "outside"
     path.rename(outside)
@@ -281,7 +328,7 @@ def test_a_link_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path, name: s
         copy.load()
 
 
-def test_a_linked_folder_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path) -> None:
+def test_load_linked_folder_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path) -> None:
     (copy.folder / FP32).rename(tmp_path / "outside")
     (copy.folder / FP32).symlink_to(tmp_path / "outside")
     with pytest.raises(ManifestError, match="leads out of the bundle"):
@@ -289,7 +336,7 @@ def test_a_linked_folder_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "variants/../../outside"])
-def test_a_path_out_of_the_bundle_is_refused(copy: Copy, name: str) -> None:
+def test_load_path_out_of_the_bundle_is_refused(copy: Copy, name: str) -> None:
     (copy.folder.parent / "outside").write_bytes(b"")
     copy.change_manifest(lambda m: m["files"].update({name: hashlib.sha256(b"").hexdigest()}))
     if name.startswith("variants/"):
@@ -322,25 +369,16 @@ BREAKS: dict[str, Callable[[Copy, str], object]] = {
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("how", BREAKS)
-def test_a_broken_graph_takes_its_variant_and_no_other(pair: Copy, graph: str, how: str) -> None:
+def test_load_broken_graph_refuses_only_its_variant(pair: Copy, graph: str, how: str) -> None:
     BREAKS[how](pair, graph)
     loaded = pair.load()
     assert (list(loaded.engines), list(loaded.refused), loaded.default_variant) == (["student"], ["fp32"], "student")
     assert len(loaded.refused["fp32"]) > 10, "a reason"
 
 
-def test_a_variant_under_another_name_is_refused_and_the_others_serve(pair: Copy) -> None:
-    """What computes in float32 cannot be called int8."""
-    pair.add_variant("int8")
-    loaded = pair.load()
-    assert list(loaded.engines) == ["fp32", "student"] and "multiplies by a float weight" in loaded.refused["int8"]
-    pair.change_manifest(lambda m: m.update(default_variant="int8"))
-    assert pair.load().default_variant in ("fp32", "student")
-
-
 @pytest.fixture
 def with_table(copy: Copy, tmp_path: Path) -> Copy:
-    """With a variant whose item table is int8."""
+    """A copy with a second variant, `tables8`, that has an int8 item table."""
     copy.add_variant("tables8")
     copy.write("items8.npy", array_bytes(middle_max(np.load(copy.folder / "items.npy")), tmp_path / "items8.npy"))
     copy.change_manifest(
@@ -349,7 +387,7 @@ def with_table(copy: Copy, tmp_path: Path) -> Copy:
     return copy
 
 
-def test_a_variant_may_have_an_item_table_of_its_own(with_table: Copy) -> None:
+def test_load_variant_with_int8_items_uses_its_own_table(with_table: Copy) -> None:
     loaded = with_table.load()
     assert list(loaded.engines) == ["fp32", "tables8"] and loaded.engines["tables8"].items is not loaded.items
     request = RankRequest.model_validate(loaded.manifest.example)
@@ -367,9 +405,7 @@ RECORDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("change", RECORDS)
-def test_a_broken_int8_table_takes_the_variants_that_read_it_and_no_other(
-    with_table: Copy, tmp_path: Path, change: str
-) -> None:
+def test_load_broken_int8_table_refuses_only_its_variants(with_table: Copy, tmp_path: Path, change: str) -> None:
     with_table.write(
         "items8.npy", array_bytes(RECORDS[change](np.load(with_table.folder / "items8.npy")), tmp_path / "changed.npy")
     )
@@ -378,7 +414,7 @@ def test_a_broken_int8_table_takes_the_variants_that_read_it_and_no_other(
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage"])
-def test_an_int8_table_that_is_none_takes_its_variant_and_no_other(with_table: Copy, content: bytes) -> None:
+def test_load_unreadable_int8_table_refuses_only_its_variant(with_table: Copy, content: bytes) -> None:
     with_table.write("items8.npy", content)
     assert list(with_table.load().engines) == ["fp32"]
     (with_table.folder / "items8.npy").write_bytes(b"another digest")
@@ -388,9 +424,7 @@ def test_an_int8_table_that_is_none_takes_its_variant_and_no_other(with_table: C
 
 
 @pytest.mark.parametrize("width", ["wide", None])
-def test_a_graph_that_does_not_say_how_wide_its_state_is_takes_its_variant_and_no_other(
-    pair: Copy, width: str | None
-) -> None:
+def test_load_graph_without_state_width_refuses_only_it(pair: Copy, width: str | None) -> None:
     def change(content: bytes) -> bytes:
         graph = onnx.load_from_string(content)
         past = next(value for value in graph.graph.input if value.name == "past_key_0").type.tensor_type.shape.dim[-1]
@@ -404,19 +438,19 @@ def test_a_graph_that_does_not_say_how_wide_its_state_is_takes_its_variant_and_n
     assert list(loaded.engines) == ["student"] and "past_key_0" in loaded.refused["fp32"]
 
 
-def test_a_variant_cannot_take_a_shared_file_for_its_table(with_table: Copy) -> None:
+def test_load_variant_with_other_item_file_is_refused(with_table: Copy) -> None:
     with_table.change_manifest(lambda m: m["variants"]["tables8"].update(items="ids.json"))
     with pytest.raises(ManifestError, match="items"):
         with_table.load()
 
 
-def test_some_of_the_variants_are_loaded_where_they_are_named(with_table: Copy) -> None:
+def test_load_chosen_variants_loads_only_these(with_table: Copy) -> None:
     assert list(load_bundle(with_table.folder, 1, ("tables8", "elsewhere")).engines) == ["tables8"]
     with pytest.raises(ManifestError, match="none of the variants elsewhere; it has fp32, tables8"):
         load_bundle(with_table.folder, 1, ("elsewhere",))
 
 
-def test_no_older_version_is_served_for_a_variant_that_the_newest_lacks(tiny: Tiny, copy: Copy) -> None:
+def test_load_variant_missing_in_newest_serves_no_older(tiny: Tiny, copy: Copy) -> None:
     copy.add_variant("student")
     Copy(tiny.folder, copy.root, 2)
     with pytest.raises(ManifestError, match="none of the variants student"):
@@ -424,7 +458,7 @@ def test_no_older_version_is_served_for_a_variant_that_the_newest_lacks(tiny: Ti
     assert load_rankers(copy.root, 1, ("fp32", "student"))["tiny"].manifest.version == 2
 
 
-def test_where_the_default_is_not_served_the_fastest_within_the_gate_is(pair: Copy) -> None:
+def test_default_variant_refused_gives_fastest_within_gate(pair: Copy) -> None:
     def row(ms: float) -> dict[str, Any]:
         return {"rows": [{"encode_p50": ms, "score_p50": ms}]}
 
@@ -452,7 +486,7 @@ GOLDEN: dict[str, Callable[[list[float]], list[float]]] = {
 
 
 @pytest.mark.parametrize("how", GOLDEN)
-def test_a_variant_that_misses_its_golden_scores_is_refused(pair: Copy, how: str) -> None:
+def test_load_variant_with_other_golden_scores_is_refused(pair: Copy, how: str) -> None:
     def change(manifest: dict[str, Any]) -> None:
         mine = manifest["variants"]["fp32"]
         manifest["variants"]["fp32"] = mine | {"golden_scores": GOLDEN[how](mine["golden_scores"])}
@@ -462,7 +496,7 @@ def test_a_variant_that_misses_its_golden_scores_is_refused(pair: Copy, how: str
     assert (list(loaded.engines), list(loaded.refused)) == (["student"], ["fp32"])
 
 
-def test_the_reason_names_the_difference_and_the_bound(pair: Copy) -> None:
+def test_refusal_by_golden_scores_names_difference_and_bound(pair: Copy) -> None:
     pair.change_manifest(
         lambda m: m["variants"]["fp32"].update(golden_scores=[s + 0.25 for s in m["variants"]["fp32"]["golden_scores"]])
     )
@@ -470,8 +504,8 @@ def test_the_reason_names_the_difference_and_the_bound(pair: Copy) -> None:
     assert "bound 1e-05" in pair.load().refused["fp32"]
 
 
-def test_golden_scores_may_have_a_bound_of_their_own(pair: Copy) -> None:
-    """int8 rounds otherwise on another processor, by more than requests on one processor differ."""
+def test_load_golden_bound_overrides_the_bound(pair: Copy) -> None:
+    """int8 scores differ more between processors than between requests on one processor."""
     scores = pair.load().manifest.variants["fp32"].golden_scores
     moved = {"golden_scores": [score + 1e-3 for score in scores]}
     pair.change_manifest(
@@ -482,7 +516,7 @@ def test_golden_scores_may_have_a_bound_of_their_own(pair: Copy) -> None:
     assert list(loaded.engines) == ["student"] and "bound 1e-05" in loaded.refused["fp32"]
 
 
-def test_a_bundle_whose_variants_are_all_refused_is_refused_with_the_reasons(copy: Copy) -> None:
+def test_load_all_variants_refused_names_the_reasons(copy: Copy) -> None:
     BREAKS["garbage"](copy, "dot")
     with pytest.raises(ManifestError, match=r"no variant.*fp32"):
         copy.load()
@@ -491,20 +525,20 @@ def test_a_bundle_whose_variants_are_all_refused_is_refused_with_the_reasons(cop
 # Versions and rankers
 
 
-def test_the_newest_version_serves(tiny: Tiny, copy: Copy) -> None:
+def test_load_rankers_serves_the_newest_version(tiny: Tiny, copy: Copy) -> None:
     for version in (2, 10, 9):
         Copy(tiny.folder, copy.root, version)
     assert load_rankers(copy.root, 1)["tiny"].manifest.version == 10
 
 
-def test_an_older_version_serves_where_the_newest_is_broken(tiny: Tiny, copy: Copy) -> None:
+def test_load_rankers_newest_broken_serves_older_version(tiny: Tiny, copy: Copy) -> None:
     for version, how in ((2, "garbage"), (3, "missing"), (4, "truncated")):
         BREAKS[how](Copy(tiny.folder, copy.root, version), "encode")
     (Copy(tiny.folder, copy.root, 5).folder / "manifest.json").unlink()
     assert load_rankers(copy.root, 1)["tiny"].manifest.version == 1
 
 
-def test_what_is_not_a_version_is_passed_over(tiny: Tiny, copy: Copy) -> None:
+def test_load_rankers_ignores_folders_that_are_no_version(tiny: Tiny, copy: Copy) -> None:
     for name in (".staging-2", "2.part", "latest", "-1", "\N{SUPERSCRIPT TWO}"):
         shutil.copytree(tiny.folder, copy.root / "tiny" / name)
     (copy.root / "README.md").write_text("not a ranker")
@@ -513,15 +547,15 @@ def test_what_is_not_a_version_is_passed_over(tiny: Tiny, copy: Copy) -> None:
     assert {name: r.manifest.version for name, r in rankers.items()} == {"tiny": 1}
 
 
-def test_a_broken_ranker_leaves_the_others_serving(tiny: Tiny, copy: Copy) -> None:
+def test_load_rankers_with_broken_ranker_serves_the_others(tiny: Tiny, copy: Copy) -> None:
     shutil.copytree(tiny.folder, copy.root / "broken" / "1")
     (copy.root / "broken" / "1" / "items.npy").unlink()
     assert list(load_rankers(copy.root, 1)) == ["tiny"]
 
 
 @pytest.mark.parametrize("place", ["impostor/1", "tiny/7"])
-def test_a_bundle_at_the_place_of_another_is_refused(tiny: Tiny, tmp_path: Path, place: str) -> None:
-    """Kept histories and metrics go by the manifest's name and version: two bundles must not share them."""
+def test_load_rankers_bundle_at_wrong_path_is_refused(tiny: Tiny, tmp_path: Path, place: str) -> None:
+    """The history cache and metrics use the manifest's name and version, so two bundles must not share them."""
     shutil.copytree(tiny.folder, tmp_path / place)
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
@@ -536,7 +570,7 @@ def test_a_bundle_at_the_place_of_another_is_refused(tiny: Tiny, tmp_path: Path,
         lambda root: (root / "a" / "1").mkdir(parents=True),
     ],
 )
-def test_where_nothing_can_be_served_the_root_is_named(tmp_path: Path, prepare: Callable[[Path], object]) -> None:
+def test_load_rankers_without_bundle_names_the_root(tmp_path: Path, prepare: Callable[[Path], object]) -> None:
     root = tmp_path / "nothing-here"
     prepare(root)
     with pytest.raises(ManifestError, match="nothing-here"):
@@ -550,7 +584,7 @@ def request_of(candidates: dict[str, Any], **members: Any) -> RankRequest:
     return RankRequest.model_validate({"candidates": candidates, **members})
 
 
-def test_ids_become_their_rows_and_unknown_ones_row_0(ranker: Ranker) -> None:
+def test_rows_of_unknown_ids_are_row_0(ranker: Ranker) -> None:
     ids = list(ranker.vocabulary.items)
     vocabulary = ranker.vocabulary.items
     rows = rows_of(vocabulary, [ids[0], "never seen", ids[-1], ids[0], "", None])
@@ -585,10 +619,10 @@ ids_on_the_wire = st.integers(-(2**63), 2**64 - 1) | st.text(st.characters(codec
     st.lists(ids_on_the_wire, min_size=1, max_size=12),
     st.none() | ids_on_the_wire,
 )
-def test_integers_become_their_decimal_strings_in_columns_and_user(
+def test_request_integer_ids_become_decimal_strings(
     events: list[int | str], candidates: list[int | str], user: int | str | None
 ) -> None:
-    """Mixed columns too, by either way in: as JSON and as Python values."""
+    """In mixed columns too, from JSON and from Python values."""
     body = {"user": user, "history": {"item_ids": events}, "candidates": {"item_ids": candidates}}
     for request in (RankRequest.model_validate(body), RankRequest.model_validate_json(json.dumps(body))):
         assert request.history.item_ids == [str(i) for i in events]
@@ -598,7 +632,7 @@ def test_integers_become_their_decimal_strings_in_columns_and_user(
 
 
 @given(st.data())
-def test_an_integer_id_is_its_decimal_string(ranker: Ranker, data: st.DataObject) -> None:
+def test_integer_id_ranks_like_its_decimal_string(ranker: Ranker, data: st.DataObject) -> None:
     numbers = st.sampled_from([int(i) for i in ranker.vocabulary.items]) | st.integers(-(2**63), 2**64 - 1)
     ids = data.draw(st.lists(numbers, min_size=1, max_size=10))
     as_numbers, as_strings = (
@@ -612,8 +646,8 @@ def test_an_integer_id_is_its_decimal_string(ranker: Ranker, data: st.DataObject
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, 1.5, None, "", "x" * 257, [], {}, 2**64, -(2**63) - 1], ids=repr)
-def test_what_is_no_id_is_refused_where_it_stands(wrong: object) -> None:
-    """By the place of the member, in a column by the index of its first fault; in a column of numbers and strings as in one of strings."""
+def test_request_invalid_id_is_refused_by_its_place(wrong: object) -> None:
+    """By its JSON pointer; in a column by the index of the first fault, with mixed columns too."""
     for before in (["1", "2"], ["1", 2]):
         for body, place in (
             ({"candidates": {"item_ids": [*before, wrong, wrong]}}, ("candidates", "item_ids", 2)),
@@ -632,19 +666,19 @@ def test_what_is_no_id_is_refused_where_it_stands(wrong: object) -> None:
             assert len(schema_error(refused.value).faults) == 1
 
 
-def test_an_empty_column_of_events_is_well_and_one_of_candidates_is_not() -> None:
+def test_request_may_have_no_events_but_not_no_candidates() -> None:
     assert request_of({"item_ids": ["1"]}, history={"item_ids": []}).history.item_ids == []
     with pytest.raises(ValidationError, match="at least 1 item"):
         request_of({"item_ids": []})
 
 
-def test_the_two_reserved_rows_belong_to_no_id(ranker: Ranker) -> None:
+def test_vocabulary_leaves_two_rows_reserved(ranker: Ranker) -> None:
     assert min(ranker.vocabulary.items.values()) == FIRST_ITEM
     assert len(ranker.vocabulary.items) == len(ranker.items) - FIRST_ITEM
 
 
 def slow_vector(ranker: Ranker, fields: dict[str, Any], position: int) -> np.ndarray:
-    """By the text of the contract: the unknown row holds "none" in every column; a known value takes its place."""
+    """The reference: the unknown row stands for missing values, and the mean of known values replaces a column."""
     vector = ranker.items[UNKNOWN_ITEM].astype(np.float64)
     for column, field in ranker.manifest.fields.items():
         given = fields.get(column, [None] * (position + 1))[position]
@@ -661,7 +695,7 @@ def slow_vector(ranker: Ranker, fields: dict[str, Any], position: int) -> np.nda
 
 @settings(max_examples=50)
 @given(st.data())
-def test_an_unknown_item_is_embedded_from_its_fields(ranker: Ranker, data: st.DataObject) -> None:
+def test_unknown_item_is_embedded_from_its_fields(ranker: Ranker, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 6))
     ids = data.draw(
         st.lists(st.sampled_from(["new", "newer", *list(ranker.vocabulary.items)[:3]]), min_size=n, max_size=n)
@@ -681,13 +715,13 @@ def test_an_unknown_item_is_embedded_from_its_fields(ranker: Ranker, data: st.Da
     assert candidates.vectors.dtype == np.float32
 
 
-def test_describing_unknown_items_does_not_touch_the_table(ranker: Ranker) -> None:
+def test_unknown_item_with_fields_leaves_table_unchanged(ranker: Ranker) -> None:
     before = np.array(ranker.items)
     ranker.candidates(request_of({"item_ids": ["new"], "fields": {"genres": ["Drama"]}}), 0.0)
     np.testing.assert_array_equal(ranker.items, before)
 
 
-def test_features_come_in_the_manifests_order_and_missing_ones_are_not_numbers(ranker: Ranker) -> None:
+def test_features_are_ordered_and_missing_ones_are_nan(ranker: Ranker) -> None:
     first, second = ranker.manifest.features
     candidates, _ = ranker.candidates(request_of({"item_ids": [1, 2], "features": {second: [5, None]}}), 0.0)
     np.testing.assert_array_equal(candidates.numeric, np.array([[np.nan, 5.0], [np.nan, np.nan]], np.float32))
@@ -697,7 +731,7 @@ def test_features_come_in_the_manifests_order_and_missing_ones_are_not_numbers(r
     assert np.isfinite(candidates.numeric).all()
 
 
-def test_a_history_becomes_rows_and_what_is_missing_or_unknown_keeps_its_place(ranker: Ranker) -> None:
+def test_history_unknown_or_missing_values_keep_their_place(ranker: Ranker) -> None:
     item = next(iter(ranker.vocabulary.items))
     action = ranker.manifest.actions[0]
     sent = {
@@ -715,7 +749,7 @@ def test_a_history_becomes_rows_and_what_is_missing_or_unknown_keeps_its_place(r
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_a_history_of_ids_alone_has_neither_actions_nor_times(ranker: Ranker, n: int) -> None:
+def test_history_of_ids_alone_has_unknown_actions_and_gaps(ranker: Ranker, n: int) -> None:
     history, dropped = ranker.history(request_of({"item_ids": ["1"]}, history={"item_ids": ["1"] * n}))
     assert (history.actions.tolist(), history.gaps.tolist(), dropped) == (
         [UNKNOWN_ACTION] * n,
@@ -724,7 +758,7 @@ def test_a_history_of_ids_alone_has_neither_actions_nor_times(ranker: Ranker, n:
     )
 
 
-def test_a_long_history_is_read_from_its_window_on_as_if_the_rest_had_not_been_sent(ranker: Ranker) -> None:
+def test_long_history_reads_only_its_window(ranker: Ranker) -> None:
     longest = ranker.manifest.limits.history_used
     sent = {
         "item_ids": list(ranker.vocabulary.items)[: longest + 70],
@@ -737,14 +771,14 @@ def test_a_long_history_is_read_from_its_window_on_as_if_the_rest_had_not_been_s
     assert (again.equals(history), len(history), dropped_again) == (True, longest + 70 - 128, 0)
 
 
-def test_the_score_weighs_heads_as_the_request_says_or_the_manifest(ranker: Ranker) -> None:
+def test_score_weights_come_from_request_or_manifest(ranker: Ranker) -> None:
     names = list(ranker.manifest.heads)
     assert ranker.score_weights(None).tolist() == list(ranker.manifest.heads.values())
     assert ranker.score_weights({names[1]: 3.0}).tolist() == [0.0, 3.0]
 
 
-def test_the_golden_request_gives_its_golden_scores(ranker: Ranker) -> None:
-    """By hand and through the slow way, for it is what every refusal is decided by."""
+def test_golden_request_gives_the_golden_scores(ranker: Ranker) -> None:
+    """Computed in the test, because the golden scores decide about every refusal."""
     manifest = ranker.manifest
     request = RankRequest.model_validate(manifest.example)
     assert request.request_time is not None

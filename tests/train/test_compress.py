@@ -1,9 +1,8 @@
-"""A bundle's next version: variants that are what their names say, held to their bounds and to the gate."""
+"""Compression: variants are of the kind of their names, within their bounds, and pass the quality gate."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,28 +16,18 @@ import torch
 
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import Variant, read_manifest
-from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
-from slatewise_train import compress as compressing
-from slatewise_train.compress import (
-    GATE,
-    NAMES,
-    Options,
-    Recipe,
-    Source,
-    agreement,
-    as_markdown,
-    compress,
-    dominated,
-    draft,
-    make_base,
-    read_shape,
-    round_bound,
-    within_gate,
-)
+from slatewise_train import compress as command
+from slatewise_train.compress import NAMES, compress, read_shape
+from slatewise_train.compression import source as sources
+from slatewise_train.compression import variants as making
+from slatewise_train.compression.bases import Options, make_base
 from slatewise_train.compression.distill import DistillConfig
 from slatewise_train.compression.low_rank import dense_layers
+from slatewise_train.compression.source import Source
+from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
 from slatewise_train.evaluation.offline import Outcome
+from slatewise_train.evaluation.report import variants_table
 from tests.conftest import Tiny
 from tests.support.application import serve
 
@@ -53,12 +42,12 @@ TIMES = {
 
 @pytest.fixture(scope="module")
 def small() -> pytest.MonkeyPatch:
-    """The tiny ranker's layers are small, and so may be what is measured on it."""
+    """Smaller limits and fewer measurements, for the small layers of the tiny ranker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slatewise_train.compression.quantize.SMALLEST", 3)
+        patch.setattr("slatewise_train.compression.quantize.INTEGER_SIDE", 3)
         patch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
-        patch.setattr(compressing, "SAMPLES", 12)
-        patch.setattr(compressing, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
+        patch.setattr(sources, "SAMPLES", 12)
+        patch.setattr(command, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
         yield patch
 
 
@@ -76,12 +65,10 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_every_variant_is_published_served_and_measured(folder: Path, source: Source) -> None:
+def test_compress_every_variant_is_measured_and_served(folder: Path, source: Source) -> None:
     ranker = load_bundle(folder, 1)
     assert list(ranker.engines) == ALL and not ranker.refused
-    assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, (
-        "vectors stay what they were"
-    )
+    assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "users' vectors stay valid"
     for name, variant in ranker.manifest.variants.items():
         graphs = [path for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank"]
         assert variant.items == ("items8.npy" if "tables8" in name else "items.npy")
@@ -109,24 +96,24 @@ def test_every_variant_is_published_served_and_measured(folder: Path, source: So
     assert ranker.manifest.variants["student"].bytes < ranker.manifest.variants["fp32"].bytes
 
 
-def test_the_source_is_left_as_it_was_and_nothing_staged_remains(folder: Path, tiny: Tiny) -> None:
+def test_compress_leaves_source_and_no_staging_folder(folder: Path, tiny: Tiny) -> None:
     assert read_manifest(tiny.folder).variants.keys() == {"fp32"}
     assert [path.name for path in folder.parent.iterdir()] == ["2"] and not (folder / "draft").exists()
     for graph in (tiny.folder / "variants/fp32").glob("*.onnx"):
         assert (folder / "variants/fp32" / graph.name).read_bytes() == graph.read_bytes()
 
 
-def test_what_learned_has_a_checkpoint_of_its_own(folder: Path) -> None:
+def test_compress_keeps_a_checkpoint_of_each_training(folder: Path) -> None:
     names = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt", "student,blocks=1,feed_forward=2,key_size=4.pt"]
     assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir() if path.is_file()) == names
 
 
-def test_what_was_measured_before_it_was_stopped_is_not_measured_again(
+def test_compress_resumed_measures_only_missing_variants(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = Options(checkpoints=tmp_path / "checkpoints")
     calls = list[str]()
-    original = compressing.measure
+    original = making.measure
 
     def measured(source: Source, stage: Path, name: str, *rest: Any) -> Variant:
         if len(calls) == 1:
@@ -135,12 +122,12 @@ def test_what_was_measured_before_it_was_stopped_is_not_measured_again(
         return original(source, stage, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressing, "measure", measured)
+        patch.setattr(making, "measure", measured)
         with pytest.raises(KeyboardInterrupt):
             compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
         calls.clear()
         calls.append("nothing yet")
-        patch.setattr(compressing, "measure", lambda *given: calls.append(given[2]) or original(*given))
+        patch.setattr(making, "measure", lambda *given: calls.append(given[2]) or original(*given))
         folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
     assert calls == ["nothing yet", "int8-tables8"]
     again = compress(
@@ -153,7 +140,7 @@ def test_what_was_measured_before_it_was_stopped_is_not_measured_again(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_variants_graphs_are_what_its_name_says(folder: Path, name: str) -> None:
+def test_variant_graphs_are_of_the_named_kind(folder: Path, name: str) -> None:
     for graph in ("encode", "point", "set"):
         found = onnx.load(folder / "variants" / name / f"{graph}.onnx").graph
         kinds = {node.op_type for node in found.node}
@@ -166,7 +153,7 @@ def test_a_variants_graphs_are_what_its_name_says(folder: Path, name: str) -> No
             )
 
 
-def test_low_rank_keeps_its_budget(folder: Path) -> None:
+def test_low_rank_variant_keeps_its_budget(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["variants"].keys() == set(ALL) and all(row["published"] for row in report["variants"].values())
     assert any(report["ranks"].values())
@@ -182,17 +169,17 @@ def test_low_rank_keeps_its_budget(folder: Path) -> None:
     assert dense("lowrank") <= Options().share * dense("fp32")
 
 
-def test_the_report_has_a_table_and_a_picture(folder: Path) -> None:
+def test_compress_writes_table_and_plot(folder: Path) -> None:
     table = (folder / "variants.md").read_text()
     manifest = read_manifest(folder)
     assert all(f"| {name} |" in table for name in ALL) and (folder / "variants.png").stat().st_size > 1_000
     rows = json.loads((folder / "report.json").read_text())["variants"]
     reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
-    assert table.strip() == as_markdown(manifest.variants, manifest.default_exit, reasons)
+    assert table.strip() == variants_table(manifest.variants, manifest.default_exit, reasons)
     assert {"variants.md", "variants.png", "items8.npy"} <= manifest.files.keys()
 
 
-def test_a_request_may_name_a_variant_and_none_shares_anothers_history(folder: Path) -> None:
+def test_named_variants_do_not_share_cached_histories(folder: Path) -> None:
     with serve(Settings(bundles=folder.parent.parent)) as client:
         card = client.get("/models/tiny").json()
         assert list(card["variants"]) == ALL and card["default_variant"] in ALL
@@ -216,14 +203,14 @@ def scores_of(client: httpx.Client, body: dict[str, Any]) -> np.ndarray:
 
 
 def picked(body: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """With these of its candidates, in this order."""
+    """The body with the candidates at these positions, in this order."""
     candidates = body["candidates"]
     features = {name: [column[k] for k in rows] for name, column in candidates["features"].items()}
     return body | {"candidates": {"item_ids": [candidates["item_ids"][k] for k in rows], "features": features}}
 
 
 def until(body: dict[str, Any], events: int) -> dict[str, Any]:
-    """With the first events of its history alone."""
+    """The body with only the first events of its history."""
     return body | {"history": {name: column[:events] for name, column in body["history"].items()}}
 
 
@@ -234,8 +221,8 @@ def served(folder: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("name", ["int8", "student-int8-tables8"])
-def test_nothing_that_must_not_change_a_score_does_over_http(served: httpx.Client, name: str) -> None:
-    """Order, company, what is kept and who else asks: within the printed bound, and in the same order."""
+def test_variant_scores_over_http_are_within_its_bound(served: httpx.Client, name: str) -> None:
+    """Permuted, one by one, extended and concurrent requests score within the bound and order alike."""
     card = served.get("/models/tiny").json()
     bound = card["variants"][name]["bound"]
     body = card["example"] | {"variant": name}
@@ -261,7 +248,7 @@ def test_nothing_that_must_not_change_a_score_does_over_http(served: httpx.Clien
             pool.submit(scores_of, served, until(picked(alone, list(range(1 + k % n))), 1 + k % events))
             for k in range(24)
         ]
-        same["in company"] = (pool.submit(scores_of, served, body).result(), mine)
+        same["concurrent"] = (pool.submit(scores_of, served, body).result(), mine)
         assert all(len(other.result()) for other in others)
     for what, (found, wanted) in same.items():
         assert np.abs(found - wanted).max() <= bound, what
@@ -270,7 +257,7 @@ def test_nothing_that_must_not_change_a_score_does_over_http(served: httpx.Clien
 
 
 @pytest.mark.parametrize("chosen", ["int8", "fp32,student-int8", "lowrank, int8-tables8"])
-def test_any_of_the_variants_can_be_served_alone(folder: Path, chosen: str) -> None:
+def test_serve_chosen_variants_serves_only_these(folder: Path, chosen: str) -> None:
     names = {name.strip() for name in chosen.split(",")}
     with serve(Settings(bundles=folder.parent.parent, variants=chosen)) as client:
         card = client.get("/models/tiny").json()
@@ -289,24 +276,22 @@ def gained(ranks: list[int]) -> Outcome:
     ("worst", "bound"),
     [(0.0, 1e-5), (4e-6, 1e-5), (1.8e-5, 5e-5), (2.4e-5, 5e-5), (2.6e-5, 1e-4), (4e-4, 1e-3), (1e-3, 2e-3)],
 )
-def test_the_printed_bound_is_twice_the_worst_that_was_measured_rounded_up(worst: float, bound: float) -> None:
+def test_round_bound_is_twice_the_worst_rounded_up(worst: float, bound: float) -> None:
     assert round_bound({"padding": worst, "permutation": worst / 3, "int8_history_state": 0.5}) == bound
 
 
-def test_the_gate_is_ninety_nine_hundredths_of_fp32() -> None:
+def test_within_gate_needs_99_percent_of_fp32() -> None:
     exact = gained([0] * 100)
     assert within_gate("set", gained([0] * 99 + [50]), exact) and not within_gate(
         "set", gained([0] * 98 + [50, 50]), exact
     )
-    assert GATE == 0.99 and within_gate("dot", gained([50]), exact), (
-        "where nothing is known of an exit, nothing is held against it"
-    )
+    assert GATE == 0.99 and within_gate("dot", gained([50]), exact), "an exit without measurements passes"
 
 
-def test_what_is_below_the_gate_or_above_its_bound_is_not_published(
+def test_compress_below_gate_or_above_bound_is_not_published(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressing, "within_gate", lambda *_: False)
+    monkeypatch.setattr(making, "within_gate", lambda *_: False)
     folder = compress(source, tmp_path, ["int8-tables8"], Options(checkpoints=tmp_path / "first"))
     assert (
         list(load_bundle(folder, 1).engines) == ["fp32"]
@@ -314,11 +299,11 @@ def test_what_is_below_the_gate_or_above_its_bound_is_not_published(
         and not (folder / "items8.npy").exists()
     )
     row = json.loads((folder / "report.json").read_text())["variants"]["int8-tables8"]
-    assert row["published"] is False and "99%" in row["reason"], "the report says what was tried"
+    assert row["published"] is False and "99%" in row["reason"], "the report lists the variant that was tried"
     assert "no: keeps less than 99%" in (folder / "variants.md").read_text()
     forced = read_manifest(compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "second"), force=True))
     assert forced.variants["int8"].within_gate is False and forced.default_variant == "fp32", (
-        "published because forced, and says so"
+        "published because forced, and marked as below the gate"
     )
     found = iter([0.0, 1.0])  # of fp32, then of int8
     monkeypatch.setattr(
@@ -347,12 +332,12 @@ def variant(ms: float, size: int, ndcg: float, gate: bool | None = True) -> Vari
         (variant(2, 100, 0.49), None),
     ],
 )
-def test_low_rank_is_not_published_where_a_student_of_its_cost_is_as_good(other: Variant, found: str | None) -> None:
+def test_dominated_low_rank_loses_to_student_of_its_cost(other: Variant, found: str | None) -> None:
     variants = {"fp32": variant(4, 400, 0.6), "lowrank-int8": variant(2, 100, 0.5), "student-int8": other}
     assert dominated("lowrank-int8", variants, "set") == found
 
 
-def test_what_is_on_the_front_stays() -> None:
+def test_dominated_variant_on_the_pareto_front_is_none() -> None:
     variants = {
         "fp32": variant(4, 400, 0.6),
         "int8": variant(3, 200, 0.59),
@@ -361,12 +346,10 @@ def test_what_is_on_the_front_stays() -> None:
     }
     assert [dominated(name, variants, "set") for name in variants] == [None, None, None, "int8"]
     unknown = {name: row.model_copy(update={"quality": {}}) for name, row in variants.items()}
-    assert not any(dominated(name, unknown, "set") for name in unknown), "without quality nobody can say"
+    assert not any(dominated(name, unknown, "set") for name in unknown), "without quality no variant dominates"
 
 
-def test_without_data_nothing_learns_and_the_calibration_is_fp32s(
-    tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_draft_without_data_keeps_fp32_calibrations(tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = Source(tiny.folder, None)
     base = make_base(source, "lowrank", Options(distill=DistillConfig(), checkpoints=tmp_path))
     graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")
@@ -376,14 +359,14 @@ def test_without_data_nothing_learns_and_the_calibration_is_fp32s(
         and set(graphs) == {"encode", "dot", "point", "set"}
     )
     assert not list(tmp_path.rglob("*.pt"))
-    assert agreement(source, source.exact) == {
+    assert agreement(source, source.fp32) == {
         "kendall_tau": 1.0,
         "top10_overlap": 1.0,
         "largest_score_difference": 0.0,
     }
 
 
-def test_a_time_budget_is_met_by_measured_times_and_the_ranks_stay(
+def test_low_rank_time_budget_is_met_and_ranks_are_kept(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def microseconds(weights: list[torch.Tensor], rows: int) -> float:
@@ -399,10 +382,10 @@ def test_a_time_budget_is_met_by_measured_times_and_the_ranks_stay(
     }
     assert any(ranks.values()) and sum(cost.values()) <= 0.7 * sum(10.0 + weight.numel() for weight in layers.values())
     monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", lambda weights, rows: 1.0)
-    assert make_base(source, "lowrank", options).ranks == ranks, "what was stopped goes on"
+    assert make_base(source, "lowrank", options).ranks == ranks, "a stopped compression resumes with its ranks"
 
 
-def test_low_rank_that_would_save_nothing_is_refused_before_any_work(source: Source, tmp_path: Path) -> None:
+def test_low_rank_without_saving_is_refused(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would save nothing"):
         make_base(source, "lowrank", Options(share=1.0, checkpoints=tmp_path))
 
@@ -411,12 +394,12 @@ def test_low_rank_that_would_save_nothing_is_refused_before_any_work(source: Sou
     "name",
     ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"],
 )
-def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"is no variant|fp32 is what"):
+def test_recipe_of_invalid_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is no variant|fp32 is not made"):
         Recipe.named(name)
 
 
-def test_names_say_what_is_done() -> None:
+def test_recipe_follows_from_the_name() -> None:
     assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
         Recipe("fp32", True, False),
         Recipe("lowrank", True, True),
@@ -425,24 +408,16 @@ def test_names_say_what_is_done() -> None:
     ]
 
 
-def test_a_students_shape_is_read() -> None:
+def test_read_shape_parses_sizes() -> None:
     assert read_shape("blocks=1,key_size=16") == {"blocks": 1, "key_size": 16} and read_shape("") == {}
     with pytest.raises(ValueError, match="is no shape"):
         read_shape("blocks:1")
 
 
-def test_a_variant_that_claims_what_it_is_not_stops_the_publishing(
+def test_compress_variant_not_as_named_publishes_nothing(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressing, "quantize", lambda graph, *_: graph)
+    monkeypatch.setattr(making, "quantize", lambda graph, *_: graph)
     with pytest.raises(ValueError, match="named int8, and"):
         compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"))
     assert not (tmp_path / "tiny/2").exists()
-
-
-def test_other_data_than_the_bundles_is_refused(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:
-    folder = tmp_path / "1"
-    shutil.copytree(tiny.folder, folder)
-    np.save(folder / "items.npy", ranker.items[:-1])
-    with pytest.raises(ValueError, match="other data"):
-        Source(folder, tiny.trainer.data)

@@ -1,10 +1,9 @@
-"""A published bundle is what its manifest says, and what misses its bound is not published."""
+"""Export: the bundle is described by its manifest, and nothing above its bound is published."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,14 +16,16 @@ import polars as pl
 import pytest
 import torch
 
-from slatewise.bundle.features import request_context, rows_of
+from slatewise.bundle.features import request_context
 from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError, read_manifest
-from slatewise.bundle.ranker import Ranker
-from slatewise.inference.arrays import FIRST_ITEM, Candidates, History
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.bundle.ranker import Ranker, rows_of
+from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise.schemas import RankRequest
-from slatewise_train import export as exporting
+from slatewise.settings import Settings
+from slatewise_train import bundle_writer
+from slatewise_train.bundle_writer import FP32_BOUND, staging
 from slatewise_train.config import (
     Config,
     DataConfig,
@@ -36,26 +37,19 @@ from slatewise_train.config import (
     TrainConfig,
 )
 from slatewise_train.data import load_data, read_table
-from slatewise_train.demo.reference import reference_content
-from slatewise_train.evaluation import parity as invariance
-from slatewise_train.export import (
-    FP32_BOUND,
-    demo_data,
-    export,
-    fit_calibrations,
-    make_request,
-    staging,
-    write_content,
-    write_graphs,
-)
+from slatewise_train.demo.content import demo_data, make_request
+from slatewise_train.evaluation import parity
+from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
+from slatewise_train.export import export, load_block, main
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
-from slatewise_train.train import build_model, train
+from slatewise_train.train import Trainer, build_model, train
 from tests.conftest import Tiny
+from tests.support.application import serve
 
 
-def test_bundle_holds_exactly_the_files_of_the_manifest_with_their_digests(tiny: Tiny) -> None:
+def test_bundle_files_are_those_of_the_manifest(tiny: Tiny) -> None:
     found = {str(path.relative_to(tiny.folder)): path for path in tiny.folder.rglob("*") if path.is_file()}
     digests = {
         name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name != "manifest.json"
@@ -64,11 +58,11 @@ def test_bundle_holds_exactly_the_files_of_the_manifest_with_their_digests(tiny:
     assert {f"variants/fp32/{graph}.onnx" for graph in ("encode", *EXITS, "rank")} == {
         name for name in digests if name.endswith(".onnx")
     }
-    assert [path.name for path in tiny.folder.parent.iterdir()] == ["1"], "nothing staged is left"
+    assert [path.name for path in tiny.folder.parent.iterdir()] == ["1"], "no staging folder is left"
 
 
 @pytest.mark.parametrize("name", ["items.npy", "display.json", "variants/fp32/set.onnx", "variants/fp32/rank.onnx"])
-def test_a_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> None:
+def test_load_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "1"
     shutil.copytree(tiny.folder, folder)
     content = bytearray((folder / name).read_bytes())
@@ -78,7 +72,7 @@ def test_a_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> Non
         load_bundle(folder, 1)
 
 
-def test_a_published_version_does_not_change(tiny: Tiny) -> None:
+def test_export_of_existing_version_is_refused(tiny: Tiny) -> None:
     before = (tiny.folder / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="exists"):
         export(tiny.trainer, tiny.learner, tiny.config, tiny.root, 1)
@@ -86,10 +80,10 @@ def test_a_published_version_does_not_change(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("measured", [1.0, 1.1e-5, float("nan")])
-def test_a_missed_bound_publishes_nothing(
+def test_export_above_bound_publishes_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: float
 ) -> None:
-    monkeypatch.setattr(invariance, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
+    monkeypatch.setattr(parity, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
         export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
@@ -97,18 +91,16 @@ def test_a_missed_bound_publishes_nothing(
         load_rankers(tmp_path, 1)
 
 
-def test_what_a_server_may_be_set_to_has_no_bound_here(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is measured, and said in the manifest."""
-    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    monkeypatch.setattr(invariance, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
+def test_export_options_above_bound_are_published(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 history state is an option of the server, measured and in the manifest."""
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
     ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
 
-def test_a_bundle_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    """An export that fails leaves no version; the next clears what it left and begins anew."""
+def test_staging_publishes_completely_or_not_at_all(tmp_path: Path) -> None:
+    """A failed export leaves no version, and the next one removes its files first."""
     with pytest.raises(ValueError, match="half way"), staging(tmp_path / "shop", 1) as stage:
         (stage / "items.npy").touch()
         raise ValueError("half way")
@@ -122,13 +114,11 @@ def test_a_bundle_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         pytest.fail("a published version does not change")
 
 
-def test_second_version_stands_beside_the_first_and_is_served(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_second_version_is_served(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(tiny.root / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
-    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
@@ -159,7 +149,7 @@ def test_manifest_describes_the_trained_ranker(ranker: Ranker, tiny: Tiny) -> No
     assert list(ranker.embedded_users) == data.sequences.users
 
 
-def test_graphs_are_what_the_manifest_says(ranker: Ranker, tiny: Tiny) -> None:
+def test_graphs_have_the_manifests_inputs_and_outputs(ranker: Ranker, tiny: Tiny) -> None:
     for name, io in ranker.manifest.graphs.items():
         session = ranker.engines["fp32"].sessions[name]
         for described, found in ((io.inputs, session.get_inputs()), (io.outputs, session.get_outputs())):
@@ -177,8 +167,8 @@ def test_graphs_are_what_the_manifest_says(ranker: Ranker, tiny: Tiny) -> None:
     )
 
 
-def test_rank_in_the_bundle_gives_the_golden_scores_in_one_graph(ranker: Ranker, tiny: Tiny) -> None:
-    """With the bundle's item table, calibrations and head weights, where the default exit is the highest."""
+def test_rank_graph_gives_the_golden_scores(ranker: Ranker, tiny: Tiny) -> None:
+    """With the bundle's item table, calibrations and head weights, if the default exit is the highest."""
     request = RankRequest.model_validate(ranker.manifest.example)
     history, _ = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
@@ -207,7 +197,7 @@ def test_rank_in_the_bundle_gives_the_golden_scores_in_one_graph(ranker: Ranker,
         )
 
 
-def test_fields_of_the_bundle_describe_an_unknown_item_as_training_did(ranker: Ranker, tiny: Tiny) -> None:
+def test_unknown_item_has_the_vector_of_training(ranker: Ranker, tiny: Tiny) -> None:
     data = tiny.trainer.data
     rows = [FIRST_ITEM, FIRST_ITEM + 50, len(ranker.items) - 1]
     vocabulary = data.catalogue.vocabulary
@@ -223,7 +213,7 @@ def test_fields_of_the_bundle_describe_an_unknown_item_as_training_did(ranker: R
     assert unknown.tolist() == [0, 1, 2]
 
 
-def test_example_is_a_request_that_works_and_shows_enough(ranker: Ranker, tiny: Tiny) -> None:
+def test_example_is_valid_and_has_titles(ranker: Ranker, tiny: Tiny) -> None:
     request = RankRequest.model_validate(ranker.manifest.example)
     assert len(request.candidates.item_ids) >= 20 and len(request.history.item_ids) >= 10
     assert request.request_time is not None and request.user in ranker.embedded_users
@@ -242,7 +232,7 @@ def test_golden_scores_are_reproduced(ranker: Ranker) -> None:
     manifest = ranker.manifest
     request = RankRequest.model_validate(ranker.manifest.example)
     first = max(0, len(request.history.item_ids) - manifest.limits.history_used)
-    assert first == 0, "so what is read is what is sent"
+    assert first == 0, "so all events that are sent are read"
     history, _ = ranker.history(request)
     candidates, unknown = ranker.candidates(request, request.request_time or 0.0)
     assert not len(unknown)
@@ -255,7 +245,7 @@ def test_golden_scores_are_reproduced(ranker: Ranker) -> None:
     assert len(golden) == len(candidates) and np.ptp(golden) > 1e-4, "scores that are all alike would prove nothing"
 
 
-def test_another_golden_score_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_load_other_golden_score_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "1"
     shutil.copytree(tiny.folder, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -265,7 +255,7 @@ def test_another_golden_score_is_refused(tiny: Tiny, tmp_path: Path) -> None:
         load_bundle(folder, 1)
 
 
-def test_every_exit_has_its_quality_and_it_is_the_reports(ranker: Ranker, tiny: Tiny) -> None:
+def test_manifest_quality_equals_the_report(ranker: Ranker, tiny: Tiny) -> None:
     report = json.loads((tiny.folder / "report.json").read_text())
     variant = ranker.manifest.variants["fp32"]
     assert set(variant.quality) == set(EXITS)
@@ -277,12 +267,12 @@ def test_every_exit_has_its_quality_and_it_is_the_reports(ranker: Ranker, tiny: 
     assert (tiny.folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_warmup_has_the_smallest_and_the_largest_shapes(ranker: Ranker) -> None:
+def test_warmup_has_smallest_and_largest_shapes(ranker: Ranker) -> None:
     shapes = [(len(r.history.item_ids), len(r.candidates.item_ids)) for r in ranker.warmup]
     assert shapes == [(0, 1), (1, 20), (128, CANDIDATE_CHUNK), (HISTORY_CHUNK, ranker.manifest.limits.set_wise)]
 
 
-def test_calibrations_are_fitted_on_the_validation_users_alone(ranker: Ranker, tiny: Tiny) -> None:
+def test_calibrations_are_fitted_on_validation_users_only(ranker: Ranker, tiny: Tiny) -> None:
     data = tiny.trainer.data
     asked = []
 
@@ -302,12 +292,26 @@ def test_calibrations_are_fitted_on_the_validation_users_alone(ranker: Ranker, t
     assert len(found["point"][1].knots), "150 labels are enough"
 
 
-def test_without_validation_users_calibrations_are_the_identity(ranker: Ranker, tiny: Tiny) -> None:
+def test_calibrations_without_validation_users_are_identities(ranker: Ranker, tiny: Tiny) -> None:
     data = tiny.trainer.data
     split = dataclasses.replace(data.split, validation_users=np.zeros(0, np.int64))
     found = fit_calibrations(ranker.engines["fp32"], dataclasses.replace(data, split=split), ranker.default_meta)
     x = np.linspace(-5, 5, 11)
     assert all((c(x) == x).all() for column in found.values() for c in column)
+
+
+def test_calibrations_are_written_beside_their_graphs(tiny: Tiny) -> None:
+    calibrations = read_calibrations(tiny.folder / "variants/fp32/calibration.json")
+    assert list(calibrations) == list(EXITS)
+    for exit, column in calibrations.items():
+        graph = onnx.load(tiny.folder / f"variants/fp32/{exit}.onnx").graph
+        weights = {weight.name: onnx.numpy_helper.to_array(weight) for weight in graph.initializer}
+        for k, found in enumerate(column):
+            name = f"calibration.{exit}.{k}"
+            assert (found.slope, found.bias) == (weights[f"{name}.slope"], weights[f"{name}.bias"])
+            if len(found.knots):
+                np.testing.assert_array_equal(found.knots, weights[f"{name}.knots"])
+                np.testing.assert_array_equal(found.bends, weights[f"{name}.bends"][:, 0])
 
 
 def test_ranker_without_set_blocks_has_no_exit_set(tiny: Tiny) -> None:
@@ -319,20 +323,20 @@ def test_ranker_without_set_blocks_has_no_exit_set(tiny: Tiny) -> None:
 
 @pytest.fixture
 def demo(tiny: Tiny, tmp_path: Path) -> Config:
-    """A TOML whose demo has two users and some items; one item, a user's event, is unknown to the ranker."""
+    """A config with a demo of two users and some items, one of which the ranker does not know."""
     items = read_table(Path(tiny.config.tables.items)).head(400)
     events = read_table(Path(tiny.config.tables.events)).filter(
         pl.col("user_id").is_in(["1", "6"]) & pl.col("item_id").is_in(items["item_id"].to_list())
     )
-    unknown = items.head(1).with_columns(item_id=pl.lit("999999"), title=pl.lit("Nobody Knows"))
+    unknown = items.head(1).with_columns(item_id=pl.lit("999999"), title=pl.lit("Unknown Film"))
     pl.concat([items, unknown]).write_csv(tmp_path / "items.csv")
     pl.concat([events, events.head(1).with_columns(item_id=pl.lit("999999"))]).write_csv(tmp_path / "events.csv")
     demo = DemoConfig(str(tmp_path / "events.csv"), str(tmp_path / "items.csv"), "demo:")
     return dataclasses.replace(tiny.config, demo=demo)
 
 
-def test_only_the_demo_is_shown(tiny: Tiny, demo: Config) -> None:
-    shown = demo_data(tiny.trainer, tiny.learner, demo)
+def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
+    shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
     listed = read_table(Path(demo.demo.items))
     assert set(shown.titles) == set(listed["item_id"].to_list()) - {"999999"}
     assert len(shown.titles) < len(tiny.trainer.data.catalogue.vocabulary.items)
@@ -349,10 +353,10 @@ def test_only_the_demo_is_shown(tiny: Tiny, demo: Config) -> None:
     )
 
 
-def test_users_vectors_are_learned_without_touching_the_ranker(tiny: Tiny, demo: Config) -> None:
+def test_demo_vectors_leave_the_ranker_unchanged(tiny: Tiny, demo: Config) -> None:
     model = tiny.trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    vectors = demo_data(tiny.trainer, tiny.learner, demo).vectors
+    vectors = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo).vectors
     assert all(parameter.requires_grad for parameter in model.parameters())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
@@ -360,7 +364,7 @@ def test_users_vectors_are_learned_without_touching_the_ranker(tiny: Tiny, demo:
     assert (np.abs(vectors - model.default_meta.detach().numpy()).max(axis=1) > 1e-4).all()
 
 
-def test_a_user_of_unknown_items_alone_keeps_the_default_vector(tiny: Tiny) -> None:
+def test_user_with_only_unknown_items_has_default_vector(tiny: Tiny) -> None:
     s = tiny.trainer.data.sequences
     items = s.items.copy()
     items[: s.offsets[1]] = 0
@@ -371,16 +375,18 @@ def test_a_user_of_unknown_items_alone_keeps_the_default_vector(tiny: Tiny) -> N
     assert (vectors[1:] != default).any(axis=1).all()
 
 
-def test_example_of_a_demo_names_nothing_that_is_not_shown(tiny: Tiny, demo: Config) -> None:
-    shown = demo_data(tiny.trainer, tiny.learner, demo)
-    request = make_request(shown, tiny.trainer.data, 0, shown.users[0], 40, 24, np.random.default_rng(0))
+def test_demo_example_names_only_shown_items(tiny: Tiny, demo: Config) -> None:
+    shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
+    request = make_request(shown, tiny.trainer.data, 0, np.random.default_rng(0))
     assert request["user"].startswith("demo:")
     assert set(request["history"]["item_ids"]) | set(request["candidates"]["item_ids"]) <= set(shown.titles)
     RankRequest.model_validate(request)
 
 
-def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12, length: int = 14) -> Ranker:
-    """CSV files of a shop, trained for a moment, exported and loaded."""
+def train_shop(
+    folder: Path, config: DataConfig, items: int, users: int = 12, length: int = 14
+) -> tuple[Trainer, Config]:
+    """A ranker trained for a moment on CSV files of a shop, and its config."""
     rng = np.random.default_rng(0)
     rows = [
         (f"u{u}", f"i{rng.integers(items)}", 1e9 + 100 * k, int(rng.integers(2)))
@@ -391,14 +397,20 @@ def bring_your_own(folder: Path, config: DataConfig, items: int, users: int = 12
     pl.DataFrame({"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}).write_csv(
         folder / "items.csv"
     )
-    toml = Config(config, TablesConfig(str(folder / "events.csv"), str(folder / "items.csv")))
+    tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
-    short = TrainConfig(epochs=2, cascade_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
-    trainer = train(load_data(config, toml.tables), ModelConfig("ligr", shape), short, folder / "train")
+    short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
+    trainer = train(load_data(config, tables), ModelConfig("ligr", shape), short, folder / "train")
+    return trainer, Config(config, tables)
+
+
+def bring_your_own(folder: Path, config: DataConfig, items: int) -> Ranker:
+    """The ranker of `train_shop` with a meta block, exported and loaded."""
+    trainer, whole = train_shop(folder, config, items)
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
     )
-    return load_bundle(export(trainer, learner, toml, folder, 1), 1)
+    return load_bundle(export(trainer, learner, whole, folder, 1), 1)
 
 
 NEXT = Head("next", "next", 1.0)
@@ -417,103 +429,58 @@ HELD_OUT = {"slate_size": 4, "slate_users": 3, "validation_users": 3, "history_l
     ],
     ids=["no columns", "only next", "only a label", "nobody held out", "short history"],
 )
-def test_bring_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DataConfig) -> None:
-    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    monkeypatch.setattr(invariance, "SLATES", (1, 5))
+def test_export_of_own_data_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DataConfig) -> None:
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, config, items=90)
     assert list(ranker.manifest.heads) == [head.name for head in config.heads]
     assert ranker.manifest.features == list(config.numeric)
     assert set(ranker.engines) == {"fp32"}
 
 
-def test_bring_your_own_small_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    monkeypatch.setattr(invariance, "SLATES", (1, 5))
+def test_export_of_small_catalogue_repeats_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "SLATES", (1, 5))
     ranker = bring_your_own(tmp_path, DataConfig("shop", (NEXT, BUY), **HELD_OUT), items=12)
     assert len(ranker.manifest.example["candidates"]["item_ids"]) >= 20, "duplicates are allowed"
 
 
-# The reference bundle
+def test_export_without_meta_block_serves_with_status_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user has the events that a meta block needs, so there is none to export."""
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "SLATES", (1, 5))
+    config = DataConfig("shop", (NEXT, BUY), slate_size=2, slate_users=3, validation_users=3, history_length=80)
+    trainer, whole = train_shop(tmp_path, config, items=90, length=8)
+    with pytest.raises(ValueError, match="no user has 15 training events"):
+        MetaTrainer(trainer.model, trainer.data, MetaConfig())
+    folder = export(trainer, None, whole, tmp_path / "bundles", 1)
+    manifest = read_manifest(folder)
+    assert manifest.meta_size == 0 and manifest.model is not None and manifest.model.config["meta_size"] == 0
+    assert not {"default_meta.npy", "meta_embeddings.npy", "users.json", "meta_block.npz"} & manifest.files.keys()
+    with serve(Settings(bundles=tmp_path / "bundles")) as client:
+        answer = client.post("/score", json=manifest.example).json()
+    assert answer["meta_embedding"]["status"] == "off"
+    np.testing.assert_allclose(answer["results"]["scores"], manifest.variants["fp32"].golden_scores, atol=FP32_BOUND)
 
 
-def test_the_reference_has_the_shape_that_is_documented() -> None:
-    content = reference_content()
-    config = content.model.config
-    assert (config.width, config.blocks, config.attention_heads, config.feed_forward, config.set_blocks) == (
-        128,
-        4,
-        4,
-        4,
-        1,
-    )
-    assert (config.heads, config.numeric, config.meta_size, config.fields) == (2, 4, 64, {})
-    assert (len(content.model.blocks), len(content.model.set_blocks)) == (4, 1)
-    assert content.model.blocks[0].up.weight.shape == (512, 128) and content.model.set_out.weight.shape == (2, 128)
-    assert content.ids == [str(k) for k in range(5_000)]
-    assert content.model.item_table().shape == (5_000 + FIRST_ITEM, 128)
-    assert len(content.actions) == config.actions - 1 and len(content.features) == 4 and len(content.heads) == 2
-    assert content.vectors.shape == (len(content.users), 64) and content.vectors.dtype == np.float32
-    assert content.exits == list(EXITS) and content.history_used == 2_048
-    assert not content.model.training
+def test_without_meta_scores_like_the_default_vector(tiny: Tiny, ranker: Ranker) -> None:
+    model = tiny.trainer.model.eval()
+    draw = parity.Requests(ranker.engines["fp32"], ranker.manifest, 3)
+    history = draw.history(40)
+    candidates = draw.candidates(20)
+    default = model.default_meta.detach().numpy()
+    expected = parity.torch_logits(model, ranker.items, history, candidates, default)
+    found = parity.torch_logits(model.without_meta(), ranker.items, history, candidates, default[:0])
+    for exit, logits in expected.items():
+        np.testing.assert_allclose(found[exit], logits, atol=1e-5)
 
 
-def test_the_reference_is_the_same_twice() -> None:
-    """Weights, vectors and requests, whatever was drawn before."""
-    one = reference_content()
-    torch.manual_seed(123)
-    np.random.default_rng().normal()
-    other = reference_content()
-    first, second = (content.model.state_dict() for content in (one, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
-    np.testing.assert_array_equal(one.vectors, other.vectors)
-    for name in ("ids", "actions", "features", "fields", "heads", "users", "titles", "example", "warmup"):
-        assert getattr(one, name) == getattr(other, name), name
+def test_load_block_without_file_explains_and_returns_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_block(tmp_path, Path("my.toml")) is None
+    assert "`slatewise limaml my.toml` makes it" in capsys.readouterr().out
 
 
-def test_the_references_weights_set_every_exit_and_head_apart() -> None:
-    """Nothing that training would move is left at zero, where a part of the work would change nothing."""
-    model = reference_content().model
-    for name in ("point_down.weight", "set_out.weight", "default_meta", "fusion.weight"):
-        assert (model.state_dict()[name].abs() > 0).float().mean() > 0.99, name
-
-
-def test_the_references_example_and_warmup_are_requests_of_its_own() -> None:
-    content = reference_content()
-    request = RankRequest.model_validate(content.example)
-    assert request.user in content.users and request.request_time is not None
-    assert len(request.candidates.item_ids) >= 20 and len(request.history.item_ids) >= 10
-    assert set(request.candidates.item_ids) | set(request.history.item_ids) <= set(content.ids)
-    assert request.history.actions is not None and set(request.history.actions) <= set(content.actions)
-    assert request.history.timestamps is not None and None not in request.history.timestamps
-    assert len(request.history.actions) == len(request.history.timestamps) == len(request.history.item_ids)
-    assert request.history.timestamps == sorted(t for t in request.history.timestamps if t is not None)
-    assert set(request.candidates.features) == set(content.features)
-    assert all(len(column) == len(request.candidates.item_ids) for column in request.candidates.features.values())
-    shapes = [
-        (len(r.history.item_ids), len(r.candidates.item_ids)) for r in map(RankRequest.model_validate, content.warmup)
-    ]
-    assert shapes == [(0, 1), (1, 20), (2_048, CANDIDATE_CHUNK), (HISTORY_CHUNK, 1_024)]
-    json.dumps([content.example, content.warmup])
-
-
-def test_the_references_content_is_a_bundle_that_ranks_its_example(tmp_path: Path) -> None:
-    """Written as it is published, but for what is measured on it."""
-    content = reference_content()
-    write_content(tmp_path, content)
-    items = np.load(tmp_path / "items.npy")
-    write_graphs(tmp_path, LigrGraphs(content.model, content.identity, content.longest_call).all())
-    engine = Engine(tmp_path, items, content.exits, 1)
-    request = RankRequest.model_validate(content.example)
-    rows = [content.ids.index(i) + FIRST_ITEM for i in request.history.item_ids]
-    slate = items[[content.ids.index(i) + FIRST_ITEM for i in request.candidates.item_ids]]
-    numeric = np.array([request.candidates.features[name] for name in content.features], np.float32).T
-    candidates = Candidates(slate, np.ascontiguousarray(numeric), request_context(request.request_time or 0.0)[None])
-    history = History(np.array(rows), np.ones(len(rows), np.int64), np.full(len(rows), 5))
-    found = [engine.score(history, candidates, content.vectors[0], exit) for exit in content.exits]
-    assert all(
-        p.shape == (len(slate), 2) and (p > 0).all() and (p < 1).all() and (np.ptp(p, axis=0) > 1e-4).all()
-        for p in found
-    )
-    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(found, 2)), "three exits, not one"
+def test_export_command_without_toml_exits_with_2(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "missing.toml")])
+    assert stopped.value.code == 2

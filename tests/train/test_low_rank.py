@@ -1,8 +1,8 @@
-"""Low rank: each method against its theorem, the allocator against the uniform ratio, and the whole model."""
+"""Low rank: each method against its theorem, the allocator against uniform ranks, and whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -21,10 +21,8 @@ from slatewise_train.compression.low_rank import (
     dense_layers,
     factor,
     layer_of,
-    output_errors,
     spectrum,
     timed_layer,
-    uniform,
 )
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
@@ -34,7 +32,7 @@ SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
 def drawn(size: tuple[int, int], seed: int, rows: int = 60) -> tuple[Tensor, Tensor, Tensor, LayerStatistics]:
-    """weight (out, in), bias, inputs (rows, in) of unequal directions, and what is seen of the outputs."""
+    """weight (out, in), bias (out,), anisotropic inputs (rows, in), and the statistics of the outputs."""
     torch.manual_seed(seed)
     out, inner = size
     weight = torch.randn(out, inner, dtype=torch.float64)
@@ -59,28 +57,26 @@ def error(method: str, weight: Tensor, bias: Tensor, inputs: Tensor, seen: Layer
 @pytest.mark.parametrize("method", METHODS)
 @given(size=SIZES, seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_full_rank_is_the_identity(method: str, size: tuple[int, int], seed: int) -> None:
+def test_method_at_full_rank_is_the_identity(method: str, size: tuple[int, int], seed: int) -> None:
     weight, bias, inputs, seen = drawn(size, seed)
     assert error(method, weight, bias, inputs, seen, min(size) if method != "afm" else size[0]) < 1e-10
 
 
 @given(size=SIZES, seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_afm_is_closest_to_the_outputs_seen(size: tuple[int, int], seed: int, data: st.DataObject) -> None:
-    """The theorem: at equal rank nothing of this form is closer, the weights' own decompositions neither."""
+def test_afm_has_the_lowest_error_on_the_outputs(size: tuple[int, int], seed: int, data: st.DataObject) -> None:
+    """The theorem: at equal rank no map of this form has a lower error, `svd` and `fwsvd` included."""
     weight, bias, inputs, seen = drawn(size, seed)
     rank = data.draw(st.integers(1, min(size)))
     afm = error("afm", weight, bias, inputs, seen, rank)
     assert all(afm <= error(method, weight, bias, inputs, seen, rank) + 1e-9 for method in ("svd", "fwsvd"))
     left = spectrum("afm", weight, seen)[rank:].square().sum()
-    assert afm == pytest.approx(float(left), abs=1e-8), "what the spectrum says is left"
+    assert afm == pytest.approx(float(left), abs=1e-8), "the error that the spectrum predicts"
 
 
 @given(size=SIZES, seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_svd_is_closest_to_the_weights_and_fwsvd_to_the_weighted_ones(
-    size: tuple[int, int], seed: int, data: st.DataObject
-) -> None:
+def test_svd_and_fwsvd_are_closest_in_their_norms(size: tuple[int, int], seed: int, data: st.DataObject) -> None:
     weight, bias, _, seen = drawn(size, seed)
     rank = data.draw(st.integers(1, min(size)))
     left = {}
@@ -92,13 +88,23 @@ def test_svd_is_closest_to_the_weights_and_fwsvd_to_the_weighted_ones(
     assert (rows * left["fwsvd"]).norm() <= (rows * left["svd"]).norm() + 1e-9
 
 
-def test_a_row_that_the_loss_never_felt_is_still_kept_at_full_rank() -> None:
+def test_fwsvd_rows_without_gradient_stay_exact_at_full_rank() -> None:
     weight, bias, inputs, seen = drawn((6, 6), 1)
     for fisher in (torch.tensor([0.0, 1, 0, 2, 3, 0]), torch.zeros(6)):
         assert (
             error("fwsvd", weight, bias, inputs, LayerStatistics(seen.mean, seen.covariance, fisher.double()), 6)
             < 1e-10
         )
+
+
+def uniform(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
+    """The reference for `allocate`: the same share of saving ranks in every layer, as large as the budget allows."""
+    most = {name: sum(cost < layer.whole for cost in layer.costs[1:]) for name, layer in layers.items()}
+    for percent in range(100, -1, -1):
+        found = {name: max(1, round(percent / 100 * n)) if n else None for name, n in most.items()}
+        if sum(layers[name].cost(rank) for name, rank in found.items()) <= budget:
+            return found
+    raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
 
 
 layers = st.dictionaries(
@@ -110,9 +116,7 @@ layers = st.dictionaries(
 
 
 @given(drawn_layers=layers, share=st.floats(0, 1.2))
-def test_the_allocator_meets_its_budget_with_no_larger_an_error_than_the_uniform_ratio(
-    drawn_layers: dict, share: float
-) -> None:
+def test_allocate_meets_budget_and_beats_uniform_ranks(drawn_layers: dict, share: float) -> None:
     described = {}
     for name, ((out, inner), values) in drawn_layers.items():
         described[name] = layer_of(
@@ -138,7 +142,7 @@ def test_the_allocator_meets_its_budget_with_no_larger_an_error_than_the_uniform
     assert all(rank is None or 1 <= rank < len(described[name].costs) for name, rank in ranks.items())
 
 
-def test_a_layer_that_would_not_save_is_left_alone() -> None:
+def test_allocate_leaves_layers_that_would_not_save() -> None:
     square = Layer([1.0, 0.9, 0.8, 0.7], [0.0, 8.0, 16.0, 24.0], 16.0)  # 4 x 4: rank 1 saves half, rank 2 nothing
     assert allocate({"a": square}, 16) == {"a": None}
     assert allocate({"a": square}, 15) == {"a": 1}
@@ -183,8 +187,8 @@ def losses(model: Ligr, batches: int = 6) -> Iterator[Tensor]:
         yield logits_of(model, seed)["set"].square().mean()
 
 
-def test_what_is_seen_of_a_layer(model: Ligr) -> None:
-    """Mean and covariance of all rows that passed, the set-wise block's too; gradients are not left behind."""
+def test_collect_statistics_covers_all_rows(model: Ligr) -> None:
+    """Mean and covariance of all rows, set-wise block included; gradients and hooks are removed."""
     outputs: list[Tensor] = []
     hook = model.blocks[0].up.register_forward_hook(
         lambda *call: outputs.append(call[2].detach().flatten(0, -2).double())
@@ -201,7 +205,7 @@ def test_what_is_seen_of_a_layer(model: Ligr) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_factored_model_is_a_copy_whose_error_falls_with_rank(model: Ligr, method: str) -> None:
+def test_factor_copies_model_and_error_falls_with_rank(model: Ligr, method: str) -> None:
     seen = collect_statistics(model, lambda: losses(model))
     whole = values_of(model, 99)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -218,7 +222,7 @@ def test_a_factored_model_is_a_copy_whose_error_falls_with_rank(model: Ligr, met
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_afm_at_the_rank_of_the_outputs_is_the_model(model: Ligr) -> None:
+def test_factor_by_afm_at_output_rank_equals_the_model(model: Ligr) -> None:
     seen = collect_statistics(model, lambda: losses(model, 40))
     whole = values_of(model, 99)
     small = factor(model, seen, "afm", {name: layer.out_features for name, layer in dense_layers(model).items()})
@@ -226,7 +230,7 @@ def test_afm_at_the_rank_of_the_outputs_is_the_model(model: Ligr) -> None:
         torch.testing.assert_close(value, whole[exit], atol=1e-5, rtol=0)
 
 
-def test_graphs_of_a_factored_model_have_two_products_a_layer(model: Ligr) -> None:
+def test_graphs_of_factored_layers_have_two_products(model: Ligr) -> None:
     small = factor(
         model, collect_statistics(model, lambda: losses(model)), "svd", {"blocks.0.up": 4, "set_blocks.0.down": 3}
     )
@@ -240,24 +244,10 @@ def test_graphs_of_a_factored_model_have_two_products_a_layer(model: Ligr) -> No
     assert isinstance(small.blocks[0].up, LowRank) and isinstance(small.blocks[1].up, nn.Linear)
 
 
-def test_a_layers_time_grows_with_its_rank_and_is_compared_with_the_whole_layers() -> None:
+def test_timed_layer_costs_grow_with_rank() -> None:
     weight = torch.randn(64, 48, dtype=torch.float64)
     curve = torch.linalg.svdvals(weight)
     layer = timed_layer(curve, weight, rows=8, steps=4)
     sizes = layer_of(curve, weight)
     assert layer.errors == sizes.errors and len(layer.costs) == len(sizes.costs)
     assert layer.costs[0] == 0 and layer.costs == sorted(layer.costs) and layer.costs[1] > 0 < layer.whole
-
-
-def test_what_low_rank_misses_is_measured_on_whatever_the_model_is_shown(model: Ligr) -> None:
-    """Nothing at full rank; for AFM on what it saw, what the theorem says: the variance of the directions left out."""
-    seen = collect_statistics(model, lambda: losses(model))
-    name = "blocks.0.up"
-    rank = 5
-    low = {name: factor(model, seen, "afm", {name: rank}).get_submodule(name)}
-    spectrum_left = torch.linalg.eigvalsh(seen[name].covariance).flip(0)
-    found = output_errors(model, low, lambda: [logits_of(model, seed) for seed in range(6)])[name]
-    assert found == pytest.approx(float(spectrum_left[rank:].sum() / spectrum_left.sum()), rel=0.05)
-    other = {name: factor(model, seen, "svd", {name: rank}).get_submodule(name)}
-    assert found <= output_errors(model, other, lambda: [logits_of(model, seed) for seed in range(6)])[name]
-    assert not model.get_submodule(name)._forward_hooks

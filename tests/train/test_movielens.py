@@ -1,9 +1,8 @@
-"""MovieLens becomes tables of the data contract, whatever it comes in; a wrong download leaves nothing behind."""
+"""MovieLens as tables of the data contract, from zip or folder, and the checked download."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 import zipfile
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def ml_1m(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_and_zip_give_the_same(archive: Path) -> None:
+def test_read_folder_and_zip_give_the_same_tables(archive: Path) -> None:
     for one, other in zip(
         read_movielens("ml-latest-small", FOLDER), read_movielens("ml-latest-small", archive), strict=True
     ):
@@ -47,7 +46,7 @@ def test_folder_and_zip_give_the_same(archive: Path) -> None:
         assert len(one) > 1000
 
 
-def test_every_rating_is_an_event_with_its_action_and_label() -> None:
+def test_ratings_become_events_with_action_and_label() -> None:
     ratings = pl.read_csv(FOLDER / "ratings.csv")
     events, _ = read_movielens("ml-latest-small", FOLDER)
     assert events["item_id"].to_list() == ratings["movieId"].cast(pl.String).to_list()
@@ -60,7 +59,7 @@ def test_every_rating_is_an_event_with_its_action_and_label() -> None:
     assert events["label_like"].to_list() == [int(stars >= 4) for stars in ratings["rating"]]
 
 
-def test_year_and_decade_come_from_the_title_and_no_genre_is_none() -> None:
+def test_items_have_year_decade_and_no_empty_genre() -> None:
     _, items = read_movielens("ml-latest-small", FOLDER)
     toy = items.row(by_predicate=pl.col("item_id") == "1", named=True)
     assert (toy["title"], toy["year"], toy["decade"]) == ("Toy Story (1995)", 1995, "1990s")
@@ -68,7 +67,7 @@ def test_year_and_decade_come_from_the_title_and_no_genre_is_none() -> None:
     assert not items["genres"].str.contains("no genres").any()
 
 
-def test_movielens_1m_files_are_read_as_they_are(ml_1m: Path) -> None:
+def test_read_movielens_1m_keeps_its_characters(ml_1m: Path) -> None:
     events, items = read_movielens("ml-1m", ml_1m)
     assert events.rows() == [
         ("1", "1193", "978300760", "love", 1),
@@ -82,7 +81,7 @@ def test_movielens_1m_files_are_read_as_they_are(ml_1m: Path) -> None:
     assert items["decade"].to_list() == ["1990s", "1980s", None]
 
 
-def test_unknown_data_sets_and_missing_files_are_named(tmp_path: Path, archive: Path) -> None:
+def test_read_unknown_data_set_or_file_names_it(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(ValueError, match="'ml-9k' is not known"):
         read_movielens("ml-9k", FOLDER)
     for source in (tmp_path, archive):
@@ -95,7 +94,7 @@ def serve_file(monkeypatch: pytest.MonkeyPatch, path: Path, digest: str) -> None
     monkeypatch.setitem(movielens.SHA256, "ml-latest-small", {digest})
 
 
-def test_download_with_the_known_digest_is_kept(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_with_known_digest_is_kept(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_file(monkeypatch, archive, hashlib.sha256(archive.read_bytes()).hexdigest())
     target = tmp_path / "new" / "ml.zip"
     assert download("ml-latest-small", target) == target
@@ -103,7 +102,7 @@ def test_download_with_the_known_digest_is_kept(tmp_path: Path, archive: Path, m
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_download_with_another_digest_is_refused_and_leaves_nothing_behind(
+def test_download_with_other_digest_is_refused_and_removed(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_file(monkeypatch, archive, "0" * 64)
@@ -112,9 +111,8 @@ def test_download_with_another_digest_is_refused_and_leaves_nothing_behind(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_command_line_writes_both_tables(tmp_path: Path, ml_1m: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_both_tables(tmp_path: Path, ml_1m: Path) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["movielens", "ml-1m", "--source", str(ml_1m), "--out", str(out)])
-    movielens.main()
+    movielens.main(["ml-1m", "--source", str(ml_1m), "--out", str(out)])
     assert len(pl.read_parquet(out / "events.parquet")) == 3
     assert len(pl.read_parquet(out / "items.parquet")) == 3

@@ -12,9 +12,9 @@ import pytest
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import GAP_FIRST, HistoryState, PackedState, PointScores
 from slatewise.inference.engine import Engine
+from slatewise_train.bundle_writer import FP32_BOUND
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.parity import Requests
-from slatewise_train.export import FP32_BOUND
 from slatewise_train.rankers.base import Calibration
 from tests.conftest import Tiny
 

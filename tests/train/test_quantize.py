@@ -1,4 +1,4 @@
-"""int8 linears: what they compute, that no row depends on another, and that a dynamic scale would."""
+"""int8 linears: their exact results, and that rows are independent, which a dynamic scale would break."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loadtest.linears import FORMS, open_form
 from onnx import TensorProto, helper, numpy_helper
 
-from loadtest.engine.dense_layers import FORMS, open_form
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise_train.compress import Recorder
+from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
 from slatewise_train.compression.quantize import (
-    CONTRIB,
     FULL_BITS,
     SAFE_BITS,
-    SMALLEST,
+    RecordingEngine,
     dense_nodes,
     input_scale,
     observe,
     quantize,
     quantize_weight,
 )
-from slatewise_train.evaluation import parity as invariance
+from slatewise_train.evaluation import parity
 from tests.conftest import Tiny
 
 RANGES = {"x": (-3.0, 5.0)}
 
 
 def layer(inner: int, out: int, seed: int = 0, layers: int = 1) -> onnx.ModelProto:
-    """x (N, in) through that many dense layers beside each other, each an output."""
+    """Parallel dense layers that share the input x (N, in); each has its own output."""
     rng = np.random.default_rng(seed)
     nodes = []
     weights = []
@@ -73,8 +72,8 @@ def slow(graph: onnx.ModelProto, x: np.ndarray, bits: int) -> np.ndarray:
 
 @given(rows=st.integers(0, 40), inner=st.integers(32, 80), out=st.integers(32, 80), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_a_quantized_layer_equals_exact_integers(rows: int, inner: int, out: int, seed: int) -> None:
-    """At 7 bits on every processor: nothing overflows, also where the input lies beyond the seen range."""
+def test_quantized_layer_equals_exact_integers(rows: int, inner: int, out: int, seed: int) -> None:
+    """With 7 bits no product overflows on any processor, also for inputs beyond the measured range."""
     graph = layer(inner, out, seed)
     x = np.random.default_rng(seed).normal(0, 4, (rows, inner)).astype(np.float32)
     np.testing.assert_allclose(run(quantize(graph, RANGES), x), slow(graph, x, SAFE_BITS), atol=2e-3)
@@ -83,7 +82,7 @@ def test_a_quantized_layer_equals_exact_integers(rows: int, inner: int, out: int
 @pytest.mark.parametrize(
     "x", [np.full((3, 64), 5, np.float32), np.full((3, 64), -3, np.float32), np.tile(np.float32([5, -3]), (3, 32))]
 )
-def test_seven_bits_do_not_overflow_at_the_largest_products(x: np.ndarray) -> None:
+def test_seven_bits_do_not_overflow_at_largest_products(x: np.ndarray) -> None:
     graph = layer(64, 32)
     weight = np.where(np.arange(64)[:, None] % 2 == np.arange(32) % 2, 1, -1).astype(np.float32)
     graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w0"))
@@ -91,16 +90,16 @@ def test_seven_bits_do_not_overflow_at_the_largest_products(x: np.ndarray) -> No
 
 
 @given(least=st.floats(-100, 0), largest=st.floats(0, 100), at=st.floats(0, 1))
-def test_input_codes_are_within_half_a_step_of_what_was_seen(least: float, largest: float, at: float) -> None:
+def test_input_scale_error_is_at_most_half_a_step(least: float, largest: float, at: float) -> None:
     scale, zero = input_scale(least, largest)
     value = least + at * (largest - least)
     code = np.clip(np.rint(value / float(scale)) + int(zero), 0, 255)
     assert abs((code - int(zero)) * float(scale) - value) <= 1.01 * float(scale)
-    assert (int(zero) - int(zero)) * float(scale) == 0.0, "nought is exact"
+    assert (int(zero) - int(zero)) * float(scale) == 0.0, "0 is exact"
 
 
 @pytest.mark.parametrize("bits", [SAFE_BITS, FULL_BITS])
-def test_weights_keep_their_outputs_scale(bits: int) -> None:
+def test_quantize_weight_error_is_at_most_half_a_step(bits: int) -> None:
     weight = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32) * np.logspace(
         -3, 3, 40, dtype=np.float32
     )
@@ -110,25 +109,25 @@ def test_weights_keep_their_outputs_scale(bits: int) -> None:
     assert (np.abs(codes * scale - weight) <= 0.5001 * scale).all() and not codes[:, 7].any()
 
 
-def test_layers_that_read_the_same_share_its_codes_and_small_ones_stay() -> None:
+def test_layers_of_one_input_share_codes_and_small_ones_stay() -> None:
     graph = quantize(layer(48, 32, layers=3), RANGES)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("QuantizeLinear") == 1 and kinds.count("MatMulIntegerToFloat") == 3
     assert {w.data_type for w in graph.graph.initializer if w.name.startswith("w") and w.name.endswith("codes")} == {
         TensorProto.INT8
     }
-    small = layer(48, SMALLEST - 1)
+    small = layer(48, INTEGER_SIDE - 1)
     assert not dense_nodes(small) and quantize(small, {}).graph == small.graph
 
 
-def test_what_is_observed_is_the_range_over_all_requests() -> None:
+def test_observe_returns_the_range_over_all_requests() -> None:
     values = [np.float32([[1, -2] + [0.5] * 46]), np.float32([[7] + [1] * 47])]
     assert observe(layer(48, 32), ({"x": x} for x in values)) == {"x": (-2.0, 7.0)}
-    assert observe(layer(48, 32), [{"x": values[1]}]) == {"x": (0.0, 7.0)}, "nought is always in it"
+    assert observe(layer(48, 32), [{"x": values[1]}]) == {"x": (0.0, 7.0)}, "0 is always in the range"
 
 
 def dynamic(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The usual int8: onnxruntime's dynamic scale, one for the whole tensor."""
+    """ONNX Runtime's dynamic quantization, with one scale for the whole tensor."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     weights = {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer}
@@ -151,10 +150,10 @@ def dynamic(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def calibrated(ranker: Ranker, source: Path, folder: Path, make: Any) -> Engine:
-    """The tiny ranker's engine with each graph made anew, from what its requests show."""
+    """The tiny ranker's engine with every graph rewritten by `make`, given the ranges of its inputs."""
     engine = ranker.engines["fp32"]
-    watched = Recorder(source, ranker.items, ranker.manifest.exits, 1)
-    requests = invariance.Requests(watched, ranker.manifest, 0)
+    watched = RecordingEngine(source, ranker.items, ranker.manifest.exits, 1)
+    requests = parity.Requests(watched, ranker.manifest, 0)
     for length, n in itertools.product((0, 1, 60, 128), (1, 50, 300)):
         watched.score(requests.history(length), requests.candidates(n), requests.meta(), "set")
     folder.mkdir(exist_ok=True)
@@ -176,30 +175,28 @@ def engines(tiny: Tiny, ranker: Ranker, tmp_path_factory: pytest.TempPathFactory
 
 
 PROPERTIES = {
-    "one pass": invariance.one_pass,
-    "chunks": invariance.candidate_chunks,
-    "extended": invariance.extended,
-    "padding": invariance.padding,
-    "permutation": invariance.permutation,
+    "one pass": parity.one_pass,
+    "chunks": parity.candidate_chunks,
+    "extended": parity.extended,
+    "padding": parity.padding,
+    "permutation": parity.permutation,
 }
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_nothing_that_must_not_change_a_score_does(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
-    """As exactly as in fp32."""
-    assert PROPERTIES[name](invariance.Requests(engines["static"], ranker.manifest, 1)) <= 1e-5
+def test_static_int8_keeps_parity_like_fp32(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
+    """Within the bound of fp32."""
+    assert PROPERTIES[name](parity.Requests(engines["static"], ranker.manifest, 1)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["one pass", "chunks", "extended", "padding"])
-def test_a_dynamic_scale_would_let_neighbours_change_a_score(
-    ranker: Ranker, engines: dict[str, Engine], name: str
-) -> None:
-    """By more than ten times what anything else may: why plain dynamic int8 is not among the variants."""
-    assert PROPERTIES[name](invariance.Requests(engines["dynamic"], ranker.manifest, 1)) > 1e-4
+def test_dynamic_int8_lets_neighbours_change_a_score(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
+    """By more than ten times the bound, so dynamic int8 is not offered as a variant."""
+    assert PROPERTIES[name](parity.Requests(engines["dynamic"], ranker.manifest, 1)) > 1e-4
 
 
-def test_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]) -> None:
-    requests = invariance.Requests(ranker.engines["fp32"], ranker.manifest, 3)
+def test_static_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]) -> None:
+    requests = parity.Requests(ranker.engines["fp32"], ranker.manifest, 3)
     for length, n in ((0, 20), (40, 200)):
         history = requests.history(length)
         candidates = requests.candidates(n)
@@ -211,8 +208,8 @@ def test_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]) -> No
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_of_all_forms_the_dynamic_one_alone_lets_a_row_change_its_neighbours(name: str) -> None:
-    """What `loadtest.engine.dense_layers` measures: each form is near the dense layer, whatever it costs."""
+def test_only_the_dynamic_form_depends_on_other_rows(name: str) -> None:
+    """Every form that `loadtest.linears` measures is close to the dense layer."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 64**-0.5, (64, 32)).astype(np.float32)
     bias = rng.normal(size=32).astype(np.float32)

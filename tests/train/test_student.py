@@ -1,4 +1,4 @@
-"""A student is its teacher where nothing shrinks, has its teacher's weights where both have them, and learns what is left."""
+"""Students: their initial weights come from the teacher, and distillation brings them closer to it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from slatewise_train.compression.distill import DistillConfig, Distiller, distil
 from slatewise_train.compression.student import half, regroup, shrink
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.weights import serving_form
 from slatewise_train.train import Trainer
 from tests.conftest import Tiny
 
@@ -31,7 +32,7 @@ def make_teacher(**shape: int) -> Ligr:
     return teacher.eval()
 
 
-def test_a_student_of_the_same_shape_is_its_teacher() -> None:
+def test_shrink_to_the_same_shape_copies_the_teacher() -> None:
     teacher = make_teacher()
     student = shrink(teacher, {"blocks": 4, "key_heads": 2, "key_size": 8})
     wanted = teacher.state_dict()
@@ -50,7 +51,7 @@ def test_a_student_of_the_same_shape_is_its_teacher() -> None:
     key_size=st.sampled_from([2, 4, 8]),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_smaller_student_has_the_shape_that_was_asked_for_and_works(
+def test_shrink_gives_the_wanted_shape(
     blocks: int, set_blocks: int, feed_forward: int, heads: tuple[int, int], key_size: int
 ) -> None:
     teacher = make_teacher()
@@ -89,14 +90,14 @@ def test_a_smaller_student_has_the_shape_that_was_asked_for_and_works(
     assert torch.isfinite(student.set_logits(hidden)).all() and users.shape == (1, 9, 16)
 
 
-def test_blocks_are_spread_evenly_over_the_teachers() -> None:
+def test_shrink_takes_blocks_evenly() -> None:
     teacher = make_teacher()
     student = shrink(teacher, {"blocks": 2})
     for k, original in enumerate((0, 2)):
         torch.testing.assert_close(student.blocks[k].up.weight, teacher.blocks[original].up.weight)
 
 
-def test_the_hidden_units_that_weigh_most_stay() -> None:
+def test_shrink_keeps_hidden_units_of_largest_norm() -> None:
     teacher = make_teacher(blocks=1)
     with torch.no_grad():
         teacher.blocks[0].down.weight[:, ::2] *= 1e-3
@@ -105,10 +106,10 @@ def test_the_hidden_units_that_weigh_most_stay() -> None:
     torch.testing.assert_close(student.blocks[0].down.weight, teacher.blocks[0].down.weight[:, 1::2])
 
 
-def test_a_smaller_head_keeps_the_pairs_whose_frequencies_it_has() -> None:
+def test_regroup_keeps_pairs_of_the_smaller_heads_frequencies() -> None:
     rows = torch.arange(16.0)[:, None]  # two heads of 8: pairs (0, 4), (1, 5), ... and (8, 12), ...
     assert regroup(rows, 2, 2, 8, 4)[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
-    assert regroup(rows, 2, 1, 8, 8)[:, 0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11], "shared keys are the mean of theirs"
+    assert regroup(rows, 2, 1, 8, 8)[:, 0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11], "shared heads are averaged"
     before, after = (10_000.0 ** (-np.arange(half) / half) for half in (4, 2))
     np.testing.assert_allclose(before[::2], after)
 
@@ -125,12 +126,12 @@ def test_a_smaller_head_keeps_the_pairs_whose_frequencies_it_has() -> None:
         ({"attention_heads": 3, "key_heads": 1}, "attention_heads = 2"),
     ],
 )
-def test_what_cannot_be_is_refused(shape: dict[str, int], reason: str) -> None:
+def test_shrink_to_impossible_shape_is_refused(shape: dict[str, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         shrink(make_teacher(), shape)
 
 
-def test_heads_that_do_not_divide_or_cannot_be_told_apart_are_refused() -> None:
+def test_shrink_to_heads_that_do_not_merge_is_refused() -> None:
     with pytest.raises(ValueError, match="must divide"):
         shrink(make_teacher(attention_heads=4), {"key_heads": 3})
     with pytest.raises(ValueError, match="keeps its attention_heads"):
@@ -138,8 +139,8 @@ def test_heads_that_do_not_divide_or_cannot_be_told_apart_are_refused() -> None:
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_queries_that_come_to_share_equal_keys_read_what_they_read_before(key_heads: int) -> None:
-    """Where the heads that are shared were equal, their mean is each of them."""
+def test_shrink_of_equal_key_heads_keeps_the_output(key_heads: int) -> None:
+    """The mean of equal heads is each of them."""
     teacher = make_teacher(attention_heads=4, blocks=1)
     with torch.no_grad():
         for layer in (teacher.blocks[0].key, teacher.blocks[0].value):
@@ -152,7 +153,7 @@ def test_queries_that_come_to_share_equal_keys_read_what_they_read_before(key_he
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_where_nothing_is_said_a_student_is_half_of_its_teacher() -> None:
+def test_half_is_half_of_each_size() -> None:
     assert half(make_teacher().config) == {"blocks": 2, "feed_forward": 2, "key_size": 4}
     assert (
         shrink(
@@ -162,7 +163,7 @@ def test_where_nothing_is_said_a_student_is_half_of_its_teacher() -> None:
     )
 
 
-def test_who_agrees_has_nothing_to_learn() -> None:
+def test_distillation_loss_of_equal_logits_is_zero() -> None:
     logits = 3 * torch.randn(5, 7, 2)
     assert abs(distillation_loss(logits, logits)) < 1e-6 and distillation_loss(logits + 1, logits) > 0
     assert abs(listwise_kl(logits + 1, logits)) < 1e-6, "a shift changes scores and no order"
@@ -171,15 +172,9 @@ def test_who_agrees_has_nothing_to_learn() -> None:
 
 @pytest.fixture
 def trainer(tiny: Tiny) -> Trainer:
-    """With the trained tiny ranker, its fields folded into the item table, as `restore` gives it."""
-    model = tiny.trainer.model
-    folded = Ligr(LigrConfig(**{**vars(model.config), "fields": {}}), {}, model.numeric_mean, model.numeric_std)
-    folded.load_state_dict(
-        {name: value for name, value in model.state_dict().items() if name in folded.state_dict()}, strict=False
-    )
-    with torch.no_grad():
-        folded.item.weight.copy_(model.item_table())
-    return Trainer(tiny.trainer.data, folded.eval(), tiny.config.train)
+    """A trainer of the tiny ranker in serving form, as a bundle gives it."""
+    model = serving_form(tiny.trainer.model)
+    return Trainer(tiny.trainer.data, model, tiny.config.train)
 
 
 CONFIG = DistillConfig(
@@ -188,7 +183,7 @@ CONFIG = DistillConfig(
 VECTORS = np.random.default_rng(0).normal(0, 0.3, (10, 8)).astype(np.float32)
 
 
-def test_a_student_learns_and_its_item_table_stays_and_so_does_the_teacher(trainer: Trainer, tmp_path: Path) -> None:
+def test_distill_trains_only_the_student_without_its_items(trainer: Trainer, tmp_path: Path) -> None:
     student = shrink(trainer.model, {"blocks": 1, "feed_forward": 1})
     teacher = copy.deepcopy(trainer.model.state_dict())
     items = student.item.weight.detach().clone()
@@ -199,12 +194,12 @@ def test_a_student_learns_and_its_item_table_stays_and_so_does_the_teacher(train
         torch.testing.assert_close(value, teacher[name], rtol=0, atol=0)
 
 
-def test_a_teacher_beside_itself_has_nothing_to_learn(trainer: Trainer) -> None:
+def test_distiller_loss_of_the_teacher_itself_is_zero(trainer: Trainer) -> None:
     distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
     assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
 
 
-def test_learning_that_was_stopped_goes_on_to_the_same_student(
+def test_distill_resumed_gives_the_same_student(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"blocks": 1, "key_size": 4}
@@ -230,7 +225,7 @@ def test_learning_that_was_stopped_goes_on_to_the_same_student(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_checkpoint_of_other_work_is_not_gone_on_from(trainer: Trainer, tmp_path: Path) -> None:
+def test_distill_with_checkpoint_of_other_work_starts_anew(trainer: Trainer, tmp_path: Path) -> None:
     checkpoint = tmp_path / "student.pt"
     distill(shrink(trainer.model, {"blocks": 1}), trainer, VECTORS, CONFIG, checkpoint)
     losses = distill(shrink(trainer.model, {"blocks": 1, "key_size": 4}), trainer, VECTORS, CONFIG, checkpoint)

@@ -1,8 +1,11 @@
-"""A ranker on disk becomes a ranker in memory, or is refused with a reason.
+"""Load a bundle's folder into a `Ranker`, or refuse it with a reason.
 
-Before: a folder that `models/slatewise_train/export.py` published. After: `pipeline.py` ranks with it. Loading checks every digest, the
-schema, and each variant's golden request on this processor: a variant that misses its bound is not served, the others
-are; a version that cannot be loaded leaves the next older one serving.
+A bundle is trusted after three checks: the SHA-256 of every file, the shapes and dtypes that the manifest declares,
+and each variant's golden request, scored on this processor. A variant that fails is not served and the others are.
+A version that fails leaves the next older version serving. The operators of the graphs are checked once, when
+the bundle is written (`slatewise_train/compression/graph_check.py`).
+
+Called by: the server's start, offline tools. Calls: `manifest.py`, `inference/engine.py`.
 """
 
 from __future__ import annotations
@@ -14,171 +17,65 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from slatewise.bundle.graph_check import check_name
 from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest
 from slatewise.bundle.ranker import Ranker, Vocabulary
-from slatewise.inference.arrays import (
-    FIRST_ITEM,
-    Float64,
-)
+from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
 from slatewise.inference.engine import Engine, EngineError
 from slatewise.inference.item_table import Int8Items, record
 from slatewise.schemas import RankRequest
 
 log = logging.getLogger("slatewise")
 
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+REQUIRED = ("items.npy", "ids.json", "fields.npy")
+OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+# Versions
 
 
-REQUIRED = ("items.npy", "ids.json", "fields.npy", "default_meta.npy")
-SHARED = (*REQUIRED, "users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json")
+def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
+    """The newest loadable version of each ranker below `root`, by name; `variants` as in `load_bundle`.
 
-
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raises ManifestError where a file of the manifest is missing, leads out of the bundle, or has another digest.
-
-    A variant's files are checked with the variant, items8.npy too.
+    Raises ManifestError when no bundle can be loaded, and NoSuchVariant when a ranker has no variant of `variants`.
     """
-    for name in SHARED:
-        if name not in manifest.files and (name in REQUIRED or (folder / name).exists()):
-            raise ManifestError(f"the manifest has no digest of {name}")
-    for name, digest in manifest.files.items():
-        if not name.startswith("variants/") and name != "items8.npy":
-            check_file(folder, name, digest)
+    rankers: dict[str, Ranker] = {}
+    reasons = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
+        for version in reversed(versions(folder)):
+            try:
+                rankers[folder.name] = load_version(folder, version, threads, variants)
+                break
+            except NoSuchVariant:
+                raise
+            except ManifestError as error:
+                reasons.append(str(error))
+                log.error("not served: %s", error)
+    if not rankers:
+        raise ManifestError(f"{root}: no bundle can be served; make one with `make train`. {' '.join(reasons)}")
+    return rankers
 
 
-def check_file(folder: Path, name: str, digest: str) -> None:
-    path = folder / name
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ManifestError(f"{name} leads out of the bundle")
-    if not path.is_file():
-        raise ManifestError(f"{name} is missing")
-    if sha256(path) != digest:
-        raise ManifestError(f"{name} does not have the manifest's sha256")
+def versions(folder: Path) -> list[int]:
+    """The version numbers in a ranker's folder, ascending."""
+    return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
 
 
-def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
-    """One variant, warm, once it gives its golden scores. Raises ManifestError or EngineError with the reason."""
-    manifest = ranker.manifest
-    graphs = ["encode", *manifest.exits]
-    table = manifest.variants[name].items
-    own = set() if table == "items.npy" else {table}  # items.npy is checked with the bundle
-    mine = {
-        path: digest for path, digest in manifest.files.items() if path.startswith(f"variants/{name}/") or path in own
-    }
-    wanted = own | {f"variants/{name}/{graph}.onnx" for graph in graphs}
-    if missing := wanted - mine.keys():
-        raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
-    for path, digest in mine.items():
-        check_file(folder, path, digest)
-    items = ranker.items if table == "items.npy" else load_int8_items(folder / table, ranker.items.shape)
-    check_name(name, folder / "variants" / name, graphs, isinstance(items, Int8Items))
-    engine = Engine(folder / "variants" / name, items, manifest.exits, threads)
-    found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))  # finite, or an EngineError
-    for exit, probabilities in found.items():
-        if probabilities.shape != (len(manifest.example["candidates"]["item_ids"]), len(manifest.heads)):
-            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
-    scores = found[manifest.default_exit] @ ranker.score_weights(None)
-    golden = manifest.variants[name]
-    worst = float(np.abs(scores - np.array(golden.golden_scores)).max())
-    bound = golden.golden_bound or golden.bound
-    if not worst <= bound:
-        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {bound:.0e}")
-    for request in ranker.warmup:  # so that the first client finds memory at its size
-        for multi_threaded in (False, True) if engine.multi_threaded else (False,):
-            score_request(ranker, engine, request, multi_threaded)
-    return engine
-
-
-def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
-    try:
-        records = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{path}: {error}") from error
-    if records.dtype != record(shape[1]) or records.shape != shape[:1]:
-        raise ManifestError(
-            f"{path.name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}"
-        )
-    if not (np.isfinite(records["scale"]).all() and np.isfinite(records["middle"]).all()):
-        raise ManifestError(f"{path.name} holds a number that is not finite")
-    return Int8Items(records)
-
-
-def score_request(
-    ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
-) -> dict[str, Float64]:
-    """(N, heads) probabilities by exit, the slow, obvious way, with the embedded store's vector."""
-    history, _ = ranker.history(request)
-    candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
-    meta = ranker.embedded_meta_of(request.user)
-    return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}
-
-
-def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
-    """The bundle without its variants. Raises ManifestError where an array is not what the manifest says."""
-    try:
-        items = np.asarray(
-            np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
-        )  # the map, without np.memmap's slow indexing
-        ids = read_json(folder / "ids.json")
-        field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
-        default_meta = np.load(folder / "default_meta.npy", allow_pickle=False)
-        users = read_json(folder / "users.json") or []
-        embedded = (
-            np.load(folder / "meta_embeddings.npy", mmap_mode="r", allow_pickle=False)
-            if users
-            else np.zeros((0, manifest.meta_size), np.float32)
-        )
-        report = read_json(folder / "report.json") or {}
-        if not isinstance(report, dict) or not all(
-            isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (ids, users)
-        ):
-            raise ValueError("ids.json, users.json or report.json is of another shape")
-        lines = (folder / "warmup.jsonl").read_text().splitlines() if (folder / "warmup.jsonl").exists() else []
-        warmup = [RankRequest.model_validate_json(line) for line in lines]
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{folder}: {error}") from error
-    expected = {
-        "items.npy": (items, (len(ids) + FIRST_ITEM, manifest.width)),
-        "fields.npy": (field_vectors, (sum(len(f.values) + 1 for f in manifest.fields.values()), manifest.width)),
-        "default_meta.npy": (default_meta, (manifest.meta_size,)),
-        "meta_embeddings.npy": (embedded, (len(users), manifest.meta_size)),
-    }
-    for name, (array, shape) in expected.items():
-        if array.dtype != np.float32 or array.shape != shape:
-            raise ManifestError(f"{folder}: {name} is {array.dtype} {array.shape}, expected float32 {shape}")
-        if not np.isfinite(array).all():
-            raise ManifestError(f"{folder}: {name} holds a number that is not finite")
-    return Ranker(
-        manifest=manifest,
-        vocabulary=Vocabulary(
-            items=dict(zip(ids, range(FIRST_ITEM, len(ids) + FIRST_ITEM), strict=True)),
-            actions={name: k + 1 for k, name in enumerate(manifest.actions)},
-            fields={name: {v: f.offset + k + 1 for k, v in enumerate(f.values)} for name, f in manifest.fields.items()},
-        ),
-        items=items,
-        field_vectors=field_vectors,
-        field_offsets={name: f.offset for name, f in manifest.fields.items()},
-        default_meta=default_meta,
-        embedded_meta=embedded,
-        embedded_users={user: k for k, user in enumerate(users)},
-        engines={},
-        refused={},
-        report=report,
-        warmup=warmup,
-    )
+def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...]) -> Ranker:
+    """One version in a ranker's folder. Raises ManifestError when it holds another ranker or version than its path."""
+    ranker = load_bundle(folder / str(version), threads, variants)
+    if (ranker.name, ranker.manifest.version) != (folder.name, version):
+        raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
+    return ranker
 
 
 def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> Ranker:
-    """With these of its variants, or all. Raises ManifestError where it cannot be trusted or none of them can be served."""
+    """The ranker of a bundle, with the variants that pass their checks.
+
+    `variants` limits the choice; empty means all. Raises NoSuchVariant when the bundle has no variant of that choice,
+    and ManifestError when the bundle cannot be trusted or every chosen variant is refused.
+    """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     ranker = make_ranker(folder, manifest)
@@ -200,33 +97,195 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
     return ranker
 
 
-def versions(folder: Path) -> list[int]:
-    """The versions of one ranker's folder, ascending."""
-    return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
+# Files
 
 
-def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
-    """The newest version of each ranker that can be loaded, with these of its variants or all.
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Raises ManifestError where there is none at all, or a ranker has none of these variants.
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None when the file does not exist."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """The array of a .npy file, memory-mapped; an ndarray, because np.memmap is slow to index. Pickles are refused."""
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check the digests of the files that all variants share; `load_variant` checks the others.
+
+    Raises ManifestError when a file is missing, leads out of the bundle, has another digest, or has no digest.
     """
-    rankers: dict[str, Ranker] = {}
-    reasons = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
-        for version in reversed(versions(folder)):
-            try:
-                ranker = load_bundle(folder / str(version), threads, variants)
-                if (ranker.name, ranker.manifest.version) != (folder.name, version):
-                    raise ManifestError(
-                        f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}"
-                    )
-                rankers[folder.name] = ranker
-                break
-            except NoSuchVariant:
-                raise
-            except ManifestError as error:
-                reasons.append(str(error))
-                log.error("not served: %s", error)
-    if not rankers:
-        raise ManifestError(f"{root}: no bundle can be served; make one with `make train`. {' '.join(reasons)}")
-    return rankers
+    required = [*REQUIRED]
+    if manifest.meta_size:
+        required.append("default_meta.npy")
+    if manifest.model:
+        required.append(manifest.model.weights)
+    for name in (*required, *(name for name in OPTIONAL if (folder / name).exists())):
+        if name not in manifest.files:
+            raise ManifestError(f"the manifest has no digest of {name}")
+    for name, digest in manifest.files.items():
+        if not name.startswith("variants/") and name != "items8.npy":
+            check_file(folder, name, digest)
+
+
+def check_file(folder: Path, name: str, digest: str) -> None:
+    """Raises ManifestError when the file is missing, leads out of the bundle, or has another SHA-256."""
+    path = folder / name
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestError(f"{name} leads out of the bundle")
+    if not path.is_file():
+        raise ManifestError(f"{name} is missing")
+    if sha256(path) != digest:
+        raise ManifestError(f"{name} does not have the manifest's sha256")
+
+
+# Ranker
+
+
+def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
+    """The ranker without its variants. Raises ManifestError for an unreadable file or an array of another shape."""
+    try:
+        ids = read_json(folder / "ids.json")
+        users = (read_json(folder / "users.json") or []) if manifest.meta_size else []
+        report = read_json(folder / "report.json") or {}
+        if not isinstance(report, dict) or not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in (ids, users)
+        ):
+            raise ValueError("ids.json, users.json or report.json is of another shape")
+        items = map_array(folder / "items.npy")
+        field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
+        default_meta, embedded = load_meta(folder, manifest, len(users))
+        warmup = read_warmup(folder / "warmup.jsonl")
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"{folder}: {error}") from error
+    field_rows = sum(len(field.values) + 1 for field in manifest.fields.values())
+    for name, array, shape in (
+        ("items.npy", items, (len(ids) + FIRST_ITEM, manifest.width)),
+        ("fields.npy", field_vectors, (field_rows, manifest.width)),
+        ("default_meta.npy", default_meta, (manifest.meta_size,)),
+        ("meta_embeddings.npy", embedded, (len(users), manifest.meta_size)),
+    ):
+        check_array(f"{folder}: {name}", array, shape)
+    return Ranker(
+        manifest=manifest,
+        vocabulary=make_vocabulary(ids, manifest),
+        items=items,
+        field_vectors=field_vectors,
+        field_offsets={name: field.offset for name, field in manifest.fields.items()},
+        default_meta=default_meta,
+        embedded_meta=embedded,
+        embedded_users={user: row for row, user in enumerate(users)},
+        engines={},
+        refused={},
+        report=report,
+        warmup=warmup,
+    )
+
+
+def load_meta(folder: Path, manifest: Manifest, users: int) -> tuple[Float32, Float32]:
+    """The default meta-embedding (M,) and those of the embedded store (users, M); empty arrays when M is 0."""
+    if not manifest.meta_size:
+        return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+    default = np.load(folder / "default_meta.npy", allow_pickle=False)
+    embedded = map_array(folder / "meta_embeddings.npy") if users else np.zeros((0, manifest.meta_size), np.float32)
+    return default, embedded
+
+
+def read_warmup(path: Path) -> list[RankRequest]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [RankRequest.model_validate_json(line) for line in lines]
+
+
+def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raises ManifestError unless the array is float32, of this shape and finite."""
+    if array.dtype != np.float32 or array.shape != shape:
+        raise ManifestError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
+    if not np.isfinite(array).all():
+        raise ManifestError(f"{name} holds a number that is not finite")
+
+
+def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
+    return Vocabulary(
+        items={item: row for row, item in enumerate(ids, FIRST_ITEM)},
+        actions={action: row for row, action in enumerate(manifest.actions, 1)},
+        fields={
+            name: {value: row for row, value in enumerate(field.values, field.offset + 1)}
+            for name, field in manifest.fields.items()
+        },
+    )
+
+
+# Variants
+
+
+def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
+    """The engine of one variant, checked and warmed up. Raises ManifestError or EngineError with the reason."""
+    manifest = ranker.manifest
+    table = manifest.variants[name].items
+    check_variant_files(folder, manifest, name)
+    items = ranker.items if table == "items.npy" else load_int8_items(folder / table, ranker.items.shape)
+    engine = Engine(folder / "variants" / name, items, manifest.exits, threads)
+    check_golden(ranker, engine, name)
+    for request in ranker.warmup:  # allocates memory now instead of during the first request
+        for multi_threaded in (False, True) if engine.multi_threaded else (False,):
+            score_request(ranker, engine, request, multi_threaded)
+    return engine
+
+
+def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
+    """Raises ManifestError when a graph or the int8 item table of the variant is missing or has another digest."""
+    table = manifest.variants[name].items
+    tables: set[str] = set() if table == "items.npy" else {table}  # `check_files` checks items.npy
+    prefix = f"variants/{name}/"
+    files = {path: digest for path, digest in manifest.files.items() if path.startswith(prefix) or path in tables}
+    expected = tables | {f"{prefix}{graph}.onnx" for graph in ("encode", *manifest.exits)}
+    if missing := expected - files.keys():
+        raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
+    for path, digest in files.items():
+        check_file(folder, path, digest)
+
+
+def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
+    """The int8 item table for a float32 table of this shape. Raises ManifestError when the file holds another table."""
+    try:
+        records = map_array(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+    if records.dtype != record(shape[1]) or records.shape != shape[:1]:
+        raise ManifestError(
+            f"{path.name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}"
+        )
+    if not (np.isfinite(records["scale"]).all() and np.isfinite(records["middle"]).all()):
+        raise ManifestError(f"{path.name} holds a number that is not finite")
+    return Int8Items(records)
+
+
+def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
+    """Score the manifest's example. Raises ManifestError when a score misses the variant's golden bound."""
+    manifest = ranker.manifest
+    variant = manifest.variants[name]
+    found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
+    expected = (len(manifest.example["candidates"]["item_ids"]), len(manifest.heads))
+    for exit, probabilities in found.items():
+        if probabilities.shape != expected:
+            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
+    scores = found[manifest.default_exit] @ ranker.score_weights(None)
+    worst = float(np.abs(scores - np.array(variant.golden_scores)).max())
+    bound = variant.golden_bound or variant.bound
+    if not worst <= bound:
+        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {bound:.0e}")
+
+
+def score_request(
+    ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
+) -> dict[str, Float64]:
+    """(N, heads) probabilities by exit, by the simple reference path, with the embedded store's meta-embedding."""
+    history, _ = ranker.history(request)
+    candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
+    meta = ranker.embedded_meta_of(request.user)
+    return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}

@@ -1,73 +1,92 @@
-"""What a bundle promises. `models/slatewise_train/export.py` writes it, `bundle.py` holds the files to it.
+"""The manifest of a bundle: its schema, its versions of the format, and how it is read.
 
-<root>/<ranker>/<version>/
-  manifest.json               this
-  items.npy ids.json          item table (rows, d), row 0 the unknown item, row 1 the start token; ids of rows 2, 3, ...
-  items8.npy                  the same in int8, for the variants that name it (optional)
-  display.json                titles and fields of the items that may show them (optional)
-  fields.npy                  vectors of field values, for items that arrive with `candidates.fields`
-  meta_embeddings.npy users.json   vectors of the embedded store (optional)
-  default_meta.npy            the un-adapted vector
-  warmup.jsonl                requests to warm up with
-  report.json report.png      quality per exit, latency
-  variants.md variants.png    what each variant costs and keeps (optional)
-  variants/<name>/{encode,dot,point,set}.onnx      what a name promises: `operators.py`
+    <root>/<ranker>/<version>/
+      manifest.json                    this file
+      items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of the others
+      items8.npy                       the same table in int8, for the variants that name it (optional)
+      fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
+      weights.npz                      float32 weights of the model, apart from the item table (format 2)
+      default_meta.npy                 the meta-embedding of unknown users (absent when `meta_size` is 0)
+      meta_embeddings.npy users.json   meta-embeddings of the embedded store (optional)
+      meta_block.npz                   the meta block, which the refresh job adapts to users (optional)
+      display.json                     titles and fields of items, for display (optional)
+      warmup.jsonl                     requests to warm up with (optional)
+      report.json report.png           quality by exit (optional)
+      variants.md variants.png         size, latency and quality by variant (optional)
+      variants/<name>/*.onnx           graphs: encode, then one for each exit
+      variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
+
+Called by: `loader.py` and every command that reads a bundle. Written by: `slatewise_train/bundle_writer.py`.
 """
 
 import json
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-FORMAT = 1
+FORMAT = 2  # the format that is written
+KNOWN_FORMATS = (1, 2)  # the formats that are read
 
 
 class ManifestError(ValueError):
-    """A bundle that cannot be trusted, with the reason."""
+    """The bundle cannot be trusted; the message gives the reason."""
 
 
 class NoSuchVariant(ManifestError):
-    """A bundle without any of the variants that were chosen: no reason to serve an older one."""
+    """The bundle has no variant that the operator chose. An older version must not be served instead."""
 
 
-class Part(BaseModel):
+class Member(BaseModel):
+    """Part of a manifest: immutable, without unknown members."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tensor(Part):
+class Tensor(Member):
     dtype: str
     shape: list[int | str]
 
 
-class Io(Part):
+class Io(Member):
     """Inputs and outputs of one graph."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
 
-class Column(Part):
-    """One categorical column: row `offset` of fields.npy is "none", then one row a value."""
+class Column(Member):
+    """One categorical column: row `offset` of fields.npy stands for a missing value, then one row per value."""
 
     offset: int = Field(ge=0)
     values: list[str]
 
 
-class Variant(Part):
+class ModelDescription(Member):
+    """The model in training's terms: enough to build it again. The server does not read it."""
+
+    family: str = Field(min_length=1, description="Ranker family, a key of `families.FAMILIES`.")
+    config: dict[str, Any] = Field(description="Configuration of the model, as its family defines it.")
+    weights: str = Field(
+        pattern=r"^[\w-]+\.npz$", description="File of the float32 weights: arrays by parameter name, without pickle."
+    )
+
+
+class Variant(Member):
     items: Literal["items.npy", "items8.npy"] = Field(
-        default="items.npy", description="Its item table: float32, or int8 records of `items.py`."
+        default="items.npy", description="Its item table: float32 rows, or int8 records of `item_table.py`."
     )
     bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
     golden_bound: float | None = Field(
         default=None,
         gt=0,
-        description="Of the golden scores on another processor; None: the same. Rounding steps may fall otherwise there.",
+        description="Tolerance of the golden scores on other processors; default: `bound`. "
+        "Integer rounding can differ between processors.",
     )
     invariance: dict[str, float] = Field(description="Largest differences measured at export, by property.")
-    quality: dict[str, dict[str, Any]] = Field(description="Per exit, on held-out data.")
+    quality: dict[str, dict[str, Any]] = Field(description="Quality on held-out data, by exit.")
     latency_ms: dict[str, Any]
     agreement: dict[str, float] = Field(
         default={}, description="With fp32: Kendall's tau, overlap of the first ten, largest difference of a score."
@@ -77,30 +96,36 @@ class Variant(Part):
     )
     within_gate: bool | None = Field(
         default=None,
-        description="Of quality; None: not known. One outside is published where forced, and never the default.",
+        description="Whether quality passed the gate; null: not measured. "
+        "A variant that failed is published only when forced, and never as the default.",
     )
-    resident_bytes: int | None = Field(default=None, description="What loading it alone adds to a process, one thread.")
+    resident_bytes: int | None = Field(
+        default=None, description="Resident memory that loading this variant alone adds to a process with one thread."
+    )
     golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
 
     @property
     def milliseconds(self) -> float:
-        """Encode and score, summed over the shapes that were measured; infinite where none was."""
+        """Encode and score time, summed over the measured shapes; infinite when no shape was measured."""
         rows = self.latency_ms.get("rows", [])
         return float(sum(row["encode_p50"] + row["score_p50"] for row in rows)) if rows else inf
 
 
-class BundleLimits(Part):
+class BundleLimits(Member):
     history_used: int = Field(ge=1)
-    set_wise: int = Field(ge=0, description="Most candidates that see each other; 0: the ranker is not set-wise.")
+    set_wise: int = Field(
+        ge=0, description="Most candidates that the set-wise blocks compare; 0: the ranker has no set-wise block."
+    )
 
 
-class Manifest(Part):
-    format: int
+class Manifest(Member):
+    format: Literal[1, 2]
     ranker: str
     version: int = Field(ge=0)
     created: AwareDatetime
     trained_on: str
-    space: str = Field(description="Name of the vector space of the meta-embeddings it reads.")
+    space: str = Field(description="Name of the vector space of the meta-embeddings that it reads.")
+    model: ModelDescription | None = Field(default=None, description="Present from format 2 on.")
     width: int = Field(ge=1)
     heads: dict[str, float] = Field(description="Output heads, in order, with their weight in the score.")
     exits: list[str]
@@ -109,7 +134,7 @@ class Manifest(Part):
     actions: list[str] = Field(description="Row k + 1 of the action table.")
     features: list[str] = Field(description="Numeric candidate features, in order.")
     fields: dict[str, Column]
-    meta_size: int = Field(ge=1)
+    meta_size: int = Field(ge=0, description="Length of a meta-embedding; 0: the ranker reads no meta-embeddings.")
     limits: BundleLimits
     graphs: dict[str, Io]
     variants: dict[str, Variant]
@@ -118,16 +143,28 @@ class Manifest(Part):
         description="A request body that works as it stands; the golden request of every variant."
     )
 
+    @model_validator(mode="after")
+    def check_model(self) -> Self:
+        """Format 2 describes its model; format 1 has no such member."""
+        if (self.model is None) != (self.format == 1):
+            raise ValueError(f"format {self.format} {'needs' if self.model is None else 'has no'} member `model`")
+        return self
+
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ManifestError where there is none, the format is not known, or a member is missing, wrong or unknown."""
+    """The manifest of a bundle's folder.
+
+    Raises ManifestError when the file is missing or is not JSON, the format is not known, or a member is missing,
+    unknown or invalid.
+    """
     try:
         content = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ManifestError(f"{folder}: no readable manifest.json ({error})") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ManifestError(f"{folder}: format {found!r} is not known, this server reads format {FORMAT}")
+    if found not in KNOWN_FORMATS:
+        known = " and ".join(map(str, KNOWN_FORMATS))
+        raise ManifestError(f"{folder}: format {found!r} is not known, this version reads formats {known}")
     try:
         return Manifest.model_validate(content)
     except ValueError as error:

@@ -6,6 +6,7 @@ Called by: `bundle` and `engine`, which read the rows of a request. Calls: numpy
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -44,3 +45,9 @@ class Int8Items:
 
 
 ItemTable = Float32 | Int8Items
+
+
+def read_item_table(path: Path) -> ItemTable:
+    """The item table of a .npy file, read into memory: float32 rows or int8 records, by the dtype of the file."""
+    rows = np.load(path, allow_pickle=False)
+    return Int8Items(rows) if rows.dtype.names else rows

@@ -102,7 +102,8 @@ class Pipeline:
         tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
         deadline = self.admission.deadline(request.deadline_ms, trace.timings.entered)
         admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
-        meta = MetaEmbedding(ranker.default_meta, "off" if request.user is None else "default")
+        user = request.user if ranker.manifest.meta_size else None  # a ranker without a meta block looks nothing up
+        meta = MetaEmbedding(ranker.default_meta, "off" if user is None else "default")
         if admitted.exit == "input_order":
             unknown_ids = unknown_positions(ranker.vocabulary.items, request.candidates.item_ids)
             trace.timings.lap("features")
@@ -121,7 +122,7 @@ class Pipeline:
         try:
             with self.admission.working(tokens):
                 async with deadline.timeout():
-                    look_up = None if request.user is None else self.store.look_up(ranker, request.user)  # starts now
+                    look_up = None if user is None else self.store.look_up(ranker, user)  # starts now
                     state = await self.encode(request, ranker, variant, history, trace)
                     unknown_events = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
                     trace.history = HistoryUse(len(history), dropped, unknown_events, trace.history.cache)

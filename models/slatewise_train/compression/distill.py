@@ -1,27 +1,27 @@
-"""A ranker learns to score and to order as another: the recovery of a low-rank ranker, and the training of a student.
+"""Distillation: a low-rank model or a student learns to score and to order like its teacher.
 
-What it learns from is histories and drawn slates alone; the teacher's probabilities are the labels (Hinton et al., arXiv 1503.02531).
-The item table stays as it is: it is one for all variants. Stop it when you like: the same call goes on after the last whole epoch.
-Before: `low_rank.py` or `student.py` made the ranker, `restore.py` its teacher. After: `compress.py` quantizes and measures it.
+It is trained on histories and drawn slates, and the teacher's probabilities are the labels (Hinton et al.,
+arXiv 1503.02531). The item table does not change, because all variants share it. A stopped run resumes after its last
+complete epoch.
+
+Called by: `bases.py`. Calls: `batches.py`, `epochs.py`, `losses.py`, `checkpoint.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slatewise.inference.arrays import FIRST_ITEM
-from slatewise_train.batches import make_batch, read_slates
+from slatewise_train import checkpoint
+from slatewise_train.batches import Batch, make_batch, read_slates
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import distillation_loss, listwise_kl
-from slatewise_train.rankers.ligr import Ligr
+from slatewise_train.rankers.base import EncodedHistory, Ranker
 from slatewise_train.train import Trainer
 
 
@@ -31,16 +31,19 @@ class DistillConfig:
     batch_events: int = 8192
     learning_rate: float = 0.003
     warmup_steps: int = 100
-    positions: int = 512  # of a batch, at which the exit `dot` orders items
-    items: int = 2048  # that it orders there
-    windows: int = 32  # of a batch, with slates for the exits above
+    positions: int = 512  # per batch, at which the exit `dot` learns to order items
+    items: int = 2048  # that it orders at each position
+    windows: int = 32  # per batch, with slates for the other exits
     seed: int = 0
 
 
 class Distiller:
-    """`student` learns from `trainer.model`, whose data it reads; `vectors` (U, M) are users' meta-embeddings to draw from."""
+    """Trains `student` towards `trainer.model` on the trainer's data.
 
-    def __init__(self, student: Ligr, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
+    vectors: (U, M) users' meta-embeddings, which are drawn for the slates.
+    """
+
+    def __init__(self, student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)
         self.student = student
         self.teacher = trainer.model.eval()
@@ -48,106 +51,97 @@ class Distiller:
         self.config = config
         self.vectors = torch.from_numpy(np.array(vectors))
         self.table = trainer.model.item_table().detach()
-        for name in (
-            "item.weight",
-            "default_meta",
-            "dot_scale",
-            "dot_bias",
-        ):  # what the exit `dot` is to learn are user vectors
+        # The exit `dot` trains the user vectors only, and the default meta-embedding is the bundle's.
+        for name in ("item.weight", "default_meta", "dot_scale", "dot_bias"):
             student.get_parameter(name).requires_grad_(False)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
         )
-        self.epoch, self.identity = 0, self.digest()
+        self.epoch = 0
+        self.identity = self.digest()
 
     def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
-        """Of all exits: `dot` at some positions of the batch over some items, `point` and `set` on the slates of some windows."""
-        student = self.student
-        teacher = self.teacher
-        config = self.config
+        """Loss of all exits on a batch of windows: `dot` at drawn positions, the others on slates of drawn windows."""
         batch = make_batch(self.trainer.data.sequences, windows)
         vectors = self.table[batch.items]
         with torch.no_grad():
-            known, wanted = teacher.encode(teacher.tokens(vectors, batch.actions, batch.gaps))
-        state, users = student.encode(student.tokens(vectors, batch.actions, batch.gaps))
+            wanted, wanted_users = self.teacher.encode(self.teacher.tokens(vectors, batch.actions, batch.gaps))
+        found, users = self.student.encode(self.student.tokens(vectors, batch.actions, batch.gaps))
+        loss = self.dot_loss(batch, users, wanted_users)
+        rows = torch.randperm(len(batch.users))[: self.config.windows]
+        wanted, found = ([(key[rows], value[rows]) for key, value in pairs] for pairs in (wanted, found))
+        return sum(self.slate_losses(batch.take(rows), found, users[rows], wanted, wanted_users[rows]), loss)
+
+    def dot_loss(self, batch: Batch, users: Tensor, wanted: Tensor) -> Tensor:
+        """`listwise_kl` of drawn items at drawn positions. users, wanted: (B, T, d) of student and teacher."""
         real = (torch.arange(batch.items.shape[1]) <= batch.lengths[:, None]).flatten().nonzero()[:, 0]
-        places = real[torch.randperm(len(real))[: config.positions]]
-        items = self.table[FIRST_ITEM + torch.randperm(len(self.table) - FIRST_ITEM)[: config.items]]
-        scale = teacher.dot_scale.detach().abs().max()
+        places = real[torch.randperm(len(real))[: self.config.positions]]
+        items = self.table[FIRST_ITEM + torch.randperm(len(self.table) - FIRST_ITEM)[: self.config.items]]
+        scale = self.teacher.dot_scale.detach().abs().max()
         found, target = (scale * (vector.flatten(0, 1)[places] @ items.T)[..., None] for vector in (users, wanted))
-        loss = listwise_kl(found, target)
-        rows = torch.randperm(len(batch.users))[: config.windows]
-        some = batch.take(rows)
-        wanted = wanted[rows]
-        users = users[rows]
-        known, state = ([(key[rows], value[rows]) for key, value in pairs] for pairs in (known, state))
-        slates = self.trainer.draw_slates(some, wanted, self.table)
+        return listwise_kl(found, target)
+
+    def slate_losses(
+        self,
+        batch: Batch,
+        history: EncodedHistory,
+        users: Tensor,
+        wanted_history: EncodedHistory,
+        wanted_users: Tensor,
+    ) -> list[Tensor]:
+        """`distillation_loss` of each exit above `dot`, on slates that the teacher draws.
+
+        Half of the positions have the default meta-embedding, the others a drawn one.
+        """
+        teacher = self.teacher
+        slates = self.trainer.draw_slates(batch, wanted_users, self.table)
         drawn = self.vectors[torch.randint(len(self.vectors), slates.read.shape)]
         meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, teacher.default_meta.detach())
         candidates = self.table[slates.candidates]
         with torch.no_grad():
-            target, set_target = exits(teacher, *read_slates(teacher, slates, known, wanted, candidates, meta))
-        point, set_wise = exits(student, *read_slates(student, slates, state, users, candidates, meta))
-        loss = loss + distillation_loss(point, target)
-        return loss if set_wise is None else loss + distillation_loss(set_wise, set_target)
+            dot, hidden = read_slates(teacher, slates, wanted_history, wanted_users, candidates, meta)
+            wanted = teacher.logits_by_exit(dot, hidden)
+        dot, hidden = read_slates(self.student, slates, history, users, candidates, meta)
+        found = self.student.logits_by_exit(dot, hidden)
+        return [distillation_loss(found[exit], wanted[exit]) for exit in found if exit != "dot"]
 
     def run_epoch(self) -> float:
-        """One pass over the training events; the mean loss."""
-        self.student.eval()  # no dropout: there is a teacher's answer for every input
+        """One pass over the training events; returns the mean loss."""
+        self.student.eval()  # no dropout, because the teacher labels every input
         mean = one_epoch(self.config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, self.loss)
         self.epoch += 1
         return mean
 
     def digest(self) -> str:
-        """What a checkpoint must share with whoever goes on from it: teacher, the student as it began, data and configs."""
+        """The checkpoint's identity: teacher, initial student, data and configs."""
         trainer = self.trainer
-        parts = (
+        values = (
             self.student.config,
             self.config,
             trainer.config,
             trainer.data.config,
             trainer.data.split.train_lengths.tolist(),
         )
-        digest = hashlib.sha256(repr(parts).encode() + self.vectors.numpy().tobytes())
-        for model in (self.teacher, self.student):
-            digest_weights(digest, model)
-        return digest.hexdigest()
+        weights = [value for model in (self.teacher, self.student) for value in model.state_dict().values()]
+        return checkpoint.identity(values, [self.vectors, *weights])
 
 
-def digest_weights(digest: Any, model: Ligr) -> None:
-    """Into a digest of hashlib."""
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+def distill(student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path) -> list[float]:
+    """Train the student in place and return the loss of each epoch.
 
-
-def exits(model: Ligr, dot: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits (rows, C, heads) of `point` and `set`; the whole of C is one slate."""
-    point = dot + model.point_logits(hidden)
-    return point, point + model.set_logits(hidden) if model.config.set_blocks else None
-
-
-def distill(
-    student: Ligr, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, checkpoint: Path
-) -> list[float]:
-    """The student's weights change in place; the loss of each epoch. Goes on from the checkpoint where it is of the same work."""
+    path: a checkpoint, which is resumed if it belongs to the same work and replaced otherwise.
+    """
     distiller = Distiller(student, trainer, vectors, config)
-    losses = []
-    if checkpoint.exists() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == distiller.identity:
-        student.load_state_dict(saved["student"])
-        distiller.optimizer.load_state_dict(saved["optimizer"])
-        distiller.epoch = len(saved["losses"])
-        losses = saved["losses"]
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, checkpoint.Stateful] = {"student": student, "optimizer": distiller.optimizer}
+    try:
+        progress = checkpoint.resume(path, distiller.identity, parts, "other work")
+    except checkpoint.CheckpointMismatch:
+        progress = {}
+    losses: list[float] = progress.get("losses", [])
+    distiller.epoch = len(losses)
     while distiller.epoch < config.epochs:
         losses.append(round(distiller.run_epoch(), 5))
-        print(f"{checkpoint.stem}: epoch {distiller.epoch} of {config.epochs}, loss {losses[-1]}", flush=True)
-        saved = {
-            "identity": distiller.identity,
-            "student": student.state_dict(),
-            "optimizer": distiller.optimizer.state_dict(),
-            "losses": losses,
-        }
-        torch.save(saved, checkpoint.with_suffix(".part"))
-        os.replace(checkpoint.with_suffix(".part"), checkpoint)
+        print(f"{path.stem}: epoch {distiller.epoch} of {config.epochs}, loss {losses[-1]}", flush=True)
+        checkpoint.save(path, distiller.identity, parts, losses=losses)
     return losses

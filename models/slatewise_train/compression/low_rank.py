@@ -1,12 +1,12 @@
-"""Low rank: a dense layer becomes two thin ones, out of what is known of its weights or of its outputs.
-The methods against each other: python -m slatewise_train.compression.low_rank models/bundles/movielens/4 models/movielens.toml
+"""Low rank: one dense layer becomes two thin ones, `y = second (first x) + bias`.
 
-    svd     the best approximation of the weights (Eckart and Young 1936)
-    fwsvd   of the weights, each row weighed by its Fisher information (FWSVD, arXiv 2207.00112)
-    afm     of the outputs: their principal components, the mean carried in the bias (AFM, arXiv 2405.18146)
+    svd     the closest approximation of the weights (Eckart and Young 1936)
+    fwsvd   the same, with each row weighted by its Fisher information (FWSVD, arXiv 2207.00112)
+    afm     the principal components of the outputs, with their mean in the bias (AFM, arXiv 2405.18146)
 
-All end as one runtime form, `y = second (first x) + bias`. `allocate` shares a budget among layers so that the largest
-relative error is least (ALDS, arXiv 2107.11442). Before: a trained `Ligr`, and `see` on calibration data. After: `compress.py`.
+`allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
+
+Called by: `variants.py`. Reads: a trained ranker, and statistics of its layers on calibration data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -26,11 +27,11 @@ from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration data shows of a dense layer, float64."""
+    """Statistics of a dense layer on calibration data, float64."""
 
-    mean: Tensor  # (out,) of its outputs
-    covariance: Tensor  # (out, out)
-    fisher: Tensor  # (out,) a row's squared gradients of the loss, summed; means over batches
+    mean: Tensor  # (out,) mean of the outputs
+    covariance: Tensor  # (out, out) of the outputs
+    fisher: Tensor  # (out,) squared gradients of the loss, summed over each row, mean over batches
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,29 @@ class Factors:
     bias: Tensor  # (out,)
 
 
+M = TypeVar("M", bound=nn.Module)
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
 
 
 def svd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
-    """weight (out, in), bias (out,), float64."""
+    """Truncated singular value decomposition. weight (out, in), bias (out,), float64."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
     return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
 
 
 def fwsvd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
+    """`svd` of the weights with each row scaled by the square root of its Fisher information."""
     importance = row_importance(seen)
     factors = svd(importance[:, None] * weight, bias, seen, rank)
     return Factors(factors.first, factors.second / importance[:, None], bias)
 
 
 def afm(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
-    """U U' (W x + b) + (I - U U') mean, U the outputs' first principal components: no other map of this rank is closer to the outputs seen."""
+    """U U' (W x + b) + (I - U U') mean, where the columns of U are the first principal components of the outputs.
+
+    Of all maps of this rank it has the lowest squared error on the calibration data.
+    """
     u = torch.linalg.eigh(seen.covariance).eigenvectors.flip(1)[:, :rank]  # descending
     return Factors(u.T @ weight, u, seen.mean + u @ (u.T @ (bias - seen.mean)))
 
@@ -68,19 +74,19 @@ METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
 
 
 def row_importance(seen: LayerStatistics) -> Tensor:
-    """(out,) square roots of the rows' Fisher information; a row that the loss never felt counts as a millionth of the largest."""
+    """(out,) square roots of the rows' Fisher information, at least a millionth of the largest."""
     return seen.fisher.clamp(min=1e-12 * float(seen.fisher.max()) or 1.0).sqrt()
 
 
 def spectrum(method: str, weight: Tensor, seen: LayerStatistics) -> Tensor:
-    """(ranks,) what each direction contributes, descending: entry r is the error, in the method's own norm, of rank r."""
+    """(ranks,) descending: entry r is the largest error that a factorization of rank r leaves, in the method's norm."""
     if method == "afm":
         return torch.linalg.eigvalsh(seen.covariance).flip(0).clamp(min=0).sqrt()
     return torch.linalg.svdvals(weight if method == "svd" else row_importance(seen)[:, None] * weight)
 
 
 class LowRank(nn.Module):
-    """Two linears in place of one."""
+    """Two linear layers that replace one."""
 
     def __init__(self, factors: Factors) -> None:
         super().__init__()
@@ -97,13 +103,13 @@ class LowRank(nn.Module):
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that may be factored, by name: those of the blocks, where the work is."""
+    """The linear layers of the blocks, by name. Only these are factored: they take nearly all of the time."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name: layer for name, layer in found.items() if "blocks." in name}
 
 
 def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
-    """Means, covariances and Fisher information of every dense layer over the batches that `losses` runs through the model."""
+    """Statistics of every dense layer. `losses` runs batches through the model and yields the loss of each."""
     layers = dense_layers(model)
     count = dict.fromkeys(layers, 0)
     total = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
@@ -144,14 +150,14 @@ def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]])
 
 @dataclass(frozen=True)
 class Layer:
-    """What the allocator knows of a layer."""
+    """Errors and costs of one layer by rank, for the allocator."""
 
-    errors: list[float]  # relative, of rank 0, 1, ...: descending, the first is 1
-    costs: list[float]  # of rank 0, 1, ...: ascending
-    whole: float  # cost of the layer as it is; its error is 0
+    errors: list[float]  # relative errors of ranks 0, 1, ...: descending from 1
+    costs: list[float]  # costs of ranks 0, 1, ...: ascending
+    whole: float  # cost of the unfactored layer, whose error is 0
 
     def rank(self, error: float) -> int | None:
-        """The least rank, at least 1, whose error is not above this one; None where the layer as it is costs no more."""
+        """The lowest rank, at least 1, with an error up to this one; `None` when the unfactored layer costs no more."""
         rank = max(1, sum(e > error for e in self.errors))
         return None if rank >= len(self.costs) or self.costs[rank] >= self.whole else rank
 
@@ -163,14 +169,17 @@ class Layer:
 
 
 def layer_of(spectrum: Tensor, weight: Tensor) -> Layer:
-    """Costs are parameters, without the bias."""
+    """A layer whose costs are numbers of parameters, without the bias. spectrum: as the function returns it."""
     size = sum(weight.shape)
     errors = [float(value) for value in spectrum / spectrum[0]]
     return Layer(errors, [float(rank * size) for rank in range(len(errors))], float(weight.numel()))
 
 
 def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 16) -> Layer:
-    """Costs are microseconds of that many rows in onnxruntime on this machine, one thread: of `steps` ranks measured, of others between them."""
+    """A layer whose costs are microseconds for that many rows on this machine, in ONNX Runtime with one thread.
+
+    At most `steps` ranks are measured; the costs of the others are interpolated.
+    """
     errors = [float(value) for value in spectrum / spectrum[0]]
     measured = np.unique(np.linspace(1, min(weight.shape), steps, dtype=int))
     times = np.maximum.accumulate([microseconds([weight[:rank], weight[:, :rank]], rows) for rank in measured])
@@ -180,7 +189,7 @@ def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 
 
 
 def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
-    """Median of one dense layer behind another, each (out, in)."""
+    """Median time of a chain of dense layers, each (out, in), for that many rows."""
     g = GraphBuilder("layers")
     x = g.input("x", ["N", weights[0].shape[1]])
     for k, weight in enumerate(weights):
@@ -199,7 +208,10 @@ def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
 
 
 def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
-    """Ranks (None: left alone) within the budget whose largest relative error is least. Raises ValueError where even rank 1 costs more."""
+    """Ranks by layer within the budget that minimize the largest relative error; `None` leaves a layer unfactored.
+
+    Raises ValueError when rank 1 of every layer already exceeds the budget.
+    """
     levels = sorted({0.0, 1.0, *(error for layer in layers.values() for error in layer.errors)})
 
     def ranks(level: float) -> dict[str, int | None]:
@@ -211,31 +223,15 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
     if not fits(levels[-1]):
         raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
     low = 0
-    high = len(levels) - 1  # the least level that fits is at most `high`
+    high = len(levels) - 1  # the lowest level that fits is at most `high`
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(levels[middle]) else (middle + 1, high)
     return ranks(levels[low])
 
 
-def uniform(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
-    """The same share of every layer's largest saving rank, as large as the budget allows: what `allocate` is held against."""
-
-    def ranks(share: float) -> dict[str, int | None]:
-        most = {name: sum(cost < layer.whole for cost in layer.costs[1:]) for name, layer in layers.items()}
-        return {name: max(1, round(share * most[name])) if most[name] else None for name in layers}
-
-    for percent in range(100, -1, -1):
-        found = ranks(percent / 100)
-        if sum(layers[name].cost(rank) for name, rank in found.items()) <= budget:
-            return found
-    raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
-
-
-def factor(
-    model: nn.Module, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
-) -> nn.Module:
-    """A copy of the model with each of these layers at its rank."""
+def factor(model: M, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]) -> M:
+    """A copy of the model with each layer at its rank; `None` or no entry leaves the layer unfactored."""
     result = copy.deepcopy(model)
     for name, layer in dense_layers(model).items():
         if (rank := ranks.get(name)) is not None:
@@ -244,80 +240,3 @@ def factor(
             owner, _, part = name.rpartition(".")
             setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
     return result
-
-
-def output_errors(model: nn.Module, layers: Mapping[str, LowRank], run: Callable[[], object]) -> dict[str, float]:
-    """By layer: what its low-rank form misses of the outputs' variance while `run` runs the model, relative to it."""
-    missed, square, total, count = (dict.fromkeys(layers, 0.0) for _ in range(4))
-
-    def gather(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = output.flatten(0, -2)
-            missed[name] += (layers[name](inputs[0]).flatten(0, -2) - rows).double().square().sum()
-            square[name] = square[name] + rows.double().square().sum()
-            total[name] = total[name] + rows.double().sum(0)
-            count[name] = count[name] + len(rows)
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(gather(name)) for name in layers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        name: float(missed[name] / (square[name] - (total[name] ** 2).sum() / count[name]))
-        for name in layers
-        if count[name]
-    }
-
-
-def main() -> None:
-    """Errors of each method at equal ranks, on what it has seen and on held-out users; intervals over users."""
-    import argparse
-    from pathlib import Path
-
-    from slatewise_train.compress import Source
-    from slatewise_train.config import read_config
-    from slatewise_train.data import load_data
-    from slatewise_train.evaluation.metrics import interval
-    from slatewise_train.evaluation.parity import logits_of
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("toml", type=Path, help="of its training")
-    args = parser.parse_args()
-    config = read_config(args.toml)
-    source = Source(args.bundle, load_data(config.data, config.tables), config.train)
-    model = source.model
-    layers = dense_layers(source.model)
-    print("| rank | method | error on what it saw | on held-out users (95 %) |\n" + "| --- " * 4 + "|")
-    for share in (0.75, 0.5, 0.25):
-        for method in METHODS:
-            ranks = {name: max(1, round(share * min(layer.weight.shape))) for name, layer in layers.items()}
-            small = factor(model, source.seen, method, ranks)
-            low = {name: module for name, module in small.named_modules() if isinstance(module, LowRank)}
-            known = output_errors(model, low, lambda: list(map(float, source.losses())))
-            users = [
-                np.mean(
-                    list(
-                        output_errors(
-                            model,
-                            low,
-                            lambda: logits_of(model, source.items, s.history, s.candidates(source.items), s.meta),  # noqa: B023
-                        ).values()
-                    )
-                )
-                for s in source.samples
-            ]
-            mean, least, most = interval(np.array(users))
-            print(
-                f"| {share:.0%} | {method} | {np.mean(list(known.values())):.4f} | {mean:.4f} ({least:.4f} to {most:.4f}) |",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,43 +1,58 @@
-"""int8 linears: a graph becomes a graph whose large dense layers multiply 8-bit integers, `.onnx -> .onnx`.
+"""int8 linears: rewrite a graph so that its large dense layers multiply 8-bit integers.
 
-Weights are int8 with a scale for each output. Inputs are uint8 with a constant scale and zero point for each layer, from what
-`observe` saw on calibration requests: a row's result depends on that row alone, never on who else is in the tensor
-(onnxruntime's dynamic scale is one for a whole tensor, so neighbours, padding and chunks would change a score). What lies beyond the
-seen range saturates. Everything else (normalisation, softmax, exits, calibration) stays as it is.
+Weights are int8 with one scale per output. Inputs are uint8 with a constant scale and zero point per layer, from the
+ranges that `observe` measures on calibration requests. ONNX Runtime's dynamic quantization is not used: its scale is
+one for a whole tensor, so neighbours, padding and chunks would change a score. Inputs beyond the measured range
+saturate. Normalisation, softmax, exits and calibration stay in float.
 
-Before: `graphs.py`. After: `compress.py`.
+Called by: `variants.py`. Calls: onnx, `inference/engine.py` to record the inputs of the graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.graph_check import LARGE
+from slatewise.inference.engine import Engine
+from slatewise.inference.item_table import ItemTable
+from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
 
-CONTRIB = "com.microsoft"
-SMALLEST = LARGE  # rows or columns of a weight below which integers save nothing
-SAFE_BITS = 7
-FULL_BITS = 8  # of a weight: without VNNI, pairs of products with 8 bits overflow their 16
+SAFE_BITS = 7  # of a weight
+FULL_BITS = 8  # without VNNI, the sum of two 8-bit products overflows the 16 bits that it is kept in
 
 
 def dense_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The `Gemm` nodes worth quantizing: constant weight (in, out), neither side small."""
+    """The `Gemm` nodes to quantize: those with a constant weight (in, out) of which no side is small."""
     shapes = {weight.name: tuple(weight.dims) for weight in graph.graph.initializer}
     return [
-        node for node in graph.graph.node if node.op_type == "Gemm" and min(shapes.get(node.input[1], (0,))) >= SMALLEST
+        node
+        for node in graph.graph.node
+        if node.op_type == "Gemm" and min(shapes.get(node.input[1], (0,))) >= INTEGER_SIDE
     ]
 
 
 Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
 
 
+class RecordingEngine(Engine):
+    """An engine that keeps the inputs of every call, by graph."""
+
+    def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
+        self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+        super().__init__(folder, items, exits, threads)
+
+    def run(self, graph: str, feeds: dict[str, np.ndarray], multi_threaded: bool = False) -> dict[str, np.ndarray]:
+        self.feeds.setdefault(graph, []).append(feeds)
+        return super().run(graph, feeds, multi_threaded)
+
+
 def observe(graph: onnx.ModelProto, requests: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """The range of every dense layer's input over these requests of the graph; 0 is always in it."""
+    """The range of every dense layer's input over these inputs of the graph, extended to contain 0."""
     names = sorted({node.input[0] for node in dense_nodes(graph)})
     if not names:
         return {}
@@ -58,26 +73,26 @@ def observe(graph: onnx.ModelProto, requests: Iterable[dict[str, np.ndarray]]) -
 
 
 def quantize_weight(weight: np.ndarray, bits: int = SAFE_BITS) -> tuple[np.ndarray, np.ndarray]:
-    """weight (in, out) -> int8 of as many bits, symmetric, and the scale of each output (out,)."""
+    """Quantize a weight (in, out) symmetrically. Returns int8 codes (in, out) of that many bits, and scales (out,)."""
     most = 2 ** (bits - 1) - 1
     scale = np.maximum(np.abs(weight).max(axis=0), np.finfo(np.float32).tiny) / np.float32(most)
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
 
 def input_scale(least: float, largest: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of a uint8 input whose values lie between these."""
+    """Scale and zero point of a uint8 input with values in this range."""
     scale = np.float32(max(largest - least, 1e-6) / 255)
     return scale, np.uint8(np.clip(round(-least / float(scale)), 0, 255))
 
 
 def quantize(graph: onnx.ModelProto, ranges: Ranges, bits: int = SAFE_BITS) -> onnx.ModelProto:
-    """The graph with its dense layers in integers. Layers that read the same tensor share its codes."""
+    """A copy of the graph with integer dense layers. Layers with the same input share its codes."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     weights = {weight.name: weight for weight in result.graph.initializer}
     chosen = {node.name for node in dense_nodes(graph)}
     nodes: list[onnx.NodeProto] = []
-    coded: dict[str, tuple[str, str, str]] = {}  # input -> its codes, scale and zero point
+    coded: dict[str, tuple[str, str, str]] = {}  # input -> names of its codes, scale and zero point
     used: dict[str, np.ndarray] = {}
 
     def constant(name: str, value: np.ndarray) -> str:

@@ -1,86 +1,148 @@
-"""A bundle's weights back in torch: the `Ligr` that its fp32 graphs were written from, so that a bundle is all that compressing it needs.
+"""The bundle that is compressed: its model, calibrations and engine, and requests to calibrate and compare variants on.
 
-Items and their fields are folded into one table at export and stay so. Before: a bundle's folder. After: `compress.py`.
+Called by: `bases.py`, `variants.py`, `compress.py`. Calls: `rankers/weights.py`, `evaluation/`.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
+from torch import Tensor
 
-from slatewise.bundle.manifest import Manifest, read_manifest
-from slatewise_train.rankers.base import Calibration
-from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise.bundle.features import request_context
+from slatewise.bundle.manifest import read_manifest
+from slatewise.inference.arrays import FIRST_ITEM, Candidates, Float64, History
+from slatewise.inference.engine import HISTORY_CHUNK, Engine
+from slatewise.inference.item_table import ItemTable
+from slatewise_train.batches import epoch_windows, make_batch
+from slatewise_train.bundle_writer import CALIBRATION
+from slatewise_train.compression.low_rank import LayerStatistics, collect_statistics
+from slatewise_train.config import TrainConfig
+from slatewise_train.data import Data
+from slatewise_train.evaluation import parity
+from slatewise_train.evaluation.calibration import read_calibrations
+from slatewise_train.evaluation.offline import Outcome, run_cases, slate_cases
+from slatewise_train.rankers.weights import load_model
+from slatewise_train.train import Trainer
 
-
-def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Every constant of the fp32 graphs, by name."""
-    graphs = (onnx.load(folder / "variants/fp32" / f"{name}.onnx") for name in manifest.graphs)
-    return {weight.name: numpy_helper.to_array(weight) for graph in graphs for weight in graph.graph.initializer}
-
-
-def restore(folder: Path) -> tuple[Ligr, dict[str, list[Calibration]]]:
-    """The ranker and its calibrations by exit and head. Raises ManifestError, OSError or KeyError where it is no such bundle."""
-    manifest = read_manifest(folder)
-    weights = read_weights(folder, manifest)
-    items = np.load(folder / "items.npy")
-    encode = onnx.load(folder / "variants/fp32/encode.onnx")
-    attention = next(node for node in encode.graph.node if node.op_type == "Attention")
-    heads = {a.name: a.i for a in attention.attribute}
-    numeric = len(manifest.features)
-    config = LigrConfig(
-        items=len(items),
-        actions=len(weights["action"]),
-        fields={},
-        numeric=numeric,
-        heads=len(manifest.heads),
-        width=manifest.width,
-        blocks=count(weights, "blocks."),
-        attention_heads=heads["q_num_heads"],
-        key_heads=heads["kv_num_heads"],
-        key_size=weights["blocks.0.key.weight"].shape[1] // heads["kv_num_heads"],
-        set_blocks=count(weights, "set_blocks."),
-        feed_forward=weights["blocks.0.up.weight"].shape[1] // manifest.width,
-        meta_size=manifest.meta_size,
-    )
-    moments = [torch.tensor(weights[name]) if numeric else torch.zeros(0) for name in ("numeric_mean", "numeric_std")]
-    model = Ligr(config, {}, *moments)
-    state = model.state_dict()
-    absent = (
-        *(() if config.set_blocks else ("set_norm", "set_out")),
-        *(() if numeric else ("numeric_",)),
-    )  # in the model, and in no graph
-    given = {"item.weight": items, "default_meta": np.load(folder / "default_meta.npy")}
-    given |= {"action.weight": weights["action"], "gap.weight": weights["gap"]}
-    parts = ([weights["fusion.numeric.weight"]] if numeric else []) + [weights["fusion.request.weight"]]
-    given |= {"fusion.weight": np.concatenate(parts), "fusion.bias": weights["fusion.request.bias"]}
-    for name, tensor in state.items():
-        value = given.get(name, weights.get(name))
-        if value is None and name.startswith(absent):
-            continue
-        if value is None:
-            raise KeyError(f"the graphs of {folder} have no {name}")
-        turned = tensor.ndim == 2 and name not in (
-            "item.weight",
-            "action.weight",
-            "gap.weight",
-        )  # torch keeps a dense layer (out, in)
-        tensor.copy_(torch.from_numpy(np.array(value.T if turned else value)))
-    heads = range(len(manifest.heads))
-    return model.eval(), {
-        exit: [read_calibration(weights, f"calibration.{exit}.{k}") for k in heads] for exit in manifest.exits
-    }
+SAMPLES = 120  # requests; half of them give the ranges of int8 inputs, the others the agreement with fp32
+SLATE = 200  # candidates of a sample
+STATISTICS_BATCHES = 40  # training batches that the statistics of the layers are collected on
 
 
-def count(weights: dict[str, np.ndarray], prefix: str) -> int:
-    return len({name.split(".")[1] for name in weights if name.startswith(prefix)})
+@dataclass(frozen=True)
+class Sample:
+    """A request, as arrays."""
+
+    history: History
+    rows: np.ndarray  # (N,) item rows of its candidates
+    numeric: np.ndarray  # (N, F)
+    context: np.ndarray  # (1, 4)
+    meta: np.ndarray  # (M,)
+
+    def candidates(self, items: ItemTable) -> Candidates:
+        return Candidates(items.take(self.rows, axis=0), self.numeric, self.context)
+
+    def score(self, engine: Engine, exit: str) -> Float64:
+        """(N, heads) probabilities."""
+        return engine.score(self.history, self.candidates(engine.items), self.meta, exit)
 
 
-def read_calibration(weights: dict[str, np.ndarray], name: str) -> Calibration:
-    none = np.zeros(0)
-    slope, bias = (weights[f"{name}.{part}"].item() for part in ("slope", "bias"))
-    return Calibration(slope, bias, weights.get(f"{name}.knots", none), weights.get(f"{name}.bends", none).reshape(-1))
+class Source:
+    """A bundle of format 2, and the data that measure the quality of its variants.
+
+    data: `None` when only size and latency are of interest; then nothing is trained and quality is unknown.
+    most_users limits leave-one-out. Raises ManifestError for a bundle of format 1 and ValueError for data that the
+    bundle was not trained on.
+    """
+
+    def __init__(
+        self, folder: Path, data: Data | None, train: TrainConfig | None = None, most_users: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.data = data
+        self.train = train or TrainConfig()
+        self.most_users = most_users
+        self.manifest = read_manifest(folder)
+        self.items = np.load(folder / "items.npy")
+        if data is not None and len(self.items) != len(data.catalogue.numeric):
+            raise ValueError(
+                f"{folder} has {len(self.items)} rows of items, the data {len(data.catalogue.numeric)}: "
+                "other data than it was trained on"
+            )
+        self.model = load_model(folder, self.manifest)
+        self.calibrations = read_calibrations(folder / "variants/fp32" / CALIBRATION)
+        self.meta = self.model.default_meta.detach().numpy()
+        vectors = folder / "meta_embeddings.npy"
+        self.vectors = np.load(vectors) if vectors.exists() else np.zeros((0, len(self.meta)), np.float32)
+        self.fp32 = self.engine(folder / "variants/fp32")
+        self.samples = list(self.draw_samples())
+
+    def engine(self, folder: Path, items: ItemTable | None = None) -> Engine:
+        """The engine of a variant's folder; items: its item table, by default the float32 table."""
+        return Engine(folder, self.items if items is None else items, self.manifest.exits, 1)
+
+    def draw_samples(self) -> Iterator[Sample]:
+        """Requests of the validation users among random items, or drawn requests when there are no such users.
+
+        The meta-embeddings are the default and those of the bundle's users, in turn.
+        """
+        draw = parity.Requests(self.fp32, self.manifest, 0)
+        metas = itertools.cycle([self.meta, *self.vectors[:SAMPLES]])
+        if self.data is not None and len(self.data.split.validation_users):
+            for case in slate_cases(self.data, self.data.split.validation_users)[:SAMPLES]:
+                among = draw.rng.integers(FIRST_ITEM, len(self.items), max(1, SLATE - len(case.upcoming)))
+                rows = np.concatenate([case.upcoming, among])
+                numeric = self.data.catalogue.numeric[rows]
+                yield Sample(case.history, rows, numeric, request_context(case.time)[None], next(metas))
+            return
+        for length in draw.rng.integers(1, self.manifest.limits.history_used, SAMPLES // 3):
+            history = draw.history(min(int(length), 2 * HISTORY_CHUNK))
+            rows = draw.rng.integers(FIRST_ITEM, len(self.items), SLATE)
+            late = draw.candidates(SLATE)
+            yield Sample(history, rows, late.numeric, late.context, next(metas))
+
+    def run_cases(self, engine: Engine) -> Outcome | None:
+        """The outcome of an engine on the held-out cases, or `None` without data."""
+        if self.data is None:
+            return None
+        return run_cases(engine, self.data, self.meta, self.most_users, baselines=False)
+
+    @cached_property
+    def outcome(self) -> Outcome | None:
+        """The outcome of fp32."""
+        return self.run_cases(self.fp32)
+
+    def trainer(self) -> Trainer:
+        """A trainer of the bundle's model. Needs data."""
+        assert self.data is not None
+        return Trainer(self.data, self.model, self.train)
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Statistics of the model's dense layers, by name."""
+        return collect_statistics(self.model, self.losses)
+
+    def losses(self) -> Iterator[Tensor]:
+        """Losses for the Fisher information: the training loss, or without data the size of the logits of samples."""
+        torch.manual_seed(0)
+        if self.data is not None:
+            trainer = self.trainer()
+            rng = np.random.default_rng(0)
+            self.model.eval()
+            windows = epoch_windows(
+                self.data.split.train_lengths, self.manifest.limits.history_used, self.train.batch_events, rng
+            )
+            for batch in itertools.islice(windows, STATISTICS_BATCHES):
+                yield trainer.loss(make_batch(self.data.sequences, batch), ladder=True)
+            return
+        for sample in self.samples:
+            candidates = sample.candidates(self.items)
+            found = parity.logits_of(self.model, self.items, sample.history, candidates, sample.meta)
+            yield sum((value.square().mean() for value in found.values()), torch.zeros(()))

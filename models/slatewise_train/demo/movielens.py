@@ -1,8 +1,10 @@
-"""MovieLens 1M and latest-small as tables of the data contract: an example of it, not a special case.
+"""Convert MovieLens 1M and latest-small to tables of the data contract; an example for your own data.
 
     python -m slatewise_train.demo.movielens ml-1m --source FILE-OR-FOLDER --out build/data/ml-1m
 
-Without `--source` the zip is downloaded from GroupLens and its digest checked. Before: nothing. After: `data.py`.
+Without `--source` the zip is downloaded from GroupLens and its digest is checked.
+
+Called by: `make train`, `make compress`. The tables are read by `data.py`.
 """
 
 import argparse
@@ -27,7 +29,7 @@ NO_GENRE = "(no genres listed)"
 
 
 def download(name: str, target: Path) -> Path:
-    """The zip of a data set, from GroupLens, into `target`. Raises ValueError where its SHA-256 is not the known one."""
+    """Download the zip of a data set to `target` and return it. Raises ValueError for an unexpected SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     with urllib.request.urlopen(URLS[name], timeout=60) as answer, part.open("wb") as file:
@@ -45,7 +47,7 @@ def download(name: str, target: Path) -> Path:
 
 
 def read_member(source: Path, name: str) -> bytes:
-    """One file of a data set, from its zip or its unpacked folder."""
+    """The content of one file in a zip or an unpacked folder. Raises FileNotFoundError when there is no such file."""
     if source.is_dir():
         found = sorted(source.rglob(name))
         if not found:
@@ -59,7 +61,7 @@ def read_member(source: Path, name: str) -> bytes:
 
 
 def read_double_colon(text: bytes, columns: list[str]) -> pl.DataFrame:
-    """MovieLens 1M's `::` files; all columns as strings."""
+    """A table of MovieLens 1M, which separates columns by `::`; all columns as strings."""
     lines = text.decode("latin-1").replace("\t", " ").replace("::", "\t")
     return pl.read_csv(
         io.StringIO(lines),
@@ -72,7 +74,7 @@ def read_double_colon(text: bytes, columns: list[str]) -> pl.DataFrame:
 
 
 def add_actions(ratings: pl.DataFrame) -> pl.DataFrame:
-    """What a rating says, as an action and as the label of the head `like` (4 or more)."""
+    """Events from ratings: the stars as an action, and as the label of the head `like` (4 stars or more)."""
     stars = pl.col("rating").cast(pl.Float64, strict=False)
     action = (
         pl.when(stars >= 4.5)
@@ -89,7 +91,7 @@ def add_actions(ratings: pl.DataFrame) -> pl.DataFrame:
 
 
 def add_fields(movies: pl.DataFrame) -> pl.DataFrame:
-    """Genres (one spelling for both data sets) and year and decade, taken from the title."""
+    """Items with genres (one spelling for both data sets), and year and decade from the title."""
     genres = pl.col("genres").str.replace("Children's", "Children", literal=True)
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32, strict=False)
     decade = (year // 10 * 10).cast(pl.String) + "s"
@@ -101,7 +103,7 @@ def add_fields(movies: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_movielens(name: str, source: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(events, items) of MovieLens 1M or latest-small from its zip or folder."""
+    """(events, items) of MovieLens 1M or latest-small from its zip or folder. Raises ValueError for another name."""
     if name == "ml-1m":
         ratings = read_double_colon(read_member(source, "ratings.dat"), ["user_id", "item_id", "rating", "timestamp"])
         movies = read_double_colon(read_member(source, "movies.dat"), ["item_id", "title", "genres"])
@@ -116,22 +118,18 @@ def read_movielens(name: str, source: Path) -> tuple[pl.DataFrame, pl.DataFrame]
     return events, add_fields(movies)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(URLS))
     parser.add_argument("--source", type=Path, help="the zip or the unpacked folder; default: download it")
-    parser.add_argument(
-        "--out", type=Path, help="folder for events.parquet and items.parquet (default: build/data/NAME)"
-    )
-    args = parser.parse_args()
+    out = "folder for events.parquet and items.parquet; default: build/data/NAME"
+    parser.add_argument("--out", type=Path, help=out)
+    args = parser.parse_args(argv)
     out = args.out or Path("build/data") / args.name
     source = args.source or download(args.name, out / f"{args.name}.zip")
     events, items = read_movielens(args.name, source)
     out.mkdir(parents=True, exist_ok=True)
-    for table, name in (
-        (items, "items.parquet"),
-        (events, "events.parquet"),
-    ):  # events last: they say that all is there
+    for table, name in ((items, "items.parquet"), (events, "events.parquet")):  # make checks for the events, so last
         table.write_parquet(out / f"{name}.part")
         (out / f"{name}.part").rename(out / name)
     print(f"{out}: {len(events)} events of {events['user_id'].n_unique()} users, {len(items)} items")

@@ -1,19 +1,33 @@
-"""The reference bundle, W of docs/performance.md: python -m slatewise_train.demo.reference (make reference-bundle)
+"""The reference bundle, called W in docs/performance.md: `make reference-bundle`
 
-Its shape is a ranker one would deploy; its weights are drawn from a seed, so speed work does not wait for training.
-Before: nothing. After: `loadtest/` measures with it, below `build/bundles/`.
+It has the shape of a ranker as one would deploy it. Its weights are drawn from a seed, so that speed can be measured
+without training.
+
+Called by: the command line (`python -m slatewise_train.demo.reference`). Calls: `bundle_writer.py`.
+`loadtest/` measures with the result, below `build/bundles/`.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from slatewise.inference.arrays import FIRST_ITEM
-from slatewise_train.export import BundleContent, publish, staging, warmup_requests, write_content
-from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.bundle_writer import (
+    BundleContent,
+    measure_fp32,
+    measure_parity,
+    publish,
+    staging,
+    write_content,
+    write_fp32,
+)
+from slatewise_train.demo.content import warmup_requests
+from slatewise_train.rankers import families
+from slatewise_train.rankers.base import Ranker, uncalibrated
 
 NAME = "reference"
 VERSION = 1
@@ -24,49 +38,50 @@ NUMERIC = 4
 USERS = 1_000
 HISTORY_USED = 2_048
 START_TIME = 1_700_000_000
+EVENTS = 40  # of the example
+CANDIDATES = 24  # of the example
 
 
-def reference_model() -> Ligr:
-    """d = 128, 4 blocks, 4 attention heads, feed-forward x4 (GELU), 1 set-wise block, 2 heads, meta-embedding of 64."""
+def reference_model() -> Ranker:
+    """Width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 heads, meta-embedding of 64."""
     torch.manual_seed(0)
-    config = LigrConfig(
-        items=ITEMS + FIRST_ITEM,
-        actions=ACTIONS + 1,
-        fields={},
-        numeric=NUMERIC,
-        heads=2,
-        width=128,
-        blocks=4,
-        attention_heads=4,
-        set_blocks=1,
-        feed_forward=4,
-        meta_size=64,
-    )
-    model = Ligr(config, {}, torch.zeros(NUMERIC), torch.ones(NUMERIC))
-    for last in (model.point_down, model.set_out):  # zero before training, where the exits would be one
-        torch.nn.init.xavier_uniform_(last.weight)
+    shape = {
+        "items": ITEMS + FIRST_ITEM,
+        "actions": ACTIONS + 1,
+        "fields": {},
+        "numeric": NUMERIC,
+        "heads": 2,
+        "width": 128,
+        "blocks": 4,
+        "attention_heads": 4,
+        "set_blocks": 1,
+        "feed_forward": 4,
+        "meta_size": 64,
+    }
+    model = families.build(families.DEFAULT_FAMILY, shape)
+    for name in ("point_down.weight", "set_out.weight"):  # zero before training, and then all exits are equal
+        torch.nn.init.xavier_uniform_(model.get_parameter(name))
     torch.nn.init.normal_(model.default_meta, std=0.3)
     return model.eval()
 
 
 def reference_content() -> BundleContent:
+    """The content of the bundle; the same arrays and requests on every call."""
     rng = np.random.default_rng(0)
     model = reference_model()
     ids = [str(k) for k in range(ITEMS)]
     actions = [f"action_{k}" for k in range(ACTIONS)]
     features = [f"feature_{k}" for k in range(NUMERIC)]
-    events = 40
-    candidates = 24
     example = {
         "user": "u0",
         "history": {
-            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, events)],
-            "actions": [actions[k] for k in rng.integers(0, ACTIONS, events)],
-            "timestamps": (START_TIME + np.sort(rng.integers(0, 10**6, events))).tolist(),
+            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, EVENTS)],
+            "actions": [actions[k] for k in rng.integers(0, ACTIONS, EVENTS)],
+            "timestamps": (START_TIME + np.sort(rng.integers(0, 10**6, EVENTS))).tolist(),
         },
         "candidates": {
-            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, candidates)],
-            "features": {name: rng.normal(size=candidates).round(3).tolist() for name in features},
+            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, CANDIDATES)],
+            "features": {name: rng.normal(size=CANDIDATES).round(3).tolist() for name in features},
         },
         "request_time": START_TIME + 10**6,
     }
@@ -81,19 +96,29 @@ def reference_content() -> BundleContent:
         heads={"click": 1.0, "like": 0.5},
         history_used=HISTORY_USED,
         users=[f"u{k}" for k in range(USERS)],
-        vectors=rng.normal(0, 0.3, (USERS, model.config.meta_size)).astype(np.float32),
+        vectors=rng.normal(0, 0.3, (USERS, model.meta_size)).astype(np.float32),
         titles={},
         example=example,
         warmup=warmup_requests(example, ids, HISTORY_USED, rng),
     )
 
 
-def main() -> None:
-    content = reference_content()
-    with staging(ROOT / NAME, VERSION) as stage:
-        write_content(stage, content)
-        publish(stage, content, content.identity, VERSION, lambda _: {}, content.exits[-1])
-    print(ROOT / NAME / str(VERSION))
+def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> Path:
+    """Publish a bundle without calibrations and without quality; returns its folder, `folder/version`."""
+    with staging(folder, version) as stage:
+        calibrations = uncalibrated(content.exits, len(content.heads))
+        manifest = write_content(stage, content, version)
+        manifest = write_fp32(stage, manifest, content, calibrations)
+        invariance = measure_parity(stage, manifest, content, calibrations)
+        variant = measure_fp32(stage, manifest, invariance, report={})
+        publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
+    return folder / str(version)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    print(publish_uncalibrated(reference_content(), ROOT / NAME, VERSION))
 
 
 if __name__ == "__main__":

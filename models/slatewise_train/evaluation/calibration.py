@@ -1,28 +1,42 @@
-"""Strictly increasing maps from logit to calibrated logit, one per head, exit and variant (after LiRank's isotonic layer).
+"""Calibrations: strictly increasing maps of logits, one per variant, exit and head (after LiRank's isotonic layer).
 
-Before: a variant's uncalibrated graphs have scored the validation users. After: `graphs.py` writes the map into the graph.
+They are fitted on uncalibrated graphs, written into the final graphs, and kept as JSON beside these.
+
+Called by: `export.py` and the compression of variants. Calls: `offline.py` for the validation users' slates.
 """
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from slatewise_train.rankers.base import Calibration
+from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.inference.engine import Engine
+from slatewise_train.data import Data
+from slatewise_train.evaluation.offline import candidates_of, slate_cases
+from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
 
 LEAST_SLOPE = 1e-3
-MOST_SLOPE = 2.0  # beyond the latter, logits that differ could meet at a probability of 1
+MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probability of exactly 1
 MOST_BIAS = 10.0
+NEGATIVES = 99  # drawn items per positive, for heads of kind `next`
+LEAST_EXAMPLES = 50  # of either label
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, steps: int = 300) -> Calibration:
-    """Least cross-entropy over piecewise linear maps with slopes from 1e-3 to 2, linear outside the knots.
+    """The piecewise linear map with the lowest cross-entropy, slopes from 1e-3 to 2, linear outside the knots.
 
-    logits, labels: (E,), labels 0 or 1. The knots stand at quantiles of the logits; slopes of neighbouring pieces are
-    drawn together by a small penalty, so that a thin sample gives nearly a straight line. Fewer than 50 examples of
-    either label: the identity.
+    logits, labels: (E,), labels 0 or 1. The knots are quantiles of the logits. A small penalty on the difference of
+    neighbouring slopes makes the map of a small sample nearly straight. Returns the identity when either label has
+    fewer than 50 examples.
     """
     labels = labels.astype(np.float64)
-    if min(labels.sum(), (1 - labels).sum()) < 50:
+    if min(labels.sum(), (1 - labels).sum()) < LEAST_EXAMPLES:
         return Calibration.identity()
     positions = np.unique(np.quantile(logits, np.linspace(0.05, 0.95, knots)))
     x = torch.tensor(logits, dtype=torch.float64)
@@ -50,3 +64,58 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, step
     slopes, bias, _ = pieces()
     found = slopes.detach().numpy()
     return Calibration(float(found[0]), float(bias.detach()), positions, np.diff(found))
+
+
+def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibrations:
+    """A calibration for every exit and head, fitted on the validation users' held-out slates.
+
+    engine: has uncalibrated graphs; meta: (M,). A head of kind `label` is fitted on the rated items of the slate. A
+    head of kind `next` is fitted on the next item among 99 items that the user never met, so its probability is that
+    of such a slate. Returns identities when there are no validation users.
+    """
+    rng = np.random.default_rng(0)
+    heads = data.config.heads
+    logits: dict[str, list[list[np.ndarray]]] = {exit: [[] for _ in heads] for exit in EXITS if exit in engine.sessions}
+    labels: list[list[np.ndarray]] = [[] for _ in heads]
+    for case in tqdm(slate_cases(data, data.split.validation_users), desc="calibration", mininterval=2):
+        unseen = np.setdiff1d(np.arange(FIRST_ITEM, len(engine.items)), np.concatenate([case.seen, case.upcoming]))
+        among = np.concatenate([case.upcoming[:1], rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)])
+        for rows, kind, target in (
+            (case.upcoming, "label", case.labels),
+            (among, "next", np.eye(len(among), 1).repeat(len(heads), axis=1)),
+        ):
+            candidates = candidates_of(engine, data, rows, case.time)
+            scores = {exit: engine.score(case.history, candidates, meta, exit) for exit in logits}
+            for k, head in enumerate(heads):
+                if head.kind == kind:
+                    known = ~np.isnan(target[:, k])
+                    labels[k].append(target[known, k])
+                    for exit, p in scores.items():
+                        logits[exit][k].append(np.log(p[known, k]) - np.log1p(-p[known, k]))
+    if not labels[0]:
+        return {exit: [Calibration.identity() for _ in heads] for exit in logits}
+    joined = [np.concatenate(column) for column in labels]
+    return {
+        exit: [fit_calibration(np.concatenate(columns[k]), joined[k]) for k in range(len(heads))]
+        for exit, columns in logits.items()
+    }
+
+
+def write_calibrations(path: Path, calibrations: Calibrations) -> None:
+    """JSON: exit -> one object per head with `slope`, `bias`, `knots` and `bends`. Every float64 is kept exactly."""
+    content = {
+        exit: [{"slope": c.slope, "bias": c.bias, "knots": c.knots.tolist(), "bends": c.bends.tolist()} for c in column]
+        for exit, column in calibrations.items()
+    }
+    path.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False))
+
+
+def read_calibrations(path: Path) -> Calibrations:
+    """The calibrations that `write_calibrations` wrote. Raises OSError, or ValueError or KeyError for other content."""
+    return {
+        exit: [
+            Calibration(float(c["slope"]), float(c["bias"]), np.array(c["knots"], float), np.array(c["bends"], float))
+            for c in column
+        ]
+        for exit, column in json.loads(path.read_text()).items()
+    }

@@ -40,10 +40,10 @@ from slatewise.bundle.manifest import ManifestError, read_manifest
 from slatewise.store.client import connect
 from slatewise.store.generations import Generations
 from slatewise.store.writer import StoreError
-from slatewise_train.compression.source import restore
 from slatewise_train.config import DataConfig, Head
 from slatewise_train.data import Vocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
+from slatewise_train.rankers.weights import load_model
 
 CLOCK_SKEW_S = 3_600.0  # the clock of an event may be this much ahead
 CHUNK_USERS = 1_000  # in a chunk, about: adapted and written together, and skipped by a resumed job
@@ -54,7 +54,7 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
-        self.ranker, _ = restore(folder)
+        self.ranker = load_model(folder, manifest)
         self.ranker.requires_grad_(False)
         self.learner, self.kinds = load_learner(folder / META_BLOCK)
         ids = json.loads((folder / "ids.json").read_text())

@@ -78,6 +78,10 @@ class Ranker(nn.Module, ABC):
         """The vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
 
     @abstractmethod
+    def without_meta(self) -> Ranker:
+        """A copy with M = 0. Its logits are those of this ranker with `default_meta`, up to rounding."""
+
+    @abstractmethod
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
         """Item vectors (B, T, d), action rows (B, T) and gap buckets (B, T) -> history tokens (B, T, d)."""
 

@@ -12,7 +12,7 @@ Called by: `families.py` (its table of families). Calls: `base.py`, whose letter
 `ligr_onnx.py` writes the same equations as ONNX.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +207,21 @@ class Ligr(Ranker):
 
     def cold_item_vectors(self, table: Tensor) -> Tensor:
         return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
+
+    @torch.no_grad()
+    def without_meta(self) -> "Ligr":
+        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
+        weight = self.fusion.weight
+        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
+        config = replace(self.config, meta_size=0)
+        copy = Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
+        changed = {
+            "default_meta": torch.zeros(0),
+            "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.config.meta_size :]], dim=1),
+            "fusion.bias": self.fusion.bias + self.meta_shift(self.default_meta),
+        }
+        copy.load_state_dict(self.state_dict() | changed)
+        return copy.eval()
 
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
         return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))  # (B, T, d)

@@ -1,4 +1,4 @@
-"""A variant is what its name says, or it is refused with what it is."""
+"""A variant is published only when its graphs are of the kind that its name states."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.graph_check import KNOWN, check_name, read_graph
 from slatewise.bundle.loader import versions
-from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise_train.compression.graph_check import KNOWN, check_variant, read_graph
 from slatewise_train.compression.quantize import quantize
 from tests.conftest import DEMO
 
@@ -19,7 +19,7 @@ GRAPH = "point"
 
 
 def layer(*shapes: tuple[int, int], operator: str = "Gemm", between: str = "") -> onnx.ModelProto:
-    """x through dense layers, one behind another."""
+    """A chain of dense layers, with an operator between them if one is named."""
     rng = np.random.default_rng(0)
     nodes = []
     weights = []
@@ -40,12 +40,12 @@ def layer(*shapes: tuple[int, int], operator: str = "Gemm", between: str = "") -
     )
 
 
-def in_integers(graph: onnx.ModelProto) -> onnx.ModelProto:
+def as_int8(graph: onnx.ModelProto) -> onnx.ModelProto:
     return quantize(graph, {node.input[0]: (-1.0, 1.0) for node in graph.graph.node})
 
 
 def node(graph: onnx.ModelProto, operator: str, inputs: list[str] | None = None, domain: str = "") -> onnx.ModelProto:
-    """With one more node, which nobody reads."""
+    """Append a node with an unused output."""
     graph.graph.node.append(helper.make_node(operator, inputs or ["x"], ["unread"], name="more", domain=domain))
     return graph
 
@@ -59,7 +59,7 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
-def kept_elsewhere(graph: onnx.ModelProto) -> onnx.ModelProto:
+def with_external_weight(graph: onnx.ModelProto) -> onnx.ModelProto:
     graph.graph.initializer[0].data_location = TensorProto.EXTERNAL
     return graph
 
@@ -73,16 +73,16 @@ THIN = ((64, 8), (8, 64))
     [
         ("fp32", layer(*WIDE)),
         ("student", layer(*WIDE)),
-        ("int8", in_integers(layer(*WIDE))),
-        ("int8", in_integers(layer((64, 64), (64, 2), between="Gelu"))),  # small layers stay float32
+        ("int8", as_int8(layer(*WIDE))),
+        ("int8", as_int8(layer((64, 64), (64, 2), between="Gelu"))),  # small layers stay float32
         ("lowrank", layer(*THIN)),
-        ("lowrank-int8", in_integers(layer((64, 32), (32, 64)))),
+        ("lowrank-int8", as_int8(layer((64, 32), (32, 64)))),
     ],
 )
-def test_what_a_variant_says_it_is(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
+def test_check_graphs_as_named_passes(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
     onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
-    check_name(name, tmp_path, [GRAPH], False)
-    check_name("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], True)
+    check_variant(name, tmp_path, [GRAPH], False)
+    check_variant("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], True)
 
 
 @pytest.mark.parametrize(
@@ -92,85 +92,79 @@ def test_what_a_variant_says_it_is(tmp_path: Path, name: str, graph: onnx.ModelP
         ("int8", layer(*[(64, 4), (4, 64)]), "has no integer products"),
         (
             "int8",
-            in_integers(layer((64, 64), *[(64, 7), (7, 64)] * 3, between="Gelu")),
+            as_int8(layer((64, 64), *[(64, 7), (7, 64)] * 3, between="Gelu")),
             "of its weights are multiplied in float, limit 10%",
         ),
         (
             "int8",
-            onnx.compose.merge_models(
-                in_integers(layer(*WIDE)), onnx.compose.add_prefix(layer(*WIDE), "more."), io_map=[]
-            ),
+            onnx.compose.merge_models(as_int8(layer(*WIDE)), onnx.compose.add_prefix(layer(*WIDE), "more."), io_map=[]),
             "float weight",
         ),
         ("int8", layer(*WIDE, operator="MatMul"), "float weight"),
-        ("fp32", in_integers(layer(*WIDE)), "has integer products"),
-        ("student", in_integers(layer(*WIDE)), "has integer products"),
+        ("fp32", as_int8(layer(*WIDE)), "has integer products"),
+        ("student", as_int8(layer(*WIDE)), "has integer products"),
         ("lowrank", layer(*WIDE), "has no layers of low rank"),
         ("lowrank", layer((64, 64), (64, 64), between="Gelu"), "has no layers of low rank"),
         ("lowrank", layer((64, 64), (64, 64)), "has no layers of low rank"),
         ("fp32", layer(*THIN), "has layers of low rank"),
-        ("fp32", node(layer(*WIDE), "DynamicQuantizeLinear"), "depends on who else is in the request"),
-        ("int8", node(in_integers(layer(*WIDE)), "DequantizeLinear"), "no ranker needs the operator DequantizeLinear"),
+        ("fp32", node(layer(*WIDE), "DynamicQuantizeLinear"), "its scale depends on other requests of the batch"),
+        ("int8", node(as_int8(layer(*WIDE)), "DequantizeLinear"), "no ranker needs the operator DequantizeLinear"),
         ("fp32", node(layer(*WIDE), "Loop"), "no ranker needs the operator Loop"),
         (
             "int8",
-            node(in_integers(layer(*WIDE)), "Attention", domain="com.microsoft"),
+            node(as_int8(layer(*WIDE)), "Attention", domain="com.microsoft"),
             "no ranker needs the operator com.microsoft.Attention",
         ),
-        ("int8", node(in_integers(layer(*WIDE)), "Gelu", domain="mine"), "no ranker needs the operator mine.Gelu"),
-        ("int8", with_function(in_integers(layer(*WIDE))), "functions and sparse weights"),
+        ("int8", node(as_int8(layer(*WIDE)), "Gelu", domain="mine"), "no ranker needs the operator mine.Gelu"),
+        ("int8", with_function(as_int8(layer(*WIDE))), "functions and sparse weights are not allowed"),
         (
             "int8",
-            node(in_integers(layer(*WIDE)), "MatMul", inputs=["x", "y0"]),
+            node(as_int8(layer(*WIDE)), "MatMul", inputs=["x", "y0"]),
             "neither a weight nor the user's vector",
         ),
-        ("int8", node(in_integers(layer(*WIDE)), "Gemm", inputs=["w0.codes", "x"]), "Gemm of a constant"),
+        ("int8", node(as_int8(layer(*WIDE)), "Gemm", inputs=["w0.codes", "x"]), "Gemm of a constant"),
         (
             "int8",
-            node(in_integers(layer(*WIDE)), "Attention", inputs=["x", "w0.scale", "x"]),
+            node(as_int8(layer(*WIDE)), "Attention", inputs=["x", "w0.scale", "x"]),
             "Attention of a constant",
         ),
-        ("int8", node(in_integers(layer(*WIDE)), "QuantizeLinear", inputs=["x", "y0"]), "could depend on who else"),
-        ("fp32", kept_elsewhere(layer(*WIDE)), "kept in another file"),
+        (
+            "int8",
+            node(as_int8(layer(*WIDE)), "QuantizeLinear", inputs=["x", "y0"]),
+            "could depend on other requests of the batch",
+        ),
+        ("fp32", with_external_weight(layer(*WIDE)), "kept in another file"),
         ("fp16", layer(*WIDE), "is no variant"),
         ("", layer(*WIDE), "is no variant"),
         ("int8-lowrank", layer(*WIDE), "is no variant"),
-        ("fp32-int8", in_integers(layer(*WIDE)), "is no variant"),
+        ("fp32-int8", as_int8(layer(*WIDE)), "is no variant"),
         ("lowrank-student", layer(*THIN), "is no variant"),
     ],
 )
-def test_what_it_is_not(tmp_path: Path, name: str, graph: onnx.ModelProto, reason: str) -> None:
+def test_check_graphs_not_as_named_names_the_reason(
+    tmp_path: Path, name: str, graph: onnx.ModelProto, reason: str
+) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(graph.SerializeToString())
     with pytest.raises(ManifestError, match=reason):
-        check_name(name, tmp_path, [GRAPH], False)
+        check_variant(name, tmp_path, [GRAPH], False)
 
 
 @pytest.mark.parametrize(("name", "int8_items"), [("fp32", True), ("tables8", False)])
-def test_the_table_is_what_the_name_says(tmp_path: Path, name: str, int8_items: bool) -> None:
+def test_check_item_table_not_as_named_is_refused(tmp_path: Path, name: str, int8_items: bool) -> None:
     onnx.save(layer(*WIDE), tmp_path / f"{GRAPH}.onnx")
     with pytest.raises(ManifestError, match="item table is"):
-        check_name(name, tmp_path, [GRAPH], int8_items)
+        check_variant(name, tmp_path, [GRAPH], int8_items)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"not a model", b"\xff" * 40])
-def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_check_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(content)
     with pytest.raises(ManifestError, match=GRAPH):
-        check_name("int8", tmp_path, [GRAPH], False)
+        check_variant("int8", tmp_path, [GRAPH], False)
 
 
-def test_a_packed_shape_is_not_taken_for_another(tmp_path: Path) -> None:
-    """The wire format allows it, and two bytes may read as a number: b"31" are the dimensions 51 and 49."""
-    tensor = b"\x0a\x0231" + b"\x10\x01" + b"\x42\x01w"
-    (tmp_path / f"{GRAPH}.onnx").write_bytes(
-        b"\x3a" + bytes([len(tensor) + 2]) + b"\x2a" + bytes([len(tensor)]) + tensor
-    )
-    with pytest.raises(ManifestError, match="packed"):
-        read_graph(tmp_path / f"{GRAPH}.onnx")
-
-
-def test_nothing_but_a_manifest_error_comes_out_of_a_broken_file(tmp_path: Path) -> None:
-    whole = in_integers(layer((64, 64), (64, 64), between="Gelu")).SerializeToString()
+def test_read_broken_file_raises_only_manifest_error(tmp_path: Path) -> None:
+    whole = as_int8(layer((64, 64), (64, 64), between="Gelu")).SerializeToString()
     for size in range(0, len(whole), 97):
         (tmp_path / "cut.onnx").write_bytes(whole[:size])
         try:
@@ -187,21 +181,28 @@ def test_nothing_but_a_manifest_error_comes_out_of_a_broken_file(tmp_path: Path)
             continue
 
 
-def test_operators_are_read_as_the_onnx_package_reads_them(tmp_path: Path) -> None:
-    graph = in_integers(layer((64, 64), (64, 5), between="Gelu"))
+def test_read_graph_lists_operators_and_products(tmp_path: Path) -> None:
+    graph = as_int8(layer((64, 64), (64, 5), between="Gelu"))
     onnx.save(graph, tmp_path / "one.onnx")
     found = read_graph(tmp_path / "one.onnx")
     assert found.operators == {node.op_type for node in graph.graph.node}
-    assert [(product.type, product.shape) for product in found.products] == [
+    assert [(product.dtype, product.shape) for product in found.products] == [
         (TensorProto.INT8, (64, 64)),
         (TensorProto.FLOAT, (64, 5)),
     ]
     assert [product.source for product in found.products] == ["x", "z0"]
 
 
-def test_the_operators_that_are_served_are_those_that_the_graphs_need() -> None:
-    folder = DEMO / "movielens" / str(versions(DEMO / "movielens")[-1])
-    used = set().union(
-        *(read_graph(path).operators for path in folder.glob("variants/*/*.onnx") if path.stem != "rank")
-    )
-    assert used == KNOWN
+DEMO_FOLDER = DEMO / "movielens" / str(versions(DEMO / "movielens")[-1])
+
+
+def test_known_operators_are_those_of_the_demo() -> None:
+    graphs = [path for path in DEMO_FOLDER.glob("variants/*/*.onnx") if path.stem != "rank"]
+    assert set().union(*(read_graph(path).operators for path in graphs)) == KNOWN
+
+
+@pytest.mark.parametrize("name", read_manifest(DEMO_FOLDER).variants)
+def test_demo_variant_is_of_the_kind_that_it_is_named(name: str) -> None:
+    manifest = read_manifest(DEMO_FOLDER)
+    int8_items = manifest.variants[name].items == "items8.npy"
+    check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], int8_items)

@@ -1,0 +1,179 @@
+"""Check, before a bundle is published, that each variant computes with the operators and the precision of its name.
+
+A variant named `int8` must not hide float32 work, and no graph may contain an operator whose result for one request
+depends on other requests. The server does not repeat this check: it trusts the digests and the golden request.
+
+Called by: `bundle_writer.py`. Reads: a variant's folder of ONNX graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import NodeProto, TensorProto
+
+from slatewise.bundle.manifest import ManifestError
+
+PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant's name, in the order of the name
+CONTRIB = "com.microsoft"
+PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
+# Every operator that the graphs of a ranker need. All others are refused, control flow included.
+KNOWN = {
+    *PRODUCTS,
+    "Add", "Attention", "Cast", "Clip", "Concat", "Cos", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN",
+    "LayerNormalization", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid",
+    "Sin", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip
+INTEGER_SIDE = 16  # a weight whose sides are all at least this long is multiplied as integers in an `int8` variant
+MAX_FLOAT_SHARE = 0.1  # largest share of the weights that an `int8` variant may multiply as floats
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product with a constant weight."""
+
+    dtype: int  # TensorProto.DataType of the weight
+    shape: tuple[int, ...]
+    source: str  # name of its input tensor, before quantization
+    target: str  # name of its output tensor
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype in (TensorProto.UINT8, TensorProto.INT8)
+
+    @property
+    def is_large(self) -> bool:
+        return len(self.shape) > 1 and min(self.shape[-2:]) >= INTEGER_SIDE
+
+
+@dataclass(frozen=True)
+class CheckedGraph:
+    operators: frozenset[str]
+    products: tuple[Product, ...]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether two consecutive products pass through fewer columns than either has on its outer side."""
+        shape_of = {product.target: product.shape for product in self.products if len(product.shape) == 2}
+        pairs = ((shape_of[p.source], p.shape) for p in self.products if p.source in shape_of and len(p.shape) == 2)
+        return any(first[1] < min(first[0], second[1]) for first, second in pairs)
+
+
+def name_parts(name: str) -> list[str]:
+    """The parts of a variant's name: `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in order.
+
+    Raises ManifestError for any other name.
+    """
+    parts = name.split("-")
+    if (
+        not name
+        or parts != [part for part in PARTS if part in parts]
+        or {"lowrank", "student"} <= {*parts}
+        or ("fp32" in parts and len(parts) > 1)
+    ):
+        raise ManifestError(
+            f"{name!r} is no variant: a name is fp32, or lowrank or student, int8 and tables8, each optional, "
+            "in this order, joined by '-'"
+        )
+    return parts
+
+
+def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool) -> None:
+    """Raises ManifestError with the reason when the graphs in `folder` are not of the kind that the name states."""
+    parts = name_parts(name)
+    found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
+    products = [product for graph in found.values() for product in graph.products]
+    if "int8" in parts:
+        check_large_products(name, found)
+    floats = sum(prod(product.shape) for product in products if not product.is_integer)
+    total = sum(prod(product.shape) for product in products)
+    has_integers = floats < total
+    if has_integers != ("int8" in parts):
+        raise ManifestError(f"named {name}, and has {'integer products' if has_integers else 'no integer products'}")
+    if "int8" in parts and floats > MAX_FLOAT_SHARE * total:
+        share = f"{floats / total:.0%} of its weights are multiplied in float, limit {MAX_FLOAT_SHARE:.0%}"
+        raise ManifestError(f"named {name}, and {share}")
+    is_low_rank = any(graph.is_low_rank for graph in found.values())
+    if is_low_rank != ("lowrank" in parts):
+        raise ManifestError(f"named {name}, and has {'layers of low rank' if is_low_rank else 'no layers of low rank'}")
+    if int8_items != ("tables8" in parts):
+        raise ManifestError(f"named {name}, and its item table is {'int8' if int8_items else 'float32'}")
+
+
+def check_large_products(name: str, graphs: dict[str, CheckedGraph]) -> None:
+    """Raises ManifestError when a graph multiplies by a large float weight."""
+    for graph, content in graphs.items():
+        for product in content.products:
+            if product.is_large and not product.is_integer:
+                shape = "x".join(map(str, product.shape))
+                raise ManifestError(f"named {name}, and {graph}.onnx multiplies by a float weight of {shape}")
+
+
+def read_graph(path: Path) -> CheckedGraph:
+    """Raises ManifestError when the file is not an ONNX model, or breaks a rule of `check_graph`."""
+    try:
+        return check_graph(onnx.load(path, load_external_data=False))
+    except (DecodeError, ValueError, IndexError) as error:
+        raise ManifestError(f"{path.name}: {error or type(error).__name__}") from error
+
+
+def check_graph(model: onnx.ModelProto) -> CheckedGraph:
+    """The operators and the products of a model. Raises ValueError with the rule that a node breaks."""
+    graph = model.graph
+    if not graph.node:
+        raise ValueError("no ONNX model with a graph")
+    if model.functions or graph.sparse_initializer:
+        raise ValueError("functions and sparse weights are not allowed")
+    weights = {weight.name: weight for weight in graph.initializer}
+    inputs = {value.name for value in graph.input}
+    if any(weight.external_data or weight.data_location == TensorProto.EXTERNAL for weight in graph.initializer):
+        raise ValueError("a weight is kept in another file")
+    if len(weights) < len(graph.initializer) or inputs & weights.keys():
+        raise ValueError("two tensors have one name")
+    products = []
+    quantized = dict[str, str]()  # output of QuantizeLinear -> its input
+    user_columns = set[str]()  # the user's vector as a column, which the exit `dot` multiplies by
+    for node in graph.node:
+        check_operator(node)
+        check_constants(node, weights.keys())
+        if node.op_type == "QuantizeLinear":
+            quantized[node.output[0]] = node.input[0]
+        elif node.op_type == "Unsqueeze" and node.input[0] in inputs:
+            user_columns.add(node.output[0])
+        elif node.op_type in PRODUCTS:
+            weight = weights.get(node.input[1])
+            if weight is not None:
+                source = quantized.get(node.input[0], node.input[0])
+                products.append(Product(weight.data_type, tuple(weight.dims), source, node.output[0]))
+            elif node.input[1] not in user_columns:
+                raise ValueError(f"the second factor of a {node.op_type} is neither a weight nor the user's vector")
+    return CheckedGraph(frozenset(node.op_type for node in graph.node), tuple(products))
+
+
+def check_operator(node: NodeProto) -> None:
+    """Raises ValueError for an operator that no ranker needs, or that lets one request change another's score."""
+    operator = node.op_type
+    if "Dynamic" in operator:
+        raise ValueError(f"{operator}: its scale depends on other requests of the batch")
+    domains = (CONTRIB,) if operator == "MatMulIntegerToFloat" else ("", "ai.onnx")
+    if operator not in KNOWN or node.domain not in domains:
+        raise ValueError(f"no ranker needs the operator {node.domain}{'.' if node.domain else ''}{operator}")
+
+
+def check_constants(node: NodeProto, weights: Set[str]) -> None:
+    """Raises ValueError when a scale is computed, or when a product or an attention reads a constant as its input."""
+    operator = node.op_type
+    if operator in ("QuantizeLinear", "MatMulIntegerToFloat") and any(
+        name and name not in weights for name in node.input[1:]
+    ):
+        raise ValueError(f"{operator} with a computed scale: it could depend on other requests of the batch")
+    of_constant = operator in PRODUCTS and node.input[0] in weights
+    if operator == "Attention":
+        of_constant = len(node.output) > 1 or bool(weights & {*node.input[:3]})
+    if of_constant:
+        raise ValueError(f"{operator} of a constant")

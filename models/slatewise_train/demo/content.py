@@ -1,0 +1,135 @@
+"""The data that a bundle shows: users with their vectors, titles, an example request and warm-up requests.
+
+Called by: `export.py`, `demo/reference.py`. Calls: `data.py`, `meta/limaml.py` for the users' vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
+from slatewise_train.bundle_writer import SET_WISE_LIMIT
+from slatewise_train.config import Config
+from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
+from slatewise_train.meta.limaml import MetaLearner, user_vectors
+from slatewise_train.rankers.base import Ranker
+
+EXAMPLE_CANDIDATES = 24
+EXAMPLE_EVENTS = 40
+LONG_HISTORY = 100  # the example's user has at least this many events, if any user has
+POPULAR = 500  # the example's candidates are drawn from this many most popular items
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Users with their events and vectors, titles and fields of items."""
+
+    sequences: Sequences
+    users: list[str]
+    vectors: np.ndarray  # (users, M) float32; (0, M) without a meta block
+    titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
+
+
+def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, config: Config) -> DemoData:
+    """The data of the TOML's table `[demo]`, or the training data when there is no such table."""
+    demo = config.demo
+    if demo is None:
+        items = read_table(Path(config.tables.items))
+        sequences = data.sequences
+        users = sequences.users
+    else:
+        items = read_table(Path(demo.items))
+        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
+        sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
+        users = [demo.user_prefix + user for user in sequences.users]
+    if learner is None:
+        vectors = np.zeros((0, model.meta_size), np.float32)
+    else:
+        kinds = [head.kind for head in data.config.heads]
+        vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
+    columns: dict[str, list[list[str]]] = {
+        c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical
+    }
+    known = set(data.catalogue.vocabulary.items)
+    titles = {
+        str(row["item_id"]): {"title": row.get(data.config.title)} | {c: values[k] for c, values in columns.items()}
+        for k, row in enumerate(items.iter_rows(named=True))
+        if str(row["item_id"]) in known
+    }
+    return DemoData(sequences, users, vectors, titles)
+
+
+def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> dict[str, Any]:
+    """A request of the first user with a long history, else of the user with the longest one."""
+    lengths = np.diff(shown.sequences.offsets)
+    long = lengths >= LONG_HISTORY
+    user = int(np.flatnonzero(long)[0]) if long.any() else int(lengths.argmax())
+    return make_request(shown, data, user, rng)
+
+
+def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generator) -> dict[str, Any]:
+    """A request of a demo user, as JSON.
+
+    The user's last events are held back and become candidates, among popular items that the user has not met.
+    """
+    s = shown.sequences
+    rows = np.arange(s.offsets[user], s.offsets[user + 1])
+    rows = rows[s.items[rows] != UNKNOWN_ITEM]
+    ahead = rows[-min(EXAMPLE_CANDIDATES // 2, len(rows) // 3) :]
+    read = rows[: len(rows) - len(ahead)][-EXAMPLE_EVENTS:]
+    slate = draw_slate(shown, data, s.items[rows], s.items[ahead], rng)
+    numeric = data.catalogue.numeric[slate]
+    vocabulary = data.catalogue.vocabulary
+    actions = [None, *vocabulary.actions]
+    history: dict[str, Any] = {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in s.items[read]]}
+    if vocabulary.actions:
+        history["actions"] = [actions[a] for a in s.actions[read]]
+    history["timestamps"] = [int(t) for t in s.timestamps[read]]
+    features = {
+        f: [None if np.isnan(v) else round(float(v), 3) for v in numeric[:, k]]
+        for k, f in enumerate(data.config.numeric)
+    }
+    return {
+        "user": shown.users[user],
+        "history": history,
+        "candidates": {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in slate], "features": features},
+        "request_time": int(s.timestamps[read[-1]]),
+    }
+
+
+def draw_slate(shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Item rows of the candidates, shuffled: `ahead`, then popular items with a title that are not among `met`."""
+    vocabulary = data.catalogue.vocabulary
+    counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))
+    popular = np.argsort(-counts, kind="stable")[:POPULAR]
+    titled = np.array([vocabulary.items[r - FIRST_ITEM] in shown.titles for r in popular])
+    popular = np.setdiff1d(popular[titled], met)
+    among = popular if len(popular) else met
+    wanted = EXAMPLE_CANDIDATES - len(ahead)
+    drawn = rng.choice(among, wanted, replace=len(among) < wanted)  # a small catalogue repeats items
+    slate = np.concatenate([ahead, drawn])
+    rng.shuffle(slate)
+    return slate
+
+
+def warmup_requests(
+    example: dict[str, Any], ids: list[str], longest_history: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Requests of the smallest and largest shapes, so that memory is allocated before the first client's request."""
+    result = []
+    for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_CHUNK), (HISTORY_CHUNK, SET_WISE_LIMIT)):
+        history = rng.integers(0, len(ids), events)
+        slate = rng.integers(0, len(ids), n)
+        result.append(
+            {
+                "history": {"item_ids": [ids[k] for k in history]},
+                "candidates": {"item_ids": [ids[k] for k in slate]},
+                "request_time": example["request_time"],
+            }
+        )
+    return result

@@ -1,0 +1,89 @@
+"""Latency and resident memory of variants on this machine, with one thread.
+
+Called by: `export.py`, `compress.py`, `loadtest/`. Calls: `inference/engine.py`, `parity.py` for drawn requests.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slatewise.bundle.manifest import Manifest
+from slatewise.inference.arrays import FIRST_ITEM, Candidates
+from slatewise.inference.engine import Engine
+from slatewise.inference.item_table import read_item_table
+from slatewise.process import cpu_name
+from slatewise_train.evaluation.parity import Requests
+
+SLATES = (50, 200, 500)  # candidates
+
+
+def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int = 60) -> dict[str, dict[str, Any]]:
+    """By engine: machine, threads and one row per history and slate, with p50 and p99 in milliseconds.
+
+    `encode` is the time to encode the history, `score` the time to score the slate at the highest exit. The engines
+    take turns, so that a change of the machine's speed affects all of them.
+    """
+    draw = Requests(next(iter(engines.values())), manifest)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+    for events in (50, min(200, manifest.limits.history_used)):
+        for n in SLATES:
+            for name, quantiles in measure_shape(engines, draw, events, n, repeats).items():
+                rows[name].append({"history": events, "candidates": n} | quantiles)
+    return {name: {"machine": cpu_name(), "threads": 1, "rows": found} for name, found in rows.items()}
+
+
+def measure_shape(
+    engines: dict[str, Engine], draw: Requests, events: int, n: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """By engine: encode_p50, encode_p99, score_p50 and score_p99 of one history and one slate, in milliseconds."""
+    history = draw.history(events)
+    drawn = draw.candidates(n)
+    meta = draw.meta()
+    rows = draw.rng.integers(FIRST_ITEM, len(draw.engine.items), n)
+    states = {name: engine.extend(engine.start, history) for name, engine in engines.items()}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"encode": [], "score": []} for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            begin = time.perf_counter()
+            engine.extend(engine.start, history)
+            seconds[name]["encode"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            candidates = Candidates(engine.items.take(rows, axis=0), drawn.numeric, drawn.context)
+            point = engine.point(candidates, meta, states[name])
+            if "set" in draw.manifest.exits:
+                engine.set(point)
+            seconds[name]["score"].append(time.perf_counter() - begin)
+    return {
+        name: {
+            f"{stage}_p{percent}": round(float(np.quantile(values, percent / 100)) * 1e3, 3)
+            for stage, values in stages.items()
+            for percent in (50, 99)
+        }
+        for name, stages in seconds.items()
+    }
+
+
+def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int:
+    """Resident memory that one variant adds to a fresh process, with its whole item table read."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(resident_growth, (folder, table, exits))
+
+
+def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
+    """Bytes that loading a variant adds to this process."""
+    before = process_bytes()
+    engine = Engine(folder, read_item_table(table), exits, 1)
+    after = process_bytes()
+    del engine  # it must live until the second measurement
+    return after - before
+
+
+def process_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
