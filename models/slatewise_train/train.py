@@ -297,9 +297,10 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="slatewise train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="slatewise train",
+        description="Train a ranker. Stop it at any time: the same command continues after the last whole epoch.",
     )
-    parser.add_argument("toml", type=Path)
+    parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
     parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
     args = parser.parse_args(argv)
     try:

@@ -257,8 +257,11 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("toml", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m slatewise_train.evaluation.personalization",
+        description="Measure the benefit of meta-embeddings for users that were not trained on.",
+    )
+    parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")
     parser.add_argument("--folder", type=Path, help="default: build/personalization/NAME")
     args = parser.parse_args(argv)
     try:

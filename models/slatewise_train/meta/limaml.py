@@ -268,9 +268,11 @@ def load_learner(path: Path) -> tuple[MetaLearner, list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="slatewise limaml", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="slatewise limaml",
+        description="Meta-learn user vectors for a trained ranker, so that a bundle can adapt users to their events. "
+        "You can stop it at any time; the same command continues after the last whole epoch.",
     )
-    parser.add_argument("toml", type=Path)
+    parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")
     parser.add_argument("--folder", type=Path, help="of the training; default: build/train/NAME")
     args = parser.parse_args(argv)
     try:

@@ -292,10 +292,12 @@ def refresh(folder: Path, events: Events, redis_url: str, options: Options) -> d
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="slatewise refresh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="slatewise refresh",
+        description="Adapt users to their newest events, and publish their vectors in the store as a new generation. "
+        "You can stop it at any time; the same command continues.",
     )
     parser.add_argument("bundle", type=Path, help="<root>/<ranker>/<version>")
-    parser.add_argument("events", type=Path, nargs="+", help="Parquet files")
+    parser.add_argument("events", type=Path, nargs="+", help="Parquet files with all events of the users")
     parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
     parser.add_argument("--full", action="store_true", help="all users of the files, not only those with new events")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
