@@ -142,10 +142,10 @@ def draw_slates(
 ) -> Slates:
     """Slates at random positions. users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F)."""
     b = len(batch.users)
-    s = config.ladder_positions
+    s = config.cascade_positions
     rows = torch.arange(b)[:, None]
     read = (torch.rand(b, s) * batch.lengths[:, None]).long()
-    drawn, log_rate = draw_negatives(users[rows, read], table[FIRST_ITEM:], config.ladder_negatives)
+    drawn, log_rate = draw_negatives(users[rows, read], table[FIRST_ITEM:], config.cascade_negatives)
     ahead = read[..., None] + 1 + torch.arange(slate_size)  # (B, S, slate) columns of the next events
     exists = ahead <= batch.lengths[:, None, None]
     ahead = ahead.clamp(max=batch.items.shape[1] - 1)

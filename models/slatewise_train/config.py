@@ -80,17 +80,15 @@ class TrainConfig:
     """Table `[train]`."""
 
     epochs: int = 60
-    ladder_epochs: int = 20  # the last epochs, which train the exits `point` and `set` too
+    cascade_epochs: int = 20  # the last epochs, which train the exits `point` and `set` too
     batch_events: int = 8192  # in a batch, padding included
     learning_rate: float = 0.001
     weight_decay: float = 0.0
     warmup_steps: int = 200
     negatives: int = 512  # for the exit `dot`: uniform, shared by all positions of a batch
-    ladder_windows: int = (
-        64  # sequences of a batch that train the other exits, because candidates cost more than events
-    )
-    ladder_positions: int = 4  # in each of these sequences
-    ladder_negatives: int = 44  # at each position: half uniform, half drawn by the exit `dot`
+    cascade_windows: int = 64  # sequences of a batch that train the other exits; candidates cost more than events
+    cascade_positions: int = 4  # in each of these sequences
+    cascade_negatives: int = 44  # at each position: half uniform, half drawn by the exit `dot`
     id_dropout: float = 0.02  # share of items whose id is replaced by the unknown item's, which trains that row
     bfloat16: bool = False  # matrix products in bfloat16: a quarter faster on processors that have them
     validate_every: int = 5  # epochs
@@ -119,7 +117,7 @@ class PersonalizationConfig:
 
     held_out_users: int = 1800
     epochs: int = 24  # of the ranker that is trained without them
-    ladder_epochs: int = 8
+    cascade_epochs: int = 8
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 You can stop it at any time; the same command continues after the last whole epoch. The folder `build/train/NAME/` gets
 `checkpoint.pt`, `log.csv` with a row for each epoch, and the curves of the log in `log.png`.
 
-Every epoch trains the exit `dot` at all positions by sampled softmax. The last `ladder_epochs` train the exits `point`
+Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
@@ -125,7 +125,7 @@ class Trainer:
         """As `batches.draw_slates`, for this training's data and config."""
         return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config)
 
-    def ladder_loss(
+    def cascade_loss(
         self, batch: Batch, history: EncodedHistory, users: Tensor, table: Tensor, cold_item_vectors: Tensor
     ) -> Tensor:
         """The loss of the exits `point` and `set` at S positions of each sequence.
@@ -158,26 +158,26 @@ class Trainer:
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
         return loss
 
-    def loss(self, batch: Batch, ladder: bool) -> Tensor:
-        """The loss of the exit `dot`, or of all exits if ladder."""
+    def loss(self, batch: Batch, cascade: bool) -> Tensor:
+        """The loss of the exit `dot`; with `cascade`, the loss of all exits."""
         table = self.model.item_table()
         cold_item_vectors = self.model.cold_item_vectors(table)
         vectors = self.id_dropout(batch.items, table, cold_item_vectors)
         history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
         loss = self.dot_loss(batch, users, table)
-        if ladder:
-            rows = torch.randperm(len(batch.users))[: self.config.ladder_windows]
+        if cascade:
+            rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
-            loss = loss + self.ladder_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
+            loss = loss + self.cascade_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
         return loss
 
-    def run_epoch(self, ladder: bool) -> float:
+    def run_epoch(self, cascade: bool) -> float:
         """One pass over the training events; returns the mean loss."""
         self.model.train()
 
         def loss(windows: list[Window]) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                return self.loss(make_batch(self.data.sequences, windows), ladder)
+                return self.loss(make_batch(self.data.sequences, windows), cascade)
 
         mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, list(self.model.parameters()), loss)
         self.epoch += 1
@@ -278,11 +278,11 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
         print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
     while trainer.epoch < config.epochs:
         begin = time.perf_counter()
-        ladder = trainer.epoch >= config.epochs - config.ladder_epochs
-        loss = trainer.run_epoch(ladder)
+        cascade = trainer.epoch >= config.epochs - config.cascade_epochs
+        loss = trainer.run_epoch(cascade)
         row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
         if trainer.epoch % config.validate_every == 0 or trainer.epoch == config.epochs:
-            row |= {k: round(v, 4) for k, v in trainer.validate(("dot", "point") if ladder else ("dot",)).items()}
+            row |= {k: round(v, 4) for k, v in trainer.validate(("dot", "point") if cascade else ("dot",)).items()}
         trainer.save(path)
         new = not log.exists()
         with log.open("a", newline="") as file:

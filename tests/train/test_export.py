@@ -398,7 +398,7 @@ def train_shop(
     )
     tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
-    short = TrainConfig(epochs=2, ladder_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
+    short = TrainConfig(epochs=2, cascade_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
     trainer = train(load_data(config, tables), ModelConfig("ligr", shape), short, folder / "train")
     return trainer, Config(config, tables)
 

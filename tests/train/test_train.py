@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 SHAPE = {"width": 8, "blocks": 2, "attention_heads": 2, "set_blocks": 1, "meta_size": 4, "dropout": 0.1}
 MODEL = ModelConfig("ligr", SHAPE)
 SHORT = TrainConfig(
-    epochs=3, ladder_epochs=1, batch_events=512, learning_rate=0.01, warmup_steps=2, negatives=32, validate_every=2
+    epochs=3, cascade_epochs=1, batch_events=512, learning_rate=0.01, warmup_steps=2, negatives=32, validate_every=2
 )
 
 
@@ -69,9 +69,9 @@ def test_training_writes_log_row_plot_and_checkpoint(tiny: Tiny) -> None:
     assert sorted(path.name for path in tiny.training.iterdir()) == ["checkpoint.pt", "log.csv", "log.png"]
 
 
-def test_loss_decreases_before_and_after_ladder_epochs(tiny: Tiny) -> None:
+def test_loss_decreases_before_and_after_cascade_epochs(tiny: Tiny) -> None:
     losses = [float(row["loss"]) for row in rows_of(tiny.training)]
-    joins = tiny.config.train.epochs - tiny.config.train.ladder_epochs
+    joins = tiny.config.train.epochs - tiny.config.train.cascade_epochs
     assert losses[joins - 1] < losses[0]
     assert losses[-1] < losses[joins]
 
@@ -82,10 +82,10 @@ def test_training_resumed_equals_uninterrupted_training(
     through = train(few, MODEL, SHORT, tmp_path / "through")
     run_epoch = Trainer.run_epoch
 
-    def stop_in_third(trainer: Trainer, ladder: bool) -> float:
+    def stop_in_third(trainer: Trainer, cascade: bool) -> float:
         if trainer.epoch == 2:
             raise KeyboardInterrupt
-        return run_epoch(trainer, ladder)
+        return run_epoch(trainer, cascade)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run_epoch", stop_in_third)
@@ -109,7 +109,7 @@ def test_training_resumed_equals_uninterrupted_training(
 
 
 def test_training_finished_is_not_changed_by_another_run(few: Data, tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, epochs=1, ladder_epochs=0)
+    config = dataclasses.replace(SHORT, epochs=1, cascade_epochs=0)
     first = train(few, MODEL, config, tmp_path)
     again = train(few, MODEL, config, tmp_path)
     for name, value in state_of(first).items():
@@ -190,8 +190,8 @@ def test_dot_loss_does_not_depend_on_padding(few: Data) -> None:
     assert loss([short, long]) == pytest.approx((5 * loss([short]) + 20 * loss([long])) / 25, rel=1e-5)
 
 
-@pytest.mark.parametrize("ladder", [False, True])
-def test_loss_one_batch_can_be_overfitted(few: Data, ladder: bool) -> None:
+@pytest.mark.parametrize("cascade", [False, True])
+def test_loss_one_batch_can_be_overfitted(few: Data, cascade: bool) -> None:
     torch.manual_seed(0)
     trainer = Trainer(
         few,
@@ -206,7 +206,9 @@ def test_loss_one_batch_can_be_overfitted(few: Data, ladder: bool) -> None:
         table = trainer.model.item_table()
         state, users = trainer.model.encode(trainer.model.tokens(table[batch.items], batch.actions, batch.gaps))
         loss = (
-            trainer.ladder_loss(batch, state, users, table, table) if ladder else trainer.dot_loss(batch, users, table)
+            trainer.cascade_loss(batch, state, users, table, table)
+            if cascade
+            else trainer.dot_loss(batch, users, table)
         )
         trainer.optimizer.zero_grad()
         loss.backward()

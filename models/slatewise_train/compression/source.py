@@ -140,7 +140,7 @@ class Source:
                 self.data.split.train_lengths, self.manifest.limits.history_used, self.train.batch_events, rng
             )
             for batch in itertools.islice(windows, STATISTICS_BATCHES):
-                yield trainer.loss(make_batch(self.data.sequences, batch), ladder=True)
+                yield trainer.loss(make_batch(self.data.sequences, batch), cascade=True)
             return
         for sample in self.samples:
             candidates = sample.candidates(self.items)

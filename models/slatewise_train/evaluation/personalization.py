@@ -243,7 +243,7 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
     """Train without the held-out users, compare the arms on them, and return the report."""
     own = config.personalization
     data = load_data(dataclasses.replace(config.data, held_out_users=own.held_out_users), config.tables)
-    learning = dataclasses.replace(config.train, epochs=own.epochs, ladder_epochs=own.ladder_epochs)
+    learning = dataclasses.replace(config.train, epochs=own.epochs, cascade_epochs=own.cascade_epochs)
     ranker = train(data, config.model, learning, folder).model
     comparison = Comparison(data, ranker, MetaTrainer(ranker, data, config.meta).train(folder))
     users = data.split.held_out_users

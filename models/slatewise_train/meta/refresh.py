@@ -73,6 +73,17 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Options:
+    """How a refresh runs."""
+
+    full: bool = False  # all users, instead of those with new events
+    processes: int = 1
+    on_ray: bool = False
+    dtype: str = "float32"  # of the stored vectors
+    ttl_days: float = 0.0  # after this many days without a refresh the store drops a user; 0: never
+
+
+@dataclass(frozen=True)
 class Work:
     """The part of a refresh that its workers need, in this process or in another one."""
 
@@ -82,8 +93,7 @@ class Work:
     space: str
     generation: int
     created_at: float  # unix seconds
-    dtype: str  # of the stored vectors
-    ttl_days: float
+    options: Options
 
 
 class Worker:
@@ -93,14 +103,14 @@ class Worker:
         torch.set_num_threads(1)
         self.work = work
         self.adapter = Adapter(work.folder)
-        self.store = Generations(connect(work.redis_url), work.ranker, work.space, work.ttl_days)
+        self.store = Generations(connect(work.redis_url), work.ranker, work.space, work.options.ttl_days)
 
     def __call__(self, chunk: int, events: pl.DataFrame) -> Result:
         begin = time.process_time()
         users, vectors = self.adapter.vectors_of(events)
         seconds = time.process_time() - begin
         size = self.store.write_chunk(
-            self.work.generation, chunk, users, vectors, self.work.created_at, self.work.dtype
+            self.work.generation, chunk, users, vectors, self.work.created_at, self.work.options.dtype
         )
         return {"chunk": chunk, "users": len(users), "bytes": size, "adapt_seconds": seconds}
 
@@ -223,18 +233,7 @@ def run_on_ray(
         yield result
     store = Generations(connect(work.redis_url), work.ranker, work.space)
     for chunk in sorted(set(range(chunks)) - done - written):  # chunks without users
-        store.write_chunk(work.generation, chunk, [], np.zeros((0, 0), np.float32), work.created_at, work.dtype)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a refresh runs."""
-
-    full: bool = False  # all users, instead of those with new events
-    processes: int = 1
-    on_ray: bool = False
-    dtype: str = "float32"  # of the stored vectors
-    ttl_days: float = 0.0  # after this many days without a refresh the store drops a user; 0: never
+        store.write_chunk(work.generation, chunk, [], np.zeros((0, 0), np.float32), work.created_at, work.options.dtype)
 
 
 def plan_of(folder: Path, options: Options, *state: object) -> str:
@@ -261,16 +260,7 @@ def refresh(folder: Path, events: Events, redis_url: str, options: Options) -> d
     plan = plan_of(folder, options, status["watermark"], newest, len(users), chunks)
     with store.begin(plan, options.full) as writing:
         resumed = len(writing.done)
-        work = Work(
-            folder,
-            redis_url,
-            manifest.ranker,
-            manifest.space,
-            writing.generation,
-            begin,
-            options.dtype,
-            options.ttl_days,
-        )
+        work = Work(folder, redis_url, manifest.ranker, manifest.space, writing.generation, begin, options)
         run = run_on_ray if options.on_ray else run_here
         results = []
         with tqdm(total=len(users), desc=f"generation {writing.generation}", unit=" users", mininterval=1) as progress:

@@ -1,0 +1,67 @@
+"""The losses against slow, obvious versions: unknown labels, and the correction of sampled negatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slatewise_train.batches import draw_negatives
+from slatewise_train.losses import label_loss, label_losses, log_likelihood, sampling_offset, uniform_softmax
+
+
+def test_label_loss_ignores_unknown_labels() -> None:
+    logits = torch.tensor([0.5, -2.0, 1.0], requires_grad=True)
+    labels = torch.tensor([1.0, torch.nan, 0.0])
+    expected = (math.log1p(math.exp(-0.5)) + math.log1p(math.exp(1.0))) / 2
+    loss = label_loss(logits, labels)
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert logits.grad is not None and logits.grad[1] == 0 and logits.grad.isfinite().all()
+    each = label_losses(logits, labels)
+    assert each[1] == 0 and each.sum().item() == pytest.approx(2 * expected)
+
+
+def test_label_loss_without_known_label_is_zero() -> None:
+    assert label_loss(torch.ones(3), torch.full((3,), torch.nan)).item() == 0
+    assert label_loss(torch.ones(0), torch.ones(0)).item() == 0
+
+
+def test_uniform_softmax_equals_cross_entropy() -> None:
+    torch.manual_seed(0)
+    positive = torch.randn(5)
+    negatives = torch.randn(5, 7)
+    negatives[2, 3] = -torch.inf  # the positive item itself
+    logits = torch.cat([positive[:, None], negatives], dim=1)
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(uniform_softmax(positive, negatives), expected)
+
+
+def test_sampled_softmax_estimates_full_softmax() -> None:
+    """Many draws: the corrected sum over the negatives is near the sum over the catalogue without the positive."""
+    torch.manual_seed(0)
+    users = torch.randn(1, 1, 4)
+    vectors = torch.randn(50, 4)
+    drawn, log_rate = draw_negatives(users, vectors, 200_000)
+    scores = (users[0, 0] @ vectors.T) / 2  # other logits than those that the negatives are drawn by
+    target = 7
+    logits = torch.cat([scores[target : target + 1], scores[drawn[0, 0]]])
+    offset = sampling_offset(log_rate[0, 0], drawn[0, 0] == target)
+    torch.testing.assert_close(
+        log_likelihood(logits, offset), torch.log_softmax(scores, dim=0)[target], rtol=0.01, atol=0.01
+    )
+
+
+def test_draw_negatives_is_half_uniform_half_by_dot() -> None:
+    torch.manual_seed(0)
+    users = torch.zeros(1, 1, 2)
+    users[0, 0, 0] = 50.0
+    vectors = torch.zeros(10, 2)
+    vectors[3, 0] = 1.0  # the exit `dot` would always draw this item
+    drawn, log_rate = draw_negatives(users, vectors, 20_000)
+    share = torch.bincount(drawn.flatten(), minlength=10) / 20_000
+    expected = torch.full((10,), 0.05)
+    expected[3] = 0.55
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(log_rate[0, 0].exp(), (20_000 * expected)[drawn[0, 0]], rtol=1e-4, atol=0)
