@@ -106,6 +106,7 @@ def serve(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
+        "slatewise serve",
         usage="%(prog)s [--setting VALUE ...]",
         description="Serve rankers over HTTP. A flag takes precedence over its variable.",
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""The Redis server that the tests run: the machine's, or the Valkey of a wheel where the machine has no Redis.
+"""The Redis server that the tests run: the machine's, or the Valkey of a wheel if the machine has no Redis.
 
 Called by: the fixtures that start Redis, and the header of the test report. docker-compose.yml runs Redis 8, which no
 wheel has. Valkey 9 is the fork of Redis 7.2, and knows the options that docker-compose.yml starts Redis with.

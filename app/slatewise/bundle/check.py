@@ -29,7 +29,9 @@ def load(path: Path) -> list[Ranker]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Load bundles and print the variants that the server would serve.")
+    parser = argparse.ArgumentParser(
+        "slatewise check-bundle", description="Load bundles and print the variants that the server would serve."
+    )
     parser.add_argument(
         "path",
         type=Path,
