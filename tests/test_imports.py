@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,6 @@ SERVER = {name: path for name, path in SOURCES.items() if name.split(".")[0] == 
 OFFLINE = ("torch", "slatewise_train", "polars", "pandas", "onnx", "matplotlib", "tqdm", "sklearn", "ray", "tests")
 MOST_LINES = 350
 MOST_PARAMETERS = 7
-
-# Split by other parts of the same change; the marks go with the last of them.
-LONG_FILES = {
-    "slatewise.http.rank",
-    "slatewise.store.generations",
-    "slatewise.store.lookup",
-    "slatewise_train.compress",
-    "slatewise_train.export",
-    "slatewise_train.meta.limaml",
-    "slatewise_train.rankers.ligr_onnx",
-    "slatewise_train.train",
-}
-LONG_SIGNATURES = {"slatewise.ranking.pipeline", "slatewise_train.meta.limaml", "slatewise_train.meta.refresh"}
-
-
-def expect_failures(modules: Iterable[str], pending: set[str]) -> list[Any]:
-    mark = pytest.mark.xfail(strict=False, reason="not yet split")
-    return [pytest.param(name, marks=mark) if name in pending else name for name in modules]
 
 
 def imports(path: Path) -> set[str]:
@@ -146,7 +128,6 @@ def test_extra_declares_every_library_that_its_commands_load(extra: str) -> None
     assert used - optional <= declared(extra) | {"slatewise", "slatewise_train"}
 
 
-@pytest.mark.xfail(strict=False, reason="compress, low_rank and item_quantization are not yet split")
 def test_no_import_cycle() -> None:
     graph = {name: modules(path) - {name} for name, path in SOURCES.items()}
     try:
@@ -163,9 +144,7 @@ def level(module: str) -> int:
     return LEVELS.index(parts[1]) if len(parts) > 1 and parts[1] in LEVELS else 0
 
 
-@pytest.mark.parametrize(
-    "module", expect_failures(sorted(SERVER.keys() - {"slatewise.main"}), {"slatewise.inference.engine"})
-)
+@pytest.mark.parametrize("module", sorted(SERVER.keys() - {"slatewise.main"}))
 def test_imports_point_downwards(module: str) -> None:
     assert not {name for name in modules(SERVER[module]) if level(name) > level(module)}
 
@@ -180,12 +159,12 @@ def long_functions(path: Path) -> Iterator[str]:
                 yield f"{node.name}: {count} parameters"
 
 
-@pytest.mark.parametrize("module", expect_failures(SOURCES, LONG_FILES))
+@pytest.mark.parametrize("module", SOURCES)
 def test_file_is_not_too_long(module: str) -> None:
     assert len(SOURCES[module].read_text().splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("module", expect_failures(SOURCES, LONG_SIGNATURES))
+@pytest.mark.parametrize("module", SOURCES)
 def test_functions_take_few_parameters(module: str) -> None:
     assert not list(long_functions(SOURCES[module]))
 
