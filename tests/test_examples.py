@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from slatewise_train.data import clean_events, clean_items, read_config, read_table
+from slatewise_train.config import read_config
+from slatewise_train.data import clean_events, clean_items, read_table
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -70,8 +71,8 @@ def test_variant_example_compares_with_fp32(url: str) -> None:
 
 def test_own_data_is_what_training_reads(tmp_path: Path) -> None:
     subprocess.run([sys.executable, EXAMPLES / "own_data" / "make_events.py"], cwd=tmp_path, check=True, timeout=60)
-    config, toml = read_config(EXAMPLES / "own_data" / "shop.toml")
-    events, bad_events = clean_events(read_table(tmp_path / toml["data"]["events"]), config.max_bad_share)
-    items, bad_items = clean_items(read_table(tmp_path / toml["data"]["items"]), config)
+    config = read_config(EXAMPLES / "own_data" / "shop.toml")
+    events, bad_events = clean_events(read_table(tmp_path / config.tables.events), config.data.max_bad_share)
+    items, bad_items = clean_items(read_table(tmp_path / config.tables.items), config.data)
     assert (len(events), len(items)) == (12_000, 200)
     assert not bad_events and not any(bad_items.values())

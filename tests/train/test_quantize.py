@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loadtest.linears import FORMS, open_form
+from loadtest.engine.dense_layers import FORMS, open_form
 from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.bundle.ranker import Ranker
@@ -209,7 +209,7 @@ def test_static_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]
 
 @pytest.mark.parametrize("name", FORMS)
 def test_only_the_dynamic_form_depends_on_other_rows(name: str) -> None:
-    """Every form that `loadtest.linears` measures is close to the dense layer."""
+    """Every form that `loadtest.engine.dense_layers` measures is close to the dense layer."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 64**-0.5, (64, 32)).astype(np.float32)
     bias = rng.normal(size=32).astype(np.float32)
