@@ -2,8 +2,8 @@
 
     python -m loadtest.replay capture.jsonl 8000
         to the server at a port: statuses and latencies
-    python -m loadtest.replay capture.jsonl models/bundles/movielens/3 models/bundles/movielens/4
-        to two bundles, or two ports: also how the scores differ
+    python -m loadtest.replay capture.jsonl OLD NEW
+        to two bundles (folders of versions), or two ports: also how the scores differ
 
 Requests are sent in the order of the file, one at a time, so histories grow as they did. Deadlines are removed, so an
 answer depends on the bundle alone. The last line is JSON.
