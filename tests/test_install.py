@@ -20,18 +20,24 @@ from slatewise import VERSION
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DEMO = max((ROOT / "models" / "bundles" / "movielens").glob("[0-9]*"), key=lambda folder: int(folder.name))
 LOCKS = {name: (ROOT / "deploy" / f"{name}.lock").read_text() for name in ("serve", "test")}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves files of earlier builds in a source folder, and packs them again."""
+    """Built from a copy: setuptools leaves files of earlier builds in a source folder, and packs them again.
+
+    The copy has a bundle of the user's own.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", ".staging-*")
     for name in ("app", "models"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
+    (folder / "source" / "models" / "bundles" / "own" / "1").mkdir(parents=True)
+    (folder / "source" / "models" / "bundles" / "own" / "1" / "manifest.json").write_text("{}")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", folder, folder / "source"], check=True, capture_output=True, timeout=120)
     return next(folder.glob("*.whl"))
@@ -45,6 +51,7 @@ def test_wheel_has_both_packages_and_the_demo(wheel: Path) -> None:
     bundles = {
         f"slatewise/{path.relative_to(ROOT / 'models').as_posix()}" for path in tracked(ROOT / "models" / "bundles")
     }
+    assert not any("/own/" in name for name in packed)
     assert packed >= sources | bundles | {"slatewise/py.typed", "slatewise_train/py.typed"}
 
 
@@ -78,7 +85,7 @@ def test_unpacked_wheel_serves_the_demo_from_an_empty_folder(wheel: Path, tmp_pa
     command = [
         sys.executable,
         ROOT / ".ci" / "first_request.py",
-        package / "slatewise/bundles/movielens/4/manifest.json",
+        package / "slatewise" / DEMO.relative_to(ROOT / "models") / "manifest.json",
     ]
     command += [sys.executable, "-m", "slatewise", "serve", "--port", "0"]
     environment["PYTHONPATH"] = str(package)
@@ -88,7 +95,7 @@ def test_unpacked_wheel_serves_the_demo_from_an_empty_folder(wheel: Path, tmp_pa
     shown = subprocess.run(
         [sys.executable, "-m", "slatewise", "check-bundle"], cwd=empty, env=environment, capture_output=True, text=True
     )
-    assert shown.stdout.startswith("movielens version 4 serves")
+    assert shown.stdout.startswith(f"movielens version {DEMO.name} serves")
 
 
 @pytest.mark.parametrize("name", LOCKS)
