@@ -180,21 +180,28 @@ def test_find_python_takes_a_path_with_spaces(path_of_fakes: Path) -> None:
     assert find_python(path_of_fakes, str(path_of_fakes / "my python" / "python")).returncode == 0
 
 
-# A Python that makes an environment of itself alone, in no time, and installs nothing.
+# A Python that makes an environment of itself alone, in no time, and installs nothing. It reaches no other index.
 FAKE = f"""case "$1 $2" in
-"-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
-"-m pip") ;;
+"-m venv") rm -rf "$4"; mkdir -p "$4/bin" "$4/lib/python3.12/site-packages"; cp "$0" "$4/bin/python" ;;
+"-m pip") case "$*" in *--index-url*) exit 1 ;; esac ;;
 -c*import*venv*) echo "$0" ;;
 *) exec {sys.executable} "$@" ;;
 esac"""
 
 
-def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> None:
-    checkout = tmp_path / "check out"
-    (checkout / "deploy").mkdir(parents=True)
-    shutil.copytree(ROOT / ".ci", checkout / ".ci")
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with the scripts, and locks without packages."""
+    folder = tmp_path / "check out"
+    (folder / "deploy").mkdir(parents=True)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    for name in LOCKS:
+        (folder / "deploy" / f"{name}.lock").write_text("# no package\n")
+    return folder
+
+
+def test_environment_is_kept_if_complete_and_else_made_anew(checkout: Path, tmp_path: Path) -> None:
     lock = checkout / "deploy" / "serve.lock"
-    lock.write_text("# no package\n")
     folder = checkout / "environment"
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     for path in (first, second):
@@ -220,3 +227,23 @@ def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> N
     assert is_made_anew(second)
     (folder / "bin" / "python").unlink()  # its Python is gone
     assert is_made_anew(second)
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+def test_environment_of_tests_finds_both_packages(checkout: Path, tmp_path: Path, kind: str) -> None:
+    script(tmp_path / "python", FAKE)
+    script(tmp_path / "uname", "echo Linux")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (checkout / "environment").symlink_to(shared)
+    command = [checkout / ".ci" / "environment", "environment", kind, str(tmp_path / "python")]
+    variables = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    shown = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"Removing the link environment to {shared}; that folder stays" in shown
+    assert shared.is_dir() and not list(shared.iterdir())
+    found = checkout / "environment" / "lib" / "python3.12" / "site-packages" / "slatewise.pth"
+    if kind == "test":
+        assert found.read_text() == f"{checkout / 'app'}\n{checkout / 'models'}\n"
+        assert "PyTorch's CPU index is not reachable; installing torch from PyPI (on Linux x86-64 about 4 GB" in shown
+    else:
+        assert not found.exists() and "PyTorch" not in shown
