@@ -70,7 +70,6 @@ wheels-check: test-environment
 
 # The Dockerfile's steps without Docker: a clean folder and environment, the image's command, and its health check.
 IMAGE := build/image
-HEALTH_PORT := 18765
 image-check:
 	rm -rf $(IMAGE)
 	.ci/environment $(IMAGE)/venv serve "$(PYTHON)"
@@ -78,8 +77,9 @@ image-check:
 	mkdir -p $(IMAGE)/srv/models
 	cp -r app deploy/health_check.py $(IMAGE)/srv/
 	cp -r models/bundles $(IMAGE)/srv/models/
-	cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=app \
-		ORT_DISABLE_TELEMETRY=1 SLATEWISE_PORT=$(HEALTH_PORT) sh -c '\
+	port=$$($(IMAGE)/venv/bin/python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])') && \
+		cd $(IMAGE)/srv && env -i PATH="$$PWD/../venv/bin:/usr/bin:/bin" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=app \
+		ORT_DISABLE_TELEMETRY=1 SLATEWISE_PORT=$$port sh -c '\
 		python -m slatewise serve & server=$$!; trap "kill $$server" EXIT; \
 		for k in $$(seq 60); do \
 			python -I -S health_check.py 2>/dev/null && echo healthy && exit 0; sleep 1; \

@@ -20,7 +20,7 @@ import psutil
 
 from tests.support.network import free_port
 
-SERVE = (sys.executable, "-m", "slatewise.main")
+SERVE = (sys.executable, "-m", "slatewise", "serve")
 READY_SECONDS = 120.0
 STOP_SECONDS = 60.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -17,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from slatewise import VERSION
-from slatewise.cli import COMMANDS
+from slatewise.bundle.manifest import bundle_folder
+from slatewise.cli import COMMANDS, EXPECTED_BY_NAME, run_main
 from slatewise.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-BUNDLE = ROOT / "models" / "bundles" / "movielens" / "4"
+BUNDLE = bundle_folder(ROOT / "models" / "bundles" / "movielens")
 SLATEWISE = (sys.executable, "-m", "slatewise")
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -129,6 +131,53 @@ def test_serve_failure_is_one_line(variables: dict[str, str], flags: tuple[str, 
     assert "Traceback" not in result.stderr
 
 
+UNREACHABLE = ("--redis-url", "redis://127.0.0.1:1/0")
+FAILURES_OF_COMMANDS = {
+    "serve": ("--bundles", "missing"),
+    "push": (str(BUNDLE), *UNREACHABLE),
+    "store": ("status", str(BUNDLE), *UNREACHABLE),
+    "check-bundle": ("missing",),
+    "train": ("missing.toml",),
+    "limaml": ("missing.toml",),
+    "refresh": (str(BUNDLE), "missing.parquet", *UNREACHABLE),
+    "export": ("missing.toml",),
+    "compress": ("missing",),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_failure_of_a_command_is_one_line(name: str, tmp_path: Path) -> None:
+    result = run(name, *FAILURES_OF_COMMANDS[name], cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(rf"slatewise {name}: error: .*(missing|127\.0\.0\.1:1).*\n", result.stderr)
+
+
+def test_failure_of_an_offline_tool_is_one_line(tmp_path: Path) -> None:
+    tool = "slatewise_train.evaluation.personalization"
+    command = [sys.executable, "-m", tool, "missing.toml"]
+    result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert re.fullmatch(rf"python -m {tool}: error: .*missing\.toml.*\n", result.stderr)
+
+
+@pytest.mark.parametrize("name", EXPECTED_BY_NAME)
+def test_expected_error_exists_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    class Special(pkgutil.resolve_name(name)):  # type: ignore[misc]
+        pass
+
+    def fail(_: object) -> None:
+        raise Special("first\n second")
+
+    assert run_main("slatewise x", fail, []) == 1
+    assert capsys.readouterr().err == "slatewise x: error: first second\n"
+
+
+def test_unexpected_error_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError):
+        run_main("slatewise x", lambda _: {}["a key"], [])
+
+
 def test_taken_port_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -159,8 +208,8 @@ def test_missing_package_names_the_extra() -> None:
 def test_check_bundle_prints_variants_and_refusals(tmp_path: Path) -> None:
     result = run("check-bundle", str(BUNDLE))
     assert result.returncode == 0
-    assert re.fullmatch(r"movielens version 4 serves the variants .*\(default\).*\n", result.stdout)
-    broken = tmp_path / "movielens" / "4"
+    assert re.fullmatch(rf"movielens version {BUNDLE.name} serves the variants .*\(default\).*\n", result.stdout)
+    broken = tmp_path / "movielens" / BUNDLE.name
     for path in (path for path in BUNDLE.rglob("*") if path.is_file()):
         (broken / path.relative_to(BUNDLE)).parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes()

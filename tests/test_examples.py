@@ -32,7 +32,7 @@ def url() -> Iterator[str]:
         "SLATEWISE_PORT": str(port),
         "SLATEWISE_BUNDLES": str(ROOT / "models" / "bundles"),
     }
-    server = subprocess.Popen([sys.executable, "-m", "slatewise.main"], env=environment, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, "-m", "slatewise", "serve"], env=environment, stdout=subprocess.DEVNULL)
     try:
         for _ in range(300):
             try:

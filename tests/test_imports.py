@@ -79,7 +79,7 @@ PLACES = {
     "fastapi_offline": {"http/app.py"},
     "uvicorn": {"http/server.py"},
     "starlette": {"http/app.py", "http/auth.py", "http/body.py", "http/problems.py", "http/rank.py"},
-    "redis": {f"store/{name}.py" for name in ("admin", "client", "node", "nodes", "poll", "push", "writer")},
+    "redis": {f"store/{name}.py" for name in ("client", "node", "nodes", "poll", "writer")},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/health.py"},
 }

@@ -20,18 +20,24 @@ from slatewise import VERSION
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DEMO = max((ROOT / "models" / "bundles" / "movielens").glob("[0-9]*"), key=lambda folder: int(folder.name))
 LOCKS = {name: (ROOT / "deploy" / f"{name}.lock").read_text() for name in ("serve", "test")}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves files of earlier builds in a source folder, and packs them again."""
+    """Built from a copy: setuptools leaves files of earlier builds in a source folder, and packs them again.
+
+    The copy has a bundle of the user's own.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", ".staging-*")
     for name in ("app", "models"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
+    (folder / "source" / "models" / "bundles" / "own" / "1").mkdir(parents=True)
+    (folder / "source" / "models" / "bundles" / "own" / "1" / "manifest.json").write_text("{}")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", folder, folder / "source"], check=True, capture_output=True, timeout=120)
     return next(folder.glob("*.whl"))
@@ -45,6 +51,7 @@ def test_wheel_has_both_packages_and_the_demo(wheel: Path) -> None:
     bundles = {
         f"slatewise/{path.relative_to(ROOT / 'models').as_posix()}" for path in tracked(ROOT / "models" / "bundles")
     }
+    assert not any("/own/" in name for name in packed)
     assert packed >= sources | bundles | {"slatewise/py.typed", "slatewise_train/py.typed"}
 
 
@@ -78,7 +85,7 @@ def test_unpacked_wheel_serves_the_demo_from_an_empty_folder(wheel: Path, tmp_pa
     command = [
         sys.executable,
         ROOT / ".ci" / "first_request.py",
-        package / "slatewise/bundles/movielens/4/manifest.json",
+        package / "slatewise" / DEMO.relative_to(ROOT / "models") / "manifest.json",
     ]
     command += [sys.executable, "-m", "slatewise", "serve", "--port", "0"]
     environment["PYTHONPATH"] = str(package)
@@ -88,7 +95,7 @@ def test_unpacked_wheel_serves_the_demo_from_an_empty_folder(wheel: Path, tmp_pa
     shown = subprocess.run(
         [sys.executable, "-m", "slatewise", "check-bundle"], cwd=empty, env=environment, capture_output=True, text=True
     )
-    assert shown.stdout.startswith("movielens version 4 serves")
+    assert shown.stdout.startswith(f"movielens version {DEMO.name} serves")
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -173,21 +180,28 @@ def test_find_python_takes_a_path_with_spaces(path_of_fakes: Path) -> None:
     assert find_python(path_of_fakes, str(path_of_fakes / "my python" / "python")).returncode == 0
 
 
-# A Python that makes an environment of itself alone, in no time, and installs nothing.
+# A Python that makes an environment of itself alone, in no time, and installs nothing. It reaches no other index.
 FAKE = f"""case "$1 $2" in
-"-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
-"-m pip") ;;
+"-m venv") rm -rf "$4"; mkdir -p "$4/bin" "$4/lib/python3.12/site-packages"; cp "$0" "$4/bin/python" ;;
+"-m pip") case "$*" in *--index-url*) exit 1 ;; esac ;;
 -c*import*venv*) echo "$0" ;;
 *) exec {sys.executable} "$@" ;;
 esac"""
 
 
-def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> None:
-    checkout = tmp_path / "check out"
-    (checkout / "deploy").mkdir(parents=True)
-    shutil.copytree(ROOT / ".ci", checkout / ".ci")
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with the scripts, and locks without packages."""
+    folder = tmp_path / "check out"
+    (folder / "deploy").mkdir(parents=True)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    for name in LOCKS:
+        (folder / "deploy" / f"{name}.lock").write_text("# no package\n")
+    return folder
+
+
+def test_environment_is_kept_if_complete_and_else_made_anew(checkout: Path, tmp_path: Path) -> None:
     lock = checkout / "deploy" / "serve.lock"
-    lock.write_text("# no package\n")
     folder = checkout / "environment"
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     for path in (first, second):
@@ -213,3 +227,23 @@ def test_environment_is_kept_if_complete_and_else_made_anew(tmp_path: Path) -> N
     assert is_made_anew(second)
     (folder / "bin" / "python").unlink()  # its Python is gone
     assert is_made_anew(second)
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+def test_environment_of_tests_finds_both_packages(checkout: Path, tmp_path: Path, kind: str) -> None:
+    script(tmp_path / "python", FAKE)
+    script(tmp_path / "uname", "echo Linux")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (checkout / "environment").symlink_to(shared)
+    command = [checkout / ".ci" / "environment", "environment", kind, str(tmp_path / "python")]
+    variables = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    shown = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"Removing the link environment to {shared}; that folder stays" in shown
+    assert shared.is_dir() and not list(shared.iterdir())
+    found = checkout / "environment" / "lib" / "python3.12" / "site-packages" / "slatewise.pth"
+    if kind == "test":
+        assert found.read_text() == f"{checkout / 'app'}\n{checkout / 'models'}\n"
+        assert "PyTorch's CPU index is not reachable; installing torch from PyPI (on Linux x86-64 about 4 GB" in shown
+    else:
+        assert not found.exists() and "PyTorch" not in shown

@@ -1,6 +1,7 @@
 """The command `slatewise`: looks up the module of a command and runs its `main`.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A failure is one line on standard error.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A failure is one line on standard error. A command
+raises its errors, and `run_main` alone turns those that are expected into the line and the exit code.
 Calls: main.py to serve, store/ for Redis, the modules of slatewise_train by name for training. Only the module of the
 command is imported, so that `slatewise serve` needs no torch and `slatewise train` no web server.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,11 @@ from typing import Any
 from slatewise import VERSION
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXPECTED_BY_NAME = {  # a command does not load the libraries of the others
+    "polars.exceptions.PolarsError",
+    "redis.exceptions.RedisError",
+    "slatewise.store.writer.StoreError",
+}
 
 
 @dataclass(frozen=True)
@@ -58,24 +63,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = make_parser().parse_args(arguments[:1]).command
-    try:
-        return run(name, arguments[1:])
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
+
+    def run(arguments: Sequence[str]) -> Any:
+        return importlib.import_module(command.module).main(arguments)
+
     try:
-        function: Callable[..., Any] = importlib.import_module(command.module).main
-        sys.argv = [f"slatewise {name}", *arguments]  # argparse takes the name of the program from here
-        code = function(arguments) if inspect.signature(function).parameters else function()
-        return int(code or 0)
+        return run_main(f"slatewise {name}", run, arguments[1:])
     except ModuleNotFoundError as error:
         if str(error.name).startswith(("slatewise.", "slatewise_train.")):
             raise
         reason = f"the package {error.name} is missing; run: pip install 'slatewise[{command.extra}]'"
-    except OSError as error:  # a file, folder or connection; the message names it
-        reason = str(error)
-    print(f"slatewise {name}: error: {reason}", file=sys.stderr)
-    return 1
+        print(f"slatewise {name}: error: {reason}", file=sys.stderr)
+        return 1
+
+
+def run_main(program: str, function: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:
+    """The exit code of a command's `main`. An expected error becomes one line on standard error, and exit code 1."""
+    try:
+        return function(arguments) or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        for fault in getattr(error, "faults", [error]):  # SettingsError has several
+            print(f"{program}: error: {' '.join(str(fault).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the message explains the failure to the user: wrong input, a file or connection, the state of a store."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return isinstance(error, (OSError, ValueError)) or not names.isdisjoint(EXPECTED_BY_NAME)

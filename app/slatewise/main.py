@@ -23,14 +23,14 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.app import create_app
-from slatewise.http.server import AddressError, bind, run
+from slatewise.http.server import bind, run
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
-from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.settings import Settings, add_flags, is_link_address, read_settings
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
 log = logging.getLogger("slatewise")
@@ -104,7 +104,8 @@ def serve(settings: Settings) -> int:
     return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
+    """The exit code. Raises SettingsError, AddressError or ManifestError."""
     parser = argparse.ArgumentParser(
         "slatewise serve",
         usage="%(prog)s [--setting VALUE ...]",
@@ -117,16 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(0))  # while the bundles load
-    try:
-        settings = read_settings(flags)
-        if is_link_address(os.environ.get("SLATEWISE_PORT")):
-            log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
-        return serve(settings)
-    except (SettingsError, AddressError, ManifestError) as error:
-        for line in str(error).splitlines():
-            print(f"{parser.prog}: error: {line}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    settings = read_settings(flags)
+    if is_link_address(os.environ.get("SLATEWISE_PORT")):
+        log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
+    return serve(settings)

@@ -36,7 +36,11 @@ LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
 
 
 class SettingsError(ValueError):
-    """Settings that are refused; the message has one line for each fault."""
+    """Settings that are refused; the message has one line for each of the `faults`."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 def default_bundles() -> Path:
@@ -213,11 +217,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_settings(flags: Mapping[str, str]) -> Settings:
     """The settings from `flags` (text by field name), else from the environment. Raises SettingsError."""
     if unknown := unknown_variables(os.environ):
-        raise SettingsError("\n".join(unknown))
+        raise SettingsError(unknown)
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # texts: pydantic converts them as it does variables
     except ValidationError as error:
-        raise SettingsError("\n".join(explain(error, flags))) from None
+        raise SettingsError(explain(error, flags)) from None
 
 
 def explain(error: ValidationError, flags: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
 r"""Compare two commits: python -m loadtest.compare --a COMMAND --b COMMAND [--speed]
 
     python -m loadtest.compare \
-        --a ".venv/bin/python -m slatewise.main" --a-folder ../before --a-env PYTHONPATH=app:models \
-        --b ".venv/bin/python -m slatewise.main" --b-env PYTHONPATH=app:models
+        --a ".venv/bin/python -m slatewise serve" --a-folder ../before --a-env PYTHONPATH=app:models \
+        --b ".venv/bin/python -m slatewise serve" --b-env PYTHONPATH=app:models
 
 Starts both servers at free ports (SLATEWISE_PORT), each with the bundles of its own folder. By default it sends random
 requests to POST /score of both: for every variant and exit, each request cold (a new history), kept (repeated) and

@@ -79,7 +79,7 @@ class Scene:
     def serve(self, k: int) -> ServerProcess:
         """Start replica `k` with its log in replica-`k`.jsonl."""
         settings = {"BUNDLES": str(self.bundles), "REDIS_URL": self.redis_url} | SETTINGS
-        command = ("sh", "-c", f"exec {sys.executable} -m slatewise.main >> {self.folder}/replica-{k}.jsonl")
+        command = ("sh", "-c", f"exec {sys.executable} -m slatewise serve >> {self.folder}/replica-{k}.jsonl")
         return self.stack.enter_context(ServerProcess(settings, command, self.ports[k]))
 
     def fill_redis(self) -> None:

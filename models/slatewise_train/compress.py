@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from slatewise.bundle.loader import versions
-from slatewise.bundle.manifest import Variant
+from slatewise.bundle.manifest import Variant, bundle_folder, versions
 from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
 from slatewise_train.bundle_writer import publish, staging, write_json
@@ -131,7 +131,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="slatewise compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = "default: %(default)s"
-    parser.add_argument("ranker", type=Path, help="folder of a ranker; its newest version is compressed")
+    bundle = "the bundle to compress: <root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>"
+    parser.add_argument("bundle", type=Path, help=bundle)
     parser.add_argument("toml", type=Path, nargs="?", help="TOML of its training")
     parser.add_argument("--variants", default=",".join(NAMES), help=default)
     epochs = f"epochs that low-rank models and students learn from fp32; {default}"
@@ -150,27 +151,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        if not (found := versions(args.ranker)):
-            raise ValueError(f"{args.ranker} holds no version of a ranker")
-        names = list(dict.fromkeys(listed(args.variants)))
-        for name in names:
-            Recipe.named(name)
-        options = Options(
-            method=args.method,
-            share=args.share,
-            budget=args.budget,
-            shape=read_shape(args.student),
-            distill=DistillConfig(epochs=args.epochs) if args.epochs else None,
-            bits=args.bits,
-        )
-        source = open_source(args.ranker / str(found[-1]), args.toml)
-        print(compress(source, args.ranker.parent, names, options, args.force))
-    except (ValueError, KeyError, OSError) as error:
-        parser.error(str(error))
+def main(argv: Sequence[str]) -> None:
+    args = make_parser().parse_args(argv)
+    folder = bundle_folder(args.bundle.absolute())  # absolute: the root folder of "." is not its parent
+    names = list(dict.fromkeys(listed(args.variants)))
+    for name in names:
+        Recipe.named(name)
+    options = Options(
+        method=args.method,
+        share=args.share,
+        budget=args.budget,
+        shape=read_shape(args.student),
+        distill=DistillConfig(epochs=args.epochs) if args.epochs else None,
+        bits=args.bits,
+    )
+    source = open_source(folder, args.toml)
+    print(compress(source, folder.parents[1], names, options, args.force))
 
 
 def open_source(folder: Path, toml: Path | None) -> Source:
@@ -179,7 +175,3 @@ def open_source(folder: Path, toml: Path | None) -> Source:
         return Source(folder, None)
     config = read_config(toml)
     return Source(folder, load_data(config.data, config.tables), config.train)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.loader import versions
+from slatewise.bundle.manifest import versions
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import (
     BundleContent,
@@ -134,7 +135,7 @@ def load_block(folder: Path, toml: Path) -> MetaLearner | None:
     return None
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slatewise export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -143,14 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("models/bundles"), help="default: %(default)s")
     parser.add_argument("--version", type=int, help="default: one more than the newest")
     args = parser.parse_args(argv)
-    try:
-        trainer, config, folder = load_trainer(args.toml, args.folder)
-        newest = max(versions(args.root / config.data.name), default=0)
-        version = newest + 1 if args.version is None else args.version
-        print(export(trainer, load_block(folder, args.toml), config, args.root, version))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    trainer, config, folder = load_trainer(args.toml, args.folder)
+    newest = max(versions(args.root / config.data.name), default=0)
+    version = newest + 1 if args.version is None else args.version
+    print(export(trainer, load_block(folder, args.toml), config, args.root, version))

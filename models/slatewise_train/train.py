@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -295,7 +296,7 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
     return trainer
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slatewise train",
         description="Train a ranker. Stop it at any time: the same command continues after the last whole epoch.",
@@ -303,18 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
     parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
     args = parser.parse_args(argv)
-    try:
-        config = read_config(args.toml)
-        data = load_data(config.data, config.tables)
-        vocabulary = data.catalogue.vocabulary
-        print(
-            f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items",
-            flush=True,
-        )
-        train(data, config.model, config.train, args.folder or Path("build/train") / config.data.name)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    config = read_config(args.toml)
+    data = load_data(config.data, config.tables)
+    vocabulary = data.catalogue.vocabulary
+    print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
+    train(data, config.model, config.train, args.folder or Path("build/train") / config.data.name)

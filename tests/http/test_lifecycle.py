@@ -164,7 +164,7 @@ def test_sigterm_drains_and_exits_with_0(tiny: Tiny, example: dict[str, Any]) ->
     port = free_port()
     settings = {"SLATEWISE_BUNDLES": str(tiny.root), "SLATEWISE_PORT": str(port), "SLATEWISE_DRAIN_SECONDS": "2"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "slatewise.main"],
+        [sys.executable, "-m", "slatewise", "serve"],
         env=os.environ | settings,
         cwd=DEMO.parent.parent,
         stderr=subprocess.DEVNULL,

@@ -147,7 +147,7 @@ class WrongWriter(CaseWriter):
 def test_server_environment_has_no_slatewise_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLATEWISE_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    found = server("env python -m slatewise.main", tmp_path, ["PYTHONPATH=app:models"])
+    found = server("env python -m slatewise serve", tmp_path, ["PYTHONPATH=app:models"])
     assert found.environment["PYTHONPATH"] == "app:models"
     assert "SLATEWISE_THREADS" not in found.environment
     assert found.environment["SLATEWISE_PORT"] == str(found.port)
@@ -157,7 +157,7 @@ def test_server_environment_has_no_slatewise_settings(monkeypatch: pytest.Monkey
 def options(tiny: Tiny) -> list[str]:
     found = ["--bundles", str(tiny.root)]
     for side in ("a", "b"):
-        found += [f"--{side}", f"{sys.executable} -m slatewise.main", f"--{side}-folder", str(HERE.parent)]
+        found += [f"--{side}", f"{sys.executable} -m slatewise serve", f"--{side}-folder", str(HERE.parent)]
         found += [f"--{side}-env", "PYTHONPATH=app:models", f"--{side}-env", f"SLATEWISE_BUNDLES={tiny.root}"]
     return found
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import redis
 
-from slatewise.store.admin import COMMANDS, main
+from slatewise import cli
+from slatewise.store.admin import COMMANDS
 from slatewise.store.codec import user_key
 from slatewise.store.generations import Generations
 from slatewise.store.push import push
@@ -37,7 +38,12 @@ def store(client: redis.Redis) -> Generations:
 def run(redis_port: int, capsys: pytest.CaptureFixture[str]) -> Any:
     def run(command: str, *arguments: str, ranker: str = "r", space: str = "s") -> Any:
         """The JSON that the command prints, for a ranker and its space."""
-        assert main([command, *arguments, "--ranker", ranker, "--space", space, "--redis-url", url(redis_port)]) == 0
+        assert (
+            cli.main(
+                ["store", command, *arguments, "--ranker", ranker, "--space", space, "--redis-url", url(redis_port)]
+            )
+            == 0
+        )
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -53,10 +59,10 @@ def test_roll_back_prints_the_list_and_then_fails(
     store: Generations, run: Any, redis_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("roll-back") == {"live": [1]}
-    assert main(["roll-back", "--ranker", "r", "--space", "s", "--redis-url", url(redis_port)]) == 1
+    assert cli.main(["store", "roll-back", "--ranker", "r", "--space", "s", "--redis-url", url(redis_port)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "slatewise store roll-back: nothing to roll back to: one generation is live\n"
+    assert printed.err == "slatewise store: error: nothing to roll back to: one generation is live\n"
 
 
 @pytest.mark.parametrize("user", ["a", "user 1", "\N{SNOWMAN}"])
@@ -85,7 +91,7 @@ def test_a_bundle_or_its_ranker_names_the_space(
     monkeypatch.setenv("SLATEWISE_REDIS_URL", url(redis_port))
     manifest = json.loads((tiny.folder / "manifest.json").read_text())
     for folder in (tiny.folder, tiny.folder.parent):
-        assert main(["status", str(folder)]) == 0
+        assert cli.main(["store", "status", str(folder)]) == 0
         status = json.loads(capsys.readouterr().out)
         assert (status["ranker"], status["space"], status["live"]) == (manifest["ranker"], manifest["space"], [])
 
@@ -93,10 +99,10 @@ def test_a_bundle_or_its_ranker_names_the_space(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unreachable_redis_is_one_line_and_exit_code_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     user = ["u"] if command == "delete-user" else []
-    assert main([command, *user, "--ranker", "r", "--space", "s", "--redis-url", UNREACHABLE]) == 1
+    assert cli.main(["store", command, *user, "--ranker", "r", "--space", "s", "--redis-url", UNREACHABLE]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(f"slatewise store {command}: ") and printed.err.count("\n") == 1
+    assert printed.err.startswith("slatewise store: error: ") and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"format": 1}', "[" * 10])
@@ -105,7 +111,7 @@ def test_an_unreadable_bundle_is_one_line_and_exit_code_1(
 ) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
-    assert main(["status", str(tmp_path), "--redis-url", UNREACHABLE]) == 1
+    assert cli.main(["store", "status", str(tmp_path), "--redis-url", UNREACHABLE]) == 1
     printed = capsys.readouterr()
     assert str(tmp_path) in printed.err and printed.err.count("\n") == 1
 
@@ -127,7 +133,7 @@ def test_an_unreadable_bundle_is_one_line_and_exit_code_1(
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        cli.main(["store", *arguments])
     assert ended.value.code == 2
     assert "usage: slatewise store" in capsys.readouterr().err
 
@@ -138,7 +144,7 @@ def test_help_exits_with_0_and_shows_no_password(
 ) -> None:
     monkeypatch.setenv("SLATEWISE_REDIS_URL", "redis://:secret@h")
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--help"])
+        cli.main(["store", *arguments, "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert f"usage: {' '.join(['slatewise store', *arguments])}" in printed and "secret" not in printed
@@ -151,7 +157,7 @@ def test_the_commands_run_without_the_training_packages(store: Generations, redi
     app = Path(__file__).parents[2] / "app"
     for command in COMMANDS:
         user = ["a"] if command == "delete-user" else []
-        line = [sys.executable, "-m", "slatewise.store.admin", command, *user, "--ranker", "r", "--space", "s"]
+        line = [sys.executable, "-m", "slatewise", "store", command, *user, "--ranker", "r", "--space", "s"]
         environment = os.environ | {
             "PYTHONPATH": f"{tmp_path}{os.pathsep}{app}",
             "SLATEWISE_REDIS_URL": url(redis_port),
@@ -165,5 +171,5 @@ def test_a_folder_of_versions_means_the_newest(tiny: Tiny, tmp_path: Path, capsy
     for version in ("2", "10"):
         shutil.copytree(tiny.folder, tmp_path / version, ignore=shutil.ignore_patterns("*.onnx", "*.npy"))
     (tmp_path / "10" / "manifest.json").write_text("{}")
-    assert main(["status", str(tmp_path), "--redis-url", UNREACHABLE]) == 1
+    assert cli.main(["store", "status", str(tmp_path), "--redis-url", UNREACHABLE]) == 1
     assert str(tmp_path / "10") in capsys.readouterr().err

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import redis
 
+from slatewise import cli
 from slatewise.store.codec import HEADER, unpack, user_key
 from slatewise.store.generations import Generations
-from slatewise.store.push import main, push
+from slatewise.store.push import push
 from tests.conftest import Tiny
 from tests.store.conftest import url
 
@@ -42,7 +43,7 @@ def read(store: Generations, user: str) -> tuple[float, int, float] | None:
 
 def run_push(*arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "slatewise.store.push", *arguments],
+        [sys.executable, "-m", "slatewise", "push", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -114,7 +115,7 @@ def test_a_bundle_becomes_a_live_generation(
     manifest = json.loads((tiny.folder / "manifest.json").read_text())
     users = json.loads((tiny.folder / "users.json").read_text())
     for k, folder in enumerate((tiny.folder, tiny.folder.parent), 1):
-        assert main([str(folder), "--redis-url", url(redis_port)]) == 0
+        assert cli.main(["push", str(folder), "--redis-url", url(redis_port)]) == 0
         result = json.loads(capsys.readouterr().out)
         assert (result["ranker"], result["space"]) == (manifest["ranker"], manifest["space"])
         assert (result["generation"], result["users"]) == (k, len(users))
@@ -129,17 +130,17 @@ def archive(tmp_path: Path) -> Path:
 
 
 def test_an_unreachable_redis_is_one_line_and_exit_code_1(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(archive), "--redis-url", "redis://127.0.0.1:1/0"]) == 1
+    assert cli.main(["push", str(archive), "--redis-url", "redis://127.0.0.1:1/0"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("slatewise push: ") and printed.err.count("\n") == 1
+    assert printed.err.startswith("slatewise push: error: ") and printed.err.count("\n") == 1
 
 
 def test_a_second_writer_is_one_line_and_exit_code_1(
     store: Generations, archive: Path, redis_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with store.begin("plan", full=True):
-        assert main([str(archive), "--redis-url", url(redis_port)]) == 1
+        assert cli.main(["push", str(archive), "--redis-url", url(redis_port)]) == 1
     error = capsys.readouterr().err
     assert "is being written by process" in error and error.count("\n") == 1
 
@@ -160,9 +161,9 @@ def test_an_unusable_archive_is_one_line_and_exit_code_1(
     arrays: dict[str, Any], tmp_path: Path, redis_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez(tmp_path / "vectors.npz", **arrays)
-    assert main([str(tmp_path / "vectors.npz"), "--redis-url", url(redis_port)]) == 1
+    assert cli.main(["push", str(tmp_path / "vectors.npz"), "--redis-url", url(redis_port)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("slatewise push: ") and error.count("\n") == 1
+    assert error.startswith("slatewise push: error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut off"])
@@ -172,9 +173,18 @@ def test_a_file_that_is_no_archive_is_one_line_and_exit_code_1(
     path = tmp_path / "vectors.npz"
     path.write_bytes(content)
     for wrong in (path, tmp_path / "missing.npz", tmp_path):
-        assert main([str(wrong)]) == 1
+        assert cli.main(["push", str(wrong)]) == 1
         error = capsys.readouterr().err
         assert str(wrong) in error and error.count("\n") == 1
     np.save(tmp_path / "vectors.npy", np.zeros((1, DIM)))
-    assert main([str(tmp_path / "vectors.npy")]) == 1
+    assert cli.main(["push", str(tmp_path / "vectors.npy")]) == 1
     assert "not an .npz archive" in capsys.readouterr().err
+
+
+def test_a_bundle_without_meta_embeddings_is_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((tiny.folder / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"meta_size": 0}))
+    assert cli.main(["push", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"slatewise push: error: {tmp_path}: the bundle has no meta-embeddings\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
 import pytest
@@ -17,22 +17,12 @@ import redis
 from slatewise.store.codec import user_key
 from slatewise.store.lookup import RedisStore
 from slatewise.store.node import CLOSED, HALF_OPEN, OPEN, RedisNode
+from tests.store.conftest import url
 from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.store_load import RANKER, USERS, check, circuit, fill, loaded, until, until_closed
 
 BUDGET = 0.05  # seconds
 SLACK = 1.0  # seconds that a busy machine may add to a look-up
-
-
-@pytest.fixture
-def client(redis_port: int) -> Iterator[redis.Redis]:
-    with redis.Redis(port=redis_port) as client:
-        client.flushall()
-        yield client
-
-
-def url(port: int) -> str:
-    return f"redis://127.0.0.1:{port}/0"
 
 
 def slow(proxy: FaultProxy) -> None:

@@ -40,7 +40,7 @@ from slatewise_train.data import load_data, read_table
 from slatewise_train.demo.content import demo_data, make_request
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
-from slatewise_train.export import export, load_block, main
+from slatewise_train.export import export, load_block
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
@@ -478,9 +478,3 @@ def test_without_meta_scores_like_the_default_vector(tiny: Tiny, ranker: Ranker)
 def test_load_block_without_file_explains_and_returns_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_block(tmp_path, Path("my.toml")) is None
     assert "`slatewise limaml my.toml` makes it" in capsys.readouterr().out
-
-
-def test_export_command_without_toml_exits_with_2(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "missing.toml")])
-    assert stopped.value.code == 2

@@ -9,8 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.loader import versions
-from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise_train.compression.graph_check import KNOWN, check_variant, read_graph
 from slatewise_train.compression.quantize import quantize
 from tests.conftest import DEMO

@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loadtest.engine.dense_layers import FORMS, open_form
 from onnx import TensorProto, helper, numpy_helper
 
+from loadtest.engine.dense_layers import FORMS, open_form
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
 from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE

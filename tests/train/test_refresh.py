@@ -219,7 +219,8 @@ def test_refresh_on_two_ray_workers_writes_same_vectors(
     line = [
         sys.executable,
         "-m",
-        "slatewise_train.meta.refresh",
+        "slatewise",
+        "refresh",
         tiny.folder,
         files[0],
         "--full",
@@ -239,20 +240,20 @@ def test_refresh_on_two_ray_workers_writes_same_vectors(
         np.testing.assert_allclose(stored(client, ranker, user)[2], expected[user], rtol=0, atol=1e-6)
 
 
-def test_command_prints_summary_or_exits_with_message(
+def test_command_prints_summary_or_raises(
     tiny: Tiny,
     client: redis.Redis,
     url: str,
     files: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def command(*arguments: str, at: str = url) -> Any:
-        job.main([str(tiny.folder), *arguments, "--processes", "1", "--redis-url", at])
+    def command(*arguments: str, at: str = url, bundle: Path = tiny.folder) -> Any:
+        job.main([str(bundle), *arguments, "--processes", "1", "--redis-url", at])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     assert command(str(files[0]))["live"] == [1]
-    assert command(*map(str, files))["live"] == [2, 1]
-    with pytest.raises(SystemExit, match=r"^refresh: "):
+    assert command(*map(str, files), bundle=tiny.folder.parent)["live"] == [2, 1]
+    with pytest.raises(redis.exceptions.ConnectionError):
         command(str(files[0]), at="redis://127.0.0.1:1/0")
-    with pytest.raises(SystemExit, match=r"^refresh: "):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet"):
         command("nowhere.parquet")

@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 
-from slatewise.bundle.loader import load_bundle, sha256, versions
-from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise.bundle.loader import load_bundle, sha256
+from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import CALIBRATION, longest_call, write_graphs
 from slatewise_train.compression.source import Source

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slatewise.bundle.loader import load_bundle, load_rankers, versions
-from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.loader import load_bundle, load_rankers
+from slatewise.bundle.manifest import ManifestError, bundle_folder
 from slatewise.bundle.ranker import Ranker
 from slatewise.settings import default_bundles
 
@@ -21,14 +21,15 @@ def load(path: Path) -> list[Ranker]:
     """The rankers of one bundle, of the newest version of one ranker, or of a root folder. Raises ManifestError."""
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder")
-    if (path / "manifest.json").exists():
-        return [load_bundle(path, 1)]
-    if found := versions(path):
-        return [load_bundle(path / str(found[-1]), 1)]
-    return list(load_rankers(path).values())
+    try:
+        folder = bundle_folder(path)
+    except ManifestError:  # a root folder of bundles
+        return list(load_rankers(path).values())
+    return [load_bundle(folder, 1)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
+    """Raises ManifestError if no bundle can be loaded."""
     parser = argparse.ArgumentParser(
         "slatewise check-bundle", description="Load bundles and print the variants that the server would serve."
     )
@@ -41,12 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)  # refusals
-    try:
-        rankers = load(args.path)
-    except ManifestError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    for ranker in rankers:
+    for ranker in load(args.path):
         names = ", ".join(f"{name} (default)" if name == ranker.default_variant else name for name in ranker.engines)
         print(f"{ranker.name} version {ranker.manifest.version} serves the variants {names}")
-    return 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest
+from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest, versions
 from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
 from slatewise.inference.engine import Engine, EngineError
@@ -53,13 +53,9 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
                 reasons.append(str(error))
                 log.error("not served: %s", error)
     if not rankers:
-        raise ManifestError(f"{root}: no bundle can be served; make one with `make train`. {' '.join(reasons)}")
+        make = "make one with `slatewise train`, then `slatewise export`"
+        raise ManifestError(f"{root}: no bundle can be served; {make}. {' '.join(reasons)}")
     return rankers
-
-
-def versions(folder: Path) -> list[int]:
-    """The version numbers in a ranker's folder, ascending."""
-    return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
 
 
 def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...]) -> Ranker:

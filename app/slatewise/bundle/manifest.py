@@ -151,6 +151,24 @@ class Manifest(Member):
         return self
 
 
+def versions(folder: Path) -> list[int]:
+    """The version numbers in a ranker's folder, ascending."""
+    return sorted(int(v.name) for v in folder.glob("*") if v.is_dir() and v.name.isdecimal() and v.name.isascii())
+
+
+def bundle_folder(path: Path) -> Path:
+    """`path` itself if it is one version of a ranker; the newest version if it is the ranker's folder.
+
+    Raises ManifestError if it is neither.
+    """
+    if (path / "manifest.json").exists():
+        return path
+    newest = max(versions(path), default=None)
+    if newest is None:
+        raise ManifestError(f"{path}: no bundle, and no folder of a ranker's versions")
+    return path / str(newest)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle's folder.
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from redis.exceptions import RedisError
-
-from slatewise.bundle.manifest import read_manifest
+from slatewise.bundle.manifest import bundle_folder, read_manifest
 from slatewise.store.client import connect
-from slatewise.store.command_line import add_redis_url, bundle_folder, fail
+from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
-from slatewise.store.writer import StoreError
 
 Command = Callable[[Generations, argparse.Namespace], dict[str, Any]]
 
@@ -57,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--ranker", metavar="NAME", help="instead of a bundle, with --space")
         command.add_argument("--space", metavar="SPACE", help="space of the meta-embeddings, as the manifest names it")
         add_redis_url(command)
-        command.set_defaults(usage_error=command.error, prog=command.prog)
+        command.set_defaults(usage_error=command.error)
     return parser
 
 
@@ -69,22 +65,14 @@ def target(args: argparse.Namespace) -> tuple[str, str]:
     return args.ranker, args.space
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command's exit code: 0 done, 1 failed; argparse exits with 2 for wrong arguments."""
+def main(argv: Sequence[str]) -> None:
+    """Raises StoreError, redis-py's exceptions, OSError or ValueError."""
     args = make_parser().parse_args(argv)
     named = [name for name in ("ranker", "space") if getattr(args, name) is not None]
     if len(named) != (0 if args.bundle else 2):
         args.usage_error("give a bundle, or both --ranker and --space")
     _, command = COMMANDS[args.command]
-    try:
-        ranker, space = target(args)
-        with connect(args.redis_url) as client:
-            result = command(Generations(client, ranker, space), args)
-    except (RedisError, StoreError, OSError, ValueError) as error:
-        return fail(args.prog, error)
+    ranker, space = target(args)
+    with connect(args.redis_url) as client:
+        result = command(Generations(client, ranker, space), args)
     print(json.dumps(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,12 @@
-"""Parts that the store's commands share: the Redis URL, a bundle's folder, an error in one line.
+"""The Redis URL as an option of the commands that write to the store.
 
-Called by: `push`, `admin`. Calls: `bundle`.
+Called by: `push`, `admin` and the refresh job.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
-
-from slatewise.bundle.loader import versions
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -22,19 +18,3 @@ def add_redis_url(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("SLATEWISE_REDIS_URL") or DEFAULT_URL,
         help=f"default: SLATEWISE_REDIS_URL, else {DEFAULT_URL}",
     )
-
-
-def bundle_folder(path: Path) -> Path:
-    """`path` itself if it is one version of a ranker, else its newest version. Raises ValueError if it is neither."""
-    if (path / "manifest.json").exists():
-        return path
-    newest = max(versions(path), default=None)
-    if newest is None:
-        raise ValueError(f"{path}: no bundle, and no folder of a ranker's versions")
-    return path / str(newest)
-
-
-def fail(command: str, error: object) -> int:
-    """Print one line on standard error; the exit code of a failure."""
-    print(f"{command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-    return 1

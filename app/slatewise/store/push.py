@@ -12,21 +12,19 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from redis.exceptions import RedisError
 
-from slatewise.bundle.manifest import read_manifest
+from slatewise.bundle.manifest import ManifestError, bundle_folder, read_manifest
 from slatewise.inference.arrays import Float32
 from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
-from slatewise.store.command_line import add_redis_url, bundle_folder, fail
+from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import BATCH, Generations
-from slatewise.store.writer import StoreError
 
 PROGRESS_SECONDS = 2.0
 
@@ -68,13 +66,27 @@ def push(
 def read(path: Path) -> tuple[str, str, list[str], Float32]:
     """(ranker, space, users, vectors) of a bundle, of a ranker's newest bundle, or of an .npz.
 
-    Raises OSError, ValueError (ManifestError included), KeyError, EOFError or BadZipFile if it cannot be read.
+    Raises OSError, or ValueError (ManifestError included) if it cannot be read or has no meta-embeddings.
     """
-    if path.is_dir():
-        folder = bundle_folder(path)
-        manifest = read_manifest(folder)
-        users = json.loads((folder / "users.json").read_text())
-        return manifest.ranker, manifest.space, users, np.load(folder / "meta_embeddings.npy", allow_pickle=False)
+    try:
+        return read_bundle(bundle_folder(path)) if path.is_dir() else read_archive(path)
+    except ManifestError:  # names the path
+        raise
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_bundle(folder: Path) -> tuple[str, str, list[str], Float32]:
+    """As `read`, from the folder of a bundle. Raises OSError, ValueError or EOFError."""
+    manifest = read_manifest(folder)
+    if not (folder / "meta_embeddings.npy").exists():
+        raise ManifestError(f"{folder}: the bundle has no meta-embeddings")
+    users = json.loads((folder / "users.json").read_text())
+    return manifest.ranker, manifest.space, users, np.load(folder / "meta_embeddings.npy", allow_pickle=False)
+
+
+def read_archive(path: Path) -> tuple[str, str, list[str], Float32]:
+    """As `read`, from an .npz. Raises OSError, ValueError, KeyError, EOFError or BadZipFile."""
     with path.open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -85,8 +97,8 @@ def read(path: Path) -> tuple[str, str, list[str], Float32]:
         return str(arrays["ranker"]), str(arrays["space"]), arrays["users"].astype(str).tolist(), vectors
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command's exit code: 0 done, 1 failed; argparse exits with 2 for wrong arguments."""
+def main(argv: Sequence[str]) -> None:
+    """Raises the errors of `read` and `push`."""
     parser = argparse.ArgumentParser(
         prog="slatewise push",
         description="Fill Redis with meta-embeddings and make them visible at once. Repeat the command to resume it.",
@@ -103,10 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         "--ttl-days", type=float, default=0.0, help="delete users that were not written for so many days; 0: never"
     )
     args = parser.parse_args(argv)
-    try:
-        ranker, space, users, vectors = read(args.file)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        return fail(parser.prog, f"{args.file}: {error}")
+    ranker, space, users, vectors = read(args.file)
     printed_at = time.monotonic()
 
     def progress(done: int) -> None:
@@ -115,14 +124,6 @@ def main(argv: list[str] | None = None) -> int:
             printed_at = time.monotonic()
             print(f"{done:,} of {len(users):,} users", file=sys.stderr)
 
-    try:
-        with connect(args.redis_url) as client:
-            result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
-    except (RedisError, StoreError, OSError, ValueError) as error:
-        return fail(parser.prog, error)
+    with connect(args.redis_url) as client:
+        result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
     print(json.dumps({"ranker": ranker, "space": space} | result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

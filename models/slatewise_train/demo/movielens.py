@@ -10,12 +10,16 @@ Called by: `make train`, `make compress`. The tables are read by `data.py`.
 import argparse
 import hashlib
 import io
+import sys
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 from tqdm import tqdm
+
+from slatewise.cli import run_main
 
 URLS = {
     "ml-1m": "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
@@ -118,7 +122,7 @@ def read_movielens(name: str, source: Path) -> tuple[pl.DataFrame, pl.DataFrame]
     return events, add_fields(movies)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(URLS))
     parser.add_argument("--source", type=Path, help="the zip or the unpacked folder; default: download it")
@@ -136,4 +140,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("python -m slatewise_train.demo.movielens", main, sys.argv[1:]))

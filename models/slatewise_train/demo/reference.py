@@ -10,11 +10,14 @@ Called by: the command line (`python -m slatewise_train.demo.reference`). Calls:
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.bundle_writer import (
     BundleContent,
@@ -115,11 +118,11 @@ def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> 
     return folder / str(version)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
     print(publish_uncalibrated(reference_content(), ROOT / NAME, VERSION))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("python -m slatewise_train.demo.reference", main, sys.argv[1:]))

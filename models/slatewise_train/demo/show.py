@@ -11,13 +11,17 @@ Called by: the command line. Calls: `bundle/loader.py`, `data.py`.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.loader import load_bundle, read_json, versions
+from slatewise.bundle.loader import load_bundle, read_json
+from slatewise.bundle.manifest import bundle_folder
 from slatewise.bundle.ranker import Ranker
+from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
 from slatewise_train.config import read_config
@@ -99,15 +103,14 @@ def describe(name: str, ranker: Ranker, data: Data, request: RankRequest, displa
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("toml", type=Path)
     parser.add_argument("users", nargs="+")
     parser.add_argument("--bundle", type=Path, help="default: the newest version under models/bundles/NAME")
     args = parser.parse_args(argv)
     config = read_config(args.toml)
-    home = Path("models/bundles") / config.data.name
-    folder = args.bundle or home / str(max(versions(home), default=0))
+    folder = bundle_folder(args.bundle or Path("models/bundles") / config.data.name)
     ranker = load_bundle(folder, 1)
     data = load_data(config.data, config.tables)
     source = config.demo or config.tables
@@ -122,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("python -m slatewise_train.demo.show", main, sys.argv[1:]))

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.store.codec import pack_many, unpack
 from slatewise_train.batches import Slates, make_batch, newest_window_start, read_slates
@@ -256,7 +259,7 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m slatewise_train.evaluation.personalization",
         description="Measure the benefit of meta-embeddings for users that were not trained on.",
@@ -264,12 +267,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")
     parser.add_argument("--folder", type=Path, help="default: build/personalization/NAME")
     args = parser.parse_args(argv)
-    try:
-        config = read_config(args.toml)
-        folder = args.folder or Path("build/personalization") / config.data.name
-        report = experiment(config, folder)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    config = read_config(args.toml)
+    folder = args.folder or Path("build/personalization") / config.data.name
+    report = experiment(config, folder)
     table = personalization_table(report)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.md").write_text(table + "\n")
@@ -278,4 +278,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("python -m slatewise_train.evaluation.personalization", main, sys.argv[1:]))

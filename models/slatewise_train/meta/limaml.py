@@ -26,6 +26,7 @@ import dataclasses
 import json
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +267,7 @@ def load_learner(path: Path) -> tuple[MetaLearner, list[str]]:
     return learner.requires_grad_(False), about["kinds"]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slatewise limaml",
         description="Meta-learn user vectors for a trained ranker, so that a bundle can adapt users to their events. "
@@ -275,13 +276,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")
     parser.add_argument("--folder", type=Path, help="of the training; default: build/train/NAME")
     args = parser.parse_args(argv)
-    try:
-        trainer, config, folder = load_trainer(args.toml, args.folder)
-        meta = MetaTrainer(trainer.model, trainer.data, config.meta)
-        save_learner(folder / META_BLOCK, meta.train(folder), meta.kinds)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    trainer, config, folder = load_trainer(args.toml, args.folder)
+    meta = MetaTrainer(trainer.model, trainer.data, config.meta)
+    save_learner(folder / META_BLOCK, meta.train(folder), meta.kinds)

@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -32,14 +31,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from redis.exceptions import RedisError
 from tqdm import tqdm
 
 from slatewise.bundle.loader import sha256
-from slatewise.bundle.manifest import ManifestError, read_manifest
+from slatewise.bundle.manifest import bundle_folder, read_manifest
 from slatewise.store.client import connect
+from slatewise.store.codec import DTYPES
+from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
-from slatewise.store.writer import StoreError
 from slatewise_train.config import DataConfig, Head
 from slatewise_train.data import Vocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
@@ -290,29 +289,26 @@ def refresh(folder: Path, events: Events, redis_url: str, options: Options) -> d
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slatewise refresh",
         description="Adapt users to their newest events, and publish their vectors in the store as a new generation. "
         "You can stop it at any time; the same command continues.",
     )
-    parser.add_argument("bundle", type=Path, help="<root>/<ranker>/<version>")
+    parser.add_argument(
+        "bundle", type=Path, help="<root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>"
+    )
     parser.add_argument("events", type=Path, nargs="+", help="Parquet files with all events of the users")
-    parser.add_argument("--redis-url", default=os.environ.get("SLATEWISE_REDIS_URL") or "redis://127.0.0.1:6379/0")
+    add_redis_url(parser)
     parser.add_argument("--full", action="store_true", help="all users of the files, not only those with new events")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--ray", action="store_true", help="on Ray: the cluster at RAY_ADDRESS, or one on this machine")
-    parser.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float32", help="of stored vectors")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the stored vectors; default: %(default)s"
+    )
     parser.add_argument(
         "--ttl-days", type=float, default=0.0, help="drop a user after this many days without a refresh; 0: never"
     )
     args = parser.parse_args(argv)
     options = Options(args.full, args.processes, args.ray, args.dtype, args.ttl_days)
-    try:
-        print(json.dumps(refresh(args.bundle, Events(args.events), args.redis_url, options)))
-    except (StoreError, ManifestError, RedisError, pl.exceptions.PolarsError, OSError, ValueError) as error:
-        sys.exit(f"refresh: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    print(json.dumps(refresh(bundle_folder(args.bundle), Events(args.events), args.redis_url, options)))
