@@ -104,6 +104,10 @@ def serve(settings: Settings) -> int:
     return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
 
 
+def leave(code: int, *_: object) -> None:
+    sys.exit(code)
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit code. Raises SettingsError, AddressError or ManifestError."""
     parser = argparse.ArgumentParser(
@@ -115,9 +119,11 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
+    # with the signal, also if it is caught.
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: sys.exit(0))  # while the bundles load
+            signal.signal(number, partial(leave, code))
     settings = read_settings(flags)
     if is_link_address(os.environ.get("SLATEWISE_PORT")):
         log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
