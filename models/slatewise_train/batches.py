@@ -1,6 +1,6 @@
 """Windows of sequences, batches of windows, and slates of candidates at positions of a batch.
 
-Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`, `evaluation/personalization.py`.
+Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`, `meta/personalization.py`.
 Calls: `data.py`, and the ranker that reads a slate.
 
 Letters in shapes: B windows, T the longest window, S positions of a window, C candidates, K negatives, d width.

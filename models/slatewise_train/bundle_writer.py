@@ -26,10 +26,10 @@ from slatewise.bundle.loader import load_bundle, make_ranker, score_request, sha
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
-from slatewise_train.compression.graph_check import check_variant
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import write_calibrations
 from slatewise_train.evaluation.latency import measure_latency
+from slatewise_train.graph_check import check_variant
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, Ranker
 from slatewise_train.rankers.weights import save_weights, serving_form

@@ -47,7 +47,7 @@ class DataConfig:
     slate_size: int = 20  # a slate is this many consecutive events of a user
     slate_users: int = 0  # users whose last slate is held out from training
     validation_users: int = 0  # other users whose last slate is held out, to validate and to calibrate
-    held_out_users: int = 0  # other users held out completely, for `evaluation/personalization.py`
+    held_out_users: int = 0  # other users held out completely, for `meta/personalization.py`
     max_bad_share: float = 0.01  # reading fails if a larger share of the rows is unusable
     seed: int = 0
 
@@ -113,7 +113,7 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class PersonalizationConfig:
-    """Table `[personalization]`: the experiment of `evaluation/personalization.py`."""
+    """Table `[personalization]`: the experiment of `meta/personalization.py`."""
 
     held_out_users: int = 1800
     epochs: int = 24  # of the ranker that is trained without them

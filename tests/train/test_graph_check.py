@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.bundle.loader import versions
 from slatewise.bundle.manifest import ManifestError, read_manifest
-from slatewise_train.compression.graph_check import KNOWN, check_variant, read_graph
 from slatewise_train.compression.quantize import quantize
+from slatewise_train.graph_check import KNOWN, check_variant, read_graph
 from tests.conftest import DEMO
 
 GRAPH = "point"

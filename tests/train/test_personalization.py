@@ -11,7 +11,9 @@ import torch
 
 from slatewise_train.batches import epoch_windows
 from slatewise_train.data import Data, split_sequences, training_events
-from slatewise_train.evaluation.personalization import (
+from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
+from slatewise_train.meta.limaml import MetaTrainer
+from slatewise_train.meta.personalization import (
     LENGTHS,
     Comparison,
     cases_of,
@@ -19,8 +21,6 @@ from slatewise_train.evaluation.personalization import (
     sign_flip,
     tabulate,
 )
-from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
-from slatewise_train.meta.limaml import MetaTrainer
 from tests.conftest import Tiny
 
 

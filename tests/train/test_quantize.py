@@ -12,12 +12,11 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loadtest.engine.dense_layers import FORMS, open_form
 from onnx import TensorProto, helper, numpy_helper
 
+from loadtest.engine.dense_layers import FORMS, open_form
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
 from slatewise_train.compression.quantize import (
     FULL_BITS,
     SAFE_BITS,
@@ -29,6 +28,7 @@ from slatewise_train.compression.quantize import (
     quantize_weight,
 )
 from slatewise_train.evaluation import parity
+from slatewise_train.graph_check import CONTRIB, INTEGER_SIDE
 from tests.conftest import Tiny
 
 RANGES = {"x": (-3.0, 5.0)}

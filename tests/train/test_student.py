@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slatewise_train.compression.student import half, regroup, shrink
 
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
-from slatewise_train.compression.student import half, regroup, shrink
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.weights import serving_form

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
+from slatewise_train.graph_check import CONTRIB, INTEGER_SIDE
 
 SAFE_BITS = 7  # of a weight
 FULL_BITS = 8  # without VNNI, the sum of two 8-bit products overflows the 16 bits that it is kept in

@@ -34,7 +34,6 @@ from slatewise_train.bundle_writer import (
 )
 from slatewise_train.compression import source as sources
 from slatewise_train.compression.bases import Base, Options, checkpoints_of
-from slatewise_train.compression.graph_check import name_parts
 from slatewise_train.compression.quantize import SAFE_BITS, RecordingEngine, observe, quantize
 from slatewise_train.compression.source import Source
 from slatewise_train.evaluation import parity
@@ -42,6 +41,7 @@ from slatewise_train.evaluation.calibration import fit_calibrations
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
+from slatewise_train.graph_check import name_parts
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 

@@ -1,6 +1,6 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
-Called by: `train.py`, `export.py`, `compress.py`, `personalization.py`. Calls: matplotlib.
+Called by: `train.py`, `export.py`, `compress.py`, `meta/personalization.py`. Calls: matplotlib.
 """
 
 from __future__ import annotations

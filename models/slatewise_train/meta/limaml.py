@@ -13,7 +13,7 @@ hidden states and the point head alone. The block reads nothing of a request, or
 
 You can stop it at any time; the same command continues after the last whole epoch. It writes `meta_block.npz`.
 
-Called by: the command line, `refresh.py`, `export.py`, `evaluation/personalization.py`. Calls: `tasks.py`, `train.py`
+Called by: the command line, `refresh.py`, `export.py`, `meta/personalization.py`. Calls: `tasks.py`, `train.py`
 for the ranker, `checkpoint.py`.
 """
 

@@ -1,6 +1,6 @@
 """Tasks of meta-learning: a user's events as a frozen ranker sees them, and the loss of a meta-embedding on them.
 
-Called by: `limaml.py`, `evaluation/personalization.py`. Calls: `batches.py`, `losses.py`.
+Called by: `limaml.py`, `meta/personalization.py`. Calls: `batches.py`, `losses.py`.
 
 Letters in shapes: U users, P events of a user, C candidates of an event, d width, M numbers of a meta-embedding.
 """

@@ -1,6 +1,6 @@
 """The benefit of meta-embeddings for users that were not trained on.
 
-    python -m slatewise_train.evaluation.personalization models/movielens.toml
+    python -m slatewise_train.meta.personalization models/movielens.toml
 
 Trains a ranker and a meta block without the held-out users (`[personalization]` in the TOML); you can stop and resume
 both. Then each held-out user has 5, 10, 20, or 50 and more events, and the next events are predicted in several arms:
@@ -258,7 +258,7 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m slatewise_train.evaluation.personalization",
+        prog="python -m slatewise_train.meta.personalization",
         description="Measure the benefit of meta-embeddings for users that were not trained on.",
     )
     parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")
