@@ -23,11 +23,11 @@ from slatewise_train.compression import source as sources
 from slatewise_train.compression import variants as making
 from slatewise_train.compression.bases import Options, make_base
 from slatewise_train.compression.distill import DistillConfig
-from slatewise_train.compression.low_rank import dense_layers
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
+from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
 
@@ -375,7 +375,7 @@ def test_low_rank_time_budget_is_met_and_ranks_are_kept(
     monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", microseconds)
     options = Options(budget="time", share=0.7, checkpoints=tmp_path)
     ranks = make_base(source, "lowrank", options).ranks
-    layers = {name: layer.weight for name, layer in dense_layers(source.model).items()}
+    layers = {name: layer.weight for name, layer in families.dense_layers(source.model).items()}
     cost = {
         name: 10.0 + (weight.numel() if ranks[name] is None else ranks[name] * sum(weight.shape))
         for name, weight in layers.items()

@@ -55,3 +55,15 @@ def test_build_fields_without_columns_raises() -> None:
 
 def test_model_without_set_blocks_has_no_exit_set() -> None:
     assert families.build("ligr", dataclasses.replace(CONFIG, set_blocks=0)).exits == ("dot", "point")
+
+
+def test_family_without_compression_names_the_missing_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("ligr", CONFIG)
+    plain = families.Family(*(getattr(families.FAMILIES["ligr"], name) for name in ("config", "model", "graphs")))
+    monkeypatch.setitem(families.FAMILIES, "ligr", plain)
+    with pytest.raises(ValueError, match="'ligr' have no low-rank form"):
+        families.dense_layers(model)
+    with pytest.raises(ValueError, match="'ligr' have no students"):
+        families.half(model)
+    with pytest.raises(ValueError, match="'ligr' have no students"):
+        families.shrink(model, {"blocks": 1})

@@ -18,7 +18,6 @@ from slatewise_train.compression.low_rank import (
     LowRank,
     allocate,
     collect_statistics,
-    dense_layers,
     factor,
     layer_of,
     spectrum,
@@ -196,7 +195,7 @@ def test_collect_statistics_covers_all_rows(model: Ligr) -> None:
     seen = collect_statistics(model, lambda: losses(model))
     hook.remove()
     rows = torch.cat(outputs)
-    assert seen.keys() == dense_layers(model).keys() and len(seen) == 3 * 8
+    assert seen.keys() == model.dense_layers().keys() and len(seen) == 3 * 8
     torch.testing.assert_close(seen["blocks.0.up"].mean, rows.mean(0))
     torch.testing.assert_close(seen["blocks.0.up"].covariance, rows.T.cov(correction=0))
     assert all((one.fisher > 0).any() for one in seen.values())
@@ -225,7 +224,7 @@ def test_factor_copies_model_and_error_falls_with_rank(model: Ligr, method: str)
 def test_factor_by_afm_at_output_rank_equals_the_model(model: Ligr) -> None:
     seen = collect_statistics(model, lambda: losses(model, 40))
     whole = values_of(model, 99)
-    small = factor(model, seen, "afm", {name: layer.out_features for name, layer in dense_layers(model).items()})
+    small = factor(model, seen, "afm", {name: layer.out_features for name, layer in model.dense_layers().items()})
     for exit, value in values_of(small, 99).items():
         torch.testing.assert_close(value, whole[exit], atol=1e-5, rtol=0)
 

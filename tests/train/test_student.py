@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slatewise_train.compression.student import half, regroup, shrink
 
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.ligr_student import half, regroup, shrink
 from slatewise_train.rankers.weights import serving_form
 from slatewise_train.train import Trainer
 from tests.conftest import Tiny
@@ -155,12 +155,8 @@ def test_shrink_of_equal_key_heads_keeps_the_output(key_heads: int) -> None:
 
 def test_half_is_half_of_each_size() -> None:
     assert half(make_teacher().config) == {"blocks": 2, "feed_forward": 2, "key_size": 4}
-    assert (
-        shrink(
-            make_teacher(blocks=1, feed_forward=1), half(make_teacher(blocks=1, feed_forward=1).config)
-        ).config.blocks
-        == 1
-    )
+    least = make_teacher(blocks=1, feed_forward=1)
+    assert shrink(least, half(least.config)).config.blocks == 1
 
 
 def test_distillation_loss_of_equal_logits_is_zero() -> None:

@@ -1,6 +1,6 @@
 """The models that variants are made of: the bundle's own, its low-rank form, and a student.
 
-Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `student.py`, `distill.py`.
+Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `distill.py`, `rankers/families.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from slatewise_train.compression.distill import DistillConfig, distill
 from slatewise_train.compression.low_rank import (
     Layer,
     allocate,
-    dense_layers,
     factor,
     layer_of,
     spectrum,
@@ -24,7 +23,7 @@ from slatewise_train.compression.low_rank import (
 )
 from slatewise_train.compression.quantize import SAFE_BITS
 from slatewise_train.compression.source import Source
-from slatewise_train.compression.student import half, shrink
+from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Ranker
 
 
@@ -35,7 +34,7 @@ class Options:
     method: str = "afm"  # of low rank
     share: float = 0.5  # share of the dense layers' cost that the low-rank form may have
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
-    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `student.half`
+    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: half of each size, see `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
     bits: int = SAFE_BITS  # of int8 weights
     checkpoints: Path = Path("build/compress")
@@ -60,9 +59,9 @@ def make_base(source: Source, kind: str, options: Options) -> Base:
         return Base(source.model)
     folder = checkpoints_of(source, options)
     if kind == "student":
-        shape = options.shape or half(source.model.config)
+        shape = options.shape or families.half(source.model)
         checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
-        base = Base(shrink(source.model, shape))
+        base = Base(families.shrink(source.model, shape))
     else:
         checkpoint = folder / f"lowrank,{options.method},{options.share:g},{options.budget}.pt"
         base = low_rank_base(source, options, checkpoint.with_suffix(".json"))
@@ -82,7 +81,7 @@ def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
         ranks: dict[str, int | None] = json.loads(ranks_file.read_text())
     else:
         layers = dict[str, Layer]()
-        for name, layer in dense_layers(source.model).items():
+        for name, layer in families.dense_layers(source.model).items():
             weight = layer.weight.detach().double()
             curve = spectrum(options.method, weight, source.statistics[name])
             layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)

@@ -15,13 +15,14 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from slatewise_train.rankers import families
+from slatewise_train.rankers.base import Ranker
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
@@ -43,46 +44,45 @@ class Factors:
     bias: Tensor  # (out,)
 
 
-M = TypeVar("M", bound=nn.Module)
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
 
 
-def svd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
+def svd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
     """Truncated singular value decomposition. weight (out, in), bias (out,), float64."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
     return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
 
 
-def fwsvd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
+def fwsvd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
     """`svd` of the weights with each row scaled by the square root of its Fisher information."""
-    importance = row_importance(seen)
-    factors = svd(importance[:, None] * weight, bias, seen, rank)
+    importance = row_importance(statistics)
+    factors = svd(importance[:, None] * weight, bias, statistics, rank)
     return Factors(factors.first, factors.second / importance[:, None], bias)
 
 
-def afm(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
+def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
     """U U' (W x + b) + (I - U U') mean, where the columns of U are the first principal components of the outputs.
 
     Of all maps of this rank it has the lowest squared error on the calibration data.
     """
-    u = torch.linalg.eigh(seen.covariance).eigenvectors.flip(1)[:, :rank]  # descending
-    return Factors(u.T @ weight, u, seen.mean + u @ (u.T @ (bias - seen.mean)))
+    u = torch.linalg.eigh(statistics.covariance).eigenvectors.flip(1)[:, :rank]  # descending
+    return Factors(u.T @ weight, u, statistics.mean + u @ (u.T @ (bias - statistics.mean)))
 
 
 METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
 
 
-def row_importance(seen: LayerStatistics) -> Tensor:
+def row_importance(statistics: LayerStatistics) -> Tensor:
     """(out,) square roots of the rows' Fisher information, at least a millionth of the largest."""
-    return seen.fisher.clamp(min=1e-12 * float(seen.fisher.max()) or 1.0).sqrt()
+    return statistics.fisher.clamp(min=1e-12 * float(statistics.fisher.max()) or 1.0).sqrt()
 
 
-def spectrum(method: str, weight: Tensor, seen: LayerStatistics) -> Tensor:
+def spectrum(method: str, weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """(ranks,) descending: entry r is the largest error that a factorization of rank r leaves, in the method's norm."""
     if method == "afm":
-        return torch.linalg.eigvalsh(seen.covariance).flip(0).clamp(min=0).sqrt()
-    return torch.linalg.svdvals(weight if method == "svd" else row_importance(seen)[:, None] * weight)
+        return torch.linalg.eigvalsh(statistics.covariance).flip(0).clamp(min=0).sqrt()
+    return torch.linalg.svdvals(weight if method == "svd" else row_importance(statistics)[:, None] * weight)
 
 
 class LowRank(nn.Module):
@@ -102,15 +102,9 @@ class LowRank(nn.Module):
         return self.second(self.first(x))
 
 
-def dense_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks, by name. Only these are factored: they take nearly all of the time."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: layer for name, layer in found.items() if "blocks." in name}
-
-
-def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
+def collect_statistics(model: Ranker, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
     """Statistics of every dense layer. `losses` runs batches through the model and yields the loss of each."""
-    layers = dense_layers(model)
+    layers = families.dense_layers(model)
     count = dict.fromkeys(layers, 0)
     total = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
     square = {
@@ -141,11 +135,12 @@ def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]])
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    seen = {}
+    statistics = {}
     for name in layers:
         mean = total[name] / count[name]
-        seen[name] = LayerStatistics(mean, square[name] / count[name] - torch.outer(mean, mean), fisher[name] / batches)
-    return seen
+        covariance = square[name] / count[name] - torch.outer(mean, mean)
+        statistics[name] = LayerStatistics(mean, covariance, fisher[name] / batches)
+    return statistics
 
 
 @dataclass(frozen=True)
@@ -230,13 +225,15 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
     return ranks(levels[low])
 
 
-def factor(model: M, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]) -> M:
+def factor(
+    model: Ranker, statistics: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
+) -> Ranker:
     """A copy of the model with each layer at its rank; `None` or no entry leaves the layer unfactored."""
     result = copy.deepcopy(model)
-    for name, layer in dense_layers(model).items():
+    for name, layer in families.dense_layers(model).items():
         if (rank := ranks.get(name)) is not None:
             weight = layer.weight.detach().double()
             bias = layer.bias.detach().double()
             owner, _, part = name.rpartition(".")
-            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
+            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, statistics[name], rank)))
     return result

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slatewise_train.rankers import ligr_student
 from slatewise_train.rankers.base import Calibrations, Ranker, RankerConfig, RankerGraphs
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
@@ -20,15 +21,24 @@ from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
 @dataclass(frozen=True)
 class Family:
-    """The three classes of a family."""
+    """The classes of a family, and functions for compression. A function is None if the family does not support it."""
 
     config: type[RankerConfig]
     model: Callable[..., Ranker]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
     graphs: Callable[..., RankerGraphs]  # (model, calibrations, longest_history)
+    dense_layers: Callable[[Any], dict[str, nn.Linear]] | None = (
+        None  # (model) -> layers that low rank factors, by name
+    )
+    half: Callable[[Any], dict[str, int]] | None = None  # (config) -> the default shape of a student
+    shrink: Callable[[Any, Mapping[str, int]], Ranker] | None = None  # (teacher, shape) -> a student
 
 
-FAMILIES = {Ligr.family: Family(LigrConfig, Ligr, LigrGraphs)}
-DEFAULT_FAMILY = Ligr.family  # of a TOML that names no family, and of bundles of format 1
+FAMILIES = {
+    Ligr.family: Family(
+        LigrConfig, Ligr, LigrGraphs, dense_layers=Ligr.dense_layers, half=ligr_student.half, shrink=ligr_student.shrink
+    )
+}
+DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
 
 
 @dataclass(frozen=True)
@@ -70,3 +80,28 @@ def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemCo
 def graphs(model: Ranker, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
     """The exporter of a model; longest_history: the most positions that one call encodes, start token excluded."""
     return find(model.family).graphs(model, calibrations, longest_history)
+
+
+def dense_layers(model: Ranker) -> dict[str, nn.Linear]:
+    """Return the layers that low rank factors, by name. Raises ValueError if the family does not support low rank."""
+    if (function := find(model.family).dense_layers) is None:
+        raise ValueError(f"rankers of the family {model.family!r} have no low-rank form")
+    return function(model)
+
+
+def half(model: Ranker) -> dict[str, int]:
+    """Return the default shape of a student. Raises ValueError if the family does not support students."""
+    if (function := find(model.family).half) is None:
+        raise ValueError(f"rankers of the family {model.family!r} have no students")
+    return function(model.config)
+
+
+def shrink(teacher: Ranker, shape: Mapping[str, int]) -> Ranker:
+    """Build a smaller ranker, the student, initialised from the teacher.
+
+    shape: sizes of the family's config. Raises ValueError for a shape that is not possible, or if the family does not
+    support students.
+    """
+    if (function := find(teacher.family).shrink) is None:
+        raise ValueError(f"rankers of the family {teacher.family!r} have no students")
+    return function(teacher, shape)

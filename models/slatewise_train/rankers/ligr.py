@@ -95,9 +95,9 @@ class Block(nn.Module):
         self.key_heads = config.key_heads or config.attention_heads
         self.attention_norm = nn.LayerNorm(d)
         self.feed_forward_norm = nn.LayerNorm(d)
-        self.query, self.key, self.value = (
-            nn.Linear(d, size) for size in (config.query_width, config.key_width, config.value_width)
-        )
+        self.query = nn.Linear(d, config.query_width)
+        self.key = nn.Linear(d, config.key_width)
+        self.value = nn.Linear(d, config.value_width)
         self.out = nn.Linear(d, d)
         self.attention_gate = nn.Linear(d, d)
         self.feed_forward_gate = nn.Linear(d, d)
@@ -208,13 +208,26 @@ class Ligr(Ranker):
     def cold_item_vectors(self, table: Tensor) -> Tensor:
         return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
 
+    def dense_layers(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of all blocks, by name. They take nearly all of the time."""
+        stacks = {"blocks": self.blocks, "set_blocks": self.set_blocks}
+        return {
+            f"{stack}.{name}": module
+            for stack, blocks in stacks.items()
+            for name, module in blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def resized(self, config: LigrConfig) -> "Ligr":
+        """Build a ranker of another config with the same item columns. Its weights are drawn."""
+        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
+        return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
+
     @torch.no_grad()
     def without_meta(self) -> "Ligr":
         first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
         weight = self.fusion.weight
-        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
-        config = replace(self.config, meta_size=0)
-        copy = Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
+        copy = self.resized(replace(self.config, meta_size=0))
         changed = {
             "default_meta": torch.zeros(0),
             "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.config.meta_size :]], dim=1),
