@@ -21,7 +21,7 @@ from slatewise.bundle.features import request_context, window_start
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Sequences
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 
 Window = tuple[int, int, int]  # user, first event, one past the last event
 MISSING_NUMERIC = 0.3  # share of training slates without numeric features
@@ -157,7 +157,7 @@ def draw_slates(
 
 
 def read_slates(
-    model: Ranker, slates: Slates, history: EncodedHistory, users: Tensor, vectors: Tensor, meta: Tensor
+    model: RankerModel, slates: Slates, history: EncodedHistory, users: Tensor, vectors: Tensor, meta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits of the exit `dot` (B * S, C, heads) and hidden states (B * S, C, d) of the candidates.
 

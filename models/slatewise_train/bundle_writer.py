@@ -31,7 +31,7 @@ from slatewise_train.evaluation.calibration import write_calibrations
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.graph_check import check_variant
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Calibrations, Ranker
+from slatewise_train.rankers.base import Calibrations, RankerModel
 from slatewise_train.rankers.weights import save_weights, serving_form
 
 FP32_BOUND = 1e-5  # largest score difference of float32 graphs between requests that should score alike
@@ -46,7 +46,7 @@ class BundleContent:
 
     ranker: str
     trained_on: str
-    model: Ranker
+    model: RankerModel
     ids: list[str]  # of the item table's rows from FIRST_ITEM on
     actions: list[str]
     features: list[str]
@@ -125,7 +125,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     )
 
 
-def tabulate_fields(model: Ranker, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
+def tabulate_fields(model: RankerModel, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
     """The array of fields.npy, and the manifest's description of it."""
     tables = [np.zeros((0, model.config.width), np.float32)]
     columns = {}
@@ -182,11 +182,11 @@ def open_fp32(stage: Path, manifest: Manifest) -> Engine:
     return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits, 1)
 
 
-def measure_parity(
+def check_parity(
     stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations
 ) -> dict[str, float]:
     """The largest differences by property. Raises ValueError when one of them is above the bound of fp32."""
-    measured = parity.measure(open_fp32(stage, manifest), manifest, content.model, calibrations)
+    measured = parity.measure_parity(open_fp32(stage, manifest), manifest, content.model, calibrations)
     print(measured)
     if failed := {
         name: value for name, value in measured.items() if name not in parity.OPTIONS and not value <= FP32_BOUND

@@ -94,7 +94,7 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TrainingVocabulary:
     """Names in the order of their rows. The rows of `items` start at 2, all others at 1.
 
     Row 0 is the unknown name or the missing value; row 1 of the items is the start token.
@@ -109,7 +109,7 @@ class Vocabulary:
 class Catalogue:
     """The items as I + 2 rows; row 0 is the unknown item, row 1 the start token."""
 
-    vocabulary: Vocabulary
+    vocabulary: TrainingVocabulary
     field_values: dict[str, np.ndarray]  # column -> (I + 2, V) int64, V the most values of one item, 0 is padding
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
@@ -147,7 +147,7 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
     for k, name in enumerate(config.numeric):
         numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
     actions = sorted(events["action"].drop_nulls().unique().to_list()) if "action" in events.columns else []
-    return Catalogue(Vocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
+    return Catalogue(TrainingVocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Sequences:
         return self.items[rows], self.actions[rows], gap_buckets(self.timestamps[rows]), self.labels[rows]
 
 
-def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataConfig) -> Sequences:
+def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config: DataConfig) -> Sequences:
     """Clean events (in time order) grouped by user, in order of first appearance. Unknown ids get row 0.
 
     Raises ValueError if the label column of a head is missing.

@@ -21,9 +21,9 @@ from slatewise.bundle.loader import versions
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import (
     BundleContent,
+    check_parity,
     longest_call,
     measure_fp32,
-    measure_parity,
     open_fp32,
     publish,
     staging,
@@ -66,7 +66,7 @@ def export(
             save_learner(stage / META_BLOCK, learner, [head.kind for head in data.config.heads])
         calibrations = calibrate(stage, content, data, meta)
         manifest = write_fp32(stage, manifest, content, calibrations)
-        invariance = measure_parity(stage, manifest, content, calibrations)
+        invariance = check_parity(stage, manifest, content, calibrations)
         report = evaluate(open_fp32(stage, manifest), data, meta, most_users) | {"bad_rows": data.bad_rows}
         write_report(stage, report)
         default_exit = config.export.default_exit or best_exit(report, content.exits)

@@ -41,13 +41,13 @@ from slatewise_train.evaluation.metrics import gains, hits
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
 
 
-def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> Ranker:
+def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> RankerModel:
     """A new ranker for a catalogue. Raises ValueError if `[model]` is not a valid config of its family."""
     known = np.ma.masked_invalid(catalogue.numeric[FIRST_ITEM:])
     # A column without any number has no moments: mean 0, and the least standard deviation.
@@ -73,11 +73,11 @@ class Trainer:
     model: the config of a new ranker, or a ranker to continue with. Letters in shapes are those of `batches.py`.
     """
 
-    def __init__(self, data: Data, model: ModelConfig | Ranker, config: TrainConfig) -> None:
+    def __init__(self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
-        self.model = model if isinstance(model, Ranker) else build_model(data.catalogue, data.config, model)
+        self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         self.optimizer = torch.optim.AdamW(

@@ -25,6 +25,7 @@ from slatewise_train.compression.bases import Options, make_base
 from slatewise_train.compression.distill import DistillConfig
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
+from slatewise_train.evaluation.latency import STATUS
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
 from slatewise_train.rankers import families
@@ -75,11 +76,8 @@ def test_compress_every_variant_is_measured_and_served(folder: Path, source: Sou
         assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
         worst = max(value for what, value in variant.invariance.items() if what != "int8_history_state")
         assert worst <= variant.bound / 2 and 1e-5 <= variant.bound <= (variant.golden_bound or 1e-5) <= 2e-3
-        assert (
-            variant.quality.keys() == {"dot", "point", "set"}
-            and (variant.resident_bytes or 0) > 0
-            and variant.latency_ms == TIMES
-        )
+        assert variant.quality.keys() == {"dot", "point", "set"} and variant.latency_ms == TIMES
+        assert (variant.resident_bytes or 0) > 0 if STATUS.exists() else variant.resident_bytes is None
         if name != "fp32":
             assert -1 <= variant.agreement["kendall_tau"] <= 1 and variant.within_gate is not None
             assert set(variant.difference) == {
@@ -113,7 +111,7 @@ def test_compress_resumed_measures_only_missing_variants(
 ) -> None:
     options = Options(checkpoints=tmp_path / "checkpoints")
     calls = list[str]()
-    original = making.measure
+    original = making.measure_variant
 
     def measured(source: Source, stage: Path, name: str, *rest: Any) -> Variant:
         if len(calls) == 1:
@@ -122,12 +120,12 @@ def test_compress_resumed_measures_only_missing_variants(
         return original(source, stage, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making, "measure", measured)
+        patch.setattr(making, "measure_variant", measured)
         with pytest.raises(KeyboardInterrupt):
             compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
         calls.clear()
         calls.append("nothing yet")
-        patch.setattr(making, "measure", lambda *given: calls.append(given[2]) or original(*given))
+        patch.setattr(making, "measure_variant", lambda *given: calls.append(given[2]) or original(*given))
         folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
     assert calls == ["nothing yet", "int8-tables8"]
     again = compress(
@@ -307,7 +305,8 @@ def test_compress_below_gate_or_above_bound_is_not_published(
     )
     found = iter([0.0, 1.0])  # of fp32, then of int8
     monkeypatch.setattr(
-        "slatewise_train.evaluation.parity.measure", lambda *_: {"padding": next(found), "onnx_against_torch": 0.0}
+        "slatewise_train.evaluation.parity.measure_parity",
+        lambda *_: {"padding": next(found), "onnx_against_torch": 0.0},
     )
     with pytest.raises(ValueError, match="int8 is above half of its bound"):
         compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "third"))

@@ -83,7 +83,7 @@ def test_export_of_existing_version_is_refused(tiny: Tiny) -> None:
 def test_export_above_bound_publishes_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: float
 ) -> None:
-    monkeypatch.setattr(parity, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
         export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
@@ -94,7 +94,7 @@ def test_export_above_bound_publishes_nothing(
 def test_export_options_above_bound_are_published(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    monkeypatch.setattr(parity, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
     ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 

@@ -17,9 +17,9 @@ from slatewise_train.meta.personalization import (
     LENGTHS,
     Comparison,
     cases_of,
+    compare_lengths,
     fit_vectors,
     sign_flip,
-    tabulate,
 )
 from tests.conftest import Tiny
 
@@ -101,7 +101,7 @@ def test_report_has_every_arm_and_a_plot(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arms = {name: {metric: rng.random(40) for metric in ARM_METRICS} for name in ("default", "adapted", "own vector")}
     arms["adapted"]["query_loss"] = arms["default"]["query_loss"] - 0.25
-    report = {"lengths": tabulate({5: arms, 50: arms})}
+    report = {"lengths": compare_lengths({5: arms, 50: arms})}
     assert report["lengths"]["5"]["arms"]["adapted"]["query_loss"]["minus_default"] == [-0.25, -0.25, -0.25]
     table = personalization_table(report)
     assert table.count("\n") == 2 * 3 + 1 and "| 50+ | 40 | adapted |" in table and "-0.25000" in table

@@ -24,7 +24,7 @@ from slatewise_train.compression.low_rank import (
 from slatewise_train.compression.quantize import SAFE_BITS
 from slatewise_train.compression.source import Source
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Options:
 class Base:
     """A model, and for the low-rank form the rank of each layer, `None` for an unfactored layer."""
 
-    model: Ranker
+    model: RankerModel
     ranks: dict[str, int | None] = field(default_factory=dict)
 
 

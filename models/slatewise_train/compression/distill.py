@@ -21,7 +21,7 @@ from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch, read_slates
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import distillation_loss, listwise_kl
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.train import Trainer
 
 
@@ -43,7 +43,7 @@ class Distiller:
     vectors: (U, M) users' meta-embeddings, which are drawn for the slates.
     """
 
-    def __init__(self, student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
+    def __init__(self, student: RankerModel, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)
         self.student = student
         self.teacher = trainer.model.eval()
@@ -127,7 +127,9 @@ class Distiller:
         return checkpoint.identity(values, [self.vectors, *weights])
 
 
-def distill(student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path) -> list[float]:
+def distill(
+    student: RankerModel, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path
+) -> list[float]:
     """Train the student in place and return the loss of each epoch.
 
     path: a checkpoint, which is resumed if it belongs to the same work and replaced otherwise.

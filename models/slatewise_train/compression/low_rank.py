@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
@@ -102,7 +102,7 @@ class LowRank(nn.Module):
         return self.second(self.first(x))
 
 
-def collect_statistics(model: Ranker, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
+def collect_statistics(model: RankerModel, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
     """Statistics of every dense layer. `losses` runs batches through the model and yields the loss of each."""
     layers = families.dense_layers(model)
     count = dict.fromkeys(layers, 0)
@@ -226,8 +226,8 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
 
 
 def factor(
-    model: Ranker, statistics: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
-) -> Ranker:
+    model: RankerModel, statistics: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
+) -> RankerModel:
     """A copy of the model with each layer at its rank; `None` or no entry leaves the layer unfactored."""
     result = copy.deepcopy(model)
     for name, layer in families.dense_layers(model).items():

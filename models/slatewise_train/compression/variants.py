@@ -114,14 +114,14 @@ def draft(
 
 
 def measure_or_resume(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
-    """`measure`, or the result of an earlier call with the same inputs, which is kept beside the checkpoints."""
+    """`measure_variant`, or the result of an earlier call with the same inputs, which is kept beside the checkpoints."""
     kept = checkpoints_of(source, options) / name
     folder = stage / "variants" / name
     digest = input_digest(source, name, options, base)
     if (kept / "digest").exists() and (kept / "digest").read_text() == digest:
         shutil.copytree(kept / "graphs", folder)
         return Variant.model_validate_json((kept / "variant.json").read_text())
-    variant = measure(source, stage, name, options, base)
+    variant = measure_variant(source, stage, name, options, base)
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder, kept / "graphs")
     (kept / "variant.json").write_text(variant.model_dump_json())
@@ -130,7 +130,7 @@ def measure_or_resume(source: Source, stage: Path, name: str, options: Options, 
 
 
 def input_digest(source: Source, name: str, options: Options, base: Base) -> str:
-    """SHA-256 of everything that the result of `measure` depends on."""
+    """SHA-256 of everything that the result of `measure_variant` depends on."""
     lengths = None if source.data is None else source.data.split.train_lengths.tolist()
     values = (name, options.bits, sources.SAMPLES, source.most_users, cpu_name(), lengths)
     digest = hashlib.sha256(repr(values).encode())
@@ -140,7 +140,7 @@ def input_digest(source: Source, name: str, options: Options, base: Base) -> str
     return digest.hexdigest()
 
 
-def measure(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
+def measure_variant(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
     """Write a variant's graphs and return its row of the manifest, without latency.
 
     Raises ValueError when a measured difference is above half of the largest bound for its kind.
@@ -153,7 +153,7 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
     write_variant(stage, name, graphs, calibrations)
     engine = source.engine(folder, items)
-    measured = parity.measure(engine, manifest, base.model, calibrations)
+    measured = parity.measure_parity(engine, manifest, base.model, calibrations)
     if recipe.integers:
         del measured["onnx_against_torch"]  # `agreement` reports the distance of int8 from fp32
     check_bounds(name, measured, recipe.max_bound)
@@ -181,10 +181,10 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
 
 
 def remeasure_fp32(source: Source, stage: Path) -> Variant:
-    """The source's row of fp32, with size and differences measured on this machine. Raises ValueError as `measure`."""
+    """The source's row of fp32, with size and differences measured on this machine. Raises ValueError as `measure_variant`."""
     manifest = source.manifest
     folder = stage / "variants/fp32"
-    measured = parity.measure(source.fp32, manifest, source.model, source.calibrations)
+    measured = parity.measure_parity(source.fp32, manifest, source.model, source.calibrations)
     check_bounds("fp32", measured, FP32_BOUND)
     changes = {
         "bytes": bytes_on_disk(folder, manifest.graphs, stage / "items.npy"),

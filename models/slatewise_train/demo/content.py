@@ -17,7 +17,7 @@ from slatewise_train.bundle_writer import SET_WISE_LIMIT
 from slatewise_train.config import Config
 from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
@@ -35,7 +35,7 @@ class DemoData:
     titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
 
 
-def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, config: Config) -> DemoData:
+def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, config: Config) -> DemoData:
     """The data of the TOML's table `[demo]`, or the training data when there is no such table."""
     demo = config.demo
     if demo is None:

@@ -18,8 +18,8 @@ import torch
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.bundle_writer import (
     BundleContent,
+    check_parity,
     measure_fp32,
-    measure_parity,
     publish,
     staging,
     write_content,
@@ -27,7 +27,7 @@ from slatewise_train.bundle_writer import (
 )
 from slatewise_train.demo.content import warmup_requests
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker, uncalibrated
+from slatewise_train.rankers.base import RankerModel, uncalibrated
 
 NAME = "reference"
 VERSION = 1
@@ -42,7 +42,7 @@ EVENTS = 40  # of the example
 CANDIDATES = 24  # of the example
 
 
-def reference_model() -> Ranker:
+def reference_model() -> RankerModel:
     """Width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 heads, meta-embedding of 64."""
     torch.manual_seed(0)
     shape = {
@@ -109,7 +109,7 @@ def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> 
         calibrations = uncalibrated(content.exits, len(content.heads))
         manifest = write_content(stage, content, version)
         manifest = write_fp32(stage, manifest, content, calibrations)
-        invariance = measure_parity(stage, manifest, content, calibrations)
+        invariance = check_parity(stage, manifest, content, calibrations)
         variant = measure_fp32(stage, manifest, invariance, report={})
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return folder / str(version)

@@ -20,6 +20,7 @@ from slatewise.process import cpu_name
 from slatewise_train.evaluation.parity import Requests
 
 SLATES = (50, 200, 500)  # candidates
+STATUS = Path("/proc/self/status")  # only Linux has this file
 
 
 def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int = 60) -> dict[str, dict[str, Any]]:
@@ -68,14 +69,19 @@ def measure_shape(
     }
 
 
-def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int:
-    """Resident memory that one variant adds to a fresh process, with its whole item table read."""
+def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int | None:
+    """Return the resident memory that one variant adds to a fresh process, with its whole item table read.
+
+    The result is None on an operating system that does not report resident memory in STATUS.
+    """
+    if not STATUS.exists():
+        return None
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(resident_growth, (folder, table, exits))
 
 
 def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
-    """Bytes that loading a variant adds to this process."""
+    """Load a variant and return the bytes of resident memory that it adds to this process."""
     before = process_bytes()
     engine = Engine(folder, read_item_table(table), exits, 1)
     after = process_bytes()
@@ -84,6 +90,6 @@ def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
 
 
 def process_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    """Return the resident memory of this process. Raises OSError if STATUS does not exist."""
+    lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

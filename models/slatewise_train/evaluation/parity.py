@@ -32,7 +32,7 @@ from slatewise.inference.arrays import (
 )
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.rankers.base import Calibrations, Ranker
+from slatewise_train.rankers.base import Calibrations, RankerModel
 
 SLATES = (1, 2, 37, 512)  # candidates of the drawn requests
 OPTIONS = (
@@ -86,7 +86,7 @@ def worst(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max(initial=0.0))
 
 
-def against_torch(draw: Requests, model: Ranker, calibrations: Calibrations) -> float:
+def against_torch(draw: Requests, model: RankerModel, calibrations: Calibrations) -> float:
     """The ONNX graphs against the torch model, at every exit."""
     result = 0.0
     for history, candidates, meta in draw.every_size():
@@ -100,7 +100,7 @@ def against_torch(draw: Requests, model: Ranker, calibrations: Calibrations) -> 
 
 @torch.no_grad()
 def torch_logits(
-    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+    model: RankerModel, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Logits (N, heads) of every exit by the torch model, without dropout."""
     model.eval()
@@ -108,7 +108,7 @@ def torch_logits(
 
 
 def logits_of(
-    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+    model: RankerModel, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
 ) -> dict[str, Tensor]:
     """Logits (1, N, heads) of every exit by the torch model, with gradients. meta: (M,)."""
     tensor = torch.from_numpy
@@ -256,7 +256,9 @@ def int8_history_state(draw: Requests) -> float:
     return result
 
 
-def measure(engine: Engine, manifest: Manifest, model: Ranker, calibrations: Calibrations) -> dict[str, float]:
+def measure_parity(
+    engine: Engine, manifest: Manifest, model: RankerModel, calibrations: Calibrations
+) -> dict[str, float]:
     """All measures by name. The bound of a variant applies to those that are not in OPTIONS."""
     measures: dict[str, Callable[[Requests], float]] = {
         "onnx_against_torch": lambda draw: against_torch(draw, model, calibrations),

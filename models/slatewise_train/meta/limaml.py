@@ -8,7 +8,7 @@ finds an initialisation theta from which a few gradient steps on one user's even
     theta and rates descend on the sum over users of L_query(u)                  outer loop
 
 It is first-order MAML: the outer loop treats the inner gradients as constants. The ranker is LiMAML's global block. It
-is frozen and runs once per user, because the vector joins behind its blocks (`Ranker.fuse`): the inner loop sees their
+is frozen and runs once per user, because the vector joins behind its blocks (`RankerModel.fuse`): the inner loop sees their
 hidden states and the point head alone. The block reads nothing of a request, or its output could not be stored.
 
 You can stop it at any time; the same command continues after the last whole epoch. It writes `meta_block.npz`.
@@ -38,8 +38,8 @@ from slatewise.inference.arrays import UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Data, Sequences
-from slatewise_train.meta.tasks import Case, RankerTables, Tasks, event_losses, make_tasks
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.train import load_trainer
 
 META_BLOCK = "meta_block.npz"  # in the folder of the training, and in the bundle
@@ -83,7 +83,7 @@ class MetaLearner(nn.Module):
         names = [rate_name(name) for name, _ in self.block.named_parameters()]
         self.log_rates = nn.ParameterDict({name: torch.full((config.steps,), -2.0) for name in names})
 
-    def support_loss(self, ranker: Ranker, kinds: list[str], parameters: Parameters, *task: Tensor) -> Tensor:
+    def support_loss(self, ranker: RankerModel, kinds: list[str], parameters: Parameters, *task: Tensor) -> Tensor:
         """The loss of one user: the sum over the events, divided by the largest possible number of events.
 
         So a step is as long as the evidence: a user with few events is adapted less.
@@ -92,7 +92,7 @@ class MetaLearner(nn.Module):
         vector = functional_call(self.block, parameters, ())
         return (event_losses(ranker, kinds, vector, *inputs) * real).sum() / self.config.support
 
-    def adapt(self, ranker: Ranker, kinds: list[str], support: Tasks) -> Parameters:
+    def adapt(self, ranker: RankerModel, kinds: list[str], support: Tasks) -> Parameters:
         """The parameters of the meta block after the inner loop, for all users of the support at once."""
         gradient = vmap(grad(lambda parameters, *task: self.support_loss(ranker, kinds, parameters, *task)))
         adapted = {name: p.expand(len(support.base), *p.shape) for name, p in self.block.named_parameters()}
@@ -108,7 +108,7 @@ class MetaLearner(nn.Module):
         vectors: Tensor = vmap(lambda parameters: functional_call(self.block, parameters, ()))(adapted)
         return vectors
 
-    def vectors(self, ranker: Ranker, kinds: list[str], support: Tasks) -> Tensor:
+    def vectors(self, ranker: RankerModel, kinds: list[str], support: Tasks) -> Tensor:
         """Meta-embeddings (U, M) of the users of the support."""
         return self.outputs(self.adapt(ranker, kinds, support))
 
@@ -124,7 +124,7 @@ class MetaTrainer:
     Raises ValueError if no user has enough events.
     """
 
-    def __init__(self, ranker: Ranker, data: Data, config: MetaConfig) -> None:
+    def __init__(self, ranker: RankerModel, data: Data, config: MetaConfig) -> None:
         self.ranker = copy.deepcopy(ranker).eval().requires_grad_(False)
         self.data = data
         self.config = config
@@ -140,7 +140,7 @@ class MetaTrainer:
         )
         self.epoch = 0
 
-    def cases(self, rng: np.random.Generator) -> list[list[Case]]:
+    def cases(self, rng: np.random.Generator) -> list[list[MetaCase]]:
         """Each training user once, in batches of similar length.
 
         The number of events is drawn uniformly on a logarithmic scale, so short histories count as much as long ones.
@@ -155,7 +155,7 @@ class MetaTrainer:
         batches = [order[k : k + self.config.batch_users] for k in range(0, len(order), self.config.batch_users)]
         return [[(int(self.users[k]), int(nows[k])) for k in batches[b]] for b in rng.permutation(len(batches))]
 
-    def query_loss(self, cases: list[Case], tables: RankerTables) -> Tensor:
+    def query_loss(self, cases: list[MetaCase], tables: RankerTables) -> Tensor:
         """The mean loss of the query events after adaptation to the support."""
         c = self.config
         tasks = make_tasks(tables, self.data.sequences, cases, self.data.config.history_length, c)
@@ -216,7 +216,7 @@ class MetaTrainer:
 
 
 def user_vectors(
-    learner: MetaLearner, ranker: Ranker, kinds: list[str], sequences: Sequences, longest: int
+    learner: MetaLearner, ranker: RankerModel, kinds: list[str], sequences: Sequences, longest: int
 ) -> np.ndarray:
     """Meta-embeddings (U, M) float32 of users, after all of their events.
 

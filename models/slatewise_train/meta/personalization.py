@@ -34,8 +34,8 @@ from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.metrics import gains, interval, ndcg
 from slatewise_train.evaluation.report import personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
-from slatewise_train.meta.tasks import Case, RankerTables, Tasks, event_losses, make_tasks, point_with
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.train import train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last one stands for that many and more
@@ -49,9 +49,9 @@ class Cases:
     """Users with the same number of events, or with at least LENGTHS[-1] events."""
 
     length: int
-    cases: list[Case]
+    cases: list[MetaCase]
 
-    def batches(self) -> list[list[Case]]:
+    def batches(self) -> list[list[MetaCase]]:
         """Batches of similar length."""
         ordered = sorted(self.cases, key=lambda case: case[1])
         return [ordered[k : k + BATCH] for k in range(0, len(ordered), BATCH)]
@@ -68,7 +68,7 @@ def cases_of(data: Data, users: np.ndarray, length: int, query: int) -> Cases:
     return Cases(length, [(int(user), int(now[user])) for user in enough])
 
 
-def fit_vectors(ranker: Ranker, kinds: list[str], support: Tasks, rate: float, steps: int, most: int) -> Tensor:
+def fit_vectors(ranker: RankerModel, kinds: list[str], support: Tasks, rate: float, steps: int, most: int) -> Tensor:
     """A vector for each user (U, M), fitted by Adam to the loss of the inner loop.
 
     rate and steps: of Adam; most: the largest possible number of events, as in `MetaLearner.support_loss`.
@@ -101,7 +101,7 @@ class NextEvents:
 
 
 @torch.no_grad()
-def next_events(tables: RankerTables, data: Data, cases: list[Case]) -> NextEvents:
+def next_events(tables: RankerTables, data: Data, cases: list[MetaCase]) -> NextEvents:
     """The next event of each case. Every case must have one."""
     longest = data.config.history_length
     windows = [(user, newest_window_start(now, longest), now) for user, now in cases]
@@ -123,7 +123,7 @@ def next_events(tables: RankerTables, data: Data, cases: list[Case]) -> NextEven
     return NextEvents(base, dot, target, [rows[start:end] for start, end in zip(starts, ends, strict=True)])
 
 
-def next_gains(ranker: Ranker, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
+def next_gains(ranker: RankerModel, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
     """NDCG@10 of the next event in the full catalogue without the items met before: (U,). vectors: (U, M)."""
     scores = point_with(ranker, vectors, events.base[:, None], events.dot[:, None])[:, 0, :, head].numpy()
     ranks = np.zeros(len(scores), np.int64)
@@ -145,7 +145,7 @@ def sign_flip(difference: np.ndarray) -> float:
 class Comparison:
     """Compares the arms on users, for one length of history at a time."""
 
-    def __init__(self, data: Data, ranker: Ranker, learner: MetaLearner) -> None:
+    def __init__(self, data: Data, ranker: RankerModel, learner: MetaLearner) -> None:
         self.data = data
         self.ranker = ranker
         self.learner = learner
@@ -153,7 +153,7 @@ class Comparison:
         self.kinds = [head.kind for head in data.config.heads]
         self.tables = RankerTables(ranker, ranker.item_table(), torch.from_numpy(data.catalogue.numeric))
 
-    def tasks(self, cases: list[Case]) -> tuple[Tasks, Tasks]:
+    def tasks(self, cases: list[MetaCase]) -> tuple[Tasks, Tasks]:
         """Support and query."""
         c = self.config
         both = make_tasks(self.tables, self.data.sequences, cases, self.data.config.history_length, c)
@@ -216,7 +216,7 @@ class Comparison:
         return {name: {metric: np.concatenate(values) for metric, values in row.items()} for name, row in found.items()}
 
 
-def tabulate(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
+def compare_lengths(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
     """By length: the means of each arm, and the paired difference to the default vector with interval and p value."""
     report: dict[str, Any] = {}
     for length, arms in found.items():
@@ -252,7 +252,7 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "held_out_users": len(users),
         "own_vector": {"rate": fit[0], "steps": fit[1]},
-        "lengths": tabulate(found),
+        "lengths": compare_lengths(found),
     }
 
 

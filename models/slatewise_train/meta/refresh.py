@@ -41,7 +41,7 @@ from slatewise.store.client import connect
 from slatewise.store.generations import Generations
 from slatewise.store.writer import StoreError
 from slatewise_train.config import DataConfig, Head
-from slatewise_train.data import Vocabulary, build_sequences, clean_events
+from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from slatewise_train.rankers.weights import load_model
 
@@ -58,7 +58,7 @@ class Adapter:
         self.ranker.requires_grad_(False)
         self.learner, self.kinds = load_learner(folder / META_BLOCK)
         ids = json.loads((folder / "ids.json").read_text())
-        self.vocabulary = Vocabulary(ids, manifest.actions, {})
+        self.vocabulary = TrainingVocabulary(ids, manifest.actions, {})
         heads = tuple(
             Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
         )

@@ -19,10 +19,10 @@ from slatewise_train.batches import Slates, draw_negatives, make_batch, newest_w
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Sequences
 from slatewise_train.losses import label_losses, log_likelihood, sampling_offset
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 POOL = 4096  # the most items that the negatives of one call are drawn from
-Case = tuple[int, int]  # a user, and the number of the user's events that have happened
+MetaCase = tuple[int, int]  # a user, and the number of the user's events that have happened
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Tasks:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
-def point_with(ranker: Ranker, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
+def point_with(ranker: RankerModel, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
     """Logits (..., P, C, heads) of the exit `point` with meta-embeddings (..., M); base and dot as in `Tasks`."""
     return dot + ranker.point_logits(base + ranker.meta_shift(vectors)[..., None, None, :])
 
 
 def event_losses(
-    ranker: Ranker, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor
+    ranker: RankerModel, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor
 ) -> Tensor:
     """Losses (..., P) of the exit `point`, summed over the heads.
 
@@ -71,14 +71,14 @@ def event_losses(
 class RankerTables:
     """A ranker and the tables that its tasks are made from."""
 
-    ranker: Ranker
-    items: Tensor  # (items, d), `Ranker.item_table`
+    ranker: RankerModel
+    items: Tensor  # (items, d), `RankerModel.item_table`
     numeric: Tensor  # (items, F) that a request would have, NaN for missing
 
 
 @torch.no_grad()
 def make_tasks(
-    tables: RankerTables, sequences: Sequences, cases: list[Case], longest: int, config: MetaConfig
+    tables: RankerTables, sequences: Sequences, cases: list[MetaCase], longest: int, config: MetaConfig
 ) -> Tasks:
     """The `config.support` events before each case, then the `config.query` events after it, as one `Tasks`.
 

@@ -44,7 +44,7 @@ class RankerConfig:
     width: int  # of all vectors
 
 
-class Ranker(nn.Module, ABC):
+class RankerModel(nn.Module, ABC):
     """A torch ranker. A family also has parameters named `item.weight`, `default_meta`, `dot_scale` and `dot_bias`."""
 
     family: ClassVar[str]  # its key in `families.FAMILIES`
@@ -78,7 +78,7 @@ class Ranker(nn.Module, ABC):
         """The vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
 
     @abstractmethod
-    def without_meta(self) -> Ranker:
+    def without_meta(self) -> RankerModel:
         """A copy with M = 0. Its logits are those of this ranker with `default_meta`, up to rounding."""
 
     @abstractmethod

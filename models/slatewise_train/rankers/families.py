@@ -1,4 +1,4 @@
-"""The table of ranker families. A new family is one line here, a `Ranker` and a `RankerGraphs`.
+"""The table of ranker families. A new family is one line here, a `RankerModel` and a `RankerGraphs`.
 
 Called by: `train.py` and `bundle_writer.py` (a config becomes a model), `export.py` and `compress.py` (a model becomes
 graphs). Calls: the modules of the families.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slatewise_train.rankers import ligr_student
-from slatewise_train.rankers.base import Calibrations, Ranker, RankerConfig, RankerGraphs
+from slatewise_train.rankers.base import Calibrations, RankerConfig, RankerGraphs, RankerModel
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
@@ -24,13 +24,13 @@ class Family:
     """The classes of a family, and functions for compression. A function is None if the family does not support it."""
 
     config: type[RankerConfig]
-    model: Callable[..., Ranker]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
+    model: Callable[..., RankerModel]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
     graphs: Callable[..., RankerGraphs]  # (model, calibrations, longest_history)
     dense_layers: Callable[[Any], dict[str, nn.Linear]] | None = (
         None  # (model) -> layers that low rank factors, by name
     )
     half: Callable[[Any], dict[str, int]] | None = None  # (config) -> the default shape of a student
-    shrink: Callable[[Any, Mapping[str, int]], Ranker] | None = None  # (teacher, shape) -> a student
+    shrink: Callable[[Any, Mapping[str, int]], RankerModel] | None = None  # (teacher, shape) -> a student
 
 
 FAMILIES = {
@@ -57,7 +57,7 @@ def find(family: str) -> Family:
     return FAMILIES[family]
 
 
-def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> Ranker:
+def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> RankerModel:
     """A model with freshly drawn weights.
 
     config: the family's dataclass, or that dataclass as a dict (`dataclasses.asdict`, JSON). columns may be left out
@@ -77,26 +77,26 @@ def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemCo
     return found.model(config, columns.field_values, columns.numeric_mean, columns.numeric_std)
 
 
-def graphs(model: Ranker, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
+def graphs(model: RankerModel, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
     """The exporter of a model; longest_history: the most positions that one call encodes, start token excluded."""
     return find(model.family).graphs(model, calibrations, longest_history)
 
 
-def dense_layers(model: Ranker) -> dict[str, nn.Linear]:
+def dense_layers(model: RankerModel) -> dict[str, nn.Linear]:
     """Return the layers that low rank factors, by name. Raises ValueError if the family does not support low rank."""
     if (function := find(model.family).dense_layers) is None:
         raise ValueError(f"rankers of the family {model.family!r} have no low-rank form")
     return function(model)
 
 
-def half(model: Ranker) -> dict[str, int]:
+def half(model: RankerModel) -> dict[str, int]:
     """Return the default shape of a student. Raises ValueError if the family does not support students."""
     if (function := find(model.family).half) is None:
         raise ValueError(f"rankers of the family {model.family!r} have no students")
     return function(model.config)
 
 
-def shrink(teacher: Ranker, shape: Mapping[str, int]) -> Ranker:
+def shrink(teacher: RankerModel, shape: Mapping[str, int]) -> RankerModel:
     """Build a smaller ranker, the student, initialised from the teacher.
 
     shape: sizes of the family's config. Raises ValueError for a shape that is not possible, or if the family does not

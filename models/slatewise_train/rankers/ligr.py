@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
-from slatewise_train.rankers.base import EXITS, EncodedHistory, Ranker, RankerConfig
+from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Block(nn.Module):
         return x + self.dropout(fed) * torch.sigmoid(self.feed_forward_gate(x))
 
 
-class Ligr(Ranker):
+class Ligr(RankerModel):
     """field_values, numeric_mean and numeric_std: as in `families.ItemColumns`; they become buffers."""
 
     family = "ligr"

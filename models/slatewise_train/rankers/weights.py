@@ -18,7 +18,7 @@ import torch
 from slatewise.bundle.loader import check_file
 from slatewise.bundle.manifest import Manifest, ManifestError, ModelDescription
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 WEIGHTS = "weights.npz"
 ITEMS = "items.npy"
@@ -26,7 +26,7 @@ ITEM_TABLE = "item.weight"  # the parameter that items.npy holds
 
 
 @torch.no_grad()
-def serving_form(model: Ranker) -> Ranker:
+def serving_form(model: RankerModel) -> RankerModel:
     """A copy of the model with its fields folded into the item table; it gives the same logits for the same items."""
     folded = families.build(model.family, dataclasses.replace(model.config, fields={}))
     weights = model.state_dict() | {ITEM_TABLE: model.item_table()}
@@ -34,7 +34,7 @@ def serving_form(model: Ranker) -> Ranker:
     return folded.eval()
 
 
-def save_weights(folder: Path, model: Ranker) -> ModelDescription:
+def save_weights(folder: Path, model: RankerModel) -> ModelDescription:
     """Write items.npy and weights.npz of a model in serving form; returns the manifest's description of the model."""
     arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     np.save(folder / ITEMS, arrays.pop(ITEM_TABLE))
@@ -43,7 +43,7 @@ def save_weights(folder: Path, model: Ranker) -> ModelDescription:
     return ModelDescription(family=model.family, config=dataclasses.asdict(model.config), weights=WEIGHTS)
 
 
-def load_model(folder: Path, manifest: Manifest) -> Ranker:
+def load_model(folder: Path, manifest: Manifest) -> RankerModel:
     """The model of a bundle, in serving form.
 
     Raises ManifestError when the bundle has format 1, a file has another digest, or the weights are those of another
