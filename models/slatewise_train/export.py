@@ -1,11 +1,11 @@
 """Export a trained ranker as a bundle: slatewise export models/movielens.toml
 
-The command writes the graphs, fits the calibrations, measures parity, quality and latency, and publishes the bundle
-when every measured difference is within its bound. A meta block is optional: without one (`slatewise limaml`) the
-ranker is exported without meta-embeddings.
+The command writes the graphs, fits the calibrations, and measures parity, quality and latency. It publishes the bundle
+if every measured difference is within its bound. A meta block is optional: without one (`slatewise limaml`) the ranker
+is exported without meta-embeddings.
 
 Called by: the command line. Reads: the checkpoint of `train.py`, the meta block of `meta/limaml.py`.
-Calls: `bundle_writer.py`, `evaluation/`. The server loads `models/bundles/<name>/<version>/`.
+Calls: `bundle_writer.py`, `evaluation/`, `demo/content.py`. The server loads `models/bundles/<name>/<version>/`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
 
 
 def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray) -> Calibrations:
-    """Calibrations fitted on uncalibrated graphs, which are written below `stage` and removed again."""
+    """Fit calibrations on uncalibrated graphs, which are written below `stage` and removed again."""
     draft = stage / "draft"
     identity = uncalibrated(content.exits, len(content.heads))
     write_graphs(draft, families.graphs(content.model, identity, longest_call(content.history_used)).all())
@@ -120,13 +120,16 @@ def write_report(stage: Path, report: dict[str, Any]) -> None:
 
 
 def best_exit(report: dict[str, Any], exits: list[str]) -> str:
-    """The exit with the highest NDCG@10, summed over the report's tables; the cheaper one when two are equal."""
+    """Return the exit with the highest NDCG@10, summed over the report's tables.
+
+    If two exits are equal, the cheaper one is returned.
+    """
     tables = [report[name] for name in ("leave_one_out", "slates") if report[name]]
     return max(exits, key=lambda exit: sum(table[exit]["ndcg10"][0] for table in tables))
 
 
 def load_block(folder: Path, toml: Path) -> MetaLearner | None:
-    """The meta block in a training's folder, or `None`, with a hint on the terminal, when there is no such file."""
+    """Load the meta block in a training's folder. Without this file, print a hint and return `None`."""
     if (folder / META_BLOCK).exists():
         learner, _ = load_learner(folder / META_BLOCK)
         return learner

@@ -1,4 +1,4 @@
-"""The models that variants are made of: the bundle's own, its low-rank form, and a student.
+"""Build the models from which variants are made: the bundle's own model, its low-rank form, and a student.
 
 Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `distill.py`, `rankers/families.py`.
 """
@@ -29,12 +29,12 @@ from slatewise_train.rankers.base import RankerModel
 
 @dataclass(frozen=True)
 class Options:
-    """How variants are made."""
+    """Options for making variants."""
 
-    method: str = "afm"  # of low rank
+    method: str = "afm"  # method of low rank, see `low_rank.METHODS`
     share: float = 0.5  # share of the dense layers' cost that the low-rank form may have
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
-    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: half of each size, see `families.half`
+    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
     bits: int = SAFE_BITS  # of int8 weights
     checkpoints: Path = Path("build/compress")
@@ -49,12 +49,15 @@ class Base:
 
 
 def checkpoints_of(source: Source, options: Options) -> Path:
-    """The folder of a bundle's checkpoints and finished measurements."""
+    """Return the folder of a bundle's checkpoints and finished measurements."""
     return options.checkpoints / source.manifest.ranker / str(source.manifest.version)
 
 
 def make_base(source: Source, kind: str, options: Options) -> Base:
-    """The model of a kind: fp32, lowrank or student; trained from fp32 when the options say so and there are data."""
+    """Build the model of a kind: fp32, lowrank or student.
+
+    lowrank and student are trained from fp32 when the options ask for it and the source has data.
+    """
     if kind == "fp32":
         return Base(source.model)
     folder = checkpoints_of(source, options)
@@ -72,7 +75,7 @@ def make_base(source: Source, kind: str, options: Options) -> Base:
 
 
 def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
-    """The low-rank form within the options' budget. Raises ValueError when no layer would become cheaper.
+    """Build the low-rank form within the options' budget. Raises ValueError when no layer would become cheaper.
 
     ranks_file keeps the ranks, because measured times differ between runs and a stopped compression must resume with
     the same ranks.

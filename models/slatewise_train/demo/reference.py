@@ -1,10 +1,10 @@
-"""The reference bundle, called W in docs/performance.md: `make reference-bundle`
+"""Write the reference bundle, called W in docs/performance.md: `make reference-bundle`
 
-It has the shape of a ranker as one would deploy it. Its weights are drawn from a seed, so that speed can be measured
-without training.
+The reference ranker has a typical size for production. Its weights are random, drawn from a seed, because its purpose
+is to measure speed without training.
 
-Called by: the command line (`python -m slatewise_train.demo.reference`). Calls: `bundle_writer.py`.
-`loadtest/` measures with the result, below `build/bundles/`.
+Called by: the command line (`python -m slatewise_train.demo.reference`), `loadtest/`. Calls: `bundle_writer.py`,
+`content.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ CANDIDATES = 24  # of the example
 
 
 def reference_model() -> RankerModel:
-    """Width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 heads, meta-embedding of 64."""
+    """Build the ranker.
+
+    It has width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 output heads and meta-embeddings
+    of 64 numbers.
+    """
     torch.manual_seed(0)
     shape = {
         "items": ITEMS + FIRST_ITEM,
@@ -66,7 +70,7 @@ def reference_model() -> RankerModel:
 
 
 def reference_content() -> BundleContent:
-    """The content of the bundle; the same arrays and requests on every call."""
+    """Build the content of the bundle: the same arrays and requests on every call."""
     rng = np.random.default_rng(0)
     model = reference_model()
     ids = [str(k) for k in range(ITEMS)]
@@ -104,7 +108,7 @@ def reference_content() -> BundleContent:
 
 
 def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> Path:
-    """Publish a bundle without calibrations and without quality; returns its folder, `folder/version`."""
+    """Publish a bundle without calibrations and without quality, and return its folder, `folder/version`."""
     with staging(folder, version) as stage:
         calibrations = uncalibrated(content.exits, len(content.heads))
         manifest = write_content(stage, content, version)

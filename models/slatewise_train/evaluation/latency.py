@@ -1,6 +1,7 @@
-"""Latency and resident memory of variants on this machine, with one thread.
+"""Measure latency and resident memory of variants on this machine, with one thread.
 
-Called by: `export.py`, `compress.py`, `loadtest/`. Calls: `inference/engine.py`, `parity.py` for drawn requests.
+Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`;
+`parity.py` for random requests.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ STATUS = Path("/proc/self/status")  # only Linux has this file
 
 
 def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int = 60) -> dict[str, dict[str, Any]]:
-    """By engine: machine, threads and one row per history and slate, with p50 and p99 in milliseconds.
+    """Measure the time of engines on random requests. Returns, by engine: machine, threads and rows.
 
-    `encode` is the time to encode the history, `score` the time to score the slate at the highest exit. The engines
-    take turns, so that a change of the machine's speed affects all of them.
+    A row has p50 and p99 in milliseconds for one length of history and one size of slate. `encode` is the time to
+    encode the history, `score` the time to score the slate at the highest exit. The engines take turns, so that a
+    change of the machine's speed affects all of them.
     """
     draw = Requests(next(iter(engines.values())), manifest)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
@@ -41,7 +43,10 @@ def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int
 def measure_shape(
     engines: dict[str, Engine], draw: Requests, events: int, n: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """By engine: encode_p50, encode_p99, score_p50 and score_p99 of one history and one slate, in milliseconds."""
+    """Measure one history length and one slate size.
+
+    Returns, by engine: encode_p50, encode_p99, score_p50 and score_p99 in milliseconds.
+    """
     history = draw.history(events)
     drawn = draw.candidates(n)
     meta = draw.meta()

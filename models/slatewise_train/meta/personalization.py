@@ -1,15 +1,22 @@
-"""The benefit of meta-embeddings for users that were not trained on.
+"""Measure the benefit of meta-embeddings for users that were not trained on.
 
     python -m slatewise_train.meta.personalization models/movielens.toml
 
-Trains a ranker and a meta block without the held-out users (`[personalization]` in the TOML); you can stop and resume
-both. Then each held-out user has 5, 10, 20, or 50 and more events, and the next events are predicted in several arms:
-with the meta-embedding adapted to the newest events, with the default vector, with a vector fitted to the same events
-directly, and with a vector of zeros. In every arm the ranker reads the whole history.
+The experiment trains a ranker and a meta block without the held-out users (`[personalization]` in the TOML). You can
+stop it at any time; the same command continues. It then takes the first 5, 10 or 20 events of each held-out user, or
+all events but the last ones if the user has 50 or more, and predicts the events after them. It repeats the prediction
+with several meta-embeddings, called arms:
+
+    adapted      adapted to the newest events by the meta block
+    default      the default vector
+    own vector   fitted to the same events directly
+    nothing      a vector of zeros
+
+The adapted vector is measured in float16 and int8 too. In every arm the ranker reads the whole history.
 
 Writes report.json, report.md and report.png into `build/personalization/NAME/`.
 
-Called by: the command line. Calls: `train.py`, `meta/limaml.py`, `report.py`.
+Called by: the command line. Calls: `train.py`, `limaml.py`, `tasks.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -46,21 +53,21 @@ FLIPS = 10_000
 
 @dataclass(frozen=True)
 class Cases:
-    """Users with the same number of events, or with at least LENGTHS[-1] events."""
+    """Users whose history has the same number of events, or at least LENGTHS[-1] events."""
 
     length: int
     cases: list[MetaCase]
 
     def batches(self) -> list[list[MetaCase]]:
-        """Batches of similar length."""
+        """Return batches of cases with similar length."""
         ordered = sorted(self.cases, key=lambda case: case[1])
         return [ordered[k : k + BATCH] for k in range(0, len(ordered), BATCH)]
 
 
 def cases_of(data: Data, users: np.ndarray, length: int, query: int) -> Cases:
-    """The users with enough events for a history of this length and a query behind it.
+    """Return the users with enough events for a history of this length and the query after it.
 
-    The history is the first `length` events; for the largest length it is all events but those of the query.
+    The history is the first `length` events. For the largest length it is all events except those of the query.
     """
     events = np.diff(data.sequences.offsets)
     now = events - query if length == LENGTHS[-1] else np.full(len(events), length)
@@ -69,7 +76,7 @@ def cases_of(data: Data, users: np.ndarray, length: int, query: int) -> Cases:
 
 
 def fit_vectors(ranker: RankerModel, kinds: list[str], support: Tasks, rate: float, steps: int, most: int) -> Tensor:
-    """A vector for each user (U, M), fitted by Adam to the loss of the inner loop.
+    """Fit a vector for each user (U, M) by Adam, with the loss of the inner loop.
 
     rate and steps: of Adam; most: the largest possible number of events, as in `MetaLearner.support_loss`.
     """
@@ -85,7 +92,7 @@ def fit_vectors(ranker: RankerModel, kinds: list[str], support: Tasks, rate: flo
 
 
 def as_stored(vectors: Tensor, dtype: str) -> Tensor:
-    """The vectors (U, M) as the store would return them."""
+    """Return the vectors (U, M) after a round trip through the store's format."""
     values = pack_many(vectors.numpy(), 1, 0.0, dtype)
     return torch.from_numpy(np.stack([unpack(value, vectors.shape[1])[0] for value in values]))
 
@@ -97,12 +104,12 @@ class NextEvents:
     base: Tensor  # (U, C, d) hidden states for a meta-embedding of zero
     dot: Tensor  # (U, C, heads) logits of the exit `dot`
     target: Tensor  # (U,) the event's place in the catalogue
-    seen: list[np.ndarray]  # for each user the places of the items met before
+    seen: list[np.ndarray]  # for each user, the places in the catalogue of the items of earlier events
 
 
 @torch.no_grad()
 def next_events(tables: RankerTables, data: Data, cases: list[MetaCase]) -> NextEvents:
-    """The next event of each case. Every case must have one."""
+    """Compute the next event of each case. Every case must have one."""
     longest = data.config.history_length
     windows = [(user, newest_window_start(now, longest), now) for user, now in cases]
     batch = make_batch(data.sequences, windows)
@@ -124,7 +131,7 @@ def next_events(tables: RankerTables, data: Data, cases: list[MetaCase]) -> Next
 
 
 def next_gains(ranker: RankerModel, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
-    """NDCG@10 of the next event in the full catalogue without the items met before: (U,). vectors: (U, M)."""
+    """Return NDCG@10 (U,) of the next event in the full catalogue, without the items met before. vectors: (U, M)."""
     scores = point_with(ranker, vectors, events.base[:, None], events.dot[:, None])[:, 0, :, head].numpy()
     ranks = np.zeros(len(scores), np.int64)
     for k, (row, place) in enumerate(zip(scores, events.target.tolist(), strict=True)):
@@ -135,7 +142,10 @@ def next_gains(ranker: RankerModel, head: int, events: NextEvents, vectors: Tens
 
 
 def sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p value of a paired permutation test: the share of random signs with a mean as large, from (n,)."""
+    """Return the two-sided p value of a paired permutation test on differences (n,).
+
+    It is the share of random signs whose mean is at least as large as the observed mean.
+    """
     rng = np.random.default_rng(0)
     observed = abs(difference.mean())
     means = np.array([abs((rng.choice((-1.0, 1.0), len(difference)) * difference).mean()) for _ in range(FLIPS)])
@@ -143,7 +153,7 @@ def sign_flip(difference: np.ndarray) -> float:
 
 
 class Comparison:
-    """Compares the arms on users, for one length of history at a time."""
+    """Compares the arms (see above) on users, for one length of history at a time."""
 
     def __init__(self, data: Data, ranker: RankerModel, learner: MetaLearner) -> None:
         self.data = data
@@ -154,13 +164,13 @@ class Comparison:
         self.tables = RankerTables(ranker, ranker.item_table(), torch.from_numpy(data.catalogue.numeric))
 
     def tasks(self, cases: list[MetaCase]) -> tuple[Tasks, Tasks]:
-        """Support and query."""
+        """Return the support and the query of each case."""
         c = self.config
         both = make_tasks(self.tables, self.data.sequences, cases, self.data.config.history_length, c)
         return both.columns(0, c.support), both.columns(c.support, c.support + c.query)
 
     def query_losses(self, query: Tasks, vectors: Tensor) -> np.ndarray:
-        """The mean loss of each user's query events: (U,). vectors: (U, M)."""
+        """Return the mean loss of each user's query events: (U,). vectors: (U, M)."""
         *inputs, real = query.tensors()
         with torch.no_grad():
             losses = event_losses(self.ranker, self.kinds, vectors, *inputs) * real
@@ -168,7 +178,7 @@ class Comparison:
         return means
 
     def like_gains(self, query: Tasks, vectors: Tensor) -> np.ndarray:
-        """NDCG@10 of the query's events by the first head of kind `label`: (U,), NaN if all labels are equal."""
+        """Return NDCG@10 (U,) of the query's events by the first head of kind `label`. NaN if all labels are equal."""
         head = self.kinds.index("label")
         with torch.no_grad():
             logits = point_with(self.ranker, vectors, query.base, query.dot)
@@ -179,7 +189,7 @@ class Comparison:
         return np.array([ndcg(s[r], y[r]) for s, y, r in zip(scores, labels, rows, strict=True)])
 
     def best_fit(self, users: np.ndarray) -> tuple[float, int]:
-        """The rate and steps of FITS with the lowest query loss on users that are not held out."""
+        """Return the rate and steps of FITS with the lowest query loss on users that are not held out."""
         totals = np.zeros(len(FITS))
         for length in LENGTHS:
             torch.manual_seed(0)
@@ -192,7 +202,10 @@ class Comparison:
         return FITS[int(totals.argmin())]
 
     def run(self, cases: Cases, fit: tuple[float, int]) -> dict[str, dict[str, np.ndarray]]:
-        """Arm -> metric -> a value for each user (U,). fit: of the directly fitted vector, see `best_fit`."""
+        """Measure every arm on the cases: arm -> metric -> a value for each user (U,).
+
+        fit: rate and steps of the directly fitted vector, see `best_fit`.
+        """
         found: dict[str, dict[str, list[np.ndarray]]] = {}
         torch.manual_seed(1)
         for batch in tqdm(cases.batches(), desc=f"{cases.length} events", mininterval=2):
@@ -217,7 +230,10 @@ class Comparison:
 
 
 def compare_lengths(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
-    """By length: the means of each arm, and the paired difference to the default vector with interval and p value."""
+    """Return, by length, the means of each arm and its paired difference from the default vector.
+
+    A difference has an interval and a p value.
+    """
     report: dict[str, Any] = {}
     for length, arms in found.items():
         rows: dict[str, Any] = {"users": len(arms["default"]["query_loss"]), "arms": {name: {} for name in arms}}
@@ -229,7 +245,7 @@ def compare_lengths(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[
 
 
 def compare(values: np.ndarray, default: np.ndarray | None) -> dict[str, Any]:
-    """The mean of values (U,), NaN left out, and unless default is None the difference to it."""
+    """Return the mean of values (U,), NaN left out, and their difference from `default` if it is given."""
     kept = ~np.isnan(values)
     row: dict[str, Any] = {"mean": round(float(values[kept].mean()), 5), "users": int(kept.sum())}
     if default is not None:

@@ -1,7 +1,8 @@
-"""The table of ranker families. A new family is one line here, a `RankerModel` and a `RankerGraphs`.
+"""The table of ranker families. A new family is one entry of FAMILIES, a `RankerModel` and a `RankerGraphs`.
 
-Called by: `train.py` and `bundle_writer.py` (a config becomes a model), `export.py` and `compress.py` (a model becomes
-graphs). Calls: the modules of the families.
+Called by: `config.py`, `train.py`, `weights.py` (a config becomes a model); `bundle_writer.py`, `export.py` and
+`compression/variants.py` (a model becomes graphs); `compression/` (low-rank forms and students). Calls: `ligr.py`,
+`ligr_onnx.py`, `ligr_student.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of th
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """The items' metadata as a model keeps it, in buffers of its state dict."""
+    """The items' metadata. A model stores it in buffers of its state dict."""
 
     field_values: dict[str, Tensor]  # categorical column -> (items, V) int64, 0 is padding or a missing value
     numeric_mean: Tensor  # (F,) float32
@@ -51,14 +52,14 @@ class ItemColumns:
 
 
 def find(family: str) -> Family:
-    """Raises ValueError for an unknown family."""
+    """Return a family by name. Raises ValueError for an unknown name."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r} of rankers; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[family]
 
 
 def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> RankerModel:
-    """A model with freshly drawn weights.
+    """Build a model with random weights.
 
     config: the family's dataclass, or that dataclass as a dict (`dataclasses.asdict`, JSON). columns may be left out
     when the model has no fields, as in a bundle, which has them folded into the item table.
@@ -78,7 +79,10 @@ def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemCo
 
 
 def graphs(model: RankerModel, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
-    """The exporter of a model; longest_history: the most positions that one call encodes, start token excluded."""
+    """Return the exporter of a model.
+
+    longest_history: the most positions that one call encodes, without the start token.
+    """
     return find(model.family).graphs(model, calibrations, longest_history)
 
 
