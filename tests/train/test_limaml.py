@@ -74,7 +74,7 @@ def adapt_slowly(learner: MetaLearner, model: RankerModel, support: Tasks, user:
     return parameters
 
 
-def test_adapt_many_users_equals_each_user_alone(tiny: Tiny, model: RankerModel, learner: MetaLearner) -> None:
+def test_users_adapted_together_equal_each_user_alone(tiny: Tiny, model: RankerModel, learner: MetaLearner) -> None:
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     assert support.real.sum(1).tolist() == [5, 8, 8, 3]
     together = learner.adapt(model, KINDS, support)
@@ -85,7 +85,7 @@ def test_adapt_many_users_equals_each_user_alone(tiny: Tiny, model: RankerModel,
 
 
 def test_adapt_lowers_the_support_loss(tiny: Tiny, model: RankerModel) -> None:
-    """With the initial step sizes."""
+    """The step sizes are the initial ones."""
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     fresh = MetaLearner(MetaConfig(code=6, support=8), model.default_meta)
     *inputs, real = support.tensors()
@@ -106,7 +106,7 @@ def test_outer_gradient_is_first_order(tiny: Tiny, model: RankerModel, learner: 
     torch.testing.assert_close(torch.autograd.grad(loss, learner.block.inner.weight)[0], at_adapted)
 
 
-def test_meta_epoch_keeps_ranker_and_default_vector(tiny: Tiny) -> None:
+def test_meta_epoch_does_not_change_ranker_or_default(tiny: Tiny) -> None:
     before = {name: value.clone() for name, value in tiny.trainer.model.state_dict().items()}
     trainer = MetaTrainer(tiny.trainer.model, tiny.trainer.data, tiny.config.meta)
     code = trainer.learner.block.code.detach().clone()
@@ -120,7 +120,7 @@ def test_meta_epoch_keeps_ranker_and_default_vector(tiny: Tiny) -> None:
     assert all(parameter.requires_grad for parameter in tiny.trainer.model.parameters())
 
 
-def test_make_tasks_equals_ranker_on_each_event(tiny: Tiny, model: RankerModel) -> None:
+def test_task_equals_the_ranker_called_for_each_event(tiny: Tiny, model: RankerModel) -> None:
     """An event of a task against a request: the history before it, and its item as the only candidate."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
@@ -151,7 +151,7 @@ def test_make_tasks_equals_ranker_on_each_event(tiny: Tiny, model: RankerModel) 
         np.testing.assert_array_equal(tasks.labels[1, column], s.labels[start + event])
 
 
-def test_make_tasks_later_events_leave_the_support(tiny: Tiny, model: RankerModel) -> None:
+def test_support_does_not_depend_on_later_events(tiny: Tiny, model: RankerModel) -> None:
     before = draw_tasks(tiny, model, CASES)
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
@@ -167,7 +167,7 @@ def test_make_tasks_later_events_leave_the_support(tiny: Tiny, model: RankerMode
     assert not torch.equal(before.columns(8, 12).base, after.columns(8, 12).base)
 
 
-def test_make_tasks_unknown_item_is_not_real(tiny: Tiny, model: RankerModel) -> None:
+def test_task_ignores_events_of_unknown_items(tiny: Tiny, model: RankerModel) -> None:
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
     items = sequences.items.copy()
@@ -178,10 +178,10 @@ def test_make_tasks_unknown_item_is_not_real(tiny: Tiny, model: RankerModel) -> 
     assert real[1].tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
 
 
-def test_stored_vector_scores_as_adapted_block(
+def test_stored_vector_gives_the_scores_of_the_adapted_block(
     tiny: Tiny, ranker: Ranker, model: RankerModel, learner: MetaLearner
 ) -> None:
-    """The adapted block in torch, against its vector as the store returns it and the served graph reads it."""
+    """Compare the adapted block in torch with its vector, read from the store and scored by the served graph."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
@@ -222,7 +222,7 @@ def test_stored_vector_scores_as_adapted_block(
     )
 
 
-def test_meta_training_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
+def test_resumed_meta_training_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
     def trainer(epochs: int) -> MetaTrainer:
         return MetaTrainer(tiny.trainer.model, tiny.trainer.data, dataclasses.replace(tiny.config.meta, epochs=epochs))
 
@@ -244,7 +244,7 @@ def test_checkpoint_of_another_ranker_raises(tiny: Tiny, tmp_path: Path) -> None
         MetaTrainer(other, tiny.trainer.data, tiny.config.meta).train(tmp_path)
 
 
-def test_save_learner_load_learner_returns_the_same(
+def test_saved_learner_is_loaded_unchanged(
     tiny: Tiny, model: RankerModel, learner: MetaLearner, tmp_path: Path
 ) -> None:
     save_learner(tmp_path / "meta_block.npz", learner, KINDS)

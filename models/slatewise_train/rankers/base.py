@@ -115,7 +115,7 @@ class RankerModel(nn.Module, ABC):
     ) -> Tensor:
         """Return hidden states (B, N, d) of candidates that each read the history and no other candidate.
 
-        vectors: (B, N, d); positions: (1,) or (B, N), the candidates' places behind the history; fused: as `fuse`
+        vectors: (B, N, d); positions: (1,) or (B, N), the candidates' places after the history; fused: as `fuse`
         returns it; mask: (B, 1, N, T), True for the positions that a candidate may read, or None for all of them.
         """
 

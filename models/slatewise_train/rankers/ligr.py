@@ -224,7 +224,7 @@ class Ligr(RankerModel):
         }
 
     def resized(self, config: LigrConfig) -> "Ligr":
-        """Build a ranker of another config with the same item columns. Its weights are drawn."""
+        """Build a ranker of another config with the same item columns and with random weights."""
         field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
         return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
 

@@ -203,7 +203,7 @@ class LigrGraphs(RankerGraphs):
         Returns the logits (B, N, heads) of the exit `point`, and the hidden states.
         """
         x = self.stream(g, candidates)
-        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the place behind the history
+        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the position after the history
         for i, (key, value) in enumerate(state):
             query = self.rotate_alike(g, self.queries(g, x, f"blocks.{i}"), x.shape, position)
             x = self.block(g, x, f"blocks.{i}", self.attention(g, query, key, value, length))
