@@ -149,6 +149,38 @@ def test_imports_point_downwards(module: str) -> None:
     assert not {name for name in modules(SERVER[module]) if level(name) > level(module)}
 
 
+TRAINING = {name: path for name, path in SOURCES.items() if name.startswith("slatewise_train.")}
+# Folders and modules of slatewise_train; each imports itself and earlier ones only.
+TRAINING_LEVELS = (
+    "rankers",
+    "config",
+    "data",
+    "losses",
+    "checkpoint",
+    "batches",
+    "epochs",
+    "evaluation",
+    "train",
+    "graph_check",
+    "bundle_writer",
+    "compression",
+    "meta",
+    "demo",
+    "export",
+    "compress",
+)
+
+
+def training_level(module: str) -> int:
+    return TRAINING_LEVELS.index(module.split(".")[1])
+
+
+@pytest.mark.parametrize("module", sorted(TRAINING))
+def test_training_imports_point_downwards(module: str) -> None:
+    imported = modules(TRAINING[module]) & TRAINING.keys()
+    assert not {name for name in imported if training_level(name) > training_level(module)}
+
+
 def long_functions(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

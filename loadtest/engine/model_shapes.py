@@ -1,7 +1,7 @@
 """Engine time of smaller models: python -m loadtest.engine.model_shapes
 
 Fewer blocks, narrower feed-forward layers, cheaper attention. Each shape is the reference model shrunk by
-`slatewise_train/compression/student.py`, untrained: the values of weights do not change the time. Milliseconds for 200
+`slatewise_train/rankers/ligr_student.py`, untrained: the values of weights do not change the time. Milliseconds for 200
 events and 200 candidates, one thread, medians of interleaved runs.
 
 Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/compression.md.
@@ -18,7 +18,6 @@ from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.engine import Engine
 from slatewise.process import cpu_name
 from slatewise_train.bundle_writer import write_graphs
-from slatewise_train.compression.student import shrink
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import uncalibrated
@@ -58,7 +57,7 @@ def main() -> None:
     engines = {}
     with tempfile.TemporaryDirectory() as folder:
         for k, (name, shape) in enumerate(SHAPES.items()):
-            smaller = families.graphs(shrink(model, shape), identity, manifest.limits.history_used)
+            smaller = families.graphs(families.shrink(model, shape), identity, manifest.limits.history_used)
             write_graphs(Path(folder) / str(k), smaller.all())
             engines[name] = Engine(Path(folder) / str(k), model.item_table().detach().numpy(), manifest.exits, 1)
         found = measure_latency(engines, manifest)

@@ -1,7 +1,7 @@
-"""Windows of sequences, batches of windows, and slates of candidates at positions of a batch.
+"""Cut sequences into windows, put windows into batches, and draw slates of candidates at positions of a batch.
 
-Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`, `evaluation/personalization.py`.
-Calls: `data.py`, and the ranker that reads a slate.
+Called by: `train.py`, `epochs.py`, `evaluation/offline.py`, `meta/`, `compression/`. Calls: `data.py`, and the ranker
+that scores a slate.
 
 Letters in shapes: B windows, T the longest window, S positions of a window, C candidates, K negatives, d width.
 """
@@ -21,19 +21,22 @@ from slatewise.bundle.features import request_context, window_start
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Sequences
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 
 Window = tuple[int, int, int]  # user, first event, one past the last event
 MISSING_NUMERIC = 0.3  # share of training slates without numeric features
 
 
 def served_window_start(length: int, longest: int) -> int:
-    """The first of a user's `length` events that a request would read, see `slatewise.bundle.features.window_start`."""
+    """Return the first of a user's `length` events that a request would read.
+
+    It equals `slatewise.bundle.features.window_start` for a history from event 0.
+    """
     return window_start(0, length, longest)
 
 
 def newest_window_start(length: int, longest: int) -> int:
-    """The first of the newest `longest` among `length` events.
+    """Return the first of the newest `longest` events out of `length`.
 
     Meta-learning reads this window and a request reads `served_window_start`, so the two differ for users with more
     than `longest` events. The windows stay apart because stored meta-embeddings and published numbers depend on them.
@@ -43,7 +46,7 @@ def newest_window_start(length: int, longest: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded windows; column 0 is the start token."""
+    """A batch of windows, padded on the right. Column 0 is the start token."""
 
     users: Tensor  # (B,) int64
     lengths: Tensor  # (B,) int64, events without the start token
@@ -58,7 +61,7 @@ class Batch:
 
 
 def make_batch(sequences: Sequences, windows: list[Window]) -> Batch:
-    """At least one window."""
+    """Build a batch from windows, at least one."""
     longest = max(last - first for _, first, last in windows)
     shape = (len(windows), longest + 1)
     items = np.zeros(shape, np.int64)
@@ -84,7 +87,7 @@ def make_batch(sequences: Sequences, windows: list[Window]) -> Batch:
 def epoch_windows(
     train_lengths: np.ndarray, longest: int, batch_events: int, rng: np.random.Generator
 ) -> Iterator[list[Window]]:
-    """The training events of all users in windows of at most `longest` events, in batches of similar length.
+    """Split the training events of all users into windows of at most `longest` events, and yield batches of windows.
 
     train_lengths: (U,) events of each user. A user with more events than a window gets several windows with random
     starts. A batch has at most `batch_events` events, padding included, or a single window.
@@ -113,10 +116,10 @@ def epoch_windows(
 
 @torch.no_grad()
 def draw_negatives(users: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Negatives, half of them uniform, half by the exit `dot`; with replacement.
+    """Draw negatives with replacement: half of them uniformly, half in proportion to the softmax of the exit `dot`.
 
-    users: (B, S, d) user vectors; vectors: (n, d) of the items to draw from. Returns rows of vectors (B, S, count)
-    and the log of the expected number of draws of each (B, S, count), for `losses.sampling_offset`.
+    users: (B, S, d) user vectors; vectors: (n, d) of the items to draw from. Returns rows of vectors (B, S, count) and
+    the log of the expected number of draws of each (B, S, count), for `losses.sampling_offset`.
     """
     share = torch.softmax(users @ vectors.T, dim=-1)
     share = 0.5 * share + 0.5 / share.shape[-1]
@@ -126,13 +129,13 @@ def draw_negatives(users: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Slates:
-    """Candidates at S positions of each of B sequences: a slate of events that came next, then K negatives."""
+    """Candidates at S positions of each of B sequences: the items of the next events (the slate), then K negatives."""
 
     read: Tensor  # (B, S) int64, number of events that have happened
     candidates: Tensor  # (B, S, C) int64, item rows; C = slate + K
     numeric: Tensor  # (B, S, C, F) float32, NaN is missing
     context: Tensor  # (B, S, 4) float32
-    exists: Tensor  # (B, S, slate) bool, False for events behind the end of the sequence
+    exists: Tensor  # (B, S, slate) bool, False for events after the end of the sequence
     labels: Tensor  # (B, S, slate, heads) float32, NaN if unknown
     log_rate: Tensor  # (B, S, K) float32, of `draw_negatives`
 
@@ -140,7 +143,10 @@ class Slates:
 def draw_slates(
     batch: Batch, users: Tensor, table: Tensor, numeric: Tensor, slate_size: int, config: TrainConfig
 ) -> Slates:
-    """Slates at random positions. users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F)."""
+    """Draw slates at random positions of the windows.
+
+    users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F).
+    """
     b = len(batch.users)
     s = config.cascade_positions
     rows = torch.arange(b)[:, None]
@@ -157,9 +163,9 @@ def draw_slates(
 
 
 def read_slates(
-    model: Ranker, slates: Slates, history: EncodedHistory, users: Tensor, vectors: Tensor, meta: Tensor
+    model: RankerModel, slates: Slates, history: EncodedHistory, users: Tensor, vectors: Tensor, meta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the exit `dot` (B * S, C, heads) and hidden states (B * S, C, d) of the candidates.
+    """Return logits of the exit `dot` (B * S, C, heads) and hidden states (B * S, C, d) of the candidates.
 
     history and users (B, T + 1, d): the encoded sequences; vectors: (B, S, C, d) of the candidates; meta: (B, S, M).
     A candidate attends to the `slates.read` first events of its sequence.

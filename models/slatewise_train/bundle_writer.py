@@ -1,11 +1,12 @@
-"""Write bundles. This is the only place that writes a manifest.
+"""Write bundles. This is the only module that writes a manifest.
 
     with staging(folder, version) as stage:          a folder beside the target, renamed to it at the end
         manifest = write_content(stage, content, version)       files that all variants share
         io = write_variant(stage, name, graphs, calibrations)   graphs of one variant
         publish(stage, manifest)                                check graphs, digest files, write and load the manifest
 
-Called by: `export.py`, `compress.py`, `demo/reference.py`. Calls: `bundle/loader.py`, to load as the server does.
+Called by: `export.py`, `compress.py`, `compression/`, `demo/`. Calls: `graph_check.py`, `evaluation/`, and
+`bundle/loader.py` of the server to load the result.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from slatewise.bundle.loader import load_bundle, make_ranker, score_request, sha
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
-from slatewise_train.compression.graph_check import check_variant
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import write_calibrations
 from slatewise_train.evaluation.latency import measure_latency
+from slatewise_train.graph_check import check_variant
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Calibrations, Ranker
+from slatewise_train.rankers.base import Calibrations, RankerModel
 from slatewise_train.rankers.weights import save_weights, serving_form
 
 FP32_BOUND = 1e-5  # largest score difference of float32 graphs between requests that should score alike
@@ -42,11 +43,11 @@ FP32 = Path("variants/fp32")
 
 @dataclass(frozen=True)
 class BundleContent:
-    """Everything that a bundle holds apart from graphs and measurements."""
+    """The content of a bundle, without graphs and measurements."""
 
     ranker: str
     trained_on: str
-    model: Ranker
+    model: RankerModel
     ids: list[str]  # of the item table's rows from FIRST_ITEM on
     actions: list[str]
     features: list[str]
@@ -65,15 +66,16 @@ class BundleContent:
 
 
 def longest_call(history_used: int) -> int:
-    """History positions that the rotary tables of the graphs must cover."""
+    """Return the number of history positions that the rotary tables of the graphs must cover."""
     return max(history_used, HISTORY_CHUNK)
 
 
 @contextmanager
 def staging(folder: Path, version: int) -> Iterator[Path]:
-    """A folder beside `folder/version`, renamed to it at the end: a bundle is published completely or not at all.
+    """Yield a folder beside `folder/version` and rename it to that path at the end.
 
-    Raises ValueError when the version exists: a published version never changes.
+    A bundle is therefore published completely or not at all. Raises ValueError when the version exists, because a
+    published version never changes.
     """
     target = folder / str(version)
     stage = folder / f".staging-{version}"
@@ -125,8 +127,8 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     )
 
 
-def tabulate_fields(model: Ranker, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
-    """The array of fields.npy, and the manifest's description of it."""
+def tabulate_fields(model: RankerModel, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
+    """Return the array of fields.npy, and the manifest's description of it."""
     tables = [np.zeros((0, model.config.width), np.float32)]
     columns = {}
     offset = 0
@@ -141,7 +143,10 @@ def tabulate_fields(model: Ranker, fields: Mapping[str, list[str]]) -> tuple[np.
 def write_variant(
     stage: Path, name: str, graphs: Mapping[str, onnx.ModelProto], calibrations: Calibrations
 ) -> dict[str, Io]:
-    """Write a variant's graphs and the calibrations that they contain. Returns inputs and outputs by graph."""
+    """Write a variant's graphs and the calibrations that they contain. Returns inputs and outputs by graph.
+
+    `compression/source.py` reads the calibrations of fp32. Those of other variants are a record only.
+    """
     folder = stage / "variants" / name
     described = write_graphs(folder, graphs)
     write_calibrations(folder / CALIBRATION, calibrations)
@@ -160,7 +165,7 @@ def write_graphs(folder: Path, graphs: Mapping[str, onnx.ModelProto]) -> dict[st
 
 
 def tensors(values: Iterable[onnx.ValueInfoProto]) -> dict[str, Tensor]:
-    """Dtype and shape by name; a dimension without a fixed size has its symbol."""
+    """Return dtype and shape by name. A dimension without a fixed size is given as its symbol."""
     return {
         value.name: Tensor(
             dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
@@ -182,11 +187,11 @@ def open_fp32(stage: Path, manifest: Manifest) -> Engine:
     return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits, 1)
 
 
-def measure_parity(
+def check_parity(
     stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations
 ) -> dict[str, float]:
-    """The largest differences by property. Raises ValueError when one of them is above the bound of fp32."""
-    measured = parity.measure(open_fp32(stage, manifest), manifest, content.model, calibrations)
+    """Return the largest score differences, by property. Raises ValueError when one of them is above FP32_BOUND."""
+    measured = parity.measure_parity(open_fp32(stage, manifest), manifest, content.model, calibrations)
     print(measured)
     if failed := {
         name: value for name, value in measured.items() if name not in parity.OPTIONS and not value <= FP32_BOUND
@@ -196,7 +201,7 @@ def measure_parity(
 
 
 def measure_fp32(stage: Path, manifest: Manifest, invariance: dict[str, float], report: dict[str, Any]) -> Variant:
-    """The manifest's row of the variant fp32. report: the tables of `evaluate`, or empty."""
+    """Return the manifest's row of the variant fp32. report: the tables of `evaluate`, or empty."""
     engine = open_fp32(stage, manifest)
     return Variant(
         bytes=bytes_on_disk(stage / FP32, manifest.graphs, stage / "items.npy"),
@@ -226,7 +231,7 @@ def publish(stage: Path, manifest: Manifest) -> None:
 
 
 def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:
-    """The scores of the manifest's example, by the functions that the server checks them with."""
+    """Return the scores of the manifest's example, computed by the functions with which the server checks them."""
     ranker = make_ranker(stage, manifest)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores: list[float] = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
@@ -234,7 +239,7 @@ def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float
 
 
 def quality_rows(report: Mapping[str, Any], exits: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """By exit, the rows of a report's tables that the manifest repeats."""
+    """Return the rows of a report's tables that the manifest repeats, by exit."""
     return {
         exit: {table: report[table][exit] for table in ("leave_one_out", "slates") if exit in report.get(table, {})}
         for exit in exits
@@ -242,7 +247,7 @@ def quality_rows(report: Mapping[str, Any], exits: Iterable[str]) -> dict[str, d
 
 
 def bytes_on_disk(folder: Path, graphs: Iterable[str], items: Path) -> int:
-    """Size of the graphs that a server loads, and of the item table."""
+    """Return the size of the item table and of the graphs that a server loads."""
     return sum(path.stat().st_size for path in (items, *(folder / f"{graph}.onnx" for graph in graphs)))
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints: a training that was stopped continues after its last whole epoch.
+"""Save and load checkpoints, so that a stopped training resumes after its last whole epoch.
 
-Called by: `train.py`, `meta/limaml.py` and `compression/distill.py`. Calls: torch.
+Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`. Calls: torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CheckpointMismatch(ValueError):
 
 
 def identity(values: object, tensors: Iterable[Tensor] = ()) -> str:
-    """A digest of everything that a resumed training must share with the stopped one.
+    """Return a digest of everything that a resumed training must share with the stopped one.
 
     values: anything whose `repr` describes it completely; tensors: weights and vectors, which count by their bytes.
     """
@@ -39,9 +39,9 @@ def identity(values: object, tensors: Iterable[Tensor] = ()) -> str:
 
 
 def save(path: Path, identity: str, parts: Mapping[str, Stateful], **progress: Any) -> None:
-    """Write a checkpoint beside its path and rename it, so that it is there whole or not at all.
+    """Write a checkpoint to a temporary file and rename it, so that `path` is never half-written.
 
-    progress: plain values, for example the number of finished epochs. The folder is created.
+    The folder is created if it does not exist. progress: plain values, for example the number of finished epochs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"identity": identity, **{name: part.state_dict() for name, part in parts.items()}, **progress}
@@ -65,5 +65,5 @@ def load(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str
 
 
 def resume(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str) -> dict[str, Any]:
-    """As `load`; returns an empty progress, and changes no part, if there is no checkpoint yet."""
+    """Restore the parts as `load` does. Without a checkpoint, change no part and return an empty progress."""
     return load(path, identity, parts, mismatch) if path.exists() else {}

@@ -1,14 +1,17 @@
 """Compress a bundle: slatewise compress models/bundles/movielens models/movielens.toml
 
-The command publishes the next version of a bundle, with more variants. A variant is made from the bundle's own
-weights, optionally trained again from fp32 (`--epochs`), calibrated, compared with fp32 on the same held-out cases and
-held to its bound. Variants are published when they pass the quality gate and no other variant is as good, as fast and
-as small; the report covers all of them. Without a TOML, which names the data, no variant is trained or compared: the
-calibrations are fp32's, and only size and latency are measured.
+The command publishes a new version of a bundle that has more variants. To make a variant, it takes the bundle's own
+weights, optionally trains a smaller model to imitate fp32 (`--epochs`), fits the calibrations, and compares the result
+with fp32 on the same held-out cases. If a parity measure of a variant exceeds the bound, the command stops with an
+error. A variant is published if it passes the quality gate and no other variant is as good, as fast and as small. The
+report lists all variants, published or not.
 
-You can stop the command at any time; it resumes with the variant that it was working on.
+The TOML names the data. Without it, no variant is trained or compared: the command uses the calibrations of fp32 and
+measures only size and latency.
 
-Called by: the command line. Calls: `compression/`, `bundle_writer.py`. The server loads the result.
+You can stop the command at any time. The same command continues with the variant that was not finished.
+
+Called by: the command line. Calls: `compression/`, `bundle_writer.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
 
 
 def copy_source(source: Source, stage: Path) -> None:
-    """Copy the source bundle without its other variants and their item table."""
+    """Copy the source bundle with the variant fp32 only, and without the int8 item table."""
     shutil.copytree(source.folder, stage, dirs_exist_ok=True)
     for name in source.manifest.variants.keys() - {"fp32"}:
         shutil.rmtree(stage / "variants" / name)
@@ -80,7 +83,10 @@ def copy_source(source: Source, stage: Path) -> None:
 def measure_variants(
     source: Source, stage: Path, names: list[str], options: Options, bases: dict[str, Base]
 ) -> dict[str, Variant]:
-    """fp32 and the named variants, with their graphs below `stage`; latency is measured last, on all in turn."""
+    """Measure fp32 and the named variants, whose graphs are written below `stage`.
+
+    Latency is measured last, with all variants taking turns.
+    """
     variants = {"fp32": remeasure_fp32(source, stage)}
     for name in names:
         variants[name] = measure_or_resume(source, stage, name, options, bases[Recipe.named(name).base])
@@ -170,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_source(folder: Path, toml: Path | None) -> Source:
-    """The bundle in a folder, with the data of a TOML if one is given."""
+    """Open the bundle in a folder, together with the data of a TOML if one is given."""
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)

@@ -1,6 +1,6 @@
-"""The TOML of a ranker, read once: one dataclass for each table.
+"""Read the TOML of a ranker: one dataclass for each table.
 
-A name that a table does not have is an error, so a typing mistake does not train with a default.
+An unknown name in a table is an error. A misspelt name therefore cannot leave a default in place unnoticed.
 
 Called by: every command of this package. Calls: `rankers/families.py`, for the config of the family in `[model]`.
 """
@@ -22,17 +22,18 @@ T = TypeVar("T")
 class Head:
     """One output of the ranker, table `[heads.NAME]`.
 
-    `next` predicts whether this is the user's next item, `label` the column label_NAME of the events.
+    kind: "next" predicts whether the candidate is the user's next item; "label" predicts the column label_NAME of the
+    events.
     """
 
     name: str
     kind: str  # "next" or "label"
-    weight: float  # in the score, a weighted mean over the heads
+    weight: float  # the score is the weighted sum of the heads' probabilities
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How tables become sequences: the name, and the tables `[items]`, `[heads.NAME]` and `[split]`."""
+    """The ranker's name, and the tables `[items]`, `[heads.NAME]` and `[split]`: how to read and split the data."""
 
     name: str
     heads: tuple[Head, ...]
@@ -47,7 +48,7 @@ class DataConfig:
     slate_size: int = 20  # a slate is this many consecutive events of a user
     slate_users: int = 0  # users whose last slate is held out from training
     validation_users: int = 0  # other users whose last slate is held out, to validate and to calibrate
-    held_out_users: int = 0  # other users held out completely, for `evaluation/personalization.py`
+    held_out_users: int = 0  # other users whose events are all held out, for `meta/personalization.py`
     max_bad_share: float = 0.01  # reading fails if a larger share of the rows is unusable
     seed: int = 0
 
@@ -63,13 +64,13 @@ class TablesConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Table `[model]`: a family of rankers, and those sizes of its config that the data do not determine."""
+    """Table `[model]`: a family of rankers, and the sizes of its config that do not follow from the data."""
 
     family: str = families.DEFAULT_FAMILY
     shape: dict[str, Any] = field(default_factory=dict)
 
     def sized(self, *, items: int, actions: int, fields: dict[str, int], numeric: int, heads: int) -> RankerConfig:
-        """The family's config. Raises ValueError for unknown names and for sizes that do not fit each other."""
+        """Build the family's config. Raises ValueError for unknown names and for sizes that do not fit each other."""
         kind = families.find(self.family).config
         sizes = {"items": items, "actions": actions, "fields": fields, "numeric": numeric, "heads": heads}
         return from_table(kind, self.shape, "model", **sizes)
@@ -88,8 +89,8 @@ class TrainConfig:
     negatives: int = 512  # for the exit `dot`: uniform, shared by all positions of a batch
     cascade_windows: int = 64  # sequences of a batch that train the other exits; candidates cost more than events
     cascade_positions: int = 4  # in each of these sequences
-    cascade_negatives: int = 44  # at each position: half uniform, half drawn by the exit `dot`
-    id_dropout: float = 0.02  # share of items whose id is replaced by the unknown item's, which trains that row
+    cascade_negatives: int = 44  # at each position: half uniform, half by the softmax of the exit `dot`
+    id_dropout: float = 0.02  # share of items that are replaced by the unknown item, which trains its row
     bfloat16: bool = False  # matrix products in bfloat16: a quarter faster on processors that have them
     validate_every: int = 5  # epochs
     seed: int = 0
@@ -103,7 +104,7 @@ class MetaConfig:
     steps: int = 3  # of the inner loop
     support: int = 20  # newest events, which a user is adapted on
     query: int = 10  # events after the support, which the outer loop learns from
-    negatives: int = 24  # for each event: half uniform, half drawn by the exit `dot`
+    negatives: int = 24  # for each event: half uniform, half by the softmax of the exit `dot`
     shortest: int = 5  # least number of events before the query
     epochs: int = 4
     batch_users: int = 32
@@ -113,7 +114,7 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class PersonalizationConfig:
-    """Table `[personalization]`: the experiment of `evaluation/personalization.py`."""
+    """Table `[personalization]`: the experiment of `meta/personalization.py`."""
 
     held_out_users: int = 1800
     epochs: int = 24  # of the ranker that is trained without them
@@ -138,7 +139,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole TOML."""
+    """All tables of a TOML."""
 
     data: DataConfig
     tables: TablesConfig
@@ -151,7 +152,7 @@ class Config:
 
 
 def from_table(kind: type[T], table: dict[str, Any], where: str, /, **given: Any) -> T:
-    """A dataclass from a table of the TOML and other values. Raises ValueError for unknown or missing names."""
+    """Build a dataclass from a table of the TOML and other values. Raises ValueError for unknown or missing names."""
     declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
     known = declared.keys() - given.keys()
     if unknown := table.keys() - known:
@@ -163,7 +164,7 @@ def from_table(kind: type[T], table: dict[str, Any], where: str, /, **given: Any
 
 
 def read_config(path: Path) -> Config:
-    """Raises OSError for an unreadable file and ValueError for a TOML that is not a valid config."""
+    """Read a TOML. Raises OSError for an unreadable file and ValueError for a TOML that is not a valid config."""
     toml = tomllib.loads(path.read_text())
     shape = dict(toml.get("model", {}))
     config = Config(
@@ -183,7 +184,7 @@ def read_config(path: Path) -> Config:
 
 
 def read_data_config(toml: dict[str, Any]) -> DataConfig:
-    """The part of the TOML that `data.py` reads. Raises ValueError as `read_config` does."""
+    """Read the part of the TOML that `data.py` needs. Raises ValueError for a TOML that is not a valid config."""
     if missing := {"name", "heads"} - toml.keys():
         raise ValueError(f"the TOML lacks {' and '.join(sorted(missing))}")
     heads = []

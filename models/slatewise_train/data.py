@@ -1,9 +1,12 @@
-"""Two tables become training sequences, and the sequences are split.
+"""Read a table of events and a table of items, build the users' sequences, and split them.
 
-    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        a row for each event, in any order
+    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        one row per event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
 
-Called by: `train.py`, the evaluation, `meta/refresh.py`, and the export for a bundle's demo users. Calls: polars.
+A column with a question mark is optional. The split decides which events training may use, and which events and users
+are held out for validation, calibration and evaluation.
+
+Called by: every command that reads training data or a bundle's demo users. Calls: polars.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ MULTI_VALUE_SEPARATOR = "|"
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """A Parquet or CSV file, by its suffix. Raises ValueError for another suffix.
+    """Read a Parquet or CSV file, depending on its suffix. Raises ValueError for any other suffix.
 
-    CSV columns are strings; `clean_events` and `clean_items` convert them.
+    All columns of a CSV file are read as strings; `clean_events` and `clean_items` convert them.
     """
     if path.suffix == ".parquet":
         return pl.read_parquet(path)
@@ -34,9 +37,10 @@ def read_table(path: Path) -> pl.DataFrame:
 
 
 def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Usable events in time order (ties in input order), and the number of unusable rows by reason.
+    """Return the usable events in time order, and the number of unusable rows by reason.
 
-    Raises ValueError if a column is missing, or if a larger share of the rows than `max_bad_share` is unusable.
+    Events with equal times stay in input order. Raises ValueError if a column is missing, or if the share of unusable
+    rows is larger than `max_bad_share`.
     """
     missing = {"user_id", "item_id", "timestamp"} - set(events.columns)
     if "slate_id" in events.columns:
@@ -75,9 +79,10 @@ def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFra
 
 
 def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Usable items (the first row of each id) with numeric columns converted; and the number of faults by reason.
+    """Return the usable items and the number of faults by reason.
 
-    Raises ValueError if a column that the TOML names is missing.
+    Only the first row of each id is used, and numeric columns are converted. Raises ValueError if a column that the
+    TOML names is missing.
     """
     derived = {"popularity"}  # counted from the events if the items do not have it
     if missing := {"item_id", *config.categorical, *config.numeric} - derived - set(items.columns):
@@ -94,8 +99,8 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Names in the order of their rows. The rows of `items` start at 2, all others at 1.
+class TrainingVocabulary:
+    """Names in the order of their rows. The rows of `items` start at 2, those of actions and fields at 1.
 
     Row 0 is the unknown name or the missing value; row 1 of the items is the start token.
     """
@@ -109,13 +114,16 @@ class Vocabulary:
 class Catalogue:
     """The items as I + 2 rows; row 0 is the unknown item, row 1 the start token."""
 
-    vocabulary: Vocabulary
+    vocabulary: TrainingVocabulary
     field_values: dict[str, np.ndarray]  # column -> (I + 2, V) int64, V the most values of one item, 0 is padding
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
 def values_of(column: pl.Series) -> list[list[str]]:
-    """The values of a categorical column, row by row: from a list column, or from text separated by `|`."""
+    """Return the values of a categorical column, row by row.
+
+    The column is a list column, or text with values separated by `|`.
+    """
     lists = (
         column.cast(pl.List(pl.String))
         if column.dtype == pl.List
@@ -125,7 +133,7 @@ def values_of(column: pl.Series) -> list[list[str]]:
 
 
 def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
-    """The items of the item table, then those that occur in the events alone."""
+    """Build the catalogue: the items of the item table, then those that occur in the events alone."""
     unlisted = events.select("item_id").unique(maintain_order=True).join(items, on="item_id", how="anti")
     items = pl.concat([items, unlisted], how="diagonal")
     vocabularies = {}
@@ -147,12 +155,12 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
     for k, name in enumerate(config.numeric):
         numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
     actions = sorted(events["action"].drop_nulls().unique().to_list()) if "action" in events.columns else []
-    return Catalogue(Vocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
+    return Catalogue(TrainingVocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The events of all users, concatenated. Rows `offsets[u] : offsets[u + 1]` are those of user u, oldest first."""
+    """The events of all users, concatenated. User u has the rows `offsets[u] : offsets[u + 1]`, oldest first."""
 
     users: list[str]
     offsets: np.ndarray  # (U + 1,) int64
@@ -165,13 +173,13 @@ class Sequences:
         return len(self.users)
 
     def of(self, user: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Items, actions, gap buckets (n,) and labels (n, heads) of events first to last - 1, as one window."""
+        """Return items, actions, gap buckets (n,) and labels (n, heads) of events first to last - 1, as one window."""
         rows = slice(self.offsets[user] + first, self.offsets[user] + last)
         return self.items[rows], self.actions[rows], gap_buckets(self.timestamps[rows]), self.labels[rows]
 
 
-def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataConfig) -> Sequences:
-    """Clean events (in time order) grouped by user, in order of first appearance. Unknown ids get row 0.
+def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config: DataConfig) -> Sequences:
+    """Group clean events (in time order) by user, in order of first appearance. Unknown ids get row 0.
 
     Raises ValueError if the label column of a head is missing.
     """
@@ -200,17 +208,17 @@ def build_sequences(events: pl.DataFrame, vocabulary: Vocabulary, config: DataCo
 
 @dataclass(frozen=True)
 class Split:
-    """The events of each user that training may see, and the users with more than a test event held out."""
+    """The number of training events of each user, the test events, and the users with further held-out events."""
 
-    train_lengths: np.ndarray  # (U,) int64, the first so many events are for training
+    train_lengths: np.ndarray  # (U,) int64, a user's first train_lengths[u] events are for training
     test_lengths: np.ndarray  # (U,) int64, events before the test event; 0 if the user has no test event
-    slate_users: np.ndarray  # (S,) int64, with a held-out slate behind their training events, to evaluate
+    slate_users: np.ndarray  # (S,) int64, with a held-out slate after their training events, to evaluate
     validation_users: np.ndarray  # (V,) int64, with a held-out slate before the test event, to validate and calibrate
     held_out_users: np.ndarray  # (H,) int64, held out completely
 
 
 def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Draw the held-out users with the config's seed, among those with five events and a slate behind them.
+    """Draw the held-out users with the config's seed, among users with five events before the held-out slate.
 
     `leave-one-out`: the test event is a user's last event, the slate the last `slate_size` events.
     `time`: training ends at `test_from`; the test event is a user's first event after that, the slate the first
@@ -241,7 +249,7 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """User (n,) and item row (n,) of each event that training may see."""
+    """Return user (n,) and item row (n,) of each event that training may see."""
     users = np.repeat(np.arange(len(sequences)), split.train_lengths)
     firsts = np.cumsum(split.train_lengths) - split.train_lengths
     rows = sequences.offsets[users] + np.arange(len(users)) - firsts[users]
@@ -249,7 +257,7 @@ def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.
 
 
 def count_popularity(catalogue: Catalogue, sequences: Sequences, split: Split, config: DataConfig) -> None:
-    """Fill the numeric column `popularity` in place, if the TOML names it and the items do not have it.
+    """Fill the numeric column `popularity` in place, if the TOML names it and the item table does not have it.
 
     It is log10(1 + training events of the item).
     """
@@ -273,7 +281,7 @@ class Data:
 
 
 def load_data(config: DataConfig, tables: TablesConfig) -> Data:
-    """Read the tables and split them. Raises OSError or ValueError for files that are no such tables."""
+    """Read the tables and split them. Raises OSError or ValueError for files that are not such tables."""
     events, bad_rows = clean_events(read_table(Path(tables.events)), config.max_bad_share)
     items, bad_items = clean_items(read_table(Path(tables.items)), config)
     bad_rows |= bad_items

@@ -1,4 +1,4 @@
-"""One epoch of gradient steps: the learning rate, the random numbers, the batches.
+"""Run one epoch of gradient steps, with its learning rate, random numbers and batches.
 
 Called by: `train.py`, `compression/distill.py`. Calls: `batches.py`.
 """
@@ -19,7 +19,7 @@ from slatewise_train.data import Data
 
 
 class Schedule(Protocol):
-    """The part of a config that `one_epoch` reads."""
+    """The fields of a config that `one_epoch` reads."""
 
     @property
     def epochs(self) -> int: ...
@@ -34,7 +34,10 @@ class Schedule(Protocol):
 
 
 def learning_rate(config: Schedule, progress: float, step: int) -> float:
-    """Linear warm-up, then half a cosine down to 0 over all epochs. progress: from 0 to 1 over the training."""
+    """Return the learning rate of a step: a linear warm-up, then half a cosine down to 0 over all epochs.
+
+    progress: from 0 to 1 over the training.
+    """
     return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -46,9 +49,9 @@ def one_epoch(
     clipped: list[torch.nn.Parameter],
     loss: Callable[[list[Window]], Tensor],
 ) -> float:
-    """One pass over the training events; returns the mean loss of its batches.
+    """Train for one pass over the training events and return the mean loss of the batches.
 
-    epoch: counted from 1; random numbers depend on it and on the seed alone, so a resumed training draws the same.
+    epoch: counted from 1. Random numbers depend on the epoch and the seed alone, so a resumed training repeats them.
     clipped: parameters whose gradient is clipped to norm 1 in each step.
     """
     rng = np.random.default_rng([config.seed, epoch - 1])

@@ -1,11 +1,11 @@
 """Export a trained ranker as a bundle: slatewise export models/movielens.toml
 
-The command writes the graphs, fits the calibrations, measures parity, quality and latency, and publishes the bundle
-when every measured difference is within its bound. A meta block is optional: without one (`slatewise limaml`) the
-ranker is exported without meta-embeddings.
+The command writes the graphs, fits the calibrations, and measures parity, quality and latency. It publishes the bundle
+if every measured difference is within its bound. A meta block is optional: without one (`slatewise limaml`) the ranker
+is exported without meta-embeddings.
 
 Called by: the command line. Reads: the checkpoint of `train.py`, the meta block of `meta/limaml.py`.
-Calls: `bundle_writer.py`, `evaluation/`. The server loads `models/bundles/<name>/<version>/`.
+Calls: `bundle_writer.py`, `evaluation/`, `demo/content.py`. The server loads `models/bundles/<name>/<version>/`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from slatewise.bundle.manifest import versions
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import (
     BundleContent,
+    check_parity,
     longest_call,
     measure_fp32,
-    measure_parity,
     open_fp32,
     publish,
     staging,
@@ -67,7 +67,7 @@ def export(
             save_learner(stage / META_BLOCK, learner, [head.kind for head in data.config.heads])
         calibrations = calibrate(stage, content, data, meta)
         manifest = write_fp32(stage, manifest, content, calibrations)
-        invariance = measure_parity(stage, manifest, content, calibrations)
+        invariance = check_parity(stage, manifest, content, calibrations)
         report = evaluate(open_fp32(stage, manifest), data, meta, most_users) | {"bad_rows": data.bad_rows}
         write_report(stage, report)
         default_exit = config.export.default_exit or best_exit(report, content.exits)
@@ -105,7 +105,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
 
 
 def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray) -> Calibrations:
-    """Calibrations fitted on uncalibrated graphs, which are written below `stage` and removed again."""
+    """Fit calibrations on uncalibrated graphs, which are written below `stage` and removed again."""
     draft = stage / "draft"
     identity = uncalibrated(content.exits, len(content.heads))
     write_graphs(draft, families.graphs(content.model, identity, longest_call(content.history_used)).all())
@@ -121,13 +121,16 @@ def write_report(stage: Path, report: dict[str, Any]) -> None:
 
 
 def best_exit(report: dict[str, Any], exits: list[str]) -> str:
-    """The exit with the highest NDCG@10, summed over the report's tables; the cheaper one when two are equal."""
+    """Return the exit with the highest NDCG@10, summed over the report's tables.
+
+    If two exits are equal, the cheaper one is returned.
+    """
     tables = [report[name] for name in ("leave_one_out", "slates") if report[name]]
     return max(exits, key=lambda exit: sum(table[exit]["ndcg10"][0] for table in tables))
 
 
 def load_block(folder: Path, toml: Path) -> MetaLearner | None:
-    """The meta block in a training's folder, or `None`, with a hint on the terminal, when there is no such file."""
+    """Load the meta block in a training's folder. Without this file, print a hint and return `None`."""
     if (folder / META_BLOCK).exists():
         learner, _ = load_learner(folder / META_BLOCK)
         return learner

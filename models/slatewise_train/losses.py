@@ -3,7 +3,7 @@
 A head of kind `next` is a softmax over the catalogue, estimated from sampled negatives. A head of kind `label` is a
 binary cross-entropy. Distillation compares two rankers' logits.
 
-Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`. Calls: torch.
+Called by: `train.py`, `meta/tasks.py`, `compression/distill.py`. Calls: torch.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ from torch.nn import functional as F
 
 
 def uniform_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
-    """Softmax cross-entropy with uniform negatives, mean over the rows: positive (P,), negatives (P, K) -> ().
+    """Return the softmax cross-entropy with uniform negatives: positive (P,), negatives (P, K) -> (), mean over rows.
 
-    A negative that is the positive item must be -inf. Uniform sampling needs no correction: its rate is a constant.
+    Set a negative that equals the positive item to -inf. Uniform sampling needs no correction: its rate is a constant.
     """
     return F.softplus(torch.logsumexp(negatives, dim=1) - positive).mean()
 
 
 def sampling_offset(log_rate: Tensor, same: Tensor) -> Tensor:
-    """The logQ correction for `log_likelihood` (Yi et al., RecSys 2019): (..., K) -> (..., 1 + K).
+    """Return the logQ correction for `log_likelihood` (Yi et al., RecSys 2019): (..., K) -> (..., 1 + K).
 
-    log_rate: log of the expected number of draws of each negative; same: True if the negative is the positive item,
-    which the correction removes from the softmax.
+    log_rate: log of the expected number of draws of each negative; same: True if the negative equals the positive item.
+    The correction excludes such negatives from the softmax.
     """
     return torch.cat([torch.zeros_like(log_rate[..., :1]), (-log_rate).masked_fill(same, -torch.inf)], dim=-1)
 
 
 def log_likelihood(logits: Tensor, offset: Tensor) -> Tensor:
-    """Log of the softmax of the positive among sampled negatives: logits (..., 1 + K), positive first -> (...).
+    """Return the log of the positive's softmax among sampled negatives: logits (..., 1 + K), positive first -> (...).
 
-    offset: (..., 1 + K) of `sampling_offset`; with it the sampled softmax estimates that over the whole catalogue.
+    offset: (..., 1 + K) of `sampling_offset`. With this offset, the sampled softmax estimates the softmax over the
+    catalogue.
     """
     return F.log_softmax(logits + offset, dim=-1)[..., 0]
 
 
 def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each element, 0 for unknown labels (NaN): two tensors of one shape -> that shape."""
+    """Return the binary cross-entropy of each element, 0 for unknown labels (NaN). Both tensors have one shape."""
     losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return losses.where(~labels.isnan(), 0.0)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over the known labels: two tensors of one shape -> (). 0 if all are NaN."""
+    """Return the mean binary cross-entropy over the known labels, or 0 if all are NaN. Both tensors have one shape."""
     known = ~labels.isnan()
     if not known.any():
         return torch.zeros(())
@@ -53,9 +54,9 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def listwise_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the student's softmax over C from the teacher's, mean over rows and heads -> ().
+    """Return the KL divergence of the student's softmax over C from the teacher's, mean over rows and heads -> ().
 
-    Logits (rows, C, heads). The softmax is the top-one probability of ListNet (Cao et al., ICML 2007).
+    Logits: (rows, C, heads). The softmax is the top-one probability of ListNet (Cao et al., ICML 2007).
     """
     divergence = F.kl_div(
         F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1), reduction="sum", log_target=True
@@ -64,7 +65,7 @@ def listwise_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of a student's logits from its teacher's (rows, C, heads) -> (), 0 for equal logits.
+    """Return the distance of a student's logits from its teacher's (rows, C, heads) -> (), 0 for equal logits.
 
     The cross-entropy with the teacher's probabilities as labels (Hinton et al., arXiv 1503.02531), less its minimum,
     plus `listwise_kl`.

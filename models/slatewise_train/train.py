@@ -1,14 +1,14 @@
 """Train a ranker: slatewise train models/movielens.toml
 
-You can stop it at any time; the same command continues after the last whole epoch. The folder `build/train/NAME/` gets
-`checkpoint.pt`, `log.csv` with a row for each epoch, and the curves of the log in `log.png`.
+You can stop the command at any time; the same command continues after the last whole epoch. It writes three files into
+`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-Called by: the command line, `meta/limaml.py`, `export.py`, `compress.py`. Calls: `data.py`, `epochs.py`, `batches.py`,
-`losses.py`, `checkpoint.py`, `rankers/families.py`.
+Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `epochs.py`, `batches.py`,
+`losses.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/` (metrics and plots of the log).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from slatewise_train.evaluation.metrics import gains, hits
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
 
 
-def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> Ranker:
-    """A new ranker for a catalogue. Raises ValueError if `[model]` is not a valid config of its family."""
+def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> RankerModel:
+    """Build a new ranker for a catalogue. Raises ValueError if `[model]` is not a valid config of its family."""
     known = np.ma.masked_invalid(catalogue.numeric[FIRST_ITEM:])
     # A column without any number has no moments: mean 0, and the least standard deviation.
     mean, std = (np.ma.filled(moment, 0.0) for moment in (known.mean(axis=0), known.std(axis=0)))
@@ -69,16 +69,16 @@ def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) ->
 
 
 class Trainer:
-    """Model, meta-embeddings of the training users, optimizer and epoch: the state that a checkpoint holds.
+    """Trains a ranker. A checkpoint has model, meta-embeddings of the training users, optimizer and epoch.
 
     model: the config of a new ranker, or a ranker to continue with. Letters in shapes are those of `batches.py`.
     """
 
-    def __init__(self, data: Data, model: ModelConfig | Ranker, config: TrainConfig) -> None:
+    def __init__(self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
-        self.model = model if isinstance(model, Ranker) else build_model(data.catalogue, data.config, model)
+        self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         self.optimizer = torch.optim.AdamW(
@@ -94,12 +94,12 @@ class Trainer:
         self.epoch = 0
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
-        """Item rows (...) -> vectors (..., d); a random share of the items gets the vector without its id."""
+        """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
         hidden = (torch.rand(items.shape) < self.config.id_dropout) & (items >= FIRST_ITEM)
         return torch.where(hidden.unsqueeze(-1), F.embedding(items, cold_item_vectors), F.embedding(items, table))
 
     def dot_loss(self, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
-        """The loss of the exit `dot` at all positions. users: (B, T + 1, d) user vectors; table: (items, d)."""
+        """Return the loss of the exit `dot` at all positions. users: (B, T + 1, d) user vectors; table: (items, d)."""
         # (B, T): position t predicts event t + 1
         real = torch.arange(1, batch.items.shape[1]) <= batch.lengths[:, None]
         rows = real.flatten().nonzero()[:, 0]  # (P,) positions
@@ -115,7 +115,7 @@ class Trainer:
             scale = self.model.dot_scale[k]
             others = ((u * scale) @ sampled.T).masked_fill(same, -torch.inf)
             loss = loss + uniform_softmax(positive * scale, others)
-        if self.next_heads:  # then the vectors belong to these heads, and a label head fits scale and bias alone
+        if self.next_heads:  # these heads train the vectors; a label head then trains scale and bias alone
             positive = positive.detach()
         for k in self.label_heads:
             logits = positive * self.model.dot_scale[k] + self.model.dot_bias[k]
@@ -123,13 +123,13 @@ class Trainer:
         return loss
 
     def draw_slates(self, batch: Batch, users: Tensor, table: Tensor) -> Slates:
-        """As `batches.draw_slates`, for this training's data and config."""
+        """Call `batches.draw_slates` with this training's data and config."""
         return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config)
 
     def cascade_loss(
         self, batch: Batch, history: EncodedHistory, users: Tensor, table: Tensor, cold_item_vectors: Tensor
     ) -> Tensor:
-        """The loss of the exits `point` and `set` at S positions of each sequence.
+        """Return the loss of the exits `point` and `set` at S positions of each sequence.
 
         history and users (B, T + 1, d): the encoded sequences; table and cold_item_vectors: (items, d).
         """
@@ -160,7 +160,7 @@ class Trainer:
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
-        """The loss of the exit `dot`; with `cascade`, the loss of all exits."""
+        """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
         table = self.model.item_table()
         cold_item_vectors = self.model.cold_item_vectors(table)
         vectors = self.id_dropout(batch.items, table, cold_item_vectors)
@@ -173,7 +173,7 @@ class Trainer:
         return loss
 
     def run_epoch(self, cascade: bool) -> float:
-        """One pass over the training events; returns the mean loss."""
+        """Train for one pass over the training events and return the mean loss."""
         self.model.train()
 
         def loss(windows: list[Window]) -> Tensor:
@@ -186,10 +186,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
-        """HR@10 and NDCG@10 of the first held-out event of the validation users, in the full catalogue, by torch.
+        """Return HR@10 and NDCG@10 of the validation users' first held-out event, in the full catalogue.
 
-        exits: `dot`, or `dot` and `point`. Items that the user has met are not ranked. Empty without validation users
-        or without a head of kind `next`.
+        exits: `dot`, or `dot` and `point`. Items that the user has met are not ranked. The result is empty without
+        validation users or without a head of kind `next`.
         """
         if not self.next_heads or not len(self.data.split.validation_users):
             return {}
@@ -215,7 +215,7 @@ class Trainer:
         return result
 
     def catalogue_logits(self, table: Tensor, window: Window, exits: tuple[str, ...]) -> dict[str, Tensor]:
-        """Logits (catalogue, heads) of `dot`, and of `point` if exits names it, after a window of events."""
+        """Return logits (catalogue, heads) of `dot`, and of `point` if `exits` names it, after a window of events."""
         batch = make_batch(self.data.sequences, [window])
         history, users = self.model.encode(self.model.tokens(table[batch.items], batch.actions, batch.gaps))
         vectors = table[None, FIRST_ITEM:]
@@ -227,7 +227,7 @@ class Trainer:
         return {"dot": dot[0], "point": (dot + self.model.point_logits(hidden))[0]}
 
     def identity(self) -> str:
-        """Vocabulary, split, heads and shape of the model, as a digest."""
+        """Return a digest of the vocabulary, the split, the heads and the shape of the model."""
         data = self.data
         return checkpoint.identity(
             (
@@ -240,20 +240,23 @@ class Trainer:
         )
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
-        """The parts of a checkpoint, beside the epoch."""
+        """Return the parts of a checkpoint, without the epoch."""
         return {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
 
     def save(self, path: Path) -> None:
         checkpoint.save(path, self.identity(), self.parts(), epoch=self.epoch)
 
     def load(self, path: Path) -> None:
-        """Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`."""
+        """Restore a checkpoint.
+
+        Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`.
+        """
         progress = checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
         self.epoch = progress["epoch"]
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
-    """A finished training, its config and its folder (default: build/train/NAME).
+    """Load a finished training. Returns it with its config and its folder (default: build/train/NAME).
 
     Raises ValueError if the training is not finished or has another config, and OSError if there is no checkpoint.
     """
@@ -269,7 +272,7 @@ def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path
 
 
 def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> Trainer:
-    """Train up to the last epoch, from the checkpoint in the folder if there is one."""
+    """Train up to the last epoch, starting from the checkpoint in the folder if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(data, model, config)
     path = folder / CHECKPOINT

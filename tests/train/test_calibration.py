@@ -40,7 +40,7 @@ FITTED = {
 
 
 @pytest.mark.parametrize("true", FITTED)
-def test_calibration_far_outside_range_keeps_least_slope(
+def test_calibration_outside_the_data_still_has_a_slope(
     true: tuple[float, float],
 ) -> None:
     calibration = FITTED[true]
@@ -62,7 +62,7 @@ def test_calibration_is_linear_outside_the_knots(true: tuple[float, float]) -> N
 
 
 @pytest.mark.parametrize("true", FITTED)
-def test_calibration_neighbouring_float32_logits_never_tie(true: tuple[float, float]) -> None:
+def test_calibration_keeps_neighbouring_float32_logits_distinct(true: tuple[float, float]) -> None:
     # below 1e-3, float32 is finer than the error of a sum of products, and than the sigmoid near one half
     x = np.random.default_rng(1).uniform(1e-3, 12, 20_000).astype(np.float32)
     x = np.concatenate([x, -x, [np.float32(1e-3), np.float32(12)]]).astype(np.float32)
@@ -70,7 +70,7 @@ def test_calibration_neighbouring_float32_logits_never_tie(true: tuple[float, fl
     assert (sigmoid(FITTED[true](above)) > sigmoid(FITTED[true](x))).all()
 
 
-def test_calibration_separable_labels_do_not_tie() -> None:
+def test_calibration_of_separable_labels_keeps_logits_distinct() -> None:
     logits = np.concatenate([np.linspace(-3, -1, 60), np.linspace(1, 3, 60)])
     calibration = fit_calibration(logits, (logits > 0).astype(np.float32))
     x = np.linspace(-12, 12, 2_001).astype(np.float32)
@@ -88,14 +88,14 @@ def test_calibration_lowers_error_on_fresh_examples(true: tuple[float, float]) -
 
 @given(ones=st.integers(0, 49), zeros=st.integers(0, 200), swap=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_calibration_under_fifty_examples_is_the_identity(ones: int, zeros: int, swap: bool) -> None:
+def test_calibration_with_under_50_examples_is_the_identity(ones: int, zeros: int, swap: bool) -> None:
     labels = np.concatenate([np.ones(ones), np.zeros(zeros)])
     calibration = fit_calibration(np.linspace(-3, 3, len(labels)), 1 - labels if swap else labels)
     x = np.linspace(-50, 50, 101).astype(np.float32)
     np.testing.assert_array_equal(calibration(x), x.astype(np.float64))
 
 
-def test_calibration_fifty_examples_or_equal_logits_is_valid() -> None:
+def test_calibration_of_50_examples_or_equal_logits_is_valid() -> None:
     labels = np.arange(100) % 2
     assert len(fit_calibration(np.linspace(-3, 3, 100), labels).knots)
     flat = fit_calibration(np.full(100, 0.7, np.float32), labels)

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, restored for the same work only."""
+"""Checkpoints: written completely or not at all, and restored only for the same work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_load_after_save_restores_parts_and_progress(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.pt"]
 
 
-def test_load_other_identity_raises_and_changes_nothing(tmp_path: Path) -> None:
+def test_load_with_another_identity_raises_and_changes_nothing(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "x.pt", "me", make_parts(0), epoch=3)
     other = make_parts(1)
     before = weights(other)
@@ -54,7 +54,7 @@ def test_resume_without_checkpoint_returns_empty_progress(tmp_path: Path) -> Non
         checkpoint.load(tmp_path / "x.pt", "me", parts, "another")
 
 
-def test_save_interrupted_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = make_parts(0)
     checkpoint.save(tmp_path / "x.pt", "me", saved, epoch=1)
 

@@ -23,11 +23,12 @@ from slatewise_train.compression import source as sources
 from slatewise_train.compression import variants as making
 from slatewise_train.compression.bases import Options, make_base
 from slatewise_train.compression.distill import DistillConfig
-from slatewise_train.compression.low_rank import dense_layers
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
+from slatewise_train.evaluation.latency import STATUS
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
+from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
 
@@ -65,7 +66,7 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_compress_every_variant_is_measured_and_served(folder: Path, source: Source) -> None:
+def test_compress_measures_variants_that_the_server_loads(folder: Path, source: Source) -> None:
     ranker = load_bundle(folder, 1)
     assert list(ranker.engines) == ALL and not ranker.refused
     assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "users' vectors stay valid"
@@ -75,11 +76,8 @@ def test_compress_every_variant_is_measured_and_served(folder: Path, source: Sou
         assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
         worst = max(value for what, value in variant.invariance.items() if what != "int8_history_state")
         assert worst <= variant.bound / 2 and 1e-5 <= variant.bound <= (variant.golden_bound or 1e-5) <= 2e-3
-        assert (
-            variant.quality.keys() == {"dot", "point", "set"}
-            and (variant.resident_bytes or 0) > 0
-            and variant.latency_ms == TIMES
-        )
+        assert variant.quality.keys() == {"dot", "point", "set"} and variant.latency_ms == TIMES
+        assert (variant.resident_bytes or 0) > 0 if STATUS.exists() else variant.resident_bytes is None
         if name != "fp32":
             assert -1 <= variant.agreement["kendall_tau"] <= 1 and variant.within_gate is not None
             assert set(variant.difference) == {
@@ -96,24 +94,24 @@ def test_compress_every_variant_is_measured_and_served(folder: Path, source: Sou
     assert ranker.manifest.variants["student"].bytes < ranker.manifest.variants["fp32"].bytes
 
 
-def test_compress_leaves_source_and_no_staging_folder(folder: Path, tiny: Tiny) -> None:
+def test_compress_leaves_the_source_and_no_staging_folder(folder: Path, tiny: Tiny) -> None:
     assert read_manifest(tiny.folder).variants.keys() == {"fp32"}
     assert [path.name for path in folder.parent.iterdir()] == ["2"] and not (folder / "draft").exists()
     for graph in (tiny.folder / "variants/fp32").glob("*.onnx"):
         assert (folder / "variants/fp32" / graph.name).read_bytes() == graph.read_bytes()
 
 
-def test_compress_keeps_a_checkpoint_of_each_training(folder: Path) -> None:
+def test_compress_writes_a_checkpoint_for_each_training(folder: Path) -> None:
     names = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt", "student,blocks=1,feed_forward=2,key_size=4.pt"]
     assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir() if path.is_file()) == names
 
 
-def test_compress_resumed_measures_only_missing_variants(
+def test_resumed_compress_measures_only_missing_variants(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = Options(checkpoints=tmp_path / "checkpoints")
     calls = list[str]()
-    original = making.measure
+    original = making.measure_variant
 
     def measured(source: Source, stage: Path, name: str, *rest: Any) -> Variant:
         if len(calls) == 1:
@@ -122,12 +120,12 @@ def test_compress_resumed_measures_only_missing_variants(
         return original(source, stage, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making, "measure", measured)
+        patch.setattr(making, "measure_variant", measured)
         with pytest.raises(KeyboardInterrupt):
             compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
         calls.clear()
         calls.append("nothing yet")
-        patch.setattr(making, "measure", lambda *given: calls.append(given[2]) or original(*given))
+        patch.setattr(making, "measure_variant", lambda *given: calls.append(given[2]) or original(*given))
         folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
     assert calls == ["nothing yet", "int8-tables8"]
     again = compress(
@@ -140,7 +138,7 @@ def test_compress_resumed_measures_only_missing_variants(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_variant_graphs_are_of_the_named_kind(folder: Path, name: str) -> None:
+def test_variant_graphs_match_the_name_of_the_variant(folder: Path, name: str) -> None:
     for graph in ("encode", "point", "set"):
         found = onnx.load(folder / "variants" / name / f"{graph}.onnx").graph
         kinds = {node.op_type for node in found.node}
@@ -153,7 +151,7 @@ def test_variant_graphs_are_of_the_named_kind(folder: Path, name: str) -> None:
             )
 
 
-def test_low_rank_variant_keeps_its_budget(folder: Path) -> None:
+def test_low_rank_variant_stays_within_its_budget(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["variants"].keys() == set(ALL) and all(row["published"] for row in report["variants"].values())
     assert any(report["ranks"].values())
@@ -203,7 +201,7 @@ def scores_of(client: httpx.Client, body: dict[str, Any]) -> np.ndarray:
 
 
 def picked(body: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The body with the candidates at these positions, in this order."""
+    """Return the body with the candidates at these positions, in this order."""
     candidates = body["candidates"]
     features = {name: [column[k] for k in rows] for name, column in candidates["features"].items()}
     return body | {"candidates": {"item_ids": [candidates["item_ids"][k] for k in rows], "features": features}}
@@ -257,7 +255,7 @@ def test_variant_scores_over_http_are_within_its_bound(served: httpx.Client, nam
 
 
 @pytest.mark.parametrize("chosen", ["int8", "fp32,student-int8", "lowrank, int8-tables8"])
-def test_serve_chosen_variants_serves_only_these(folder: Path, chosen: str) -> None:
+def test_server_loads_only_the_chosen_variants(folder: Path, chosen: str) -> None:
     names = {name.strip() for name in chosen.split(",")}
     with serve(Settings(bundles=folder.parent.parent, variants=chosen)) as client:
         card = client.get("/models/tiny").json()
@@ -276,11 +274,11 @@ def gained(ranks: list[int]) -> Outcome:
     ("worst", "bound"),
     [(0.0, 1e-5), (4e-6, 1e-5), (1.8e-5, 5e-5), (2.4e-5, 5e-5), (2.6e-5, 1e-4), (4e-4, 1e-3), (1e-3, 2e-3)],
 )
-def test_round_bound_is_twice_the_worst_rounded_up(worst: float, bound: float) -> None:
+def test_bound_is_twice_the_largest_difference_rounded_up(worst: float, bound: float) -> None:
     assert round_bound({"padding": worst, "permutation": worst / 3, "int8_history_state": 0.5}) == bound
 
 
-def test_within_gate_needs_99_percent_of_fp32() -> None:
+def test_gate_requires_99_percent_of_the_ndcg_of_fp32() -> None:
     exact = gained([0] * 100)
     assert within_gate("set", gained([0] * 99 + [50]), exact) and not within_gate(
         "set", gained([0] * 98 + [50, 50]), exact
@@ -288,7 +286,7 @@ def test_within_gate_needs_99_percent_of_fp32() -> None:
     assert GATE == 0.99 and within_gate("dot", gained([50]), exact), "an exit without measurements passes"
 
 
-def test_compress_below_gate_or_above_bound_is_not_published(
+def test_variant_below_gate_or_above_bound_is_not_published(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "within_gate", lambda *_: False)
@@ -307,7 +305,8 @@ def test_compress_below_gate_or_above_bound_is_not_published(
     )
     found = iter([0.0, 1.0])  # of fp32, then of int8
     monkeypatch.setattr(
-        "slatewise_train.evaluation.parity.measure", lambda *_: {"padding": next(found), "onnx_against_torch": 0.0}
+        "slatewise_train.evaluation.parity.measure_parity",
+        lambda *_: {"padding": next(found), "onnx_against_torch": 0.0},
     )
     with pytest.raises(ValueError, match="int8 is above half of its bound"):
         compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "third"))
@@ -332,12 +331,12 @@ def variant(ms: float, size: int, ndcg: float, gate: bool | None = True) -> Vari
         (variant(2, 100, 0.49), None),
     ],
 )
-def test_dominated_low_rank_loses_to_student_of_its_cost(other: Variant, found: str | None) -> None:
+def test_low_rank_is_dominated_by_a_student_of_similar_cost(other: Variant, found: str | None) -> None:
     variants = {"fp32": variant(4, 400, 0.6), "lowrank-int8": variant(2, 100, 0.5), "student-int8": other}
     assert dominated("lowrank-int8", variants, "set") == found
 
 
-def test_dominated_variant_on_the_pareto_front_is_none() -> None:
+def test_variant_on_the_pareto_front_is_not_dominated() -> None:
     variants = {
         "fp32": variant(4, 400, 0.6),
         "int8": variant(3, 200, 0.59),
@@ -349,7 +348,9 @@ def test_dominated_variant_on_the_pareto_front_is_none() -> None:
     assert not any(dominated(name, unknown, "set") for name in unknown), "without quality no variant dominates"
 
 
-def test_draft_without_data_keeps_fp32_calibrations(tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_variant_without_data_has_the_calibrations_of_fp32(
+    tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source = Source(tiny.folder, None)
     base = make_base(source, "lowrank", Options(distill=DistillConfig(), checkpoints=tmp_path))
     graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")
@@ -366,7 +367,7 @@ def test_draft_without_data_keeps_fp32_calibrations(tiny: Tiny, small: pytest.Mo
     }
 
 
-def test_low_rank_time_budget_is_met_and_ranks_are_kept(
+def test_low_rank_meets_a_time_budget_and_stores_its_ranks(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def microseconds(weights: list[torch.Tensor], rows: int) -> float:
@@ -375,7 +376,7 @@ def test_low_rank_time_budget_is_met_and_ranks_are_kept(
     monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", microseconds)
     options = Options(budget="time", share=0.7, checkpoints=tmp_path)
     ranks = make_base(source, "lowrank", options).ranks
-    layers = {name: layer.weight for name, layer in dense_layers(source.model).items()}
+    layers = {name: layer.weight for name, layer in families.dense_layers(source.model).items()}
     cost = {
         name: 10.0 + (weight.numel() if ranks[name] is None else ranks[name] * sum(weight.shape))
         for name, weight in layers.items()
@@ -385,7 +386,7 @@ def test_low_rank_time_budget_is_met_and_ranks_are_kept(
     assert make_base(source, "lowrank", options).ranks == ranks, "a stopped compression resumes with its ranks"
 
 
-def test_low_rank_without_saving_is_refused(source: Source, tmp_path: Path) -> None:
+def test_low_rank_that_saves_nothing_is_refused(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would save nothing"):
         make_base(source, "lowrank", Options(share=1.0, checkpoints=tmp_path))
 
@@ -394,12 +395,12 @@ def test_low_rank_without_saving_is_refused(source: Source, tmp_path: Path) -> N
     "name",
     ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"],
 )
-def test_recipe_of_invalid_name_is_refused(name: str) -> None:
+def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"is no variant|fp32 is not made"):
         Recipe.named(name)
 
 
-def test_recipe_follows_from_the_name() -> None:
+def test_name_of_a_variant_states_its_kind() -> None:
     assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
         Recipe("fp32", True, False),
         Recipe("lowrank", True, True),
@@ -414,7 +415,7 @@ def test_read_shape_parses_sizes() -> None:
         read_shape("blocks:1")
 
 
-def test_compress_variant_not_as_named_publishes_nothing(
+def test_compress_publishes_nothing_if_a_name_is_wrong(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "quantize", lambda graph, *_: graph)

@@ -65,7 +65,7 @@ def same_data(one: Data, other: Data) -> None:
         np.testing.assert_array_equal(values, other.catalogue.field_values[name])
 
 
-def test_csv_and_parquet_same_tables_same_data(tmp_path: Path) -> None:
+def test_csv_and_parquet_files_give_the_same_data(tmp_path: Path) -> None:
     events = pl.DataFrame(
         {
             "user_id": [7, 7, 8, 7, None],
@@ -97,12 +97,12 @@ def test_csv_and_parquet_same_tables_same_data(tmp_path: Path) -> None:
     assert found[0].catalogue.vocabulary.items == ["1", "2", "3", "9"]
 
 
-def test_read_table_other_suffix_raises(tmp_path: Path) -> None:
+def test_read_table_with_another_suffix_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.parquet or \.csv"):
         read_table(tmp_path / "events.json")
 
 
-def test_clean_events_unusable_rows_counted_by_reason() -> None:
+def test_clean_events_counts_unusable_rows_by_reason() -> None:
     rows = [
         ("u", "a", 1.0, None, 1.0),
         (None, None, None, None, 7.0),  # counted once, by its first fault
@@ -124,7 +124,7 @@ def test_clean_events_unusable_rows_counted_by_reason() -> None:
 
 
 @pytest.mark.parametrize("time", ["noon", "", "-1", "NaN", "nan", "inf", "-inf", "1e999"])
-def test_clean_events_invalid_csv_time_is_bad_row(tmp_path: Path, time: str) -> None:
+def test_clean_events_drops_a_row_with_an_invalid_time(tmp_path: Path, time: str) -> None:
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp\nu,a,{time}\nu,b,1.5\n")
     kept, bad = clean_events(read_table(tmp_path / "events.csv"), 1.0)
     assert bad == {"bad timestamp": 1}
@@ -132,14 +132,14 @@ def test_clean_events_invalid_csv_time_is_bad_row(tmp_path: Path, time: str) -> 
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "NaN", "yes"])
-def test_clean_events_csv_label_not_0_or_1_is_bad_row(tmp_path: Path, label: str) -> None:
+def test_clean_events_drops_a_row_with_an_invalid_label(tmp_path: Path, label: str) -> None:
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp,label_like\nu,a,1,{label}\nu,b,2,1\nu,c,3,\n")
     kept, bad = clean_events(read_table(tmp_path / "events.csv"), 1.0)
     assert bad == {"label not 0 or 1": 1}
     assert kept["label_like"].to_list() == [1.0, None]
 
 
-def test_clean_events_too_many_bad_rows_raises_with_share() -> None:
+def test_clean_events_raises_if_too_many_rows_are_unusable() -> None:
     events = make_events([("u", "a", 1.0, None, None)] * 3 + [("u", None, 1.0, None, None)])
     with pytest.raises(ValueError, match=r"25\.0% of 4 rows .* limit 24\.0%.*missing item_id"):
         clean_events(events, 0.24)
@@ -147,14 +147,14 @@ def test_clean_events_too_many_bad_rows_raises_with_share() -> None:
 
 
 @pytest.mark.parametrize("name", ["user_id", "item_id", "timestamp"])
-def test_clean_events_missing_column_raises_with_its_name(name: str) -> None:
+def test_clean_events_names_a_missing_column(name: str) -> None:
     with pytest.raises(ValueError, match=f"no column {name}"):
         clean_events(make_events([("u", "a", 1.0, None, None)]).drop(name), 1.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("uv"), st.integers(0, 3)), max_size=40))
 @settings(max_examples=40, deadline=None)
-def test_sequences_time_order_ties_keep_input_order(drawn: list[tuple[str, int]]) -> None:
+def test_sequences_are_in_time_order_ties_in_input_order(drawn: list[tuple[str, int]]) -> None:
     events, _ = clean_events(
         make_events([(user, str(k), float(time), None, None) for k, (user, time) in enumerate(drawn)]), 0.0
     )
@@ -171,7 +171,7 @@ def test_sequences_time_order_ties_keep_input_order(drawn: list[tuple[str, int]]
     assert found == expected
 
 
-def test_catalogue_multi_values_and_items_of_events_only() -> None:
+def test_catalogue_has_lists_of_values_and_unlisted_items() -> None:
     events = make_events([("u", "z", 1.0, "view", None), ("u", "b", 2.0, "buy", None), ("u", "z", 3.0, None, None)])
     catalogue = build_catalogue(ITEMS, events, CONFIG)
     assert catalogue.vocabulary.items == ["a", "b", "c", "z"]
@@ -184,7 +184,7 @@ def test_catalogue_multi_values_and_items_of_events_only() -> None:
     assert np.isnan(catalogue.numeric[:FIRST_ITEM]).all()
 
 
-def test_clean_items_duplicate_or_missing_id_dropped() -> None:
+def test_clean_items_drops_duplicate_and_missing_ids() -> None:
     items = pl.DataFrame(
         {"item_id": ["a", None, "a", ""], "title": ["first", "none", "second", "empty"], "genres": ["x", "y", "z", "y"]}
     )
@@ -195,7 +195,7 @@ def test_clean_items_duplicate_or_missing_id_dropped() -> None:
     assert vocabulary.items == ["a"] and vocabulary.fields == {"genres": ["x"]}
 
 
-def test_clean_items_invalid_number_counted_and_missing() -> None:
+def test_clean_items_counts_invalid_numbers_as_missing() -> None:
     config = DataConfig("shop", HEADS, numeric=("price", "popularity"))
     items, bad = clean_items(pl.DataFrame({"item_id": ["a", "b", "c"], "price": ["1.5", "cheap", None]}), config)
     assert bad == {"items: price is not a number": 1}
@@ -205,18 +205,18 @@ def test_clean_items_invalid_number_counted_and_missing() -> None:
         clean_items(pl.DataFrame({"item_id": ["a"]}), config)
 
 
-def test_values_of_list_column_equals_separated_text() -> None:
+def test_list_column_and_separated_text_have_equal_values() -> None:
     lists = pl.Series("genres", [["x", "y"], None, [], ["y"]], dtype=pl.List(pl.String))
     assert values_of(lists) == values_of(pl.Series("genres", ["x|y", None, "", "y"])) == [["x", "y"], [], [], ["y"]]
 
 
-def test_catalogue_numeric_actions_become_text() -> None:
+def test_catalogue_converts_numeric_actions_to_text() -> None:
     events = pl.DataFrame({"user_id": [1], "item_id": ["a"], "timestamp": [1.0], "action": [7]})
     clean, _ = clean_events(events, 0.0)
     assert build_catalogue(ITEMS, clean, CONFIG).vocabulary.actions == ["7"]
 
 
-def test_sequences_unknown_item_or_action_keeps_event() -> None:
+def test_sequences_include_events_of_unknown_items() -> None:
     known = build_catalogue(ITEMS, make_events([("u", "a", 1.0, "view", None)]), CONFIG).vocabulary
     events = make_events([("u", "a", 1.0, "view", 1.0), ("u", "new", 2.0, "stare", 0.0), ("u", "c", 3.0, None, None)])
     sequences = build_sequences(events, known, CONFIG)
@@ -231,7 +231,7 @@ def test_sequences_unknown_item_or_action_keeps_event() -> None:
     n=st.integers(0, 5),
 )
 @settings(max_examples=30, deadline=None)
-def test_sequences_window_has_own_events_and_first_gap(rows: list[tuple[str, str, int]], first: int, n: int) -> None:
+def test_window_has_the_users_events_and_a_first_gap(rows: list[tuple[str, str, int]], first: int, n: int) -> None:
     events, _ = clean_events(make_events([(u, i, float(t), None, None) for u, i, t in rows]), 0.0)
     sequences = build_sequences(events, build_catalogue(ITEMS, events, CONFIG).vocabulary, CONFIG)
     assert len(sequences) == len({u for u, _, _ in rows})
@@ -269,7 +269,7 @@ def make_sequences(lengths: list[int]) -> Sequences:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_split_leave_one_out_excludes_held_out_events(
+def test_leave_one_out_split_excludes_held_out_events(
     lengths: list[int], size: int, slate_users: int, validation_users: int, seed: int
 ) -> None:
     config = DataConfig(
@@ -295,7 +295,7 @@ def test_split_leave_one_out_excludes_held_out_events(
     size=st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_split_by_time_trains_before_and_tests_after(times: list[list[int]], split_at: int, size: int) -> None:
+def test_time_split_trains_before_and_tests_after_a_time(times: list[list[int]], split_at: int, size: int) -> None:
     config = DataConfig(
         "shop", HEADS, kind="time", test_from=split_at, slate_size=size, slate_users=2, validation_users=2
     )
@@ -340,7 +340,7 @@ def test_popularity_counts_training_events_only() -> None:
     )  # c is the last event of every user
 
 
-def test_popularity_given_by_items_is_kept() -> None:
+def test_popularity_column_of_the_items_is_not_replaced() -> None:
     events = make_events([("u", "a", 1.0, None, None), ("u", "a", 2.0, None, None)])
     catalogue = build_catalogue(ITEMS.with_columns(popularity=pl.Series([7.0, 8.0, None])), events, CONFIG)
     sequences = build_sequences(events, catalogue.vocabulary, CONFIG)

@@ -83,7 +83,7 @@ def test_export_of_existing_version_is_refused(tiny: Tiny) -> None:
 def test_export_above_bound_publishes_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: float
 ) -> None:
-    monkeypatch.setattr(parity, "measure", lambda *_: {"permutation": 0.0, "padding": measured})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
         export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
     assert not (tmp_path / "tiny" / "1").exists()
@@ -91,10 +91,12 @@ def test_export_above_bound_publishes_nothing(
         load_rankers(tmp_path, 1)
 
 
-def test_export_options_above_bound_are_published(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_publishes_optional_settings_above_bound(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    monkeypatch.setattr(parity, "measure", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
     ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
@@ -353,7 +355,7 @@ def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
     )
 
 
-def test_demo_vectors_leave_the_ranker_unchanged(tiny: Tiny, demo: Config) -> None:
+def test_computing_demo_vectors_does_not_change_the_ranker(tiny: Tiny, demo: Config) -> None:
     model = tiny.trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vectors = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo).vectors
@@ -375,7 +377,7 @@ def test_user_with_only_unknown_items_has_default_vector(tiny: Tiny) -> None:
     assert (vectors[1:] != default).any(axis=1).all()
 
 
-def test_demo_example_names_only_shown_items(tiny: Tiny, demo: Config) -> None:
+def test_demo_example_has_only_items_with_a_title(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
     request = make_request(shown, tiny.trainer.data, 0, np.random.default_rng(0))
     assert request["user"].startswith("demo:")
@@ -463,7 +465,7 @@ def test_export_without_meta_block_serves_with_status_off(tmp_path: Path, monkey
     np.testing.assert_allclose(answer["results"]["scores"], manifest.variants["fp32"].golden_scores, atol=FP32_BOUND)
 
 
-def test_without_meta_scores_like_the_default_vector(tiny: Tiny, ranker: Ranker) -> None:
+def test_without_meta_gives_the_scores_of_the_default_vector(tiny: Tiny, ranker: Ranker) -> None:
     model = tiny.trainer.model.eval()
     draw = parity.Requests(ranker.engines["fp32"], ranker.manifest, 3)
     history = draw.history(40)

@@ -16,7 +16,7 @@ CONFIG = LigrConfig(items=9, actions=3, fields={}, numeric=2, heads=2, width=8, 
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_family_default_model_meets_the_interface(family: str) -> None:
+def test_default_model_of_a_family_has_the_interface(family: str) -> None:
     sizes = {"items": 9, "actions": 3, "fields": {}, "numeric": 2, "heads": 2, "width": 8}
     model = families.build(family, sizes).eval()
     assert model.family == family and isinstance(model.config, RankerConfig)
@@ -41,17 +41,29 @@ def test_build_from_json_config_equals_dataclass() -> None:
     assert torch.equal(model.item_table(), other.item_table())
 
 
-def test_build_unknown_family_or_name_raises() -> None:
+def test_build_of_unknown_family_or_config_name_raises() -> None:
     with pytest.raises(ValueError, match="unknown family 'gpt' of rankers; known: ligr"):
         families.build("gpt", {})
     with pytest.raises(ValueError, match="'ligr' has no widht"):
         families.build("ligr", dataclasses.asdict(CONFIG) | {"widht": 8})
 
 
-def test_build_fields_without_columns_raises() -> None:
+def test_build_with_fields_but_no_columns_raises() -> None:
     with pytest.raises(ValueError, match=r"\['genre'\] need their item columns"):
         families.build("ligr", dataclasses.replace(CONFIG, fields={"genre": 4}))
 
 
 def test_model_without_set_blocks_has_no_exit_set() -> None:
     assert families.build("ligr", dataclasses.replace(CONFIG, set_blocks=0)).exits == ("dot", "point")
+
+
+def test_family_without_compression_names_the_missing_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("ligr", CONFIG)
+    plain = families.Family(*(getattr(families.FAMILIES["ligr"], name) for name in ("config", "model", "graphs")))
+    monkeypatch.setitem(families.FAMILIES, "ligr", plain)
+    with pytest.raises(ValueError, match="'ligr' have no low-rank form"):
+        families.dense_layers(model)
+    with pytest.raises(ValueError, match="'ligr' have no students"):
+        families.half(model)
+    with pytest.raises(ValueError, match="'ligr' have no students"):
+        families.shrink(model, {"blocks": 1})

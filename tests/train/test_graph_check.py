@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
-from slatewise_train.compression.graph_check import KNOWN, check_variant, read_graph
 from slatewise_train.compression.quantize import quantize
+from slatewise_train.graph_check import KNOWN, check_variant, read_graph
 from tests.conftest import DEMO
 
 GRAPH = "point"
@@ -78,7 +78,7 @@ THIN = ((64, 8), (8, 64))
         ("lowrank-int8", as_int8(layer((64, 32), (32, 64)))),
     ],
 )
-def test_check_graphs_as_named_passes(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
+def test_check_accepts_graphs_that_match_the_name(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
     onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
     check_variant(name, tmp_path, [GRAPH], False)
     check_variant("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], True)
@@ -140,7 +140,7 @@ def test_check_graphs_as_named_passes(tmp_path: Path, name: str, graph: onnx.Mod
         ("lowrank-student", layer(*THIN), "is no variant"),
     ],
 )
-def test_check_graphs_not_as_named_names_the_reason(
+def test_check_says_why_graphs_do_not_match_the_name(
     tmp_path: Path, name: str, graph: onnx.ModelProto, reason: str
 ) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(graph.SerializeToString())
@@ -149,14 +149,14 @@ def test_check_graphs_not_as_named_names_the_reason(
 
 
 @pytest.mark.parametrize(("name", "int8_items"), [("fp32", True), ("tables8", False)])
-def test_check_item_table_not_as_named_is_refused(tmp_path: Path, name: str, int8_items: bool) -> None:
+def test_check_refuses_an_item_table_of_another_dtype(tmp_path: Path, name: str, int8_items: bool) -> None:
     onnx.save(layer(*WIDE), tmp_path / f"{GRAPH}.onnx")
     with pytest.raises(ManifestError, match="item table is"):
         check_variant(name, tmp_path, [GRAPH], int8_items)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"not a model", b"\xff" * 40])
-def test_check_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_check_refuses_a_file_that_is_not_a_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(content)
     with pytest.raises(ManifestError, match=GRAPH):
         check_variant("int8", tmp_path, [GRAPH], False)
@@ -195,13 +195,13 @@ def test_read_graph_lists_operators_and_products(tmp_path: Path) -> None:
 DEMO_FOLDER = DEMO / "movielens" / str(versions(DEMO / "movielens")[-1])
 
 
-def test_known_operators_are_those_of_the_demo() -> None:
+def test_every_known_operator_is_used_by_the_demo() -> None:
     graphs = [path for path in DEMO_FOLDER.glob("variants/*/*.onnx") if path.stem != "rank"]
     assert set().union(*(read_graph(path).operators for path in graphs)) == KNOWN
 
 
 @pytest.mark.parametrize("name", read_manifest(DEMO_FOLDER).variants)
-def test_demo_variant_is_of_the_kind_that_it_is_named(name: str) -> None:
+def test_demo_variant_matches_its_name(name: str) -> None:
     manifest = read_manifest(DEMO_FOLDER)
     int8_items = manifest.variants[name].items == "items8.npy"
     check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], int8_items)

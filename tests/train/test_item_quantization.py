@@ -47,7 +47,7 @@ def test_middle_max_of_constant_row_returns_its_value() -> None:
     np.testing.assert_array_equal(taken(middle_max(np.zeros((2, 8), np.float32))), 0)
 
 
-def test_int8_items_take_returns_rows_like_float32(tmp_path: Path) -> None:
+def test_take_of_int8_items_returns_float32_rows(tmp_path: Path) -> None:
     items = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
     np.save(tmp_path / "items8.npy", middle_max(items))
     table = Int8Items(np.load(tmp_path / "items8.npy", mmap_mode="r", allow_pickle=False))
@@ -68,7 +68,7 @@ def test_middle_max_of_numbers_beyond_float16_is_refused() -> None:
         middle_max(np.full((1, 4), 4e4, np.float32))
 
 
-def test_read_item_table_tells_the_kinds_apart(tmp_path: Path) -> None:
+def test_read_item_table_recognises_float32_and_int8(tmp_path: Path) -> None:
     items = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     np.save(tmp_path / "items.npy", items)
     np.save(tmp_path / "items8.npy", middle_max(items))

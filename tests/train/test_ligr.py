@@ -79,7 +79,7 @@ def point_hidden(vectors: Tensor, numeric: Tensor, length: int, model: Ligr = MO
 
 @given(first=st.integers(0, 300), second=st.integers(0, 300), shift=st.integers(0, 300), seed=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_rotate_keeps_norms_and_products_of_equal_distance(first: int, second: int, shift: int, seed: int) -> None:
+def test_rotate_depends_on_relative_position_only(first: int, second: int, shift: int, seed: int) -> None:
     torch.manual_seed(seed)
     query, key = torch.randn(2, 1, 3, 1, 8, dtype=torch.float64)
 
@@ -92,7 +92,7 @@ def test_rotate_keeps_norms_and_products_of_equal_distance(first: int, second: i
     torch.testing.assert_close(near, far, rtol=0, atol=1e-3)  # angles are float32
 
 
-def test_rotate_changes_all_positions_but_zero() -> None:
+def test_rotate_changes_every_position_except_zero() -> None:
     x = torch.randn(2, 2, 3, 8)
     turned = rotate(x, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(turned[:, :, 0], x[:, :, 0])
@@ -135,9 +135,7 @@ def slow_block(block: Block, x: np.ndarray, key: np.ndarray, value: np.ndarray) 
     ("heads", "key_heads", "key_size"), [(1, 1, 8), (2, 2, 4), (4, 4, 2), (4, 2, 2), (2, 1, 2), (1, 1, 2)]
 )
 @pytest.mark.parametrize(("n", "keys"), [(1, 1), (5, 3), (2, 9)])
-def test_block_equals_equation_with_gates_before_norm(
-    heads: int, key_heads: int, key_size: int, n: int, keys: int
-) -> None:
+def test_block_equals_equation_1_of_the_paper(heads: int, key_heads: int, key_size: int, n: int, keys: int) -> None:
     model = make_model(attention_heads=heads, key_heads=key_heads, key_size=key_size)
     torch.manual_seed(n)
     x = 3 * torch.randn(1, n, 8) + 1
@@ -151,7 +149,7 @@ def test_block_equals_equation_with_gates_before_norm(
 
 @given(length=st.integers(1, 12), data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_encode_later_event_leaves_earlier_positions(length: int, data: st.DataObject) -> None:
+def test_later_event_does_not_change_earlier_positions(length: int, data: st.DataObject) -> None:
     torch.manual_seed(length)
     events = draw_events(length)
     changed = data.draw(st.integers(1, length))
@@ -169,7 +167,7 @@ def test_encode_later_event_leaves_earlier_positions(length: int, data: st.DataO
             torch.testing.assert_close(a[:, :, :changed], b[:, :, :changed], rtol=0, atol=1e-6)
 
 
-def test_encode_swapped_events_change_user_vector() -> None:
+def test_order_of_events_changes_the_user_vector() -> None:
     items, actions, gaps = draw_events(4)
     items[0, 1:] = torch.tensor([4, 5, 6, 7])
     actions[:] = 0
@@ -180,7 +178,7 @@ def test_encode_swapped_events_change_user_vector() -> None:
 
 @given(n=st.integers(1, 40), length=st.integers(0, 20), data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_point_changed_candidate_leaves_the_others(n: int, length: int, data: st.DataObject) -> None:
+def test_point_score_does_not_depend_on_other_candidates(n: int, length: int, data: st.DataObject) -> None:
     changed = data.draw(st.integers(0, n - 1))
     torch.manual_seed(n)
     vectors = torch.randn(1, n, 8)
@@ -200,7 +198,7 @@ def test_point_changed_candidate_leaves_the_others(n: int, length: int, data: st
 
 @given(n=st.integers(1, 40), set_blocks=st.integers(0, 2))
 @settings(max_examples=20, deadline=None)
-def test_set_logits_permute_and_depend_on_others(n: int, set_blocks: int) -> None:
+def test_set_logits_permute_and_depend_on_other_candidates(n: int, set_blocks: int) -> None:
     model = make_model(set_blocks=set_blocks)
     torch.manual_seed(n)
     hidden = torch.randn(1, n, 8)
@@ -215,7 +213,7 @@ def test_set_logits_permute_and_depend_on_others(n: int, set_blocks: int) -> Non
 
 @given(n=st.integers(1, 20), padding=st.integers(0, 20))
 @settings(max_examples=20, deadline=None)
-def test_set_logits_masked_padding_changes_nothing(n: int, padding: int) -> None:
+def test_set_logits_do_not_depend_on_masked_padding(n: int, padding: int) -> None:
     torch.manual_seed(n)
     hidden = torch.randn(1, n + padding, 8)
     mask = (torch.arange(n + padding) < n)[None, None, None]
@@ -234,7 +232,7 @@ def test_encode_empty_history_is_the_start_token() -> None:
     torch.testing.assert_close(users[:, 0], longer[:, 0], rtol=0, atol=1e-6)
 
 
-def test_encode_right_padding_changes_nothing() -> None:
+def test_encode_does_not_depend_on_right_padding() -> None:
     events = draw_events(9)
     (_, users) = encode(*events)
     (_, cut) = encode(*(e[:, :5] for e in events))
@@ -253,7 +251,7 @@ def test_item_table_is_id_row_plus_mean_of_field_values() -> None:
     torch.testing.assert_close(table[7], ids[7] + field[1:].mean(0))
 
 
-def test_cold_item_vectors_have_own_fields_and_unknown_id() -> None:
+def test_cold_item_vector_is_unknown_id_plus_fields() -> None:
     cold_item_vectors = MODEL.cold_item_vectors(MODEL.item_table())
     ids = MODEL.item.weight
     field = MODEL.field["genre"].weight
@@ -262,7 +260,7 @@ def test_cold_item_vectors_have_own_fields_and_unknown_id() -> None:
     torch.testing.assert_close(cold_item_vectors[UNKNOWN_ITEM], MODEL.item_table()[UNKNOWN_ITEM])
 
 
-def test_fuse_missing_number_differs_from_zero_and_mean() -> None:
+def test_missing_number_differs_from_zero_and_from_mean() -> None:
     meta = torch.randn(1, 1, 3)
     context = torch.randn(1, 1, CONTEXT_SIZE)
     numeric = torch.tensor([[[torch.nan, 2.0], [1.0, 2.0], [0.0, 2.0]]])  # the mean of the first column is 1
@@ -271,7 +269,7 @@ def test_fuse_missing_number_differs_from_zero_and_mean() -> None:
     assert MODEL.fuse(torch.tensor([[[3e38, -3e38]]]), meta, context).isfinite().all()
 
 
-def test_fresh_model_point_and_set_add_nothing() -> None:
+def test_exits_of_an_untrained_model_are_equal() -> None:
     fresh = Ligr(LigrConfig(ITEMS, ACTIONS, {}, NUMERIC, HEADS, width=8), {}, torch.zeros(2), torch.ones(2)).eval()
     hidden = torch.randn(1, 5, 8)
     assert not fresh.point_logits(hidden).any() and not fresh.set_logits(hidden).any()

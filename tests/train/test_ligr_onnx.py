@@ -1,4 +1,4 @@
-"""The serving graphs equal the torch model, over drawn sizes and shapes of rankers."""
+"""The serving graphs equal the torch model, for random sizes and shapes of rankers."""
 
 from __future__ import annotations
 
@@ -117,21 +117,21 @@ def check(model: Ligr, engine: Engine, events: int, n: int, numeric: int, seed: 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("events", "n"), [(0, 1), (1, 1), (LONGEST, 600)])
-def test_graphs_smallest_and_largest_sizes_equal_torch(built: Built, shape: Shape, events: int, n: int) -> None:
+def test_graphs_equal_torch_at_smallest_and_largest_sizes(built: Built, shape: Shape, events: int, n: int) -> None:
     model, _, engine = built[shape]
     check(model, engine, events, n, shape[2], 0)
 
 
 @given(shape=st.sampled_from(SHAPES), events=st.integers(0, LONGEST), n=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_graphs_drawn_sizes_equal_torch(built: Built, shape: Shape, events: int, n: int, seed: int) -> None:
+def test_graphs_equal_torch_at_random_sizes(built: Built, shape: Shape, events: int, n: int, seed: int) -> None:
     model, _, engine = built[shape]
     check(model, engine, events, n, shape[2], seed)
 
 
 @given(events=st.integers(0, 128), n=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
-def test_trained_bundle_orders_as_torch_at_every_exit(
+def test_trained_bundle_ranks_like_torch_at_every_exit(
     tiny: Tiny, ranker: Ranker, events: int, n: int, seed: int
 ) -> None:
     model = tiny.trainer.model
@@ -147,7 +147,7 @@ def test_trained_bundle_orders_as_torch_at_every_exit(
 
 @given(shape=st.sampled_from(SHAPES), past=st.integers(0, 60), new=st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
-def test_encode_returns_unchanged_past_then_new_events(built: Built, shape: Shape, past: int, new: int) -> None:
+def test_encode_appends_new_events_to_an_unchanged_past(built: Built, shape: Shape, past: int, new: int) -> None:
     model, _, engine = built[shape]
     history, _, _ = draw(engine, past, 1, 0, past)
     more, _, _ = draw(engine, new, 1, 0, new)
@@ -205,7 +205,7 @@ def rank_feeds(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("events", "n"), [(0, 1), (0, 30), (1, 1), (LONGEST, 600)])
-def test_rank_smallest_and_largest_sizes_equal_engine(
+def test_rank_equals_engine_at_smallest_and_largest_sizes(
     built: Built, ranks: dict[Shape, Any], shape: Shape, events: int, n: int
 ) -> None:
     check_rank(built, ranks, shape, events, n, 1, 0)
@@ -219,7 +219,7 @@ def test_rank_smallest_and_largest_sizes_equal_engine(
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_rank_drawn_sizes_and_batches_equal_engine(
+def test_rank_equals_engine_at_random_sizes_and_batches(
     built: Built, ranks: dict[Shape, Any], shape: Shape, events: int, n: int, batch: int, seed: int
 ) -> None:
     check_rank(built, ranks, shape, events, n, batch, seed)
@@ -355,10 +355,10 @@ def test_graphs_do_not_contain_the_item_table(built: Built, shape: Shape) -> Non
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("batch", "past", "new"), [(1, 1, 9), (1, 4, 1), (3, 2, 5)])
-def test_last_history_block_computes_newest_position_only(
+def test_last_block_computes_only_the_newest_position(
     built: Built, shape: Shape, batch: int, past: int, new: int
 ) -> None:
-    """Counts the rows of each dense layer: the last block computes keys and values for all events, the rest for one."""
+    """Counts the rows of each dense layer: keys and values of the last block have all events, its other layers one."""
     model, graphs, engine = built[shape]
     watched = onnx.ModelProto()
     watched.CopyFrom(graphs["encode"])

@@ -19,14 +19,14 @@ from slatewise.store.codec import pack, unpack
 from slatewise_train.config import MetaConfig
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer, load_learner, save_learner, user_vectors
 from slatewise_train.meta.tasks import RankerTables, Tasks, event_losses, make_tasks
-from slatewise_train.rankers.base import Ranker as Model
+from slatewise_train.rankers.base import RankerModel
 from tests.conftest import Tiny
 
 KINDS = ["next", "label"]
 
 
 @pytest.fixture
-def model(tiny: Tiny) -> Model:
+def model(tiny: Tiny) -> RankerModel:
     return copy.deepcopy(tiny.trainer.model).eval().requires_grad_(False)
 
 
@@ -40,7 +40,7 @@ def learner(tiny: Tiny) -> MetaLearner:
     return learner
 
 
-def draw_tasks(tiny: Tiny, model: Model, cases: list[tuple[int, int]], support: int = 8, query: int = 4) -> Tasks:
+def draw_tasks(tiny: Tiny, model: RankerModel, cases: list[tuple[int, int]], support: int = 8, query: int = 4) -> Tasks:
     torch.manual_seed(0)
     data = tiny.trainer.data
     tables = RankerTables(model, model.item_table(), torch.from_numpy(data.catalogue.numeric))
@@ -51,7 +51,7 @@ def draw_tasks(tiny: Tiny, model: Model, cases: list[tuple[int, int]], support: 
 CASES = [(0, 5), (1, 12), (2, 8), (3, 3)]  # (0, 5) and (3, 3) have fewer events than the support
 
 
-def adapt_slowly(learner: MetaLearner, model: Model, support: Tasks, user: int) -> dict[str, Tensor]:
+def adapt_slowly(learner: MetaLearner, model: RankerModel, support: Tasks, user: int) -> dict[str, Tensor]:
     """The inner loop of one user, event by event."""
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in learner.block.named_parameters()}
     for step in range(learner.config.steps):
@@ -74,7 +74,7 @@ def adapt_slowly(learner: MetaLearner, model: Model, support: Tasks, user: int) 
     return parameters
 
 
-def test_adapt_many_users_equals_each_user_alone(tiny: Tiny, model: Model, learner: MetaLearner) -> None:
+def test_users_adapted_together_equal_each_user_alone(tiny: Tiny, model: RankerModel, learner: MetaLearner) -> None:
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     assert support.real.sum(1).tolist() == [5, 8, 8, 3]
     together = learner.adapt(model, KINDS, support)
@@ -84,8 +84,8 @@ def test_adapt_many_users_equals_each_user_alone(tiny: Tiny, model: Model, learn
     assert (learner.outputs(together) - model.default_meta).abs().amax(1).min() > 1e-3, "every user is adapted"
 
 
-def test_adapt_lowers_the_support_loss(tiny: Tiny, model: Model) -> None:
-    """With the initial step sizes."""
+def test_adapt_lowers_the_support_loss(tiny: Tiny, model: RankerModel) -> None:
+    """The step sizes are the initial ones."""
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
     fresh = MetaLearner(MetaConfig(code=6, support=8), model.default_meta)
     *inputs, real = support.tensors()
@@ -96,7 +96,7 @@ def test_adapt_lowers_the_support_loss(tiny: Tiny, model: Model) -> None:
     assert (losses(fresh.vectors(model, KINDS, support)) < losses(model.default_meta.expand(len(CASES), -1))).all()
 
 
-def test_outer_gradient_is_first_order(tiny: Tiny, model: Model, learner: MetaLearner) -> None:
+def test_outer_gradient_is_first_order(tiny: Tiny, model: RankerModel, learner: MetaLearner) -> None:
     """The gradient of the initialisation is that of the adapted parameters: inner gradients count as constants."""
     tasks = draw_tasks(tiny, model, CASES)
     adapted = learner.adapt(model, KINDS, tasks.columns(0, 8))
@@ -106,7 +106,7 @@ def test_outer_gradient_is_first_order(tiny: Tiny, model: Model, learner: MetaLe
     torch.testing.assert_close(torch.autograd.grad(loss, learner.block.inner.weight)[0], at_adapted)
 
 
-def test_meta_epoch_keeps_ranker_and_default_vector(tiny: Tiny) -> None:
+def test_meta_epoch_does_not_change_ranker_or_default(tiny: Tiny) -> None:
     before = {name: value.clone() for name, value in tiny.trainer.model.state_dict().items()}
     trainer = MetaTrainer(tiny.trainer.model, tiny.trainer.data, tiny.config.meta)
     code = trainer.learner.block.code.detach().clone()
@@ -120,7 +120,7 @@ def test_meta_epoch_keeps_ranker_and_default_vector(tiny: Tiny) -> None:
     assert all(parameter.requires_grad for parameter in tiny.trainer.model.parameters())
 
 
-def test_make_tasks_equals_ranker_on_each_event(tiny: Tiny, model: Model) -> None:
+def test_task_equals_the_ranker_called_for_each_event(tiny: Tiny, model: RankerModel) -> None:
     """An event of a task against a request: the history before it, and its item as the only candidate."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
@@ -151,7 +151,7 @@ def test_make_tasks_equals_ranker_on_each_event(tiny: Tiny, model: Model) -> Non
         np.testing.assert_array_equal(tasks.labels[1, column], s.labels[start + event])
 
 
-def test_make_tasks_later_events_leave_the_support(tiny: Tiny, model: Model) -> None:
+def test_support_does_not_depend_on_later_events(tiny: Tiny, model: RankerModel) -> None:
     before = draw_tasks(tiny, model, CASES)
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
@@ -167,7 +167,7 @@ def test_make_tasks_later_events_leave_the_support(tiny: Tiny, model: Model) -> 
     assert not torch.equal(before.columns(8, 12).base, after.columns(8, 12).base)
 
 
-def test_make_tasks_unknown_item_is_not_real(tiny: Tiny, model: Model) -> None:
+def test_task_ignores_events_of_unknown_items(tiny: Tiny, model: RankerModel) -> None:
     sequences = tiny.trainer.data.sequences
     (user, now) = CASES[1]
     items = sequences.items.copy()
@@ -178,8 +178,10 @@ def test_make_tasks_unknown_item_is_not_real(tiny: Tiny, model: Model) -> None:
     assert real[1].tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
 
 
-def test_stored_vector_scores_as_adapted_block(tiny: Tiny, ranker: Ranker, model: Model, learner: MetaLearner) -> None:
-    """The adapted block in torch, against its vector as the store returns it and the served graph reads it."""
+def test_stored_vector_gives_the_scores_of_the_adapted_block(
+    tiny: Tiny, ranker: Ranker, model: RankerModel, learner: MetaLearner
+) -> None:
+    """Compare the adapted block in torch with its vector, read from the store and scored by the served graph."""
     data = tiny.trainer.data
     (user, now) = CASES[1]
     support = draw_tasks(tiny, model, CASES).columns(0, 8)
@@ -220,7 +222,7 @@ def test_stored_vector_scores_as_adapted_block(tiny: Tiny, ranker: Ranker, model
     )
 
 
-def test_meta_training_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
+def test_resumed_meta_training_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
     def trainer(epochs: int) -> MetaTrainer:
         return MetaTrainer(tiny.trainer.model, tiny.trainer.data, dataclasses.replace(tiny.config.meta, epochs=epochs))
 
@@ -242,8 +244,8 @@ def test_checkpoint_of_another_ranker_raises(tiny: Tiny, tmp_path: Path) -> None
         MetaTrainer(other, tiny.trainer.data, tiny.config.meta).train(tmp_path)
 
 
-def test_save_learner_load_learner_returns_the_same(
-    tiny: Tiny, model: Model, learner: MetaLearner, tmp_path: Path
+def test_saved_learner_is_loaded_unchanged(
+    tiny: Tiny, model: RankerModel, learner: MetaLearner, tmp_path: Path
 ) -> None:
     save_learner(tmp_path / "meta_block.npz", learner, KINDS)
     loaded, kinds = load_learner(tmp_path / "meta_block.npz")

@@ -18,7 +18,6 @@ from slatewise_train.compression.low_rank import (
     LowRank,
     allocate,
     collect_statistics,
-    dense_layers,
     factor,
     layer_of,
     spectrum,
@@ -57,7 +56,7 @@ def error(method: str, weight: Tensor, bias: Tensor, inputs: Tensor, seen: Layer
 @pytest.mark.parametrize("method", METHODS)
 @given(size=SIZES, seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_method_at_full_rank_is_the_identity(method: str, size: tuple[int, int], seed: int) -> None:
+def test_factors_of_full_rank_equal_the_layer(method: str, size: tuple[int, int], seed: int) -> None:
     weight, bias, inputs, seen = drawn(size, seed)
     assert error(method, weight, bias, inputs, seen, min(size) if method != "afm" else size[0]) < 1e-10
 
@@ -76,7 +75,9 @@ def test_afm_has_the_lowest_error_on_the_outputs(size: tuple[int, int], seed: in
 
 @given(size=SIZES, seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_svd_and_fwsvd_are_closest_in_their_norms(size: tuple[int, int], seed: int, data: st.DataObject) -> None:
+def test_svd_and_fwsvd_have_the_lowest_error_in_their_norms(
+    size: tuple[int, int], seed: int, data: st.DataObject
+) -> None:
     weight, bias, _, seen = drawn(size, seed)
     rank = data.draw(st.integers(1, min(size)))
     left = {}
@@ -88,7 +89,7 @@ def test_svd_and_fwsvd_are_closest_in_their_norms(size: tuple[int, int], seed: i
     assert (rows * left["fwsvd"]).norm() <= (rows * left["svd"]).norm() + 1e-9
 
 
-def test_fwsvd_rows_without_gradient_stay_exact_at_full_rank() -> None:
+def test_fwsvd_of_full_rank_is_exact_without_gradients() -> None:
     weight, bias, inputs, seen = drawn((6, 6), 1)
     for fisher in (torch.tensor([0.0, 1, 0, 2, 3, 0]), torch.zeros(6)):
         assert (
@@ -142,7 +143,7 @@ def test_allocate_meets_budget_and_beats_uniform_ranks(drawn_layers: dict, share
     assert all(rank is None or 1 <= rank < len(described[name].costs) for name, rank in ranks.items())
 
 
-def test_allocate_leaves_layers_that_would_not_save() -> None:
+def test_allocate_does_not_factor_layers_without_a_saving() -> None:
     square = Layer([1.0, 0.9, 0.8, 0.7], [0.0, 8.0, 16.0, 24.0], 16.0)  # 4 x 4: rank 1 saves half, rank 2 nothing
     assert allocate({"a": square}, 16) == {"a": None}
     assert allocate({"a": square}, 15) == {"a": 1}
@@ -188,7 +189,7 @@ def losses(model: Ligr, batches: int = 6) -> Iterator[Tensor]:
 
 
 def test_collect_statistics_covers_all_rows(model: Ligr) -> None:
-    """Mean and covariance of all rows, set-wise block included; gradients and hooks are removed."""
+    """Mean and covariance of all rows, set-wise block included; gradients and hooks are removed at the end."""
     outputs: list[Tensor] = []
     hook = model.blocks[0].up.register_forward_hook(
         lambda *call: outputs.append(call[2].detach().flatten(0, -2).double())
@@ -196,7 +197,7 @@ def test_collect_statistics_covers_all_rows(model: Ligr) -> None:
     seen = collect_statistics(model, lambda: losses(model))
     hook.remove()
     rows = torch.cat(outputs)
-    assert seen.keys() == dense_layers(model).keys() and len(seen) == 3 * 8
+    assert seen.keys() == model.dense_layers().keys() and len(seen) == 3 * 8
     torch.testing.assert_close(seen["blocks.0.up"].mean, rows.mean(0))
     torch.testing.assert_close(seen["blocks.0.up"].covariance, rows.T.cov(correction=0))
     assert all((one.fisher > 0).any() for one in seen.values())
@@ -205,7 +206,7 @@ def test_collect_statistics_covers_all_rows(model: Ligr) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_factor_copies_model_and_error_falls_with_rank(model: Ligr, method: str) -> None:
+def test_factor_leaves_model_and_error_falls_with_rank(model: Ligr, method: str) -> None:
     seen = collect_statistics(model, lambda: losses(model))
     whole = values_of(model, 99)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -225,7 +226,7 @@ def test_factor_copies_model_and_error_falls_with_rank(model: Ligr, method: str)
 def test_factor_by_afm_at_output_rank_equals_the_model(model: Ligr) -> None:
     seen = collect_statistics(model, lambda: losses(model, 40))
     whole = values_of(model, 99)
-    small = factor(model, seen, "afm", {name: layer.out_features for name, layer in dense_layers(model).items()})
+    small = factor(model, seen, "afm", {name: layer.out_features for name, layer in model.dense_layers().items()})
     for exit, value in values_of(small, 99).items():
         torch.testing.assert_close(value, whole[exit], atol=1e-5, rtol=0)
 

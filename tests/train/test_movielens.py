@@ -67,7 +67,7 @@ def test_items_have_year_decade_and_no_empty_genre() -> None:
     assert not items["genres"].str.contains("no genres").any()
 
 
-def test_read_movielens_1m_keeps_its_characters(ml_1m: Path) -> None:
+def test_read_movielens_1m_decodes_accented_characters(ml_1m: Path) -> None:
     events, items = read_movielens("ml-1m", ml_1m)
     assert events.rows() == [
         ("1", "1193", "978300760", "love", 1),
@@ -81,7 +81,7 @@ def test_read_movielens_1m_keeps_its_characters(ml_1m: Path) -> None:
     assert items["decade"].to_list() == ["1990s", "1980s", None]
 
 
-def test_read_unknown_data_set_or_file_names_it(tmp_path: Path, archive: Path) -> None:
+def test_read_names_an_unknown_data_set_or_missing_file(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(ValueError, match="'ml-9k' is not known"):
         read_movielens("ml-9k", FOLDER)
     for source in (tmp_path, archive):
@@ -94,7 +94,9 @@ def serve_file(monkeypatch: pytest.MonkeyPatch, path: Path, digest: str) -> None
     monkeypatch.setitem(movielens.SHA256, "ml-latest-small", {digest})
 
 
-def test_download_with_known_digest_is_kept(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_with_the_known_digest_is_stored(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve_file(monkeypatch, archive, hashlib.sha256(archive.read_bytes()).hexdigest())
     target = tmp_path / "new" / "ml.zip"
     assert download("ml-latest-small", target) == target
@@ -102,7 +104,7 @@ def test_download_with_known_digest_is_kept(tmp_path: Path, archive: Path, monke
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_download_with_other_digest_is_refused_and_removed(
+def test_download_with_another_digest_is_removed(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_file(monkeypatch, archive, "0" * 64)

@@ -97,7 +97,7 @@ class FakeEngine:
 
 @given(SCORES.filter(bool), st.data())
 @settings(max_examples=60, deadline=None)
-def test_rank_of_equals_place_in_stable_sort(drawn: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_rank_of_equals_the_position_in_a_stable_sort(drawn: list[tuple[int, int]], data: st.DataObject) -> None:
     scores, _ = columns(drawn)
     target = data.draw(st.integers(0, len(scores) - 1))
     order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
@@ -128,7 +128,7 @@ def test_ndcg_small_lists_equal_hand_computed_values() -> None:
 
 @given(SCORES)
 @settings(max_examples=80, deadline=None)
-def test_auc_equals_share_of_ordered_pairs_ties_half(drawn: list[tuple[int, int]]) -> None:
+def test_auc_is_the_share_of_ordered_pairs(drawn: list[tuple[int, int]]) -> None:
     scores, labels = columns(drawn)
     found = auc(scores, labels)
     pairs = list(itertools.product(scores[labels == 1], scores[labels == 0]))
@@ -187,7 +187,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
     assert all(len(found) == 2 for found in ranks.values()), "a user with one event has no history"
 
 
-def test_leave_one_out_small_catalogue_set_excludes_history() -> None:
+def test_reranking_a_small_catalogue_excludes_the_history() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
     ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_leave_one_out_small_catalogue_set_excludes_history() -> None:
     assert ranks["set"].tolist() == [0]
 
 
-def test_leave_one_out_set_reranks_only_the_best_of_point() -> None:
+def test_set_reranks_only_the_best_items_of_point() -> None:
     items = [f"i{k}" for k in range(300)]
     data = make_data({"in": ["i299", "i250"], "out": ["i299", "i5"]}, items)
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
@@ -206,7 +206,7 @@ def test_leave_one_out_set_reranks_only_the_best_of_point() -> None:
     assert ranks["set"].tolist() == [99 - 48, 293]
 
 
-def test_leave_one_out_requests_lack_target_and_its_time() -> None:
+def test_leave_one_out_request_hides_target_and_its_time() -> None:
     data = make_data({"u": [f"i{k}" for k in range(9)], "v": ["i0", "i1"]}, [])
     engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
     (case,) = next_cases(data, np.array([0]))
@@ -220,7 +220,7 @@ def test_leave_one_out_requests_lack_target_and_its_time() -> None:
 
 @given(length=st.integers(2, 30), longest=st.integers(1, 30))
 @settings(max_examples=30, deadline=None)
-def test_case_history_equals_window_of_a_request(length: int, longest: int) -> None:
+def test_history_of_a_case_equals_the_window_of_a_request(length: int, longest: int) -> None:
     data = make_data({"u": [f"i{k}" for k in range(length)]}, [], history_length=longest)
     (case,) = next_cases(data, np.array([0]))
     first = window_start(0, length - 1, longest)

@@ -44,14 +44,17 @@ def test_measure_of_trained_bundle_is_within_bound(
 def test_manifest_has_every_measure_within_bound(ranker: Ranker, tiny: Tiny) -> None:
     found = ranker.manifest.variants["fp32"].invariance
     identity = {exit: [Calibration.identity()] * 2 for exit in ranker.manifest.exits}
-    assert found.keys() == parity.measure(ranker.engines["fp32"], ranker.manifest, tiny.trainer.model, identity).keys()
+    assert (
+        found.keys()
+        == parity.measure_parity(ranker.engines["fp32"], ranker.manifest, tiny.trainer.model, identity).keys()
+    )
     assert len(found) == len(MEASURES) + 1 + len(parity.OPTIONS)
     assert all(0 <= value <= FP32_BOUND for name, value in found.items() if name not in parity.OPTIONS)
     assert any(value for name, value in found.items() if name not in parity.OPTIONS), "some difference is above 0"
     assert 0 < found["int8_history_state"] < 0.01
 
 
-def test_against_torch_other_calibration_exceeds_bound(ranker: Ranker, tiny: Tiny) -> None:
+def test_against_torch_detects_another_calibration(ranker: Ranker, tiny: Tiny) -> None:
     shifted = {exit: [Calibration(1.0, 0.01, np.zeros(0), np.zeros(0))] * 2 for exit in ranker.manifest.exits}
     assert (
         parity.against_torch(Requests(ranker.engines["fp32"], ranker.manifest, 1), tiny.trainer.model, shifted)
@@ -59,9 +62,7 @@ def test_against_torch_other_calibration_exceeds_bound(ranker: Ranker, tiny: Tin
     )
 
 
-def test_one_pass_mixed_candidates_exceed_bound(
-    ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_pass_detects_mixed_candidates(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     run = broken.run
 
     def crowded(graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def test_one_pass_mixed_candidates_exceed_bound(
     assert parity.permutation(draw) <= FP32_BOUND, "a mean does not depend on the order"
 
 
-def test_extended_gaps_restarting_per_step_exceed_bound(
+def test_extended_detects_gaps_that_restart_per_step(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extend = broken.extend
@@ -93,9 +94,7 @@ def test_extended_gaps_restarting_per_step_exceed_bound(
     assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_extended_shifted_past_positions_exceed_bound(
-    ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extended_detects_shifted_positions(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     extend = broken.extend
 
     def shifted(state: HistoryState, events: Any) -> HistoryState:
@@ -105,7 +104,7 @@ def test_extended_shifted_past_positions_exceed_bound(
     assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_extended_prefix_of_wrong_end_exceeds_bound(
+def test_extended_detects_a_prefix_of_the_wrong_end(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tail(state: HistoryState, events: int) -> HistoryState:
@@ -117,7 +116,7 @@ def test_extended_prefix_of_wrong_end_exceeds_bound(
     assert parity.extended(Requests(broken, ranker.manifest, 3)) > FP32_BOUND
 
 
-def test_permutation_order_dependent_set_exceeds_bound(
+def test_permutation_detects_scores_that_depend_on_order(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score_set = broken.set
@@ -135,7 +134,7 @@ def test_permutation_order_dependent_set_exceeds_bound(
     assert parity.permutation(Requests(broken, ranker.manifest, 5)) > FP32_BOUND
 
 
-def test_chunks_position_dependent_hidden_exceeds_bound(
+def test_chunks_detect_states_that_depend_on_position(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point = broken.point
@@ -151,7 +150,7 @@ def test_chunks_position_dependent_hidden_exceeds_bound(
 
 
 @pytest.mark.parametrize("length", ["length", "history_length", "set_length"])
-def test_padding_length_with_padding_exceeds_bound(
+def test_padding_detects_a_length_that_counts_padding(
     ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch, length: str
 ) -> None:
     run = broken.run
@@ -169,12 +168,12 @@ def test_padding_length_with_padding_exceeds_bound(
 
 @pytest.mark.parametrize("seed", [11, 12])
 def test_int8_history_state_is_near_manifest_value(ranker: Ranker, seed: int) -> None:
-    """Other drawn requests than those of the manifest give a similar difference."""
+    """Random requests other than those of the manifest give a similar difference."""
     said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
     assert said / 5 <= parity.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, seed)) <= 5 * said
 
 
-def test_int8_scales_of_another_row_exceed_manifest_value(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_history_state_detects_scales_of_another_row(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = HistoryState.packed
 
     def shifted(state: HistoryState) -> PackedState:
@@ -193,7 +192,7 @@ def test_int8_scales_of_another_row_exceed_manifest_value(ranker: Ranker, monkey
 
 
 def test_multi_threaded_call_is_within_bound(ranker: Ranker, tiny: Tiny) -> None:
-    """Several threads in one call change the order of sums at most."""
+    """Several threads in one call change only the order of sums."""
     engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
     assert set(engine.multi_threaded) == {"encode", "point", "set"}
     draw = Requests(engine, ranker.manifest, 8)

@@ -11,16 +11,16 @@ import torch
 
 from slatewise_train.batches import epoch_windows
 from slatewise_train.data import Data, split_sequences, training_events
-from slatewise_train.evaluation.personalization import (
+from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
+from slatewise_train.meta.limaml import MetaTrainer
+from slatewise_train.meta.personalization import (
     LENGTHS,
     Comparison,
     cases_of,
+    compare_lengths,
     fit_vectors,
     sign_flip,
-    tabulate,
 )
-from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
-from slatewise_train.meta.limaml import MetaTrainer
 from tests.conftest import Tiny
 
 
@@ -37,7 +37,7 @@ def comparison(tiny: Tiny, data: Data) -> Comparison:
     return Comparison(data, tiny.trainer.model.eval().requires_grad_(True), tiny.learner)
 
 
-def test_held_out_users_are_in_no_training_case(tiny: Tiny, data: Data) -> None:
+def test_held_out_users_are_not_in_training(tiny: Tiny, data: Data) -> None:
     split = data.split
     held = set(split.held_out_users.tolist())
     assert len(held) == 12 and not held & {*split.slate_users.tolist(), *split.validation_users.tolist()}
@@ -48,7 +48,7 @@ def test_held_out_users_are_in_no_training_case(tiny: Tiny, data: Data) -> None:
     assert not held & {user for batch in trainer.cases(np.random.default_rng(0)) for user, _ in batch}
 
 
-def test_cases_have_stated_events_and_a_query_behind(data: Data) -> None:
+def test_cases_have_the_stated_length_and_a_query(data: Data) -> None:
     lengths = np.diff(data.sequences.offsets)
     users = np.arange(len(lengths))
     for length in LENGTHS:
@@ -57,7 +57,7 @@ def test_cases_have_stated_events_and_a_query_behind(data: Data) -> None:
         assert all(now == (length if length < LENGTHS[-1] else lengths[user] - 4) for user, now in cases)
 
 
-def test_comparison_arms_differ_only_in_the_vector(comparison: Comparison, data: Data) -> None:
+def test_comparison_changes_only_the_vector(comparison: Comparison, data: Data) -> None:
     cases = cases_of(data, data.split.held_out_users, 5, comparison.config.query)
     found = comparison.run(cases, (0.1, 10))
     assert set(found) == {"adapted", "default", "own vector", "nothing", "adapted, float16", "adapted, int8"}
@@ -88,7 +88,7 @@ def test_fit_vectors_lowers_the_fitted_loss(comparison: Comparison, data: Data) 
     assert (comparison.query_losses(support, fitted) < comparison.query_losses(support, start)).all()
 
 
-def test_sign_flip_noise_is_large_and_shift_is_small() -> None:
+def test_sign_flip_p_is_large_for_noise_small_for_a_shift() -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(size=300)
     noise -= noise.mean()
@@ -101,7 +101,7 @@ def test_report_has_every_arm_and_a_plot(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arms = {name: {metric: rng.random(40) for metric in ARM_METRICS} for name in ("default", "adapted", "own vector")}
     arms["adapted"]["query_loss"] = arms["default"]["query_loss"] - 0.25
-    report = {"lengths": tabulate({5: arms, 50: arms})}
+    report = {"lengths": compare_lengths({5: arms, 50: arms})}
     assert report["lengths"]["5"]["arms"]["adapted"]["query_loss"]["minus_default"] == [-0.25, -0.25, -0.25]
     table = personalization_table(report)
     assert table.count("\n") == 2 * 3 + 1 and "| 50+ | 40 | adapted |" in table and "-0.25000" in table

@@ -1,4 +1,4 @@
-"""int8 linears: their exact results, and that rows are independent, which a dynamic scale would break."""
+"""int8 layers: exact results, and rows that do not depend on each other, as they would with a dynamic scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 from loadtest.engine.dense_layers import FORMS, open_form
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
 from slatewise_train.compression.quantize import (
     FULL_BITS,
     SAFE_BITS,
@@ -29,6 +28,7 @@ from slatewise_train.compression.quantize import (
     quantize_weight,
 )
 from slatewise_train.evaluation import parity
+from slatewise_train.graph_check import CONTRIB, INTEGER_SIDE
 from tests.conftest import Tiny
 
 RANGES = {"x": (-3.0, 5.0)}
@@ -109,7 +109,7 @@ def test_quantize_weight_error_is_at_most_half_a_step(bits: int) -> None:
     assert (np.abs(codes * scale - weight) <= 0.5001 * scale).all() and not codes[:, 7].any()
 
 
-def test_layers_of_one_input_share_codes_and_small_ones_stay() -> None:
+def test_layers_with_one_input_share_its_codes() -> None:
     graph = quantize(layer(48, 32, layers=3), RANGES)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("QuantizeLinear") == 1 and kinds.count("MatMulIntegerToFloat") == 3
@@ -184,14 +184,13 @@ PROPERTIES = {
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_static_int8_keeps_parity_like_fp32(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
-    """Within the bound of fp32."""
+def test_static_int8_is_within_the_parity_bound_of_fp32(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
     assert PROPERTIES[name](parity.Requests(engines["static"], ranker.manifest, 1)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["one pass", "chunks", "extended", "padding"])
 def test_dynamic_int8_lets_neighbours_change_a_score(ranker: Ranker, engines: dict[str, Engine], name: str) -> None:
-    """By more than ten times the bound, so dynamic int8 is not offered as a variant."""
+    """The change is more than ten times the bound, so dynamic int8 is not offered as a variant."""
     assert PROPERTIES[name](parity.Requests(engines["dynamic"], ranker.manifest, 1)) > 1e-4
 
 
@@ -208,7 +207,7 @@ def test_static_int8_is_close_to_fp32(ranker: Ranker, engines: dict[str, Engine]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_only_the_dynamic_form_depends_on_other_rows(name: str) -> None:
+def test_only_dynamic_quantization_depends_on_other_rows(name: str) -> None:
     """Every form that `loadtest.engine.dense_layers` measures is close to the dense layer."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 64**-0.5, (64, 32)).astype(np.float32)

@@ -19,7 +19,7 @@ from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EXITS, uncalibrated
 
 
-def test_reference_has_the_documented_shape() -> None:
+def test_reference_ranker_has_the_documented_shape() -> None:
     content = reference_content()
     config = content.model.config
     assert (config.width, config.blocks, config.attention_heads, config.feed_forward, config.set_blocks) == (
@@ -62,7 +62,7 @@ def test_reference_weights_are_not_zero() -> None:
         assert (model.state_dict()[name].abs() > 0).float().mean() > 0.99, name
 
 
-def test_reference_example_and_warmup_name_its_own_ids() -> None:
+def test_reference_requests_have_only_ids_of_the_bundle() -> None:
     content = reference_content()
     request = RankRequest.model_validate(content.example)
     assert request.user in content.users and request.request_time is not None

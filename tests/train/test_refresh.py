@@ -74,7 +74,7 @@ def run(tiny: Tiny, url: str, paths: list[Path], **options: Any) -> dict[str, An
     return refresh(tiny.folder, Events(paths), url, Options(**options))
 
 
-def test_refresh_full_then_only_changed_users(
+def test_second_refresh_adapts_only_changed_users(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], events: pl.DataFrame
 ) -> None:
     before, new = files
@@ -130,7 +130,7 @@ def test_vectors_of_depends_on_events_and_labels(tiny: Tiny, events: pl.DataFram
     assert adapter.vectors_of(unknown)[0] == []
 
 
-def test_refresh_stopped_is_invisible_then_resumes(
+def test_stopped_refresh_is_not_visible_and_resumes(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "CHUNK_USERS", 15)
@@ -165,7 +165,7 @@ def test_refresh_stopped_is_invisible_then_resumes(
     assert all(list(stored(client, ranker, user)) == [1] for user in users)
 
 
-def test_refresh_two_processes_write_same_vectors_as_one(
+def test_refresh_in_two_processes_writes_the_same_vectors(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
     """Bit for bit: the random numbers of a chunk depend on the chunk alone."""
@@ -184,7 +184,7 @@ def test_refresh_two_processes_write_same_vectors_as_one(
 def test_server_uses_new_vectors_without_restart(
     tiny: Tiny, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
-    """The answers use the default vector, then the first generation's, then that of the user's new events."""
+    """The answers use the default vector, then the vector of the first generation, then the one after new events."""
     user = read_table(files[1])["user_id"][0]
     with serve(Settings(bundles=tiny.root, redis_url=SecretStr(url), embedding_cache_s=3600)) as server:
         body = server.get("/models/tiny").json()["example"] | {"user": user}
@@ -210,7 +210,7 @@ def test_server_uses_new_vectors_without_restart(
         assert np.abs(np.subtract(first, without)).max() > 1e-6 and np.abs(np.subtract(second, first)).max() > 1e-6
 
 
-def test_refresh_on_two_ray_workers_writes_same_vectors(
+def test_refresh_on_two_ray_workers_writes_the_same_vectors(
     tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path]
 ) -> None:
     run(tiny, url, [files[0]])

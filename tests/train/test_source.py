@@ -45,11 +45,11 @@ def assert_rebuilt_graphs_are_equal(folder: Path) -> None:
         assert graph == onnx.load(folder / "variants/fp32" / f"{name}.onnx"), name
 
 
-def test_rebuilt_graphs_of_tiny_are_equal(tiny: Tiny) -> None:
+def test_graphs_rebuilt_from_the_bundle_are_equal(tiny: Tiny) -> None:
     assert_rebuilt_graphs_are_equal(tiny.folder)
 
 
-def test_rebuilt_graphs_of_the_demo_give_the_same_scores(tmp_path: Path) -> None:
+def test_graphs_rebuilt_from_the_demo_give_the_same_scores(tmp_path: Path) -> None:
     manifest = read_manifest(DEMO_FOLDER)
     write_graphs(tmp_path, rebuilt_graphs(DEMO_FOLDER))
     items = np.load(DEMO_FOLDER / "items.npy")
@@ -75,10 +75,10 @@ def test_rebuilt_graphs_of_the_demo_give_the_same_scores(tmp_path: Path) -> None
     ],
     ids=str,
 )
-def test_rebuilt_graphs_of_other_shapes_are_equal(
+def test_graphs_rebuilt_from_other_shapes_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
 ) -> None:
-    """Without numeric features, set-wise block or meta-embedding, shallow, and with shared key heads."""
+    """The shapes lack numeric features, set-wise blocks or meta-embeddings, are shallow, or share key heads."""
     whole = reference_content()
     ids = whole.ids[:100]
     config = dataclasses.replace(whole.model.config, items=len(ids) + 2, width=16, **{"blocks": 2} | change)
@@ -98,7 +98,7 @@ def test_rebuilt_graphs_of_other_shapes_are_equal(
     assert load_bundle(folder, 1).default_meta.shape == (config.meta_size,)
 
 
-def test_serving_form_folds_fields_and_keeps_the_vectors(tiny: Tiny) -> None:
+def test_serving_form_folds_fields_into_the_item_vectors(tiny: Tiny) -> None:
     model = tiny.trainer.model
     folded = serving_form(model)
     assert model.config.fields and not folded.config.fields
@@ -150,7 +150,7 @@ def test_load_pickled_weights_is_refused(copy: Path) -> None:
         load_model(copy, read_manifest(copy))
 
 
-def test_source_of_format_1_asks_to_export_again(copy: Path) -> None:
+def test_source_of_format_1_says_to_export_again(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["model"]
     (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))

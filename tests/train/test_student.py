@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
-from slatewise_train.compression.student import half, regroup, shrink
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
+from slatewise_train.rankers.ligr_student import half, regroup, shrink
 from slatewise_train.rankers.weights import serving_form
 from slatewise_train.train import Trainer
 from tests.conftest import Tiny
@@ -51,7 +51,7 @@ def test_shrink_to_the_same_shape_copies_the_teacher() -> None:
     key_size=st.sampled_from([2, 4, 8]),
 )
 @settings(max_examples=25, deadline=None)
-def test_shrink_gives_the_wanted_shape(
+def test_shrink_returns_a_student_of_the_shape(
     blocks: int, set_blocks: int, feed_forward: int, heads: tuple[int, int], key_size: int
 ) -> None:
     teacher = make_teacher()
@@ -90,14 +90,14 @@ def test_shrink_gives_the_wanted_shape(
     assert torch.isfinite(student.set_logits(hidden)).all() and users.shape == (1, 9, 16)
 
 
-def test_shrink_takes_blocks_evenly() -> None:
+def test_shrink_takes_evenly_spaced_blocks() -> None:
     teacher = make_teacher()
     student = shrink(teacher, {"blocks": 2})
     for k, original in enumerate((0, 2)):
         torch.testing.assert_close(student.blocks[k].up.weight, teacher.blocks[original].up.weight)
 
 
-def test_shrink_keeps_hidden_units_of_largest_norm() -> None:
+def test_shrink_copies_hidden_units_of_largest_norm() -> None:
     teacher = make_teacher(blocks=1)
     with torch.no_grad():
         teacher.blocks[0].down.weight[:, ::2] *= 1e-3
@@ -106,7 +106,7 @@ def test_shrink_keeps_hidden_units_of_largest_norm() -> None:
     torch.testing.assert_close(student.blocks[0].down.weight, teacher.blocks[0].down.weight[:, 1::2])
 
 
-def test_regroup_keeps_pairs_of_the_smaller_heads_frequencies() -> None:
+def test_regroup_selects_the_frequencies_of_a_smaller_head() -> None:
     rows = torch.arange(16.0)[:, None]  # two heads of 8: pairs (0, 4), (1, 5), ... and (8, 12), ...
     assert regroup(rows, 2, 2, 8, 4)[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
     assert regroup(rows, 2, 1, 8, 8)[:, 0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11], "shared heads are averaged"
@@ -131,7 +131,7 @@ def test_shrink_to_impossible_shape_is_refused(shape: dict[str, int], reason: st
         shrink(make_teacher(), shape)
 
 
-def test_shrink_to_heads_that_do_not_merge_is_refused() -> None:
+def test_shrink_to_a_count_that_splits_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="must divide"):
         shrink(make_teacher(attention_heads=4), {"key_heads": 3})
     with pytest.raises(ValueError, match="keeps its attention_heads"):
@@ -139,8 +139,8 @@ def test_shrink_to_heads_that_do_not_merge_is_refused() -> None:
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_shrink_of_equal_key_heads_keeps_the_output(key_heads: int) -> None:
-    """The mean of equal heads is each of them."""
+def test_shrink_of_equal_key_heads_does_not_change_output(key_heads: int) -> None:
+    """The mean of equal heads equals each head."""
     teacher = make_teacher(attention_heads=4, blocks=1)
     with torch.no_grad():
         for layer in (teacher.blocks[0].key, teacher.blocks[0].value):
@@ -153,14 +153,10 @@ def test_shrink_of_equal_key_heads_keeps_the_output(key_heads: int) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_half_is_half_of_each_size() -> None:
+def test_default_student_has_half_of_each_size() -> None:
     assert half(make_teacher().config) == {"blocks": 2, "feed_forward": 2, "key_size": 4}
-    assert (
-        shrink(
-            make_teacher(blocks=1, feed_forward=1), half(make_teacher(blocks=1, feed_forward=1).config)
-        ).config.blocks
-        == 1
-    )
+    least = make_teacher(blocks=1, feed_forward=1)
+    assert shrink(least, half(least.config)).config.blocks == 1
 
 
 def test_distillation_loss_of_equal_logits_is_zero() -> None:
@@ -183,7 +179,7 @@ CONFIG = DistillConfig(
 VECTORS = np.random.default_rng(0).normal(0, 0.3, (10, 8)).astype(np.float32)
 
 
-def test_distill_trains_only_the_student_without_its_items(trainer: Trainer, tmp_path: Path) -> None:
+def test_distill_changes_neither_teacher_nor_item_table(trainer: Trainer, tmp_path: Path) -> None:
     student = shrink(trainer.model, {"blocks": 1, "feed_forward": 1})
     teacher = copy.deepcopy(trainer.model.state_dict())
     items = student.item.weight.detach().clone()
@@ -194,12 +190,12 @@ def test_distill_trains_only_the_student_without_its_items(trainer: Trainer, tmp
         torch.testing.assert_close(value, teacher[name], rtol=0, atol=0)
 
 
-def test_distiller_loss_of_the_teacher_itself_is_zero(trainer: Trainer) -> None:
+def test_distillation_loss_of_a_copy_of_the_teacher_is_zero(trainer: Trainer) -> None:
     distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
     assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
 
 
-def test_distill_resumed_gives_the_same_student(
+def test_resumed_distillation_gives_the_same_student(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"blocks": 1, "key_size": 4}
@@ -225,7 +221,7 @@ def test_distill_resumed_gives_the_same_student(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_distill_with_checkpoint_of_other_work_starts_anew(trainer: Trainer, tmp_path: Path) -> None:
+def test_distill_replaces_a_checkpoint_of_other_work(trainer: Trainer, tmp_path: Path) -> None:
     checkpoint = tmp_path / "student.pt"
     distill(shrink(trainer.model, {"blocks": 1}), trainer, VECTORS, CONFIG, checkpoint)
     losses = distill(shrink(trainer.model, {"blocks": 1, "key_size": 4}), trainer, VECTORS, CONFIG, checkpoint)

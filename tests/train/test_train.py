@@ -76,7 +76,7 @@ def test_loss_decreases_before_and_after_cascade_epochs(tiny: Tiny) -> None:
     assert losses[-1] < losses[joins]
 
 
-def test_training_resumed_equals_uninterrupted_training(
+def test_resumed_training_equals_uninterrupted_training(
     few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     through = train(few, MODEL, SHORT, tmp_path / "through")
@@ -108,7 +108,7 @@ def test_training_resumed_equals_uninterrupted_training(
     assert logs[0] == logs[1]
 
 
-def test_training_finished_is_not_changed_by_another_run(few: Data, tmp_path: Path) -> None:
+def test_finished_training_is_not_changed_by_another_run(few: Data, tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, epochs=1, cascade_epochs=0)
     first = train(few, MODEL, config, tmp_path)
     again = train(few, MODEL, config, tmp_path)
@@ -140,7 +140,7 @@ def test_epoch_windows_cover_users_within_batch_size(
     assert all(batches), "no batch is empty"
 
 
-def test_epoch_windows_long_history_starts_at_every_event() -> None:
+def test_window_of_a_long_history_can_start_at_any_event() -> None:
     firsts = {
         w[1]
         for seed in range(60)
@@ -150,7 +150,7 @@ def test_epoch_windows_long_history_starts_at_every_event() -> None:
     assert firsts == {0, 1, 2, 3, 4}
 
 
-def test_make_batch_right_padded_after_start_token(few: Data) -> None:
+def test_batch_has_start_token_events_and_right_padding(few: Data) -> None:
     sequences = few.sequences
     windows = [(0, 3, 8), (2, 0, 1), (1, 5, 7)]
     batch = make_batch(sequences, windows)
@@ -191,7 +191,7 @@ def test_dot_loss_does_not_depend_on_padding(few: Data) -> None:
 
 
 @pytest.mark.parametrize("cascade", [False, True])
-def test_loss_one_batch_can_be_overfitted(few: Data, cascade: bool) -> None:
+def test_training_can_overfit_one_batch(few: Data, cascade: bool) -> None:
     torch.manual_seed(0)
     trainer = Trainer(
         few,
@@ -226,7 +226,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(few: Data) -> None:
     assert learning_rate(trainer.config, 1.0, 50) == pytest.approx(0.0)
 
 
-def test_validate_ranks_held_out_event_among_unseen_items() -> None:
+def test_validate_ranks_held_out_event_among_new_items() -> None:
     histories = {f"u{u}": [f"i{(u + k * (u + 1)) % 13}" for k in range(10)] for u in range(12)}
     data = make_data(histories, [f"i{k}" for k in range(14)], slate_size=2, validation_users=8)
     trainer = Trainer(data, MODEL, SHORT)
@@ -257,14 +257,14 @@ def test_validate_ranks_held_out_event_among_unseen_items() -> None:
     assert 0 < np.mean(gains) < 1
 
 
-def test_build_model_always_missing_number_stays_finite(few: Data) -> None:
+def test_model_with_an_always_missing_number_is_finite(few: Data) -> None:
     numeric = few.catalogue.numeric.copy()
     numeric[:, 1] = np.nan
     model = build_model(dataclasses.replace(few.catalogue, numeric=numeric), few.config, MODEL)
     assert model.numeric_mean.isfinite().all() and (model.numeric_std > 0).all()
 
 
-def test_command_unknown_training_key_exits_with_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_names_an_unknown_key_of_the_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ranker.toml"
     path.write_text(
         'name = "x"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n[heads.buy]\nkind = "label"\nweight = 1\n'

@@ -3,7 +3,7 @@
 A bundle is trusted after three checks: the SHA-256 of every file, the shapes and dtypes that the manifest declares,
 and each variant's golden request, scored on this processor. A variant that fails is not served and the others are.
 A version that fails leaves the next older version serving. The operators of the graphs are checked once, when
-the bundle is written (`slatewise_train/compression/graph_check.py`).
+the bundle is written (`slatewise_train/graph_check.py`).
 
 Called by: the server's start, offline tools. Calls: `manifest.py`, `inference/engine.py`.
 """

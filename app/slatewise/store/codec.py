@@ -23,7 +23,8 @@ HEADER = struct.Struct(
 )  # magic, dtype, dim, created_at (unix seconds), generation, crc32 of all other bytes
 MAGIC = b"SLWM"
 DTYPES = {"float32": 0, "float16": 1, "int8": 2}
-FLOAT32, FLOAT16, INT8 = DTYPES.values()
+FLOAT32 = DTYPES["float32"]
+INT8 = DTYPES["int8"]
 
 
 class Corrupt(ValueError):

@@ -1,6 +1,6 @@
-"""The models that variants are made of: the bundle's own, its low-rank form, and a student.
+"""Build the models from which variants are made: the bundle's own model, its low-rank form, and a student.
 
-Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `student.py`, `distill.py`.
+Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `distill.py`, `rankers/families.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from slatewise_train.compression.distill import DistillConfig, distill
 from slatewise_train.compression.low_rank import (
     Layer,
     allocate,
-    dense_layers,
     factor,
     layer_of,
     spectrum,
@@ -24,18 +23,18 @@ from slatewise_train.compression.low_rank import (
 )
 from slatewise_train.compression.quantize import SAFE_BITS
 from slatewise_train.compression.source import Source
-from slatewise_train.compression.student import half, shrink
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers import families
+from slatewise_train.rankers.base import RankerModel
 
 
 @dataclass(frozen=True)
 class Options:
-    """How variants are made."""
+    """Options for making variants."""
 
-    method: str = "afm"  # of low rank
+    method: str = "afm"  # method of low rank, see `low_rank.METHODS`
     share: float = 0.5  # share of the dense layers' cost that the low-rank form may have
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
-    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `student.half`
+    shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
     bits: int = SAFE_BITS  # of int8 weights
     checkpoints: Path = Path("build/compress")
@@ -45,24 +44,27 @@ class Options:
 class Base:
     """A model, and for the low-rank form the rank of each layer, `None` for an unfactored layer."""
 
-    model: Ranker
+    model: RankerModel
     ranks: dict[str, int | None] = field(default_factory=dict)
 
 
 def checkpoints_of(source: Source, options: Options) -> Path:
-    """The folder of a bundle's checkpoints and finished measurements."""
+    """Return the folder of a bundle's checkpoints and finished measurements."""
     return options.checkpoints / source.manifest.ranker / str(source.manifest.version)
 
 
 def make_base(source: Source, kind: str, options: Options) -> Base:
-    """The model of a kind: fp32, lowrank or student; trained from fp32 when the options say so and there are data."""
+    """Build the model of a kind: fp32, lowrank or student.
+
+    lowrank and student are trained from fp32 when the options ask for it and the source has data.
+    """
     if kind == "fp32":
         return Base(source.model)
     folder = checkpoints_of(source, options)
     if kind == "student":
-        shape = options.shape or half(source.model.config)
+        shape = options.shape or families.half(source.model)
         checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
-        base = Base(shrink(source.model, shape))
+        base = Base(families.shrink(source.model, shape))
     else:
         checkpoint = folder / f"lowrank,{options.method},{options.share:g},{options.budget}.pt"
         base = low_rank_base(source, options, checkpoint.with_suffix(".json"))
@@ -73,7 +75,7 @@ def make_base(source: Source, kind: str, options: Options) -> Base:
 
 
 def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
-    """The low-rank form within the options' budget. Raises ValueError when no layer would become cheaper.
+    """Build the low-rank form within the options' budget. Raises ValueError when no layer would become cheaper.
 
     ranks_file keeps the ranks, because measured times differ between runs and a stopped compression must resume with
     the same ranks.
@@ -82,7 +84,7 @@ def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
         ranks: dict[str, int | None] = json.loads(ranks_file.read_text())
     else:
         layers = dict[str, Layer]()
-        for name, layer in dense_layers(source.model).items():
+        for name, layer in families.dense_layers(source.model).items():
             weight = layer.weight.detach().double()
             curve = spectrum(options.method, weight, source.statistics[name])
             layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)

@@ -1,10 +1,11 @@
-"""Distillation: a low-rank model or a student learns to score and to order like its teacher.
+"""Distillation: train a low-rank model or a student to give the scores and the order of its teacher.
 
-It is trained on histories and drawn slates, and the teacher's probabilities are the labels (Hinton et al.,
-arXiv 1503.02531). The item table does not change, because all variants share it. A stopped run resumes after its last
-complete epoch.
+The training data are the users' histories, and slates that the teacher draws. The teacher's probabilities are the
+labels (Hinton et al., arXiv 1503.02531). The item table does not change, because all variants share it. A stopped run
+resumes after its last complete epoch.
 
-Called by: `bases.py`. Calls: `batches.py`, `epochs.py`, `losses.py`, `checkpoint.py`.
+Called by: `bases.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`, `epochs.py`,
+`losses.py`, `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch, read_slates
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import distillation_loss, listwise_kl
-from slatewise_train.rankers.base import EncodedHistory, Ranker
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.train import Trainer
 
 
@@ -31,19 +32,19 @@ class DistillConfig:
     batch_events: int = 8192
     learning_rate: float = 0.003
     warmup_steps: int = 100
-    positions: int = 512  # per batch, at which the exit `dot` learns to order items
-    items: int = 2048  # that it orders at each position
-    windows: int = 32  # per batch, with slates for the other exits
+    positions: int = 512  # positions of a batch at which the exit `dot` learns to order items
+    items: int = 2048  # items to order at each position
+    windows: int = 32  # windows of a batch that get slates, for the other exits
     seed: int = 0
 
 
 class Distiller:
     """Trains `student` towards `trainer.model` on the trainer's data.
 
-    vectors: (U, M) users' meta-embeddings, which are drawn for the slates.
+    vectors: (U, M) users' meta-embeddings, from which the slates get random ones.
     """
 
-    def __init__(self, student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
+    def __init__(self, student: RankerModel, trainer: Trainer, vectors: np.ndarray, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)
         self.student = student
         self.teacher = trainer.model.eval()
@@ -51,7 +52,7 @@ class Distiller:
         self.config = config
         self.vectors = torch.from_numpy(np.array(vectors))
         self.table = trainer.model.item_table().detach()
-        # The exit `dot` trains the user vectors only, and the default meta-embedding is the bundle's.
+        # Items are shared, so the exit `dot` trains user vectors only; default_meta is shared by the whole bundle.
         for name in ("item.weight", "default_meta", "dot_scale", "dot_bias"):
             student.get_parameter(name).requires_grad_(False)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -62,7 +63,10 @@ class Distiller:
         self.identity = self.digest()
 
     def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
-        """Loss of all exits on a batch of windows: `dot` at drawn positions, the others on slates of drawn windows."""
+        """Return the loss of all exits on a batch of windows.
+
+        The loss of `dot` is computed at random positions, the losses of the other exits on slates of random windows.
+        """
         batch = make_batch(self.trainer.data.sequences, windows)
         vectors = self.table[batch.items]
         with torch.no_grad():
@@ -74,7 +78,7 @@ class Distiller:
         return sum(self.slate_losses(batch.take(rows), found, users[rows], wanted, wanted_users[rows]), loss)
 
     def dot_loss(self, batch: Batch, users: Tensor, wanted: Tensor) -> Tensor:
-        """`listwise_kl` of drawn items at drawn positions. users, wanted: (B, T, d) of student and teacher."""
+        """Return `listwise_kl` of random items at random positions. users, wanted: (B, T, d) of student and teacher."""
         real = (torch.arange(batch.items.shape[1]) <= batch.lengths[:, None]).flatten().nonzero()[:, 0]
         places = real[torch.randperm(len(real))[: self.config.positions]]
         items = self.table[FIRST_ITEM + torch.randperm(len(self.table) - FIRST_ITEM)[: self.config.items]]
@@ -90,9 +94,9 @@ class Distiller:
         wanted_history: EncodedHistory,
         wanted_users: Tensor,
     ) -> list[Tensor]:
-        """`distillation_loss` of each exit above `dot`, on slates that the teacher draws.
+        """Return `distillation_loss` of each exit above `dot`, on slates that the teacher draws.
 
-        Half of the positions have the default meta-embedding, the others a drawn one.
+        Half of the positions have the default meta-embedding, the other half a random user's.
         """
         teacher = self.teacher
         slates = self.trainer.draw_slates(batch, wanted_users, self.table)
@@ -107,14 +111,14 @@ class Distiller:
         return [distillation_loss(found[exit], wanted[exit]) for exit in found if exit != "dot"]
 
     def run_epoch(self) -> float:
-        """One pass over the training events; returns the mean loss."""
+        """Train for one pass over the training events and return the mean loss."""
         self.student.eval()  # no dropout, because the teacher labels every input
         mean = one_epoch(self.config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, self.loss)
         self.epoch += 1
         return mean
 
     def digest(self) -> str:
-        """The checkpoint's identity: teacher, initial student, data and configs."""
+        """Return the checkpoint's identity, computed from teacher, initial student, data and configs."""
         trainer = self.trainer
         values = (
             self.student.config,
@@ -127,7 +131,9 @@ class Distiller:
         return checkpoint.identity(values, [self.vectors, *weights])
 
 
-def distill(student: Ranker, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path) -> list[float]:
+def distill(
+    student: RankerModel, trainer: Trainer, vectors: np.ndarray, config: DistillConfig, path: Path
+) -> list[float]:
     """Train the student in place and return the loss of each epoch.
 
     path: a checkpoint, which is resumed if it belongs to the same work and replaced otherwise.

@@ -1,6 +1,9 @@
-"""int8 item tables: each row as int8 codes around its middle (middle-max quantization, LiRank, arXiv 2402.06859).
+"""Quantize an item table to int8.
 
-Called by: `compress.py` writes items8.npy, and the server reads it through `inference/item_table.py`.
+Each item is stored as int8 codes, with one scale and one middle value for the item (middle-max quantization of LiRank,
+arXiv 2402.06859).
+
+Called by: `compress.py`, which writes items8.npy. The server reads this file with `inference/item_table.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low rank: one dense layer becomes two thin ones, `y = second (first x) + bias`.
+"""Low rank: replace one dense layer by two thin ones, `y = second (first x) + bias`.
 
     svd     the closest approximation of the weights (Eckart and Young 1936)
     fwsvd   the same, with each row weighted by its Fisher information (FWSVD, arXiv 2207.00112)
@@ -6,7 +6,8 @@
 
 `allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
 
-Called by: `variants.py`. Reads: a trained ranker, and statistics of its layers on calibration data.
+Called by: `bases.py`, `source.py`. `compress.py` lists its methods. Calls: `rankers/families.py` for the dense layers
+of a ranker, `rankers/onnx_builder.py` to measure their time.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from slatewise_train.rankers import families
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
@@ -43,46 +45,48 @@ class Factors:
     bias: Tensor  # (out,)
 
 
-M = TypeVar("M", bound=nn.Module)
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
 
 
-def svd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
-    """Truncated singular value decomposition. weight (out, in), bias (out,), float64."""
+def svd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
+    """Factor by truncated singular value decomposition. weight (out, in), bias (out,), float64."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
     return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
 
 
-def fwsvd(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
-    """`svd` of the weights with each row scaled by the square root of its Fisher information."""
-    importance = row_importance(seen)
-    factors = svd(importance[:, None] * weight, bias, seen, rank)
+def fwsvd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
+    """Factor as `svd` does, with each row scaled by the square root of its Fisher information."""
+    importance = row_importance(statistics)
+    factors = svd(importance[:, None] * weight, bias, statistics, rank)
     return Factors(factors.first, factors.second / importance[:, None], bias)
 
 
-def afm(weight: Tensor, bias: Tensor, seen: LayerStatistics, rank: int) -> Factors:
-    """U U' (W x + b) + (I - U U') mean, where the columns of U are the first principal components of the outputs.
+def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
+    """Factor as U U' (W x + b) + (I - U U') mean. The columns of U are the first principal components of the outputs.
 
-    Of all maps of this rank it has the lowest squared error on the calibration data.
+    Among all maps of the same rank it has the lowest squared error on the calibration data.
     """
-    u = torch.linalg.eigh(seen.covariance).eigenvectors.flip(1)[:, :rank]  # descending
-    return Factors(u.T @ weight, u, seen.mean + u @ (u.T @ (bias - seen.mean)))
+    u = torch.linalg.eigh(statistics.covariance).eigenvectors.flip(1)[:, :rank]  # descending
+    return Factors(u.T @ weight, u, statistics.mean + u @ (u.T @ (bias - statistics.mean)))
 
 
 METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
 
 
-def row_importance(seen: LayerStatistics) -> Tensor:
-    """(out,) square roots of the rows' Fisher information, at least a millionth of the largest."""
-    return seen.fisher.clamp(min=1e-12 * float(seen.fisher.max()) or 1.0).sqrt()
+def row_importance(statistics: LayerStatistics) -> Tensor:
+    """Return (out,) square roots of the rows' Fisher information, at least a millionth of the largest."""
+    return statistics.fisher.clamp(min=1e-12 * float(statistics.fisher.max()) or 1.0).sqrt()
 
 
-def spectrum(method: str, weight: Tensor, seen: LayerStatistics) -> Tensor:
-    """(ranks,) descending: entry r is the largest error that a factorization of rank r leaves, in the method's norm."""
+def spectrum(method: str, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Return (ranks,) errors in descending order. Entry r is the error of a factorization of rank r.
+
+    The error is the largest one in the norm that the method minimizes.
+    """
     if method == "afm":
-        return torch.linalg.eigvalsh(seen.covariance).flip(0).clamp(min=0).sqrt()
-    return torch.linalg.svdvals(weight if method == "svd" else row_importance(seen)[:, None] * weight)
+        return torch.linalg.eigvalsh(statistics.covariance).flip(0).clamp(min=0).sqrt()
+    return torch.linalg.svdvals(weight if method == "svd" else row_importance(statistics)[:, None] * weight)
 
 
 class LowRank(nn.Module):
@@ -102,15 +106,9 @@ class LowRank(nn.Module):
         return self.second(self.first(x))
 
 
-def dense_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks, by name. Only these are factored: they take nearly all of the time."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: layer for name, layer in found.items() if "blocks." in name}
-
-
-def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
-    """Statistics of every dense layer. `losses` runs batches through the model and yields the loss of each."""
-    layers = dense_layers(model)
+def collect_statistics(model: RankerModel, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
+    """Collect statistics of every dense layer. `losses` runs batches through the model and yields the loss of each."""
+    layers = families.dense_layers(model)
     count = dict.fromkeys(layers, 0)
     total = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
     square = {
@@ -141,11 +139,12 @@ def collect_statistics(model: nn.Module, losses: Callable[[], Iterable[Tensor]])
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    seen = {}
+    statistics = {}
     for name in layers:
         mean = total[name] / count[name]
-        seen[name] = LayerStatistics(mean, square[name] / count[name] - torch.outer(mean, mean), fisher[name] / batches)
-    return seen
+        covariance = square[name] / count[name] - torch.outer(mean, mean)
+        statistics[name] = LayerStatistics(mean, covariance, fisher[name] / batches)
+    return statistics
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,10 @@ class Layer:
     whole: float  # cost of the unfactored layer, whose error is 0
 
     def rank(self, error: float) -> int | None:
-        """The lowest rank, at least 1, with an error up to this one; `None` when the unfactored layer costs no more."""
+        """Return the lowest rank, at least 1, whose error is at most `error`.
+
+        Returns `None` when the unfactored layer does not cost more than that rank.
+        """
         rank = max(1, sum(e > error for e in self.errors))
         return None if rank >= len(self.costs) or self.costs[rank] >= self.whole else rank
 
@@ -169,16 +171,16 @@ class Layer:
 
 
 def layer_of(spectrum: Tensor, weight: Tensor) -> Layer:
-    """A layer whose costs are numbers of parameters, without the bias. spectrum: as the function returns it."""
+    """Build a layer whose costs are numbers of parameters, without the bias. spectrum: the result of `spectrum`."""
     size = sum(weight.shape)
     errors = [float(value) for value in spectrum / spectrum[0]]
     return Layer(errors, [float(rank * size) for rank in range(len(errors))], float(weight.numel()))
 
 
 def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 16) -> Layer:
-    """A layer whose costs are microseconds for that many rows on this machine, in ONNX Runtime with one thread.
+    """Build a layer whose costs are microseconds for `rows` rows on this machine, in ONNX Runtime with one thread.
 
-    At most `steps` ranks are measured; the costs of the others are interpolated.
+    At most `steps` ranks are measured; the costs of the ranks between them are interpolated.
     """
     errors = [float(value) for value in spectrum / spectrum[0]]
     measured = np.unique(np.linspace(1, min(weight.shape), steps, dtype=int))
@@ -189,7 +191,7 @@ def timed_layer(spectrum: Tensor, weight: Tensor, rows: int = 200, steps: int = 
 
 
 def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
-    """Median time of a chain of dense layers, each (out, in), for that many rows."""
+    """Measure the median time of a chain of dense layers, each (out, in), for that many rows."""
     g = GraphBuilder("layers")
     x = g.input("x", ["N", weights[0].shape[1]])
     for k, weight in enumerate(weights):
@@ -208,9 +210,9 @@ def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
 
 
 def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
-    """Ranks by layer within the budget that minimize the largest relative error; `None` leaves a layer unfactored.
+    """Choose ranks by layer within the budget that minimize the largest relative error.
 
-    Raises ValueError when rank 1 of every layer already exceeds the budget.
+    `None` leaves a layer unfactored. Raises ValueError when rank 1 of every layer already exceeds the budget.
     """
     levels = sorted({0.0, 1.0, *(error for layer in layers.values() for error in layer.errors)})
 
@@ -230,13 +232,15 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
     return ranks(levels[low])
 
 
-def factor(model: M, seen: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]) -> M:
-    """A copy of the model with each layer at its rank; `None` or no entry leaves the layer unfactored."""
+def factor(
+    model: RankerModel, statistics: Mapping[str, LayerStatistics], method: str, ranks: Mapping[str, int | None]
+) -> RankerModel:
+    """Return a copy of the model with each layer at its rank. A layer with rank `None` or no rank stays as it is."""
     result = copy.deepcopy(model)
-    for name, layer in dense_layers(model).items():
+    for name, layer in families.dense_layers(model).items():
         if (rank := ranks.get(name)) is not None:
             weight = layer.weight.detach().double()
             bias = layer.bias.detach().double()
             owner, _, part = name.rpartition(".")
-            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, seen[name], rank)))
+            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, statistics[name], rank)))
     return result

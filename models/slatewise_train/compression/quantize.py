@@ -1,11 +1,14 @@
-"""int8 linears: rewrite a graph so that its large dense layers multiply 8-bit integers.
+"""Quantize a graph: its large dense layers then multiply 8-bit integers.
 
-Weights are int8 with one scale per output. Inputs are uint8 with a constant scale and zero point per layer, from the
-ranges that `observe` measures on calibration requests. ONNX Runtime's dynamic quantization is not used: its scale is
-one for a whole tensor, so neighbours, padding and chunks would change a score. Inputs beyond the measured range
-saturate. Normalisation, softmax, exits and calibration stay in float.
+A weight is stored as int8, with one scale for each output. An input is converted to uint8 with a scale and a zero
+point. Both are constants of the layer, computed from the ranges that `observe` measures on calibration requests.
+Inputs outside the measured range saturate. Normalisation, softmax, exits and calibration stay in float.
 
-Called by: `variants.py`. Calls: onnx, `inference/engine.py` to record the inputs of the graphs.
+The dynamic quantization of ONNX Runtime is not used. It computes one scale for a whole tensor, so the other candidates
+of a request, padding and chunks would change a score.
+
+Called by: `variants.py`, `bases.py`, `compress.py`, `loadtest/`. Calls: onnx; `inference/engine.py` to record the
+inputs of the graphs.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.compression.graph_check import CONTRIB, INTEGER_SIDE
+from slatewise_train.graph_check import CONTRIB, INTEGER_SIDE
 
-SAFE_BITS = 7  # of a weight
-FULL_BITS = 8  # without VNNI, the sum of two 8-bit products overflows the 16 bits that it is kept in
+SAFE_BITS = 7  # bits of a weight; safe on every processor
+FULL_BITS = 8  # needs VNNI: other processors add two products in 16 bits, which can overflow
 
 
 def dense_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The `Gemm` nodes to quantize: those with a constant weight (in, out) of which no side is small."""
+    """Return the `Gemm` nodes to quantize: their weight (in, out) is constant, and neither side is small."""
     shapes = {weight.name: tuple(weight.dims) for weight in graph.graph.initializer}
     return [
         node
@@ -40,7 +43,7 @@ Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
 
 
 class RecordingEngine(Engine):
-    """An engine that keeps the inputs of every call, by graph."""
+    """An engine that records the inputs of every call, by graph."""
 
     def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
         self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -52,7 +55,7 @@ class RecordingEngine(Engine):
 
 
 def observe(graph: onnx.ModelProto, requests: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """The range of every dense layer's input over these inputs of the graph, extended to contain 0."""
+    """Run the graph on requests and return the range of every dense layer's input, extended to contain 0."""
     names = sorted({node.input[0] for node in dense_nodes(graph)})
     if not names:
         return {}
@@ -80,13 +83,13 @@ def quantize_weight(weight: np.ndarray, bits: int = SAFE_BITS) -> tuple[np.ndarr
 
 
 def input_scale(least: float, largest: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of a uint8 input with values in this range."""
+    """Return scale and zero point of a uint8 input with values from `least` to `largest`."""
     scale = np.float32(max(largest - least, 1e-6) / 255)
     return scale, np.uint8(np.clip(round(-least / float(scale)), 0, 255))
 
 
 def quantize(graph: onnx.ModelProto, ranges: Ranges, bits: int = SAFE_BITS) -> onnx.ModelProto:
-    """A copy of the graph with integer dense layers. Layers with the same input share its codes."""
+    """Return a copy of the graph with integer dense layers. Layers with the same input share its uint8 codes."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     weights = {weight.name: weight for weight in result.graph.initializer}

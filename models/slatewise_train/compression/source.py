@@ -1,6 +1,8 @@
-"""The bundle that is compressed: its model, calibrations and engine, and requests to calibrate and compare variants on.
+"""Open the bundle to compress: its model, calibrations and engine, and sample requests.
 
-Called by: `bases.py`, `variants.py`, `compress.py`. Calls: `rankers/weights.py`, `evaluation/`.
+Half of the samples give the ranges of int8 inputs. The other half measures the agreement of a variant with fp32.
+
+Called by: `bases.py`, `variants.py`, `compress.py`. Calls: `rankers/weights.py`, `evaluation/`, `train.py`.
 """
 
 from __future__ import annotations
@@ -50,16 +52,16 @@ class Sample:
         return Candidates(items.take(self.rows, axis=0), self.numeric, self.context)
 
     def score(self, engine: Engine, exit: str) -> Float64:
-        """(N, heads) probabilities."""
+        """Return (N, heads) probabilities."""
         return engine.score(self.history, self.candidates(engine.items), self.meta, exit)
 
 
 class Source:
-    """A bundle of format 2, and the data that measure the quality of its variants.
+    """A bundle of format 2, and the data on which the quality of its variants is measured.
 
-    data: `None` when only size and latency are of interest; then nothing is trained and quality is unknown.
-    most_users limits leave-one-out. Raises ManifestError for a bundle of format 1 and ValueError for data that the
-    bundle was not trained on.
+    data: `None` to measure size and latency only; then models are not trained and quality is unknown. most_users: a
+    limit for leave-one-out. Raises ManifestError for a bundle of format 1, and ValueError for data that the bundle was
+    not trained on.
     """
 
     def __init__(
@@ -85,11 +87,11 @@ class Source:
         self.samples = list(self.draw_samples())
 
     def engine(self, folder: Path, items: ItemTable | None = None) -> Engine:
-        """The engine of a variant's folder; items: its item table, by default the float32 table."""
+        """Build the engine of a variant's folder. items: the variant's item table, by default the float32 table."""
         return Engine(folder, self.items if items is None else items, self.manifest.exits, 1)
 
     def draw_samples(self) -> Iterator[Sample]:
-        """Requests of the validation users among random items, or drawn requests when there are no such users.
+        """Yield requests of the validation users among random items, or random requests if there are no such users.
 
         The meta-embeddings are the default and those of the bundle's users, in turn.
         """
@@ -109,18 +111,18 @@ class Source:
             yield Sample(history, rows, late.numeric, late.context, next(metas))
 
     def run_cases(self, engine: Engine) -> Outcome | None:
-        """The outcome of an engine on the held-out cases, or `None` without data."""
+        """Run an engine on the held-out cases and return its outcome, or `None` without data."""
         if self.data is None:
             return None
         return run_cases(engine, self.data, self.meta, self.most_users, baselines=False)
 
     @cached_property
     def outcome(self) -> Outcome | None:
-        """The outcome of fp32."""
+        """The outcome of fp32 on the held-out cases, or `None` without data."""
         return self.run_cases(self.fp32)
 
     def trainer(self) -> Trainer:
-        """A trainer of the bundle's model. Needs data."""
+        """Build a trainer of the bundle's model. Needs data."""
         assert self.data is not None
         return Trainer(self.data, self.model, self.train)
 
@@ -130,7 +132,10 @@ class Source:
         return collect_statistics(self.model, self.losses)
 
     def losses(self) -> Iterator[Tensor]:
-        """Losses for the Fisher information: the training loss, or without data the size of the logits of samples."""
+        """Yield losses for the Fisher information.
+
+        With data it is the training loss, without data the mean square of the logits of the samples.
+        """
         torch.manual_seed(0)
         if self.data is not None:
             trainer = self.trainer()

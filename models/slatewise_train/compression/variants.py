@@ -2,7 +2,7 @@
 
 The name of a variant states its kind: `lowrank` or `student`, then `int8`, then `tables8`, each optional.
 
-Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `evaluation/`, `bundle_writer.py`.
+Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `source.py`, `evaluation/`, `bundle_writer.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from slatewise_train.bundle_writer import (
 )
 from slatewise_train.compression import source as sources
 from slatewise_train.compression.bases import Base, Options, checkpoints_of
-from slatewise_train.compression.graph_check import name_parts
 from slatewise_train.compression.quantize import SAFE_BITS, RecordingEngine, observe, quantize
 from slatewise_train.compression.source import Source
 from slatewise_train.evaluation import parity
@@ -42,19 +41,20 @@ from slatewise_train.evaluation.calibration import fit_calibrations
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
+from slatewise_train.graph_check import name_parts
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 
-LEAST_INTEGER_BOUND = 1e-4  # few measured requests have a value beside a rounding step; one moved a score by 2e-5
-INTEGER_BOUND = 2e-3  # another order of summation can round a value beside a rounding step to the other side
-GATE = 0.99  # least share of fp32's NDCG@10 that a published variant keeps
+LEAST_INTEGER_BOUND = 1e-4  # parity requests seldom have a value near a rounding step; one changed a score by 2e-5
+INTEGER_BOUND = 2e-3  # another order of summation can round a value near a rounding step the other way
+GATE = 0.99  # a published variant has at least this share of fp32's NDCG@10
 
 Graphs = dict[str, onnx.ModelProto]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The kind that a variant's name states."""
+    """The kind of a variant, as its name states it."""
 
     base: str  # fp32, lowrank or student
     integers: bool
@@ -62,7 +62,10 @@ class Recipe:
 
     @classmethod
     def named(cls, name: str) -> Recipe:
-        """Raises ValueError for fp32, which is the source of all variants, and for any name that is not a variant's."""
+        """Read the kind from a variant's name.
+
+        Raises ValueError for fp32, from which all variants are made, and for any name that is not a variant's.
+        """
         parts = name_parts(name)
         if parts == ["fp32"]:
             raise ValueError("fp32 is not made: variants are made from it")
@@ -79,14 +82,14 @@ class Recipe:
 
     @property
     def table(self) -> Literal["items.npy", "items8.npy"]:
-        """File of its item table."""
+        """File of the variant's item table."""
         return "items8.npy" if self.int8_items else "items.npy"
 
 
 def draft(
     source: Source, recipe: Recipe, base: Base, items: ItemTable, scratch: Path, bits: int = SAFE_BITS
 ) -> tuple[Graphs, Calibrations]:
-    """The graphs of a variant and the calibrations in them; `scratch` is a folder for drafts.
+    """Build the graphs of a variant and its calibrations. Intermediate graphs are written into the folder `scratch`.
 
     The calibrations are fitted on the quantized graphs; without data they are those of fp32.
     """
@@ -114,14 +117,17 @@ def draft(
 
 
 def measure_or_resume(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
-    """`measure`, or the result of an earlier call with the same inputs, which is kept beside the checkpoints."""
+    """Call `measure_variant`, or return the result of an earlier call with the same inputs.
+
+    Results are stored beside the checkpoints.
+    """
     kept = checkpoints_of(source, options) / name
     folder = stage / "variants" / name
     digest = input_digest(source, name, options, base)
     if (kept / "digest").exists() and (kept / "digest").read_text() == digest:
         shutil.copytree(kept / "graphs", folder)
         return Variant.model_validate_json((kept / "variant.json").read_text())
-    variant = measure(source, stage, name, options, base)
+    variant = measure_variant(source, stage, name, options, base)
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder, kept / "graphs")
     (kept / "variant.json").write_text(variant.model_dump_json())
@@ -130,7 +136,7 @@ def measure_or_resume(source: Source, stage: Path, name: str, options: Options, 
 
 
 def input_digest(source: Source, name: str, options: Options, base: Base) -> str:
-    """SHA-256 of everything that the result of `measure` depends on."""
+    """Return the SHA-256 of everything that the result of `measure_variant` depends on."""
     lengths = None if source.data is None else source.data.split.train_lengths.tolist()
     values = (name, options.bits, sources.SAMPLES, source.most_users, cpu_name(), lengths)
     digest = hashlib.sha256(repr(values).encode())
@@ -140,7 +146,7 @@ def input_digest(source: Source, name: str, options: Options, base: Base) -> str
     return digest.hexdigest()
 
 
-def measure(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
+def measure_variant(source: Source, stage: Path, name: str, options: Options, base: Base) -> Variant:
     """Write a variant's graphs and return its row of the manifest, without latency.
 
     Raises ValueError when a measured difference is above half of the largest bound for its kind.
@@ -153,7 +159,7 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
     graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
     write_variant(stage, name, graphs, calibrations)
     engine = source.engine(folder, items)
-    measured = parity.measure(engine, manifest, base.model, calibrations)
+    measured = parity.measure_parity(engine, manifest, base.model, calibrations)
     if recipe.integers:
         del measured["onnx_against_torch"]  # `agreement` reports the distance of int8 from fp32
     check_bounds(name, measured, recipe.max_bound)
@@ -181,10 +187,13 @@ def measure(source: Source, stage: Path, name: str, options: Options, base: Base
 
 
 def remeasure_fp32(source: Source, stage: Path) -> Variant:
-    """The source's row of fp32, with size and differences measured on this machine. Raises ValueError as `measure`."""
+    """Return the source's row of fp32, with size and score differences measured on this machine.
+
+    Raises ValueError when a difference is above half of FP32_BOUND.
+    """
     manifest = source.manifest
     folder = stage / "variants/fp32"
-    measured = parity.measure(source.fp32, manifest, source.model, source.calibrations)
+    measured = parity.measure_parity(source.fp32, manifest, source.model, source.calibrations)
     check_bounds("fp32", measured, FP32_BOUND)
     changes = {
         "bytes": bytes_on_disk(folder, manifest.graphs, stage / "items.npy"),
@@ -195,7 +204,10 @@ def remeasure_fp32(source: Source, stage: Path) -> Variant:
 
 
 def round_bound(measured: Mapping[str, float]) -> float:
-    """The published bound: twice the largest difference, rounded up to 1, 2 or 5 times a power of ten, from 1e-5."""
+    """Return the published bound: twice the largest difference, rounded up.
+
+    It is rounded to 1, 2 or 5 times a power of ten and is at least 1e-5.
+    """
     worst = 2 * max(value for name, value in measured.items() if name not in parity.OPTIONS)
     steps = (float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 2, 5))
     return next(step for step in steps if worst <= step)
@@ -210,7 +222,7 @@ def check_bounds(name: str, measured: Mapping[str, float], bound: float) -> None
 
 
 def agreement(source: Source, engine: Engine) -> dict[str, float]:
-    """Agreement with fp32 at the default exit, on the samples that gave no ranges.
+    """Compare an engine with fp32 at the default exit, on the samples that were not used for the int8 ranges.
 
     kendall_tau and top10_overlap are means over the samples, largest_score_difference is the maximum.
     """
@@ -237,7 +249,10 @@ def agreement(source: Source, engine: Engine) -> dict[str, float]:
 
 
 def within_gate(exit: str, outcome: Outcome, exact: Outcome) -> bool:
-    """Whether the exit keeps GATE of fp32's NDCG@10 in both tables; a table without this exit counts as kept."""
+    """Return whether the variant keeps at least GATE of fp32's NDCG@10 at an exit, in both tables.
+
+    A table without this exit is ignored.
+    """
     kept = []
     if exit in outcome.ranks:
         kept.append((outcome.gains(exit).mean(), exact.gains(exit).mean()))
@@ -247,7 +262,7 @@ def within_gate(exit: str, outcome: Outcome, exact: Outcome) -> bool:
 
 
 def rejections(variants: Mapping[str, Variant], exit: str) -> dict[str, str]:
-    """The variants that are not worth publishing, each with the reason: below the gate, or dominated by another."""
+    """Return the variants that are not published, with the reason: below the gate, or dominated by another variant."""
     reasons = {
         name: f"keeps less than {GATE:.0%} of fp32's NDCG@10"
         for name, variant in variants.items()
@@ -262,7 +277,7 @@ def rejections(variants: Mapping[str, Variant], exit: str) -> dict[str, str]:
 
 
 def dominated(name: str, variants: Mapping[str, Variant], exit: str) -> str | None:
-    """A variant that Pareto-dominates this one in quality, latency and size, or None. fp32 is never dominated.
+    """Return a variant that is at least as good, fast and small, or None. fp32 is never dominated.
 
     A student may be 5 % slower and larger than the low-rank variant that it dominates.
     """

@@ -1,6 +1,8 @@
-"""The data that a bundle shows: users with their vectors, titles, an example request and warm-up requests.
+"""Build the content that a bundle shows and tests with.
 
-Called by: `export.py`, `demo/reference.py`. Calls: `data.py`, `meta/limaml.py` for the users' vectors.
+It consists of users with their vectors, titles of items, an example request, and requests to warm up a server.
+
+Called by: `export.py`, `demo/reference.py`. Calls: `data.py`; `meta/limaml.py` for the users' vectors.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from slatewise_train.bundle_writer import SET_WISE_LIMIT
 from slatewise_train.config import Config
 from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
 LONG_HISTORY = 100  # the example's user has at least this many events, if any user has
-POPULAR = 500  # the example's candidates are drawn from this many most popular items
+POPULAR = 500  # the example's candidates are among this many most popular items
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class DemoData:
     titles: dict[str, dict[str, Any]]  # item id -> {"title": ..., column: [values]}
 
 
-def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, config: Config) -> DemoData:
-    """The data of the TOML's table `[demo]`, or the training data when there is no such table."""
+def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, config: Config) -> DemoData:
+    """Read the data of the TOML's table `[demo]`, or the training data when there is no such table."""
     demo = config.demo
     if demo is None:
         items = read_table(Path(config.tables.items))
@@ -65,7 +67,7 @@ def demo_data(data: Data, model: Ranker, learner: MetaLearner | None, config: Co
 
 
 def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> dict[str, Any]:
-    """A request of the first user with a long history, else of the user with the longest one."""
+    """Build a request of the first user with a long history, or of the user with the longest one."""
     lengths = np.diff(shown.sequences.offsets)
     long = lengths >= LONG_HISTORY
     user = int(np.flatnonzero(long)[0]) if long.any() else int(lengths.argmax())
@@ -73,9 +75,10 @@ def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> di
 
 
 def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A request of a demo user, as JSON.
+    """Build a request of a demo user, as JSON.
 
-    The user's last events are held back and become candidates, among popular items that the user has not met.
+    The user's last events are not in the history. They are candidates, among popular items that do not occur in the
+    user's events.
     """
     s = shown.sequences
     rows = np.arange(s.offsets[user], s.offsets[user + 1])
@@ -103,7 +106,10 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
 
 
 def draw_slate(shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Item rows of the candidates, shuffled: `ahead`, then popular items with a title that are not among `met`."""
+    """Return the item rows of the candidates, shuffled.
+
+    They are `ahead`, filled up with popular items that have a title and are not among `met`.
+    """
     vocabulary = data.catalogue.vocabulary
     counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))
     popular = np.argsort(-counts, kind="stable")[:POPULAR]
@@ -120,7 +126,10 @@ def draw_slate(shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, 
 def warmup_requests(
     example: dict[str, Any], ids: list[str], longest_history: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Requests of the smallest and largest shapes, so that memory is allocated before the first client's request."""
+    """Build requests of the smallest and largest shapes.
+
+    A server runs them at its start, so that memory is allocated before the first client's request.
+    """
     result = []
     for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_CHUNK), (HISTORY_CHUNK, SET_WISE_LIMIT)):
         history = rng.integers(0, len(ids), events)

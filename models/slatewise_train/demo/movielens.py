@@ -1,10 +1,10 @@
-"""Convert MovieLens 1M and latest-small to tables of the data contract; an example for your own data.
+"""Convert MovieLens 1M or latest-small to the tables that training reads. Use it as an example for your own data.
 
     python -m slatewise_train.demo.movielens ml-1m --source FILE-OR-FOLDER --out build/data/ml-1m
 
 Without `--source` the zip is downloaded from GroupLens and its digest is checked.
 
-Called by: `make train`, `make compress`. The tables are read by `data.py`.
+Called by: `make train`, `make compress`. `data.py` reads the tables.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def download(name: str, target: Path) -> Path:
 
 
 def read_member(source: Path, name: str) -> bytes:
-    """The content of one file in a zip or an unpacked folder. Raises FileNotFoundError when there is no such file."""
+    """Read one file in a zip or an unpacked folder. Raises FileNotFoundError when there is no such file."""
     if source.is_dir():
         found = sorted(source.rglob(name))
         if not found:
@@ -65,7 +65,7 @@ def read_member(source: Path, name: str) -> bytes:
 
 
 def read_double_colon(text: bytes, columns: list[str]) -> pl.DataFrame:
-    """A table of MovieLens 1M, which separates columns by `::`; all columns as strings."""
+    """Read a table of MovieLens 1M, which separates columns by `::`. All columns are strings."""
     lines = text.decode("latin-1").replace("\t", " ").replace("::", "\t")
     return pl.read_csv(
         io.StringIO(lines),
@@ -78,7 +78,11 @@ def read_double_colon(text: bytes, columns: list[str]) -> pl.DataFrame:
 
 
 def add_actions(ratings: pl.DataFrame) -> pl.DataFrame:
-    """Events from ratings: the stars as an action, and as the label of the head `like` (4 stars or more)."""
+    """Build events from ratings.
+
+    The number of stars becomes the action (hate, dislike, view, like or love) and the label of the head `like` (1 for 4
+    stars or more).
+    """
     stars = pl.col("rating").cast(pl.Float64, strict=False)
     action = (
         pl.when(stars >= 4.5)
@@ -95,7 +99,7 @@ def add_actions(ratings: pl.DataFrame) -> pl.DataFrame:
 
 
 def add_fields(movies: pl.DataFrame) -> pl.DataFrame:
-    """Items with genres (one spelling for both data sets), and year and decade from the title."""
+    """Add year and decade, extracted from the title, and spell the genres alike in both data sets."""
     genres = pl.col("genres").str.replace("Children's", "Children", literal=True)
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32, strict=False)
     decade = (year // 10 * 10).cast(pl.String) + "s"
@@ -107,7 +111,10 @@ def add_fields(movies: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_movielens(name: str, source: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(events, items) of MovieLens 1M or latest-small from its zip or folder. Raises ValueError for another name."""
+    """Read (events, items) of MovieLens 1M or latest-small from its zip or folder.
+
+    Raises ValueError for another name.
+    """
     if name == "ml-1m":
         ratings = read_double_colon(read_member(source, "ratings.dat"), ["user_id", "item_id", "rating", "timestamp"])
         movies = read_double_colon(read_member(source, "movies.dat"), ["item_id", "title", "genres"])

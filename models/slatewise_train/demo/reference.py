@@ -1,10 +1,10 @@
-"""The reference bundle, called W in docs/performance.md: `make reference-bundle`
+"""Write the reference bundle, called W in docs/performance.md: `make reference-bundle`
 
-It has the shape of a ranker as one would deploy it. Its weights are drawn from a seed, so that speed can be measured
-without training.
+The reference ranker has a typical size for production. Its weights are random, drawn from a seed, because its purpose
+is to measure speed without training.
 
-Called by: the command line (`python -m slatewise_train.demo.reference`). Calls: `bundle_writer.py`.
-`loadtest/` measures with the result, below `build/bundles/`.
+Called by: the command line (`python -m slatewise_train.demo.reference`), `loadtest/`. Calls: `bundle_writer.py`,
+`content.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.bundle_writer import (
     BundleContent,
+    check_parity,
     measure_fp32,
-    measure_parity,
     publish,
     staging,
     write_content,
@@ -30,7 +30,7 @@ from slatewise_train.bundle_writer import (
 )
 from slatewise_train.demo.content import warmup_requests
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker, uncalibrated
+from slatewise_train.rankers.base import RankerModel, uncalibrated
 
 NAME = "reference"
 VERSION = 1
@@ -45,8 +45,12 @@ EVENTS = 40  # of the example
 CANDIDATES = 24  # of the example
 
 
-def reference_model() -> Ranker:
-    """Width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 heads, meta-embedding of 64."""
+def reference_model() -> RankerModel:
+    """Build the ranker.
+
+    It has width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 output heads and meta-embeddings
+    of 64 numbers.
+    """
     torch.manual_seed(0)
     shape = {
         "items": ITEMS + FIRST_ITEM,
@@ -69,7 +73,7 @@ def reference_model() -> Ranker:
 
 
 def reference_content() -> BundleContent:
-    """The content of the bundle; the same arrays and requests on every call."""
+    """Build the content of the bundle: the same arrays and requests on every call."""
     rng = np.random.default_rng(0)
     model = reference_model()
     ids = [str(k) for k in range(ITEMS)]
@@ -107,12 +111,12 @@ def reference_content() -> BundleContent:
 
 
 def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> Path:
-    """Publish a bundle without calibrations and without quality; returns its folder, `folder/version`."""
+    """Publish a bundle without calibrations and without quality, and return its folder, `folder/version`."""
     with staging(folder, version) as stage:
         calibrations = uncalibrated(content.exits, len(content.heads))
         manifest = write_content(stage, content, version)
         manifest = write_fp32(stage, manifest, content, calibrations)
-        invariance = measure_parity(stage, manifest, content, calibrations)
+        invariance = check_parity(stage, manifest, content, calibrations)
         variant = measure_fp32(stage, manifest, invariance, report={})
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return folder / str(version)

@@ -2,10 +2,10 @@
 
     python -m slatewise_train.demo.show models/movielens.toml small:1 small:15
 
-Prints the end of each user's history and the ten best items of the catalogue that the user has not met: the exit `set`
-over the hundred best items of `point`.
+Prints a user's last six items rated 4 or more, and the ten best new items. The exit `point` selects 100 items from the
+catalogue; the exit `set` reranks them.
 
-Called by: the command line. Calls: `bundle/loader.py`, `data.py`.
+Called by: the command line. Calls: `bundle/loader.py`, `data.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIKED = ("like", "love")  # actions of MovieLens events rated 4 or more
 def recommend(
     ranker: Ranker, data: Data, request: RankRequest, seen: np.ndarray, count: int
 ) -> list[tuple[str, float]]:
-    """The best (item id, score) of the catalogue without the item rows `seen`, in descending order."""
+    """Return the `count` best (item id, score) of the catalogue in descending order, without the item rows `seen`."""
     engine = ranker.engines[ranker.default_variant]
     weights = ranker.score_weights(None)
     history, _ = ranker.history(request)
@@ -58,14 +58,14 @@ def recommend(
 
 
 def known_rows(sequences: Sequences, user: int) -> np.ndarray:
-    """Rows of a user's events whose item the ranker knows."""
+    """Return the rows of a user's events whose item the ranker knows."""
     rows: np.ndarray = np.arange(sequences.offsets[user], sequences.offsets[user + 1])
     known: np.ndarray = rows[sequences.items[rows] != UNKNOWN_ITEM]
     return known
 
 
 def whole_history(name: str, data: Data, sequences: Sequences, rows: np.ndarray) -> RankRequest:
-    """A request with these events as the history, at the time of the last one."""
+    """Build a request with the events in `rows` as the history, at the time of the last event."""
     actions = [None, *data.catalogue.vocabulary.actions]
     items = [data.catalogue.vocabulary.items[r - FIRST_ITEM] for r in sequences.items[rows]]
     history = {
@@ -79,7 +79,7 @@ def whole_history(name: str, data: Data, sequences: Sequences, rows: np.ndarray)
 
 
 def describe(name: str, ranker: Ranker, data: Data, request: RankRequest, display: dict[str, dict[str, Any]]) -> str:
-    """Markdown of the user's last liked items and of the recommendations."""
+    """Return Markdown of the user's last liked items and of the recommendations."""
 
     def cells(item: str) -> list[str]:
         shown = display.get(item, {"title": item})

@@ -1,8 +1,9 @@
-"""Calibrations: strictly increasing maps of logits, one per variant, exit and head (after LiRank's isotonic layer).
+"""Fit calibrations: strictly increasing maps of logits, one per variant, exit and head.
 
-They are fitted on uncalibrated graphs, written into the final graphs, and kept as JSON beside these.
+The method follows the isotonic layer of LiRank (arXiv 2402.06859). Calibrations are fitted on uncalibrated graphs and
+written into the final graphs. They are also stored as JSON beside the graphs.
 
-Called by: `export.py` and the compression of variants. Calls: `offline.py` for the validation users' slates.
+Called by: `export.py`, `bundle_writer.py`, `compression/`. Calls: `offline.py` for the validation users' slates.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
 LEAST_SLOPE = 1e-3
 MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probability of exactly 1
 MOST_BIAS = 10.0
-NEGATIVES = 99  # drawn items per positive, for heads of kind `next`
+NEGATIVES = 99  # random items per positive, for heads of kind `next`
 LEAST_EXAMPLES = 50  # of either label
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, steps: int = 300) -> Calibration:
-    """The piecewise linear map with the lowest cross-entropy, slopes from 1e-3 to 2, linear outside the knots.
+    """Fit the piecewise linear map with the lowest cross-entropy: slopes from 1e-3 to 2, linear outside the knots.
 
     logits, labels: (E,), labels 0 or 1. The knots are quantiles of the logits. A small penalty on the difference of
-    neighbouring slopes makes the map of a small sample nearly straight. Returns the identity when either label has
-    fewer than 50 examples.
+    neighbouring slopes makes the map of a small sample nearly straight. Returns the identity when there are fewer than
+    50 examples of label 0 or of label 1.
     """
     labels = labels.astype(np.float64)
     if min(labels.sum(), (1 - labels).sum()) < LEAST_EXAMPLES:
@@ -67,11 +68,11 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, step
 
 
 def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibrations:
-    """A calibration for every exit and head, fitted on the validation users' held-out slates.
+    """Fit a calibration for every exit and head, on the validation users' held-out slates.
 
     engine: has uncalibrated graphs; meta: (M,). A head of kind `label` is fitted on the rated items of the slate. A
-    head of kind `next` is fitted on the next item among 99 items that the user never met, so its probability is that
-    of such a slate. Returns identities when there are no validation users.
+    head of kind `next` is fitted on slates of the next item and 99 items that the user never met, so it gives the
+    probability of the next item in such a slate. Returns identities when there are no validation users.
     """
     rng = np.random.default_rng(0)
     heads = data.config.heads
@@ -102,7 +103,10 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
 
 
 def write_calibrations(path: Path, calibrations: Calibrations) -> None:
-    """JSON: exit -> one object per head with `slope`, `bias`, `knots` and `bends`. Every float64 is kept exactly."""
+    """Write JSON: exit -> one object per head with `slope`, `bias`, `knots` and `bends`.
+
+    Reading returns every float64 exactly.
+    """
     content = {
         exit: [{"slope": c.slope, "bias": c.bias, "knots": c.knots.tolist(), "bends": c.bends.tolist()} for c in column]
         for exit, column in calibrations.items()
@@ -111,7 +115,7 @@ def write_calibrations(path: Path, calibrations: Calibrations) -> None:
 
 
 def read_calibrations(path: Path) -> Calibrations:
-    """The calibrations that `write_calibrations` wrote. Raises OSError, or ValueError or KeyError for other content."""
+    """Read the file of `write_calibrations`. Raises OSError, or ValueError or KeyError for other content."""
     return {
         exit: [
             Calibration(float(c["slope"]), float(c["bias"]), np.array(c["knots"], float), np.array(c["bends"], float))

@@ -1,6 +1,7 @@
-"""Latency and resident memory of variants on this machine, with one thread.
+"""Measure latency and resident memory of variants on this machine, with one thread.
 
-Called by: `export.py`, `compress.py`, `loadtest/`. Calls: `inference/engine.py`, `parity.py` for drawn requests.
+Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`;
+`parity.py` for random requests.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from slatewise.process import cpu_name
 from slatewise_train.evaluation.parity import Requests
 
 SLATES = (50, 200, 500)  # candidates
+STATUS = Path("/proc/self/status")  # only Linux has this file
 
 
 def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int = 60) -> dict[str, dict[str, Any]]:
-    """By engine: machine, threads and one row per history and slate, with p50 and p99 in milliseconds.
+    """Measure the time of engines on random requests. Returns, by engine: machine, threads and rows.
 
-    `encode` is the time to encode the history, `score` the time to score the slate at the highest exit. The engines
-    take turns, so that a change of the machine's speed affects all of them.
+    A row has p50 and p99 in milliseconds for one length of history and one size of slate. `encode` is the time to
+    encode the history, `score` the time to score the slate at the highest exit. The engines take turns, so that a
+    change of the machine's speed affects all of them.
     """
     draw = Requests(next(iter(engines.values())), manifest)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
@@ -40,7 +43,10 @@ def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int
 def measure_shape(
     engines: dict[str, Engine], draw: Requests, events: int, n: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """By engine: encode_p50, encode_p99, score_p50 and score_p99 of one history and one slate, in milliseconds."""
+    """Measure one history length and one slate size.
+
+    Returns, by engine: encode_p50, encode_p99, score_p50 and score_p99 in milliseconds.
+    """
     history = draw.history(events)
     drawn = draw.candidates(n)
     meta = draw.meta()
@@ -68,14 +74,19 @@ def measure_shape(
     }
 
 
-def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int:
-    """Resident memory that one variant adds to a fresh process, with its whole item table read."""
+def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int | None:
+    """Return the resident memory that one variant adds to a fresh process, with its whole item table read.
+
+    The result is None on an operating system that does not report resident memory in STATUS.
+    """
+    if not STATUS.exists():
+        return None
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(resident_growth, (folder, table, exits))
 
 
 def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
-    """Bytes that loading a variant adds to this process."""
+    """Load a variant and return the bytes of resident memory that it adds to this process."""
     before = process_bytes()
     engine = Engine(folder, read_item_table(table), exits, 1)
     after = process_bytes()
@@ -84,6 +95,6 @@ def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
 
 
 def process_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    """Return the resident memory of this process. Raises OSError if STATUS does not exist."""
+    lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

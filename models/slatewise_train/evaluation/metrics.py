@@ -1,6 +1,6 @@
 """Metrics of ranked lists and of probabilities, and their confidence intervals.
 
-Called by: `train.py` to validate, and the evaluation. Calls: numpy.
+Called by: `train.py` to validate, `offline.py`, `meta/personalization.py`. Calls: numpy.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ BINS = 15
 
 
 def rank_of(scores: np.ndarray, target: int) -> int:
-    """Rank of an element among scores (n,), 0 for the best. Ties are ranked in input order."""
+    """Return the rank of an element among scores (n,), 0 for the best. Ties are ranked in input order."""
     return int((scores > scores[target]).sum() + (scores[:target] == scores[target]).sum())
 
 
 def hits(ranks: np.ndarray) -> np.ndarray:
-    """Hit rate HR@10 of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64, 0 or 1."""
+    """Return HR@10 (hit rate) of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64, 0 or 1."""
     return (ranks < DEPTH).astype(float)
 
 
 def gains(ranks: np.ndarray) -> np.ndarray:
-    """NDCG@10 of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64."""
+    """Return NDCG@10 of one relevant item per list: ranks (n,), 0 for the best -> (n,) float64."""
     return np.where(ranks < DEPTH, 1 / np.log2(ranks + 2), 0.0)
 
 
 def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = DEPTH) -> float:
-    """NDCG@depth with binary gains, scores and labels (n,); NaN if no label or every label is positive."""
+    """Return NDCG@depth with binary gains. scores, labels: (n,).
+
+    The result is NaN if all labels are 0 or all labels are 1.
+    """
     if not 0 < labels.sum() < len(labels):
         return float("nan")
     discount = 1 / np.log2(np.arange(2, len(labels) + 2))
@@ -38,7 +41,7 @@ def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = DEPTH) -> float:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve, scores and labels (n,), ties counting half; NaN if a class is missing."""
+    """Return the area under the ROC curve, ties counting half. scores, labels: (n,). NaN if a class is missing."""
     positive = np.sort(scores[labels == 1])
     negative = scores[labels == 0]
     if not len(positive) or not len(negative):
@@ -48,13 +51,13 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error (Naeini et al., AAAI 2015) over 15 bins with equally many examples."""
+    """Return the expected calibration error (Naeini et al., AAAI 2015) over 15 bins with equally many examples."""
     order = np.array_split(np.argsort(probabilities, kind="stable"), BINS)
     return float(sum(abs(probabilities[b].mean() - labels[b].mean()) * len(b) for b in order if len(b)) / len(labels))
 
 
 def interval(values: np.ndarray, seed: int = 0, digits: int = 4) -> list[float]:
-    """[mean, low, high] of values (n,): a 95 % bootstrap interval of the mean, resampling the values."""
+    """Return [mean, low, high] of values (n,), where low and high are a 95 % bootstrap interval of the mean."""
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAPS)]
     return [round(float(v), digits) for v in (values.mean(), *np.quantile(means, [0.025, 0.975]))]

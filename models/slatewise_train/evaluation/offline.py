@@ -1,10 +1,11 @@
-"""Ranking quality of a variant, measured through its exported graphs: the tables of `report.json`.
+"""Measure the ranking quality of a variant through its exported graphs. The results are the tables of `report.json`:
 
-(a) leave-one-out: each user's last event, ranked in the catalogue without the user's history; a head of kind `next`
-(b) slates: the next events of held-out users, ranked among themselves; a head of kind `label`
-(c) the exit `set` against `point`, paired by user
+(a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user. This table
+    needs a head of kind `next`.
+(b) slates: the ranking of the next events of held-out users. This table needs a head of kind `label`.
+(c) the difference between the exits `set` and `point`, paired by user.
 
-Called by: `export.py`, `compress.py`. Calls: `inference/engine.py`, `metrics.py`.
+Called by: `export.py`, `compression/`, `calibration.py`, `demo/show.py`. Calls: `inference/engine.py`, `metrics.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Case:
 
 
 def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
-    """The user's first `length` events as the history, and the `upcoming` events after them to predict."""
+    """Return a case: after the user's first `length` events, predict the next `upcoming`.
+
+    The history is the window that the server would read; `seen` has all events.
+    """
     s = data.sequences
     start = int(s.offsets[user])
     first = start + served_window_start(length, data.config.history_length)
@@ -57,19 +61,19 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
 
 
 def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
-    """A case for each user who has a test event and an event before it."""
+    """Yield a case for each user who has a test event and an event before it."""
     for user in users:
         if length := int(data.split.test_lengths[user]):
             yield make_case(data, int(user), length, 1)
 
 
 def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
-    """A case for each user: the held-out slate follows the training events."""
+    """Return a case for each user. The slate to predict is the held-out one, right after the training events."""
     return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:
-    """Items (n,) by row, as candidates of a request at a time in unix seconds."""
+    """Look up items by row (n,), as candidates of a request at a time in unix seconds."""
     return make_candidates(engine.items, rows, data.catalogue.numeric[rows], time)
 
 
@@ -78,7 +82,7 @@ def exits_of(engine: Engine) -> list[str]:
 
 
 def make_baselines(data: Data) -> Baselines:
-    """Popularity, and item-kNN if its dense matrices are small enough for memory."""
+    """Build the baselines: popularity, and item-kNN if its dense matrices are small enough for memory."""
     rows = len(data.sequences)
     columns = len(data.catalogue.numeric)
     if (rows + columns) * columns > DENSE_LIMIT:
@@ -88,16 +92,17 @@ def make_baselines(data: Data) -> Baselines:
 
 
 def popularity(data: Data) -> Baseline:
-    """Scores each item by its number of training events."""
+    """Build a baseline that scores each item by its number of training events."""
     items = training_events(data.sequences, data.split)[1]
     counts = np.bincount(items, minlength=len(data.catalogue.numeric)).astype(np.float64)
     return lambda case: counts
 
 
 def item_knn(data: Data, neighbours: int = NEIGHBOURS) -> Baseline:
-    """Scores an item by its similarity to the items of the history, summed.
+    """Build a baseline that scores an item by the sum of its similarities to the items of the history.
 
-    The similarity of two items is the cosine of their users (training events), 0 beyond the nearest neighbours.
+    The similarity of two items is the cosine of their users in the training events. It is 0 beyond the nearest
+    neighbours.
     """
     users, items = training_events(data.sequences, data.split)
     matrix = np.zeros((len(data.sequences), len(data.catalogue.numeric)), np.float32)
@@ -114,7 +119,7 @@ def item_knn(data: Data, neighbours: int = NEIGHBOURS) -> Baseline:
 def leave_one_out(
     engine: Engine, data: Data, head: int, meta: np.ndarray, users: np.ndarray, baselines: Baselines
 ) -> dict[str, np.ndarray]:
-    """Ranks (users,) of each user's last event, 0 for the best, by exit and baseline.
+    """Rank each user's last event. Returns ranks (users,), 0 for the best, by exit and baseline.
 
     head: the output to rank by; meta: (M,) the meta-embedding of every request.
     """
@@ -149,7 +154,7 @@ ScoredSlates = list[tuple[np.ndarray, np.ndarray]]  # scores and labels, (n,) ea
 
 
 def slates(engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: Baselines) -> dict[str, ScoredSlates]:
-    """Scores and known labels of every held-out slate, by exit and baseline. head and meta as in `leave_one_out`."""
+    """Return scores and known labels of every held-out slate, by exit and baseline. head, meta: see `leave_one_out`."""
     exits = exits_of(engine)
     result: dict[str, ScoredSlates] = {name: [] for name in (*exits, *baselines)}
     for case in tqdm(slate_cases(data, data.split.slate_users), desc="slates", mininterval=2):
@@ -172,18 +177,18 @@ class Outcome:
     label: str | None  # the name of that head
 
     def gains(self, name: str) -> np.ndarray:
-        """NDCG@10 of each user: (users,)."""
+        """Return NDCG@10 of each user: (users,)."""
         return gains(self.ranks[name])
 
     def per_slate(self, name: str) -> np.ndarray:
-        """NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
+        """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
         return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]])
 
 
 def run_cases(
     engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None, *, baselines: bool = True
 ) -> Outcome:
-    """All cases of the data. most_users limits leave-one-out to the first users, for tests."""
+    """Run all cases of the data. most_users limits leave-one-out to the first users, for tests."""
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
@@ -197,7 +202,7 @@ def run_cases(
 
 
 def tabulate(outcome: Outcome) -> dict[str, Any]:
-    """The tables (a), (b) and (c); metrics are [mean, low, high] of `metrics.interval`."""
+    """Return the tables (a), (b) and (c) of the report. Metrics are [mean, low, high] of `metrics.interval`."""
     report: dict[str, Any] = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": outcome.label}
     for name, ranks in outcome.ranks.items():
         report["leave_one_out"][name] = {
@@ -224,9 +229,9 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
 
 
 def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None = None) -> dict[str, list[float]]:
-    """Metrics of an exit of one outcome minus those of another outcome of the same cases, as [mean, low, high].
+    """Return the metrics of an exit minus those of another outcome of the same cases, as [mean, low, high].
 
-    Paired by user and by slate. other_exit: of the other outcome; the same exit if it is None.
+    Differences are paired by user and by slate. other_exit: the exit of the other outcome; None: the same exit.
     """
     against = other_exit or exit
     found = {}
@@ -241,5 +246,5 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
 
 
 def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None) -> dict[str, Any]:
-    """The tables of one variant, with the baselines."""
+    """Return the tables of one variant and of the baselines."""
     return tabulate(run_cases(engine, data, meta, most_users))

@@ -1,9 +1,9 @@
-"""Parity: the largest score differences between two ways of computing the same scores.
+"""Parity: the largest score difference between two ways of computing the same scores.
 
-Each measure returns the largest absolute difference of a probability over drawn requests. The manifest publishes them
-as a variant's `invariance`, and a variant above its bound is not published.
+Each measure returns the largest absolute difference of a probability over random requests. The manifest publishes the
+measures as a variant's `invariance`, and a variant above its bound is not published.
 
-Called by: `export.py`, `compress.py`. Calls: `inference/engine.py`, and the torch model.
+Called by: `bundle_writer.py`, `compression/`, `latency.py`. Calls: `inference/engine.py`, and the torch model.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ from slatewise.inference.arrays import (
 )
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.rankers.base import Calibrations, Ranker
+from slatewise_train.rankers.base import Calibrations, RankerModel
 
-SLATES = (1, 2, 37, 512)  # candidates of the drawn requests
-OPTIONS = (
-    "int8_history_state",
-)  # measures of a server's optional settings; the variant's bound does not apply to them
+SLATES = (1, 2, 37, 512)  # candidates of the random requests
+# Measures of a server's optional settings. The variant's bound does not apply to them.
+OPTIONS = ("int8_history_state",)
 
 
 class Requests:
-    """Draws requests that fit a bundle, from a seed."""
+    """Draws random requests that fit a bundle, from a seed."""
 
     def __init__(self, engine: Engine, manifest: Manifest, seed: int = 0) -> None:
         self.engine = engine
@@ -62,14 +61,14 @@ class Requests:
         return Candidates(vectors, numeric, self.rng.uniform(-1, 1, (1, CONTEXT_SIZE)).astype(np.float32))
 
     def meta(self) -> np.ndarray:
-        """A meta-embedding (M,) float32."""
+        """Draw a meta-embedding (M,) float32."""
         return self.rng.normal(0, 0.3, self.manifest.meta_size).astype(np.float32)
 
     def state(self, history: History) -> HistoryState:
         return self.engine.extend(self.engine.start, history) if len(history) else self.engine.start
 
     def every_size(self) -> Iterator[tuple[History, Candidates, np.ndarray]]:
-        """History, candidates and meta-embedding for every combination of `lengths` and SLATES."""
+        """Yield history, candidates and meta-embedding for every combination of `lengths` and SLATES."""
         for length in self.lengths:
             for n in SLATES:
                 history = self.history(length)
@@ -82,12 +81,12 @@ def pick(candidates: Candidates, rows: np.ndarray) -> Candidates:
 
 
 def worst(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest absolute difference; 0 for empty arrays."""
+    """Return the largest absolute difference, or 0 for empty arrays."""
     return float(np.abs(a - b).max(initial=0.0))
 
 
-def against_torch(draw: Requests, model: Ranker, calibrations: Calibrations) -> float:
-    """The ONNX graphs against the torch model, at every exit."""
+def against_torch(draw: Requests, model: RankerModel, calibrations: Calibrations) -> float:
+    """Return the largest difference between the ONNX graphs and the torch model, at every exit."""
     result = 0.0
     for history, candidates, meta in draw.every_size():
         logits = torch_logits(model, draw.engine.items, history, candidates, meta)
@@ -100,17 +99,17 @@ def against_torch(draw: Requests, model: Ranker, calibrations: Calibrations) -> 
 
 @torch.no_grad()
 def torch_logits(
-    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+    model: RankerModel, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Logits (N, heads) of every exit by the torch model, without dropout."""
+    """Return logits (N, heads) of every exit by the torch model, without dropout."""
     model.eval()
     return {exit: value[0].numpy() for exit, value in logits_of(model, items, history, candidates, meta).items()}
 
 
 def logits_of(
-    model: Ranker, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
+    model: RankerModel, items: ItemTable, history: History, candidates: Candidates, meta: np.ndarray
 ) -> dict[str, Tensor]:
-    """Logits (1, N, heads) of every exit by the torch model, with gradients. meta: (M,)."""
+    """Return logits (1, N, heads) of every exit by the torch model, with gradients. meta: (M,)."""
     tensor = torch.from_numpy
     columns = ((START_ITEM, history.items), (UNKNOWN_ACTION, history.actions), (GAP_MISSING, history.gaps))
     rows, actions, gaps = (np.concatenate([[start], column])[None] for start, column in columns)
@@ -123,7 +122,7 @@ def logits_of(
 
 
 def one_pass(draw: Requests) -> float:
-    """Exit `point`: one pass over N candidates against N passes over one candidate each."""
+    """Return the largest difference between one pass over N candidates and N passes, at the exit `point`."""
     result = 0.0
     for history, candidates, meta in draw.every_size():
         state = draw.state(history)
@@ -135,10 +134,10 @@ def one_pass(draw: Requests) -> float:
 
 
 def extended(draw: Requests) -> float:
-    """A history encoded in steps against the same history encoded at once.
+    """Return the largest difference between a history encoded in steps and the same history encoded at once.
 
-    The steps extend it by 1 event, by 5 events, event by event and in chunks. A prefix of the state, extended again,
-    is compared too.
+    The steps are 1 event, 5 events, event by event, and chunks. A prefix of the state that is extended again is
+    compared too.
     """
     result = 0.0
     candidates = draw.candidates(50)
@@ -161,7 +160,7 @@ def extended(draw: Requests) -> float:
 
 
 def candidate_chunks(draw: Requests) -> float:
-    """Chunks of 1, 7, 64 and 512 candidates against all of them at once, at the exits `point` and `set`."""
+    """Return the largest difference between chunks of 1 to 512 candidates and one call, for `point` and `set`."""
     result = 0.0
     candidates = draw.candidates(600)
     meta = draw.meta()
@@ -176,7 +175,7 @@ def candidate_chunks(draw: Requests) -> float:
 
 
 def permutation(draw: Requests) -> float:
-    """Permuted candidates against permuted scores, at the highest exit."""
+    """Return the largest difference between scores of permuted candidates and permuted scores, at the highest exit."""
     result = 0.0
     exit = draw.manifest.exits[-1]
     for history, candidates, meta in draw.every_size():
@@ -187,7 +186,10 @@ def permutation(draw: Requests) -> float:
 
 
 def padding(draw: Requests) -> float:
-    """Requests of different sizes, padded into one batch, against each request alone, in every graph."""
+    """Return the largest difference between requests padded into one batch and each request alone.
+
+    It covers the graphs `encode`, `point` and `set`.
+    """
     engine = draw.engine
     sizes = (5, 64, 1)
     histories = [draw.history(n) for n in (3, 40, 17)]
@@ -212,7 +214,10 @@ def padding(draw: Requests) -> float:
 
 
 def pad(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays (n, ...) of different lengths, right-padded and stacked: with 1 if they are float32, with 0 otherwise."""
+    """Pad arrays (n, ...) of different lengths on the right and stack them.
+
+    The padding is 1 for float32 and 0 otherwise.
+    """
     longest = max(len(a) for a in arrays)
     padded = []
     for a in arrays:
@@ -222,7 +227,7 @@ def pad(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def encode_feeds(engine: Engine, histories: list[History]) -> dict[str, np.ndarray]:
-    """Inputs of the graph `encode` for a padded batch of histories."""
+    """Build the inputs of the graph `encode` for a padded batch of histories."""
     feeds = {"items": pad([engine.items.take(h.items, axis=0) for h in histories])}
     feeds |= {"actions": pad([h.actions for h in histories]), "gaps": pad([h.gaps for h in histories])}
     for i in range(engine.blocks):
@@ -232,7 +237,7 @@ def encode_feeds(engine: Engine, histories: list[History]) -> dict[str, np.ndarr
 
 
 def point_feeds(slates: list[Candidates], metas: list[np.ndarray], states: list[HistoryState]) -> dict[str, np.ndarray]:
-    """Inputs of the graph `point` for a padded batch of requests, without `user` and `numeric`."""
+    """Build the inputs of the graph `point` for a padded batch of requests, without `user` and `numeric`."""
     feeds = {"candidates": pad([c.vectors for c in slates]), "meta": np.stack(metas)}
     feeds["context"] = np.concatenate([c.context for c in slates])
     feeds["history_length"] = np.array([state.events + 1 for state in states])
@@ -243,7 +248,10 @@ def point_feeds(slates: list[Candidates], metas: list[np.ndarray], states: list[
 
 
 def int8_history_state(draw: Requests) -> float:
-    """Exit `point` on a cached history in int8 against fp32: the whole state, and one extended from its middle."""
+    """Return the largest difference between the exit `point` on a cached history in int8 and in float32.
+
+    The state is packed as a whole, or packed after half of its events and then extended.
+    """
     result = 0.0
     for history, candidates, meta in draw.every_size():
         middle = len(history) // 2
@@ -256,8 +264,10 @@ def int8_history_state(draw: Requests) -> float:
     return result
 
 
-def measure(engine: Engine, manifest: Manifest, model: Ranker, calibrations: Calibrations) -> dict[str, float]:
-    """All measures by name. The bound of a variant applies to those that are not in OPTIONS."""
+def measure_parity(
+    engine: Engine, manifest: Manifest, model: RankerModel, calibrations: Calibrations
+) -> dict[str, float]:
+    """Return all measures by name. The bound of a variant does not apply to the measures in OPTIONS."""
     measures: dict[str, Callable[[Requests], float]] = {
         "onnx_against_torch": lambda draw: against_torch(draw, model, calibrations),
         "one_pass_against_n_passes": one_pass,
@@ -272,5 +282,5 @@ def measure(engine: Engine, manifest: Manifest, model: Ranker, calibrations: Cal
 
 
 def rounded(measured: dict[str, float]) -> dict[str, float]:
-    """The measures with three significant digits, as a manifest has them."""
+    """Round the measures to three significant digits, as a manifest has them."""
     return {name: float(f"{value:.2e}") for name, value in measured.items()}

@@ -1,6 +1,7 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
-Called by: `train.py`, `export.py`, `compress.py`, `personalization.py`. Calls: matplotlib.
+Called by: `train.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
+`demo/show.py`. Calls: matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Interval = Sequence[float]  # mean, low and high end of a 95 % interval
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
@@ -64,7 +65,7 @@ def plot_training(log: Path) -> None:
 
 
 def quality_table(report: Mapping[str, Any]) -> str:
-    """Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`."""
+    """Return Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`."""
     leave_one_out = [
         [name, str(row["users"]), interval_cell(row["hr10"]), interval_cell(row["ndcg10"])]
         for name, row in report["leave_one_out"].items()
@@ -91,7 +92,7 @@ def quality_table(report: Mapping[str, Any]) -> str:
 
 
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
-    """HR@10 and NDCG@10 of each exit and baseline, with 95 % intervals."""
+    """Plot HR@10 and NDCG@10 of each exit and baseline, with 95 % intervals."""
     panels = (
         ("leave_one_out", "hr10", "HR@10, leave-one-out"),
         ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"),
@@ -113,7 +114,7 @@ def plot_quality(report: Mapping[str, Any], path: Path) -> None:
 
 
 def ndcg_by_table(variant: Variant, exit: str) -> dict[str, Interval]:
-    """NDCG@10 of an exit, by table (leave_one_out, slates); empty when quality was not measured."""
+    """Return NDCG@10 of an exit, by table (leave_one_out, slates); empty if quality was not measured."""
     return {table: row["ndcg10"] for table, row in variant.quality.get(exit, {}).items()}
 
 
@@ -137,7 +138,7 @@ VARIANT_COLUMNS = (
 
 
 def variants_table(variants: Mapping[str, Variant], exit: str, reasons: Mapping[str, str]) -> str:
-    """Markdown with one row per variant. `reasons`: variant -> the reason it is not published."""
+    """Return Markdown with one row per variant. `reasons`: variant -> the reason it is not published."""
     rows = [
         [name, *variant_cells(variant, exit), f"no: {reasons[name]}" if name in reasons else "yes"]
         for name, variant in variants.items()
@@ -147,7 +148,7 @@ def variants_table(variants: Mapping[str, Variant], exit: str, reasons: Mapping[
 
 
 def variant_cells(variant: Variant, exit: str) -> list[str]:
-    """The cells of VARIANT_COLUMNS between the name and the last column; empty for unknown values."""
+    """Return the cells of VARIANT_COLUMNS between the name and the last column; empty for unknown values."""
     quality = variant.quality.get(exit, {})
     next_item = quality.get("leave_one_out", {})
     slates = quality.get("slates", {})
@@ -181,7 +182,10 @@ def variant_cells(variant: Variant, exit: str) -> list[str]:
 
 
 def plot_variants(variants: Mapping[str, Variant], exit: str, path: Path) -> None:
-    """Quality over latency, with the size on disk as the area; Kendall's tau with fp32 when quality is unknown."""
+    """Plot quality over latency, with the size on disk as the area of a mark.
+
+    If quality is unknown, Kendall's tau with fp32 takes its place.
+    """
     figure = Figure(figsize=(8, 5))
     axis = figure.subplots()
     measured = all(ndcg_by_table(variant, exit) for variant in variants.values())
@@ -205,13 +209,16 @@ ARM_METRICS = {"query_loss": "query loss", "next_ndcg10": "NDCG@10 of next item"
 
 
 def length_labels(report: Mapping[str, Any]) -> dict[str, str]:
-    """Label of each history length; the last length stands for itself and all longer ones."""
+    """Return the label of each history length. The last length stands for itself and all longer ones."""
     *shorter, longest = report["lengths"]
     return {length: length for length in shorter} | {longest: f"{longest}+"}
 
 
 def personalization_table(report: Mapping[str, Any]) -> str:
-    """Markdown with one row per history length and arm: means, and paired differences to the default vector."""
+    """Return Markdown with one row per history length and kind of vector (arm).
+
+    It has means, and paired differences from the default vector.
+    """
     labels = length_labels(report)
     rows = []
     for length, found in report["lengths"].items():
@@ -229,7 +236,10 @@ def personalization_table(report: Mapping[str, Any]) -> str:
 
 
 def plot_personalization(report: Mapping[str, Any], path: Path) -> None:
-    """Difference to the default vector, by history length, for the adapted vector and the user's own fitted vector."""
+    """Plot the difference from the default vector, by history length.
+
+    The curves are the adapted vector and the vector that was fitted to the user's own events.
+    """
     labels = list(length_labels(report).values())
     figure = Figure(figsize=(13, 3.6))
     for axis, (metric, title) in zip(figure.subplots(1, len(ARM_METRICS)), ARM_METRICS.items(), strict=True):

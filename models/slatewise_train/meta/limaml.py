@@ -1,20 +1,23 @@
 """Meta-learn user vectors for a trained ranker (LiMAML, arXiv 2403.00803): slatewise limaml models/movielens.toml
 
-A meta block is a small network without inputs whose output is one vector, the meta-embedding of a user. Meta-learning
-finds an initialisation theta from which a few gradient steps on one user's events adapt the block to that user:
+A meta block is a small network without inputs. Its output is one vector, the meta-embedding of a user. Meta-learning
+finds initial parameters theta of the block. From theta, a few gradient steps on a user's events adapt the block to
+that user:
 
     theta_u = theta - sum over K steps of rate * gradient of L_support(u)        inner loop
     meta-embedding of u = output of the block with theta_u                       is stored, and read by the ranker
     theta and rates descend on the sum over users of L_query(u)                  outer loop
 
-It is first-order MAML: the outer loop treats the inner gradients as constants. The ranker is LiMAML's global block. It
-is frozen and runs once per user, because the vector joins behind its blocks (`Ranker.fuse`): the inner loop sees their
-hidden states and the point head alone. The block reads nothing of a request, or its output could not be stored.
+This is first-order MAML: the outer loop treats the inner gradients as constants. The ranker, LiMAML's global block, is
+frozen. It runs once per user, because the meta-embedding joins after its blocks (`RankerModel.fuse`); the inner loop
+needs only the hidden states of the blocks and the point head. The meta block does not read the request, so its output
+can be stored.
 
-You can stop it at any time; the same command continues after the last whole epoch. It writes `meta_block.npz`.
+You can stop the command at any time; the same command continues after the last whole epoch. It writes
+`meta_block.npz`.
 
-Called by: the command line, `refresh.py`, `export.py`, `evaluation/personalization.py`. Calls: `tasks.py`, `train.py`
-for the ranker, `checkpoint.py`.
+Called by: the command line, `refresh.py`, `personalization.py`, `export.py`, `demo/content.py`. Calls: `tasks.py`,
+`checkpoint.py`; `train.py` for the ranker.
 """
 
 from __future__ import annotations
@@ -39,18 +42,18 @@ from slatewise.inference.arrays import UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Data, Sequences
-from slatewise_train.meta.tasks import Case, RankerTables, Tasks, event_losses, make_tasks
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.train import load_trainer
 
 META_BLOCK = "meta_block.npz"  # in the folder of the training, and in the bundle
 CHECKPOINT = "meta.pt"
 BATCH_USERS = 64  # adapted together
-Parameters = dict[str, Tensor]  # of one meta block, or of U meta blocks with a leading axis
+Parameters = dict[str, Tensor]  # of one meta block, or with a leading axis of U meta blocks
 
 
 class MetaBlock(nn.Module):
-    """A learned code through two layers: (M,). Without adaptation its output is the default vector.
+    """A learned code, passed through two layers: (M,). Before adaptation the output is the default vector.
 
     default: (M,). The last layer starts with zero weights and the default vector as its bias. The inner loop changes
     both; the outer loop does not.
@@ -84,17 +87,17 @@ class MetaLearner(nn.Module):
         names = [rate_name(name) for name, _ in self.block.named_parameters()]
         self.log_rates = nn.ParameterDict({name: torch.full((config.steps,), -2.0) for name in names})
 
-    def support_loss(self, ranker: Ranker, kinds: list[str], parameters: Parameters, *task: Tensor) -> Tensor:
-        """The loss of one user: the sum over the events, divided by the largest possible number of events.
+    def support_loss(self, ranker: RankerModel, kinds: list[str], parameters: Parameters, *task: Tensor) -> Tensor:
+        """Return the loss of one user: the sum over the events, divided by the largest possible number of events.
 
-        So a step is as long as the evidence: a user with few events is adapted less.
+        The length of a step therefore grows with the number of events: a user with few events is adapted less.
         """
         *inputs, real = task
         vector = functional_call(self.block, parameters, ())
         return (event_losses(ranker, kinds, vector, *inputs) * real).sum() / self.config.support
 
-    def adapt(self, ranker: Ranker, kinds: list[str], support: Tasks) -> Parameters:
-        """The parameters of the meta block after the inner loop, for all users of the support at once."""
+    def adapt(self, ranker: RankerModel, kinds: list[str], support: Tasks) -> Parameters:
+        """Run the inner loop for all users of the support at once. Returns the adapted parameters of the meta block."""
         gradient = vmap(grad(lambda parameters, *task: self.support_loss(ranker, kinds, parameters, *task)))
         adapted = {name: p.expand(len(support.base), *p.shape) for name, p in self.block.named_parameters()}
         for step in range(self.config.steps):
@@ -105,27 +108,27 @@ class MetaLearner(nn.Module):
         return adapted
 
     def outputs(self, adapted: Parameters) -> Tensor:
-        """Meta-embeddings (U, M) of adapted parameters."""
+        """Return the meta-embeddings (U, M) of adapted parameters."""
         vectors: Tensor = vmap(lambda parameters: functional_call(self.block, parameters, ()))(adapted)
         return vectors
 
-    def vectors(self, ranker: Ranker, kinds: list[str], support: Tasks) -> Tensor:
-        """Meta-embeddings (U, M) of the users of the support."""
+    def vectors(self, ranker: RankerModel, kinds: list[str], support: Tasks) -> Tensor:
+        """Adapt to the support and return the users' meta-embeddings (U, M)."""
         return self.outputs(self.adapt(ranker, kinds, support))
 
 
 def rate_name(parameter: str) -> str:
-    """The step sizes' name for a parameter: names in a ParameterDict must not have dots."""
+    """Return the step sizes' name for a parameter: names in a ParameterDict must not have dots."""
     return parameter.replace(".", "_")
 
 
 class MetaTrainer:
-    """The outer loop over the training users of a ranker. Learner, optimizer and epoch are its checkpoint.
+    """Runs the outer loop over the training users of a ranker. A checkpoint has learner, optimizer and epoch.
 
     Raises ValueError if no user has enough events.
     """
 
-    def __init__(self, ranker: Ranker, data: Data, config: MetaConfig) -> None:
+    def __init__(self, ranker: RankerModel, data: Data, config: MetaConfig) -> None:
         self.ranker = copy.deepcopy(ranker).eval().requires_grad_(False)
         self.data = data
         self.config = config
@@ -141,8 +144,8 @@ class MetaTrainer:
         )
         self.epoch = 0
 
-    def cases(self, rng: np.random.Generator) -> list[list[Case]]:
-        """Each training user once, in batches of similar length.
+    def cases(self, rng: np.random.Generator) -> list[list[MetaCase]]:
+        """Return each training user once, in batches of similar length.
 
         The number of events is drawn uniformly on a logarithmic scale, so short histories count as much as long ones.
         """
@@ -156,8 +159,8 @@ class MetaTrainer:
         batches = [order[k : k + self.config.batch_users] for k in range(0, len(order), self.config.batch_users)]
         return [[(int(self.users[k]), int(nows[k])) for k in batches[b]] for b in rng.permutation(len(batches))]
 
-    def query_loss(self, cases: list[Case], tables: RankerTables) -> Tensor:
-        """The mean loss of the query events after adaptation to the support."""
+    def query_loss(self, cases: list[MetaCase], tables: RankerTables) -> Tensor:
+        """Return the mean loss of the query events after adaptation to the support."""
         c = self.config
         tasks = make_tasks(tables, self.data.sequences, cases, self.data.config.history_length, c)
         vectors = self.learner.vectors(self.ranker, self.kinds, tasks.columns(0, c.support))
@@ -165,7 +168,7 @@ class MetaTrainer:
         return (event_losses(self.ranker, self.kinds, vectors, *inputs) * real).sum() / real.sum()
 
     def run_epoch(self) -> float:
-        """One pass over the users; returns the mean query loss."""
+        """Train for one pass over the users and return the mean query loss."""
         rng = np.random.default_rng([self.config.seed, self.epoch])
         tables = RankerTables(self.ranker, self.ranker.item_table(), self.numeric)
         total = 0.0
@@ -185,12 +188,12 @@ class MetaTrainer:
         return total / len(batches)
 
     def identity(self) -> str:
-        """Config, users and the ranker's weights, as a digest."""
+        """Return a digest of the config, the users and the ranker's weights."""
         values = (self.config, self.users.tolist(), self.lengths.tolist())
         return checkpoint.identity(values, self.ranker.state_dict().values())
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
-        """The parts of a checkpoint, beside the epoch."""
+        """Return the parts of a checkpoint, without the epoch."""
         return {"learner": self.learner, "optimizer": self.optimizer}
 
     def save(self, folder: Path) -> None:
@@ -217,11 +220,11 @@ class MetaTrainer:
 
 
 def user_vectors(
-    learner: MetaLearner, ranker: Ranker, kinds: list[str], sequences: Sequences, longest: int
+    learner: MetaLearner, ranker: RankerModel, kinds: list[str], sequences: Sequences, longest: int
 ) -> np.ndarray:
-    """Meta-embeddings (U, M) float32 of users, after all of their events.
+    """Return meta-embeddings (U, M) float32 of users, after all of their events.
 
-    The default vector for users without an event of an item that the ranker knows. Draws the same negatives each time.
+    Users without an event of an item that the ranker knows get the default vector. Every call draws the same negatives.
     """
     torch.manual_seed(learner.config.seed)
     sequences = known_events(sequences)
@@ -241,7 +244,7 @@ def user_vectors(
 
 
 def known_events(sequences: Sequences) -> Sequences:
-    """The same users, without the events of unknown items."""
+    """Return the same users without the events of unknown items."""
     keep = sequences.items != UNKNOWN_ITEM
     offsets = np.concatenate([[0], np.cumsum(keep)])[sequences.offsets]
     columns = (sequences.items, sequences.actions, sequences.timestamps, sequences.labels)
@@ -256,7 +259,10 @@ def save_learner(path: Path, learner: MetaLearner, kinds: list[str]) -> None:
 
 
 def load_learner(path: Path) -> tuple[MetaLearner, list[str]]:
-    """A learner and the kinds of the ranker's heads. Raises OSError, or ValueError if the file is not a meta block."""
+    """Load a learner and the kinds of the ranker's heads.
+
+    Raises OSError for an unreadable file, and ValueError for a file that is not a meta block.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))

@@ -1,11 +1,11 @@
 """Refresh the meta-embeddings in the store: slatewise refresh BUNDLE EVENTS...
 
-Adapts the users with new events since the last refresh, or all users with --full, and publishes their vectors as a new
-generation. The server needs no restart. You can stop the job at any time; the same command continues. Nothing becomes
-visible before the last step, one update of the pointer.
+The job adapts the users that have new events since the last refresh, or all users with --full. It publishes their
+vectors as a new generation. The last step updates the pointer to the live generation, and only then do servers read the
+new vectors, without a restart. You can stop the job at any time; the same command continues.
 
-EVENTS are Parquet files with the columns of training (`data.py`). They must have all events of a user that count, not
-the new ones alone.
+EVENTS are Parquet files with the columns of training (`data.py`). They must contain all events of a user, not only the
+new ones.
 
 Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `store/generations.py`.
 """
@@ -40,16 +40,16 @@ from slatewise.store.codec import DTYPES
 from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
 from slatewise_train.config import DataConfig, Head
-from slatewise_train.data import Vocabulary, build_sequences, clean_events
+from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from slatewise_train.rankers.weights import load_model
 
-CLOCK_SKEW_S = 3_600.0  # the clock of an event may be this much ahead
-CHUNK_USERS = 1_000  # in a chunk, about: adapted and written together, and skipped by a resumed job
+CLOCK_SKEW_S = 3_600.0  # the time of an event may be this far in the future
+CHUNK_USERS = 1_000  # about, in a chunk; a resumed job skips the chunks that are written
 
 
 class Adapter:
-    """A bundle's ranker and meta block, which turn events into vectors."""
+    """Computes users' vectors from their events, with the ranker and the meta block of a bundle."""
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
@@ -57,14 +57,14 @@ class Adapter:
         self.ranker.requires_grad_(False)
         self.learner, self.kinds = load_learner(folder / META_BLOCK)
         ids = json.loads((folder / "ids.json").read_text())
-        self.vocabulary = Vocabulary(ids, manifest.actions, {})
+        self.vocabulary = TrainingVocabulary(ids, manifest.actions, {})
         heads = tuple(
             Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
         )
         self.config = DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used)
 
     def vectors_of(self, events: pl.DataFrame) -> tuple[list[str], np.ndarray]:
-        """The users with an event of an item that the ranker knows, and their vectors (U, M) float32."""
+        """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32."""
         clean, _ = clean_events(events, max_bad_share=1.0)
         known = known_events(build_sequences(clean, self.vocabulary, self.config))
         vectors = user_vectors(self.learner, self.ranker, self.kinds, known, self.config.history_length)
@@ -74,7 +74,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Options:
-    """How a refresh runs."""
+    """Options of a refresh."""
 
     full: bool = False  # all users, instead of those with new events
     processes: int = 1
@@ -85,7 +85,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """The part of a refresh that its workers need, in this process or in another one."""
+    """The values that a worker of a refresh needs, in this process or in another one."""
 
     folder: Path  # of the bundle
     redis_url: str = field(repr=False)  # may contain a password
@@ -97,7 +97,7 @@ class Work:
 
 
 class Worker:
-    """Adapts the users of a chunk and writes their vectors: `worker(chunk, events)`. One for each process."""
+    """Adapts the users of a chunk and writes their vectors: `worker(chunk, events)`. Each process has one worker."""
 
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(1)
@@ -129,7 +129,7 @@ class Events:
         return pl.concat([frame.with_columns(cast) for frame in frames], how="diagonal_relaxed")
 
     def newest(self) -> float:
-        """The time of the newest event, in unix seconds; 0 without events.
+        """Return the time of the newest event, in unix seconds; 0 without events.
 
         Times in the future do not count: they would hide all later events from the next incremental refresh.
         """
@@ -138,7 +138,7 @@ class Events:
         return float(found or 0.0)
 
     def users(self, after: float | None) -> list[str]:
-        """All users, or those with an event after a time in unix seconds."""
+        """Return all users, or those with an event after a time in unix seconds."""
         table = self.table if after is None else self.table.filter(pl.col("timestamp") > after)
         return sorted(table.select(pl.col("user_id").drop_nulls().unique()).collect()["user_id"].to_list())
 
@@ -153,7 +153,7 @@ Result = dict[str, float]  # of a chunk: its number, users, bytes, and the secon
 def run_here(
     work: Work, events: Events, users: list[str], chunks: int, done: set[int], processes: int
 ) -> Iterator[Result]:
-    """Adapt the chunks that are not done in processes on this machine; yields the results as they come."""
+    """Adapt the chunks that are not done, in processes on this machine. Yields a result for each finished chunk."""
     chosen = pl.LazyFrame(
         {"user_id": users, "chunk": [chunk_of(user, chunks) for user in users]},
         schema={"user_id": pl.String, "chunk": pl.Int64},
@@ -191,7 +191,7 @@ def run_chunk(chunk: int, events: pl.DataFrame) -> Result:
 
 
 class RayWorker:
-    """A `Worker` in the form that Ray Data calls: from the rows of a chunk to one row, its result."""
+    """A `Worker` with the interface of Ray Data: it takes the rows of a chunk and returns one row, the result."""
 
     def __init__(self, work: Work) -> None:
         self.worker = Worker(work)
@@ -206,7 +206,10 @@ class RayWorker:
 def run_on_ray(
     work: Work, events: Events, users: list[str], chunks: int, done: set[int], processes: int
 ) -> Iterator[Result]:
-    """As `run_here`, on a Ray cluster. Ray reads the files and groups them by chunk; its workers write to the store."""
+    """Adapt the chunks that are not done, on a Ray cluster. Yields a result for each finished chunk.
+
+    Ray reads the files and groups them by chunk; its workers write to the store.
+    """
     import pyarrow as pa
     import ray
 
@@ -237,7 +240,7 @@ def run_on_ray(
 
 
 def plan_of(folder: Path, options: Options, *state: object) -> str:
-    """A digest of everything that a resumed refresh must share with the stopped one."""
+    """Return a digest of everything that a resumed refresh must share with the stopped one."""
     parts = [sha256(folder / "manifest.json"), sha256(folder / META_BLOCK), options.full, *state, options.dtype]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -1,6 +1,8 @@
-"""Tasks of meta-learning: a user's events as a frozen ranker sees them, and the loss of a meta-embedding on them.
+"""Build the tasks of meta-learning from users' events, and compute the loss of a meta-embedding on them.
 
-Called by: `limaml.py`, `evaluation/personalization.py`. Calls: `batches.py`, `losses.py`.
+A task contains everything that the frozen ranker computes for an event without a meta-embedding.
+
+Called by: `limaml.py`, `personalization.py`. Calls: `batches.py`, `losses.py`.
 
 Letters in shapes: U users, P events of a user, C candidates of an event, d width, M numbers of a meta-embedding.
 """
@@ -19,17 +21,17 @@ from slatewise_train.batches import Slates, draw_negatives, make_batch, newest_w
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Sequences
 from slatewise_train.losses import label_losses, log_likelihood, sampling_offset
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
-POOL = 4096  # the most items that the negatives of one call are drawn from
-Case = tuple[int, int]  # a user, and the number of the user's events that have happened
+POOL = 4096  # one call draws its negatives from at most this many items
+MetaCase = tuple[int, int]  # a user, and the number of the user's events before the prediction
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """P events of each of U users as the ranker sees them without a meta-embedding.
+    """P events of each of U users, scored by the ranker without a meta-embedding.
 
-    C candidates of each event: column 0 is the event's own item, the others are negatives.
+    Each event has C candidates: column 0 is the event's own item, all other columns are negatives.
     """
 
     base: Tensor  # (U, P, C, d) hidden states for a meta-embedding of zero
@@ -45,15 +47,18 @@ class Tasks:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
-def point_with(ranker: Ranker, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
-    """Logits (..., P, C, heads) of the exit `point` with meta-embeddings (..., M); base and dot as in `Tasks`."""
+def point_with(ranker: RankerModel, vectors: Tensor, base: Tensor, dot: Tensor) -> Tensor:
+    """Return logits (..., P, C, heads) of the exit `point` with meta-embeddings (..., M).
+
+    base, dot: as in `Tasks`.
+    """
     return dot + ranker.point_logits(base + ranker.meta_shift(vectors)[..., None, None, :])
 
 
 def event_losses(
-    ranker: Ranker, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor
+    ranker: RankerModel, kinds: list[str], vector: Tensor, base: Tensor, dot: Tensor, offset: Tensor, labels: Tensor
 ) -> Tensor:
-    """Losses (..., P) of the exit `point`, summed over the heads.
+    """Return losses (..., P) of the exit `point`, summed over the heads.
 
     kinds: of the heads; vector: meta-embeddings (..., M); the other tensors are those of `Tasks`.
     """
@@ -69,18 +74,18 @@ def event_losses(
 
 @dataclass(frozen=True)
 class RankerTables:
-    """A ranker and the tables that its tasks are made from."""
+    """A ranker, and the tables from which tasks are built."""
 
-    ranker: Ranker
-    items: Tensor  # (items, d), `Ranker.item_table`
+    ranker: RankerModel
+    items: Tensor  # (items, d), `RankerModel.item_table`
     numeric: Tensor  # (items, F) that a request would have, NaN for missing
 
 
 @torch.no_grad()
 def make_tasks(
-    tables: RankerTables, sequences: Sequences, cases: list[Case], longest: int, config: MetaConfig
+    tables: RankerTables, sequences: Sequences, cases: list[MetaCase], longest: int, config: MetaConfig
 ) -> Tasks:
-    """The `config.support` events before each case, then the `config.query` events after it, as one `Tasks`.
+    """Build one `Tasks` of the `config.support` events before each case and the `config.query` events after it.
 
     The ranker reads the history of an event in a window of at most `longest` events. The support has no numeric
     features, because the refresh job has no requests; only the query uses `tables.numeric`.

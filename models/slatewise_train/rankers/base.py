@@ -7,7 +7,7 @@ candidate, `set` adds a term that depends on the other candidates of the slate:
           + point_logits(hidden)              exit point
           + set_logits(hidden)                exit set
 
-Called by: every offline module that handles a ranker; they get one from `families.py`. Calls: nothing of this package.
+Called by: every offline module that uses a ranker; `families.py` builds rankers. Calls: no module of this package.
 
 Letters in shapes: B sequences, T history positions (the start token is position 0), N candidates, d width, F numeric
 features, M numbers of a meta-embedding, H attention heads, V values of a multi-valued field.
@@ -31,7 +31,7 @@ EncodedHistory = list[tuple[Tensor, Tensor]]  # per block: keys (B, H, T, key si
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """The sizes that every family has. A family's own config extends this; all values are JSON-able.
+    """The sizes that every family has. A family's own config extends this class. All values can be stored as JSON.
 
     `dataclasses.asdict(config)` is the form that a bundle stores; `families.build` reads it back.
     """
@@ -44,12 +44,12 @@ class RankerConfig:
     width: int  # of all vectors
 
 
-class Ranker(nn.Module, ABC):
+class RankerModel(nn.Module, ABC):
     """A torch ranker. A family also has parameters named `item.weight`, `default_meta`, `dot_scale` and `dot_bias`."""
 
     family: ClassVar[str]  # its key in `families.FAMILIES`
     config: RankerConfig
-    default_meta: nn.Parameter  # (M,) the meta-embedding of a user without one
+    default_meta: nn.Parameter  # (M,) used for a user without a meta-embedding
     dot_scale: nn.Parameter  # (heads,)
     dot_bias: nn.Parameter  # (heads,)
     numeric_mean: Tensor  # (F,) buffer
@@ -57,7 +57,7 @@ class Ranker(nn.Module, ABC):
 
     @property
     def meta_size(self) -> int:
-        """M."""
+        """Numbers of a meta-embedding (M)."""
         return len(self.default_meta)
 
     @property
@@ -67,69 +67,75 @@ class Ranker(nn.Module, ABC):
 
     @abstractmethod
     def item_table(self) -> Tensor:
-        """The item vectors, metadata fields included: (items, d)."""
+        """Return the item vectors, metadata fields included: (items, d)."""
 
     @abstractmethod
     def cold_item_vectors(self, table: Tensor) -> Tensor:
-        """Each item's vector as if its id were unknown, from its fields alone: (items, d). table: `item_table()`."""
+        """Return each item's vector as if its id were unknown, computed from its fields alone: (items, d).
+
+        table: the result of `item_table`.
+        """
 
     @abstractmethod
     def field_table(self, name: str) -> Tensor:
-        """The vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
+        """Return the vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
 
     @abstractmethod
-    def without_meta(self) -> Ranker:
-        """A copy with M = 0. Its logits are those of this ranker with `default_meta`, up to rounding."""
+    def without_meta(self) -> RankerModel:
+        """Return a copy without a meta-embedding (M = 0).
+
+        The copy gives the logits of this ranker with `default_meta`, up to rounding.
+        """
 
     @abstractmethod
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
-        """Item vectors (B, T, d), action rows (B, T) and gap buckets (B, T) -> history tokens (B, T, d)."""
+        """Embed the history: item vectors (B, T, d), action rows (B, T), gap buckets (B, T) -> tokens (B, T, d)."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[EncodedHistory, Tensor]:
-        """Tokens (B, T, d), start token first -> the encoded history, and a user vector per position (B, T, d).
+        """Encode tokens (B, T, d), start token first. Returns the encoded history, and user vectors (B, T, d).
 
-        Causal: position t depends on the positions up to t alone.
+        The encoder is causal: position t depends on the positions up to t alone.
         """
 
     @abstractmethod
     def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
-        """Late fusion of the request's inputs: (..., N, d).
+        """Combine the request's inputs, which join after the blocks (late fusion): (..., N, d).
 
         numeric: (..., N, F) raw numbers, NaN for missing; meta: (..., 1, M); context: (..., 1, 4).
         """
 
     @abstractmethod
     def meta_shift(self, meta: Tensor) -> Tensor:
-        """The change of `fuse` when its meta-embedding goes from zero to meta (..., M): (..., d)."""
+        """Return the change of `fuse` when its meta-embedding changes from zero to meta (..., M): (..., d)."""
 
     @abstractmethod
     def hidden(
         self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor
     ) -> Tensor:
-        """Hidden states (B, N, d) of candidates that each read the history and no other candidate.
+        """Return hidden states (B, N, d) of candidates that each read the history and no other candidate.
 
-        vectors: (B, N, d); positions: (1,) or (B, N), the candidates' places behind the history; fused: as `fuse`
+        vectors: (B, N, d); positions: (1,) or (B, N), the candidates' places after the history; fused: as `fuse`
         returns it; mask: (B, 1, N, T), True for the positions that a candidate may read, or None for all of them.
         """
 
     @abstractmethod
     def dot_logits(self, users: Tensor, vectors: Tensor) -> Tensor:
-        """Logits of the exit `dot`: user vectors (B, 1, d), candidates' vectors (B, N, d) -> (B, N, heads)."""
+        """Return logits of the exit `dot`: user vectors (B, 1, d), candidates' vectors (B, N, d) -> (B, N, heads)."""
 
     @abstractmethod
     def point_logits(self, hidden: Tensor) -> Tensor:
-        """The term that the exit `point` adds: hidden states (..., N, d) -> (..., N, heads)."""
+        """Return the term that the exit `point` adds: hidden states (..., N, d) -> (..., N, heads)."""
 
     @abstractmethod
     def set_logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The term that the exit `set` adds, candidates attending to each other: (B, N, d) -> (B, N, heads).
+        """Return the term that the exit `set` adds: hidden states (B, N, d) -> (B, N, heads).
 
-        mask: (B, 1, 1, N), False for padding.
+        The candidates attend to each other. mask: (B, 1, 1, N), False for padding.
         """
 
     def logits_by_exit(self, dot: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Logits (B, N, heads) of every exit, from `dot_logits` and `hidden`. The N candidates are one slate."""
+        """Return logits (B, N, heads) of every exit, from `dot_logits` and `hidden`. The N candidates are one slate."""
         logits = {"dot": dot, "point": dot + self.point_logits(hidden)}
         if "set" in self.exits:
             logits["set"] = logits["point"] + self.set_logits(hidden)
@@ -150,7 +156,7 @@ class Calibration:
         return cls(1.0, 0.0, np.zeros(0), np.zeros(0))
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of any shape -> calibrated logits, float64."""
+        """Calibrate logits of any shape. Returns float64."""
         logits = logits.astype(np.float64)
         return self.bias + self.slope * logits + np.maximum(logits[..., None] - self.knots, 0.0) @ self.bends
 
@@ -159,21 +165,24 @@ Calibrations = dict[str, list[Calibration]]  # exit -> one for each head
 
 
 def uncalibrated(exits: Sequence[str], heads: int) -> Calibrations:
-    """Identity maps, for every exit and head."""
+    """Return identity maps for every exit and head."""
     return {exit: [Calibration.identity() for _ in range(heads)] for exit in exits}
 
 
 class RankerGraphs(ABC):
     """Writes one ranker as ONNX graphs. Made by `families.graphs(model, calibrations, longest_history)`.
 
-    The inputs and outputs are those that `slatewise.inference.engine` feeds and reads; they are the same for every
-    family (`ligr_onnx.py` lists them).
+    `slatewise.inference.engine` runs the graphs. Their inputs and outputs are the same for every family; `ligr_onnx.py`
+    lists them.
     """
 
     @abstractmethod
     def all(self) -> dict[str, onnx.ModelProto]:
-        """The graphs that a server loads: `encode`, and one for each exit."""
+        """Build the graphs that a server loads: `encode`, and one for each exit."""
 
     @abstractmethod
     def rank(self, items: np.ndarray, head_weights: Sequence[float]) -> onnx.ModelProto:
-        """Everything in one graph, item table (rows, d) included: rows of events and candidates -> scores."""
+        """Build one graph of the whole ranker, item table included.
+
+        Inputs are row numbers; outputs are probabilities and scores. items: (rows, d).
+        """

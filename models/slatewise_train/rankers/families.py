@@ -1,7 +1,8 @@
-"""The table of ranker families. A new family is one line here, a `Ranker` and a `RankerGraphs`.
+"""The table of ranker families. A new family is one entry of FAMILIES, a `RankerModel` and a `RankerGraphs`.
 
-Called by: `train.py` and `bundle_writer.py` (a config becomes a model), `export.py` and `compress.py` (a model becomes
-graphs). Calls: the modules of the families.
+Called by: `config.py`, `train.py`, `weights.py` (a config becomes a model); `bundle_writer.py`, `export.py` and
+`compression/variants.py` (a model becomes graphs); `compression/` (low-rank forms and students). Calls: `ligr.py`,
+`ligr_onnx.py`, `ligr_student.py`.
 """
 
 from __future__ import annotations
@@ -11,29 +12,39 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slatewise_train.rankers.base import Calibrations, Ranker, RankerConfig, RankerGraphs
+from slatewise_train.rankers import ligr_student
+from slatewise_train.rankers.base import Calibrations, RankerConfig, RankerGraphs, RankerModel
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
 
 @dataclass(frozen=True)
 class Family:
-    """The three classes of a family."""
+    """The classes of a family, and functions for compression. A function is None if the family does not support it."""
 
     config: type[RankerConfig]
-    model: Callable[..., Ranker]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
+    model: Callable[..., RankerModel]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
     graphs: Callable[..., RankerGraphs]  # (model, calibrations, longest_history)
+    dense_layers: Callable[[Any], dict[str, nn.Linear]] | None = (
+        None  # (model) -> layers that low rank factors, by name
+    )
+    half: Callable[[Any], dict[str, int]] | None = None  # (config) -> the default shape of a student
+    shrink: Callable[[Any, Mapping[str, int]], RankerModel] | None = None  # (teacher, shape) -> a student
 
 
-FAMILIES = {Ligr.family: Family(LigrConfig, Ligr, LigrGraphs)}
-DEFAULT_FAMILY = Ligr.family  # of a TOML that names no family, and of bundles of format 1
+FAMILIES = {
+    Ligr.family: Family(
+        LigrConfig, Ligr, LigrGraphs, dense_layers=Ligr.dense_layers, half=ligr_student.half, shrink=ligr_student.shrink
+    )
+}
+DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
 
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """The items' metadata as a model keeps it, in buffers of its state dict."""
+    """The items' metadata. A model stores it in buffers of its state dict."""
 
     field_values: dict[str, Tensor]  # categorical column -> (items, V) int64, 0 is padding or a missing value
     numeric_mean: Tensor  # (F,) float32
@@ -41,14 +52,14 @@ class ItemColumns:
 
 
 def find(family: str) -> Family:
-    """Raises ValueError for an unknown family."""
+    """Return a family by name. Raises ValueError for an unknown name."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r} of rankers; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[family]
 
 
-def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> Ranker:
-    """A model with freshly drawn weights.
+def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemColumns | None = None) -> RankerModel:
+    """Build a model with random weights.
 
     config: the family's dataclass, or that dataclass as a dict (`dataclasses.asdict`, JSON). columns may be left out
     when the model has no fields, as in a bundle, which has them folded into the item table.
@@ -67,6 +78,34 @@ def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemCo
     return found.model(config, columns.field_values, columns.numeric_mean, columns.numeric_std)
 
 
-def graphs(model: Ranker, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
-    """The exporter of a model; longest_history: the most positions that one call encodes, start token excluded."""
+def graphs(model: RankerModel, calibrations: Calibrations, longest_history: int) -> RankerGraphs:
+    """Return the exporter of a model.
+
+    longest_history: the most positions that one call encodes, without the start token.
+    """
     return find(model.family).graphs(model, calibrations, longest_history)
+
+
+def dense_layers(model: RankerModel) -> dict[str, nn.Linear]:
+    """Return the layers that low rank factors, by name. Raises ValueError if the family does not support low rank."""
+    if (function := find(model.family).dense_layers) is None:
+        raise ValueError(f"rankers of the family {model.family!r} have no low-rank form")
+    return function(model)
+
+
+def half(model: RankerModel) -> dict[str, int]:
+    """Return the default shape of a student. Raises ValueError if the family does not support students."""
+    if (function := find(model.family).half) is None:
+        raise ValueError(f"rankers of the family {model.family!r} have no students")
+    return function(model.config)
+
+
+def shrink(teacher: RankerModel, shape: Mapping[str, int]) -> RankerModel:
+    """Build a smaller ranker, the student, initialised from the teacher.
+
+    shape: sizes of the family's config. Raises ValueError for a shape that is not possible, or if the family does not
+    support students.
+    """
+    if (function := find(teacher.family).shrink) is None:
+        raise ValueError(f"rankers of the family {teacher.family!r} have no students")
+    return function(teacher, shape)

@@ -1,15 +1,16 @@
-"""The family `ligr`: a LiGR ranker (arXiv 2502.03417).
+"""The ranker family `ligr`: LiGR (arXiv 2502.03417) in torch.
 
-- A block gates its update with the stream before normalisation: x + F(LN(x)) * sigmoid(x W + b) (equation 1).
-- The history is causal, with rotary positions behind a learned start token, so its keys and values can be cached and
-  extended by new events.
-- Candidates pass through the same blocks. Each attends to the start token and the history, not to other candidates and
-  not to itself.
-- Numeric features, meta-embedding and request context join after the blocks (late fusion).
+- A block adds a gated update to its input x: x + F(LN(x)) * sigmoid(x W + b) (equation 1). The gate reads x before
+  normalisation.
+- The history is encoded causally, with rotary positions after a learned start token. Its keys and values can therefore
+  be cached and extended by new events.
+- Candidates pass through the same blocks. A candidate attends to the start token and the history. It does not attend to
+  other candidates or to itself.
+- Numeric features, meta-embedding and request context are added after the blocks (late fusion).
 - Set-wise blocks let the candidates of a slate attend to each other.
 
-Called by: `families.py` (its table of families). Calls: `base.py`, whose letters for shapes it uses.
-`ligr_onnx.py` writes the same equations as ONNX.
+Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_student.py`. Calls: `base.py`, which
+defines the letters in shapes.
 """
 
 from dataclasses import dataclass, replace
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
-from slatewise_train.rankers.base import EXITS, EncodedHistory, Ranker, RankerConfig
+from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
 
 
 @dataclass(frozen=True)
 class LigrConfig(RankerConfig):
-    """The TOML's table `[model]` and the sizes of the data. Raises ValueError for sizes that do not fit each other."""
+    """The TOML's table `[model]` and sizes that follow from the data. Raises ValueError for sizes that do not match."""
 
     width: int = 64
     blocks: int = 2  # shared by history and candidates
@@ -56,7 +57,7 @@ class LigrConfig(RankerConfig):
 
     @property
     def query_width(self) -> int:
-        """Of all query heads together; `key_width` and `value_width` likewise."""
+        """Width of all query heads together."""
         return self.attention_heads * (self.key_size or self.value_size)
 
     @property
@@ -69,9 +70,9 @@ class LigrConfig(RankerConfig):
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864): (B, H, T, D).
+    """Apply rotary positions (RoFormer, arXiv 2104.09864): x (B, H, T, D) -> (B, H, T, D).
 
-    Rotates the pair (i, i + D/2) by the angle position * 10000^(-2i/D). x: (B, H, T, D), positions: (T,) or (B, T).
+    Rotates the pair (i, i + D/2) by the angle position * 10000^(-2i/D). positions: (T,) or (B, T).
     """
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -95,9 +96,9 @@ class Block(nn.Module):
         self.key_heads = config.key_heads or config.attention_heads
         self.attention_norm = nn.LayerNorm(d)
         self.feed_forward_norm = nn.LayerNorm(d)
-        self.query, self.key, self.value = (
-            nn.Linear(d, size) for size in (config.query_width, config.key_width, config.value_width)
-        )
+        self.query = nn.Linear(d, config.query_width)
+        self.key = nn.Linear(d, config.key_width)
+        self.value = nn.Linear(d, config.value_width)
         self.out = nn.Linear(d, d)
         self.attention_gate = nn.Linear(d, d)
         self.feed_forward_gate = nn.Linear(d, d)
@@ -106,13 +107,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
-        """(B, T, H * D) -> (B, H, T, D)"""
+        """Split into heads: (B, T, H * D) -> (B, H, T, D)."""
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, T, key size) and values (B, H, T, value size) of H key heads, for x (B, T, d).
+        """Return keys (B, H, T, key size) and values (B, H, T, value size) of H key heads, for x (B, T, d).
 
-        Keys are rotated to their positions, (T,) or (B, T); None in set-wise blocks, which have no positions.
+        Keys are rotated to their positions, (T,) or (B, T). positions is None in set-wise blocks, which have no
+        positions.
         """
         x = self.attention_norm(x)
         key = self.split(self.key(x), self.key_heads)
@@ -122,7 +124,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False
     ) -> Tensor:
-        """x (B, N, d) attends to key and value, as `keys_values` returns them for K positions: (B, N, d).
+        """Apply the block: x (B, N, d) attends to key and value of K positions, see `keys_values`. Returns (B, N, d).
 
         mask: (B or 1, 1, N, K), True for the positions that may be read.
         """
@@ -137,8 +139,11 @@ class Block(nn.Module):
         return x + self.dropout(fed) * torch.sigmoid(self.feed_forward_gate(x))
 
 
-class Ligr(Ranker):
-    """field_values, numeric_mean and numeric_std: as in `families.ItemColumns`; they become buffers."""
+class Ligr(RankerModel):
+    """A ranker of the family `ligr`.
+
+    field_values, numeric_mean and numeric_std, as in `families.ItemColumns`, become buffers.
+    """
 
     family = "ligr"
     config: LigrConfig
@@ -177,7 +182,7 @@ class Ligr(Ranker):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for last in (self.point_down, self.set_out):  # so untrained, every exit gives the logits of `dot`
+        for last in (self.point_down, self.set_out):  # before training, every exit gives the logits of `dot`
             nn.init.zeros_(last.weight)
 
     @property
@@ -188,7 +193,7 @@ class Ligr(Ranker):
         return self.field[name].get_parameter("weight")
 
     def field_vectors(self, name: str, values: Tensor) -> Tensor:
-        """The mean vector of a field's values, or row 0 of the field if there are no values: (..., d).
+        """Return the mean vector of a field's values, or row 0 of the field if there are no values: (..., d).
 
         values: (..., V) rows of the field, 0 for padding.
         """
@@ -208,13 +213,26 @@ class Ligr(Ranker):
     def cold_item_vectors(self, table: Tensor) -> Tensor:
         return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
 
+    def dense_layers(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of all blocks, by name. They take nearly all of the time."""
+        stacks = {"blocks": self.blocks, "set_blocks": self.set_blocks}
+        return {
+            f"{stack}.{name}": module
+            for stack, blocks in stacks.items()
+            for name, module in blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def resized(self, config: LigrConfig) -> "Ligr":
+        """Build a ranker of another config with the same item columns and with random weights."""
+        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
+        return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
+
     @torch.no_grad()
     def without_meta(self) -> "Ligr":
         first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
         weight = self.fusion.weight
-        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
-        config = replace(self.config, meta_size=0)
-        copy = Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
+        copy = self.resized(replace(self.config, meta_size=0))
         changed = {
             "default_meta": torch.zeros(0),
             "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.config.meta_size :]], dim=1),

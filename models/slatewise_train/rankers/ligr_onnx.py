@@ -1,4 +1,4 @@
-"""The serving graphs of `ligr.py`, written operator by operator, with a batch axis B.
+"""Write the serving graphs of `ligr.py`, operator by operator. All inputs have a batch axis B.
 
     encode   items (B,T,d) actions gaps (B,T) length (B,) past_key_<i> (B,P,key width) past_value_<i> (B,P,value width)
              -> key_<i> value_<i> (B,P+T,...), user (B,d)
@@ -8,14 +8,17 @@
     set      hidden (B,N,d) logits (B,N,heads) set_length (B,)    -> probabilities
 
 Rows of a batch are padded on the right; `length`, `history_length` and `set_length` are the lengths without padding.
-A single request is never padded. All rows of one `encode` call have the same past length, so causality alone keeps
-padding unread. An empty history is the state of the start token (item row 1, action 0, gap 0, no past), which the
-engine encodes once and every history extends. Attention is one operator (`Attention`, opset 24), never with a mask.
+The server does not pad single requests. All rows of one `encode` call have the same past length P. Events attend only
+to earlier positions, so they do not read the padding after them.
 
-Every dense layer is one `Gemm`, or two if it was factored by `compression/low_rank.py`; `compression/quantize.py`
-looks for these nodes.
+The first position of every history is the start token (item row 1, action 0, gap 0, no past). The engine encodes it
+once, uses the result as the state of an empty history, and extends it by the events of other histories.
 
-Called by: `families.graphs`. Calls: `onnx_builder.py`. The evaluation compares the graphs with the torch model.
+Attention is one operator without a mask (`Attention`, opset 24). Every dense layer is one `Gemm`, or two if
+`compression/low_rank.py` factored it. `compression/quantize.py` replaces these nodes.
+
+Called by: `families.py`. Calls: `onnx_builder.py`, `ligr.py`. `evaluation/parity.py` compares the graphs with the torch
+model.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ from slatewise_train.rankers.onnx_builder import DOUBLE, FLOAT, INT, GraphBuilde
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens between blocks. They are stacked into rows, so that a dense layer is one GEMM."""
+    """Tokens between blocks, stacked into rows, so that a dense layer is one GEMM."""
 
     rows: str  # (B * N, d)
     shape: str  # int64 vector [B, N, d]
 
 
 class LigrGraphs(RankerGraphs):
-    """Writes the graphs of one ranker. longest_history: the rotary tables reach that many events."""
+    """Writes the graphs of one ranker. longest_history: the number of events that the rotary tables cover."""
 
     def __init__(self, model: Ligr, calibrations: Calibrations, longest_history: int) -> None:
         self.config = model.config
@@ -60,11 +63,11 @@ class LigrGraphs(RankerGraphs):
         }
 
     def stream(self, g: GraphBuilder, x: str) -> Stream:
-        """x (B, N, d), stacked."""
+        """Stack x (B, N, d) into rows."""
         return Stream(g.op("Reshape", x, g.ints(-1, self.config.width)), g.op("Shape", x))
 
     def layer(self, g: GraphBuilder, x: str, name: str) -> str:
-        """The model's dense layer of that name: (rows, in) -> (rows, out)."""
+        """Add the model's dense layer called `name`: (rows, in) -> (rows, out)."""
         if f"{name}.first.weight" in self.state:
             x = linear(g, x, f"{name}.first", self.state[f"{name}.first.weight"], None)
             name = f"{name}.second"
@@ -75,13 +78,14 @@ class LigrGraphs(RankerGraphs):
         return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-5)
 
     def rotate(self, g: GraphBuilder, x: str, positions: str, heads: int) -> str:
-        """x (B, T, heads * D) rotated to positions (B, T)."""
+        """Rotate x (B, T, heads * D) to positions (B, T)."""
         return g.op("RotaryEmbedding", x, *self.rotary(g), positions, num_heads=heads)
 
     def rotate_alike(self, g: GraphBuilder, x: str, shape: str, position: str) -> str:
-        """x (B, N, H * D), all N rotated to one position (B, 1).
+        """Apply the rotary embedding of one position (B, 1) to all N rows of x (B, N, H * D).
 
-        onnxruntime does not accept more rows than positions, so N counts as heads here.
+        shape: the vector [B, N, d]. ONNX Runtime does not accept more rows than positions, so the rows are passed as
+        heads.
         """
         heads = g.op("Reshape", x, g.ints(0, -1, 1, self.query_size))  # (B, N * H, 1, D)
         return self.unstacked(
@@ -89,9 +93,9 @@ class LigrGraphs(RankerGraphs):
         )
 
     def rotary(self, g: GraphBuilder) -> tuple[str, str]:
-        """Cosine and sine tables (positions, D/2).
+        """Return the cosine and sine tables (positions, D/2).
 
-        onnxruntime computes them from their factors when it loads the graph. Stored as constants they would be a
+        ONNX Runtime computes them from their factors when it loads the graph. Stored as constants they would be a
         quarter of a small int8 variant's size.
         """
         if "rotary" not in g.shared:
@@ -101,7 +105,10 @@ class LigrGraphs(RankerGraphs):
         return cosine, sine
 
     def keys_values(self, g: GraphBuilder, x: Stream, block: str, positions: str | None) -> tuple[str, str]:
-        """Keys (B, N, key width) and values (B, N, value width), keys rotated to positions (B, N) unless None."""
+        """Return keys (B, N, key width) and values (B, N, value width).
+
+        Keys are rotated to positions (B, N), unless positions is None.
+        """
         normed = self.norm(g, x.rows, f"{block}.attention_norm")
         widths = {"key": self.config.key_width, "value": self.config.value_width}
         key, value = (
@@ -111,37 +118,38 @@ class LigrGraphs(RankerGraphs):
         return (key if positions is None else self.rotate(g, key, positions, self.key_heads)), value
 
     def unstacked(self, g: GraphBuilder, rows: str, shape: str, width: int) -> str:
-        """rows (B * N, width) -> (B, N, width); shape is the vector [B, N, d]."""
+        """Reshape rows (B * N, width) to (B, N, width). shape: the vector [B, N, d]."""
         if width != self.config.width:
             shape = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(2)), g.ints(width), axis=0)
         return g.op("Reshape", rows, shape)
 
     def attention(self, g: GraphBuilder, query: str, key: str, value: str, length: str, causal: bool = False) -> str:
-        """query (B, N, ...) attends to the first length (B,) positions of key and value (B, K, ...) -> (B, N, d).
+        """Let query (B, N, ...) attend to the first length (B,) positions of key and value (B, K, ...) -> (B, N, d).
 
-        causal: the last of the N attends to all of these positions, the one before it to all but one, and so on.
+        causal: the last of the N queries attends to all of these positions, the one before it to all but one, and so
+        on.
         """
         heads = {"q_num_heads": self.heads, "kv_num_heads": self.key_heads}
         return g.op("Attention", query, key, value, "", "", "", length, is_causal=int(causal), **heads)
 
     def queries(self, g: GraphBuilder, x: Stream, block: str) -> str:
-        """Queries (B, N, query width), not rotated."""
+        """Return queries (B, N, query width), not rotated."""
         normed = self.norm(g, x.rows, f"{block}.attention_norm")
         return self.unstacked(g, self.layer(g, normed, f"{block}.query"), x.shape, self.config.query_width)
 
     def block(self, g: GraphBuilder, x: Stream, block: str, read: str) -> Stream:
-        """The rest of a gated block, from read (B, N, d), the result of the attention."""
+        """Add the rest of a gated block after its attention. read: (B, N, d), the result of the attention."""
         attended = self.layer(g, g.op("Reshape", read, g.ints(-1, self.config.width)), f"{block}.out")
         rows = self.gated(g, x.rows, attended, f"{block}.attention_gate")
         fed = g.op("Gelu", self.layer(g, self.norm(g, rows, f"{block}.feed_forward_norm"), f"{block}.up"))
         return Stream(self.gated(g, rows, self.layer(g, fed, f"{block}.down"), f"{block}.feed_forward_gate"), x.shape)
 
     def gated(self, g: GraphBuilder, x: str, change: str, gate: str) -> str:
-        """x + change * sigmoid(gate(x)), all (rows, d)."""
+        """Return x + change * sigmoid(gate(x)), all (rows, d)."""
         return g.op("Add", x, g.op("Mul", change, g.op("Sigmoid", self.layer(g, x, gate))))
 
     def dot_logits(self, g: GraphBuilder, candidates: str, user: str) -> str:
-        """candidates (B, N, d), user (B, d) -> (B, N, heads)"""
+        """Return logits of the exit `dot`: candidates (B, N, d), user (B, d) -> (B, N, heads)."""
         column = g.op("MatMul", candidates, g.op("Unsqueeze", user, g.ints(2)))  # (B, N, 1)
         scale, bias = (g.weight(name, self.state[name]) for name in ("dot_scale", "dot_bias"))
         return g.op("Add", g.op("Mul", column, scale), bias)
@@ -149,10 +157,10 @@ class LigrGraphs(RankerGraphs):
     def write_history(
         self, g: GraphBuilder, x: str, actions: str, gaps: str, length: str, past: list[tuple[str, str]]
     ) -> tuple[list[tuple[str, str]], str]:
-        """Encode events, item vectors x (B, T, d), actions and gaps (B, T), that follow a past.
+        """Encode events that follow a past.
 
-        past: keys and values (B, P, ...) of each block, or an empty list if nothing came before.
-        Returns keys and values (B, P + T, ...) of each block, and the user vector (B, d).
+        x: item vectors (B, T, d); actions, gaps: (B, T); past: keys and values (B, P, ...) of each block, or an empty
+        list without a past. Returns keys and values (B, P + T, ...) of each block, and the user vector (B, d).
         """
         x = g.op("Add", x, g.op("Gather", g.weight("action", self.state["action.weight"]), actions))
         x = g.op("Add", x, g.op("Gather", g.weight("gap", self.state["gap.weight"]), gaps))
@@ -160,7 +168,7 @@ class LigrGraphs(RankerGraphs):
         steps = g.op("Squeeze", g.op("Shape", actions, start=1, end=2))  # T
         steps = g.op("Range", g.weight("zero", np.array(0, np.int64)), steps, g.weight("one", np.array(1, np.int64)))
         positions = g.op("Expand", g.op("Add", first, steps), g.op("Shape", actions))  # (B, T)
-        # (1,): P + T, which counts padding too; causality keeps the padding unread
+        # (1,): P + T, which counts padding too; a causal query does not read the padding after it
         written = g.op("Add", first, g.op("Shape", actions, start=1, end=2))
         written = g.op("Expand", written, g.op("Shape", length))  # (B,)
         tokens = self.stream(g, x)
@@ -190,12 +198,12 @@ class LigrGraphs(RankerGraphs):
     def read_history(
         self, g: GraphBuilder, candidates: str, fused: str, user: str, state: list[tuple[str, str]], length: str
     ) -> tuple[str, Stream]:
-        """Candidates' vectors (B, N, d) attend to the first length (B,) positions of the encoded history.
+        """Let candidates' vectors (B, N, d) attend to the first length (B,) positions of the encoded history.
 
         Returns the logits (B, N, heads) of the exit `point`, and the hidden states.
         """
         x = self.stream(g, candidates)
-        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the place behind the history
+        position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the position after the history
         for i, (key, value) in enumerate(state):
             query = self.rotate_alike(g, self.queries(g, x, f"blocks.{i}"), x.shape, position)
             x = self.block(g, x, f"blocks.{i}", self.attention(g, query, key, value, length))
@@ -206,7 +214,10 @@ class LigrGraphs(RankerGraphs):
         return g.op("Add", dot, self.unstacked(g, added, x.shape, self.config.heads)), hidden
 
     def fused(self, g: GraphBuilder, candidates: str) -> str:
-        """Late fusion: (B * N, d). The request's part is computed once, the candidates' part for each candidate."""
+        """Add the late fusion: (B * N, d).
+
+        The request's part is computed once, the candidates' part for each candidate.
+        """
         f = self.config.numeric
         m = self.config.meta_size
         d = self.config.width
@@ -231,9 +242,9 @@ class LigrGraphs(RankerGraphs):
         return g.op("Reshape", request, g.ints(-1, d))
 
     def read_slate(self, g: GraphBuilder, x: Stream, logits: str, length: str) -> str:
-        """The first length (B,) candidates of a slate attend to each other.
+        """Let the first length (B,) candidates of a slate attend to each other.
 
-        logits (B, N, heads) of the exit `point` -> logits (B, N, heads) of the exit `set`.
+        logits: (B, N, heads) of the exit `point`. Returns logits (B, N, heads) of the exit `set`.
         """
         for i in range(self.set_blocks):
             name = f"set_blocks.{i}"
@@ -243,7 +254,7 @@ class LigrGraphs(RankerGraphs):
         return g.op("Add", logits, self.unstacked(g, out, x.shape, self.config.heads))
 
     def state_inputs(self, g: GraphBuilder, prefix: str, length: str) -> list[tuple[str, str]]:
-        """Graph inputs (B, length, width) for the keys and values of each block."""
+        """Add graph inputs (B, length, width) for the keys and values of each block."""
         state = []
         for i in range(self.blocks):
             key = g.input(f"{prefix}key_{i}", ["B", length, self.config.key_width])
@@ -251,7 +262,7 @@ class LigrGraphs(RankerGraphs):
         return state
 
     def probabilities(self, g: GraphBuilder, logits: str, exit: str) -> str:
-        """The output of that name: logits (B, N, heads) of an exit -> (B, N, heads) float64."""
+        """Add the output `probabilities` (B, N, heads), float64: the calibrated logits of `exit` through a sigmoid."""
         found = probabilities(g, logits, exit, self.calibrations[exit])
         return g.output("probabilities", found, ["B", "N", self.config.heads], DOUBLE)
 
@@ -302,10 +313,11 @@ class LigrGraphs(RankerGraphs):
         return g.model()
 
     def rank(self, items: np.ndarray, head_weights: Sequence[float]) -> onnx.ModelProto:
-        """The whole ranker in one graph, for use in another server.
+        """Build one graph of the whole ranker, for use in another server.
 
-        history actions gaps (B,L) candidates (B,N) rows, numeric (B,N,F), NaN for missing, meta (B,M) context (B,4)
-        -> probabilities (B,N,heads) of the highest exit, scores (B,N), the probabilities' sum weighted by head_weights
+        Inputs: history, actions and gaps (B, L) and candidates (B, N) as row numbers; numeric (B, N, F), NaN for
+        missing; meta (B, M); context (B, 4). Outputs: probabilities (B, N, heads) of the highest exit, and scores (B,
+        N), the sum of the probabilities weighted by head_weights.
         """
         g = GraphBuilder("rank")
         exit = "set" if self.set_blocks else "point"

@@ -1,4 +1,4 @@
-"""Building blocks of ONNX graphs that do not depend on a ranker family.
+"""Build ONNX graphs: nodes, constants, dense layers and calibrated probabilities, for any ranker family.
 
 Called by: `ligr_onnx.py`, and `compression/low_rank.py` to time dense layers. Calls: onnx, `base.py`.
 """
@@ -22,7 +22,7 @@ INT = TensorProto.INT64
 
 
 class GraphBuilder:
-    """Collects nodes and weights of a graph. Values are names: `g.op("MatMul", a, b)` returns that of the product."""
+    """Collects nodes and weights of a graph. A value is a name: `g.op("MatMul", a, b)` returns the product's name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -46,24 +46,24 @@ class GraphBuilder:
         return name
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """Add a constant; the first array with a name is the one that counts."""
+        """Add a constant. If the name exists already, its first array stays."""
         if name not in self.weights:
             self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return name
 
     def ints(self, *values: int) -> str:
-        """A constant int64 vector, for shapes and axes."""
+        """Add a constant int64 vector, for shapes and axes."""
         return self.weight("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; an optional input that is left out is ""."""
+        """Add a node and return the name of its output. Pass "" for an optional input that is left out."""
         self.count += 1
         name = f"{kind}_{self.count}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
     def model(self) -> onnx.ModelProto:
-        """The checked model. Raises onnx.checker.ValidationError."""
+        """Build and check the model. Raises onnx.checker.ValidationError."""
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.weights.values()))
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="slatewise"
@@ -73,7 +73,7 @@ class GraphBuilder:
 
 
 def linear(g: GraphBuilder, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
-    """A dense layer as one `Gemm`: x (rows, in) -> (rows, out); weight (out, in) as in torch, bias (out,)."""
+    """Add a dense layer as one `Gemm`: x (rows, in) -> (rows, out); weight (out, in) as in torch, bias (out,)."""
     inputs = [x, g.weight(f"{name}.weight", weight.T)]
     if bias is not None:
         inputs.append(g.weight(f"{name}.bias", bias))
@@ -81,9 +81,10 @@ def linear(g: GraphBuilder, x: str, name: str, weight: np.ndarray, bias: np.ndar
 
 
 def probabilities(g: GraphBuilder, logits: str, exit: str, calibrations: Sequence[Calibration]) -> str:
-    """Logits (B, N, heads) float32 -> calibrated probabilities (B, N, heads) float64; one calibration for each head.
+    """Add calibration and sigmoid: logits (B, N, heads) float32 -> probabilities (B, N, heads) float64.
 
-    In double precision the strictly increasing calibration is still strictly increasing after the sigmoid.
+    calibrations: one for each head. In double precision a strictly increasing calibration is still strictly increasing
+    after the sigmoid.
     """
     x = g.op("Cast", logits, to=DOUBLE)
     columns = []

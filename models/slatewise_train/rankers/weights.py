@@ -1,9 +1,9 @@
-"""The weights of a bundle's model: written at export, loaded again for compression and for the refresh job.
+"""Save and load the weights of a bundle's model. Export saves them; compression and the refresh job load them.
 
-A bundle keeps a model in its serving form: the fields are folded into the item table, which is items.npy and shared
+A bundle stores a model in its serving form: the fields are folded into the item table, which is items.npy and shared
 with the server. Every other parameter and buffer is an array of weights.npz. The manifest names family and config.
 
-Called by: `bundle_writer.py`, `compression/source.py`, `meta/refresh.py`. Calls: `families.py`.
+Called by: `bundle_writer.py`, `compression/source.py`, `meta/refresh.py`, `loadtest/`. Calls: `families.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from slatewise.bundle.loader import check_file
 from slatewise.bundle.manifest import Manifest, ManifestError, ModelDescription
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.rankers.base import RankerModel
 
 WEIGHTS = "weights.npz"
 ITEMS = "items.npy"
@@ -26,16 +26,16 @@ ITEM_TABLE = "item.weight"  # the parameter that items.npy holds
 
 
 @torch.no_grad()
-def serving_form(model: Ranker) -> Ranker:
-    """A copy of the model with its fields folded into the item table; it gives the same logits for the same items."""
+def serving_form(model: RankerModel) -> RankerModel:
+    """Return a copy of the model with the fields folded into the item table. Logits of the same items are equal."""
     folded = families.build(model.family, dataclasses.replace(model.config, fields={}))
     weights = model.state_dict() | {ITEM_TABLE: model.item_table()}
     folded.load_state_dict({name: weights[name] for name in folded.state_dict()})
     return folded.eval()
 
 
-def save_weights(folder: Path, model: Ranker) -> ModelDescription:
-    """Write items.npy and weights.npz of a model in serving form; returns the manifest's description of the model."""
+def save_weights(folder: Path, model: RankerModel) -> ModelDescription:
+    """Write items.npy and weights.npz of a model in serving form. Returns the manifest's description of the model."""
     arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     np.save(folder / ITEMS, arrays.pop(ITEM_TABLE))
     with (folder / WEIGHTS).open("wb") as file:
@@ -43,8 +43,8 @@ def save_weights(folder: Path, model: Ranker) -> ModelDescription:
     return ModelDescription(family=model.family, config=dataclasses.asdict(model.config), weights=WEIGHTS)
 
 
-def load_model(folder: Path, manifest: Manifest) -> Ranker:
-    """The model of a bundle, in serving form.
+def load_model(folder: Path, manifest: Manifest) -> RankerModel:
+    """Load the model of a bundle, in serving form.
 
     Raises ManifestError when the bundle has format 1, a file has another digest, or the weights are those of another
     model, and ValueError for an unknown family or config.

@@ -1,15 +1,22 @@
-"""The benefit of meta-embeddings for users that were not trained on.
+"""Measure the benefit of meta-embeddings for users that were not trained on.
 
-    python -m slatewise_train.evaluation.personalization models/movielens.toml
+    python -m slatewise_train.meta.personalization models/movielens.toml
 
-Trains a ranker and a meta block without the held-out users (`[personalization]` in the TOML); you can stop and resume
-both. Then each held-out user has 5, 10, 20, or 50 and more events, and the next events are predicted in several arms:
-with the meta-embedding adapted to the newest events, with the default vector, with a vector fitted to the same events
-directly, and with a vector of zeros. In every arm the ranker reads the whole history.
+The experiment trains a ranker and a meta block without the held-out users (`[personalization]` in the TOML). You can
+stop it at any time; the same command continues. It then takes the first 5, 10 or 20 events of each held-out user, or
+all events but the last ones if the user has 50 or more, and predicts the events after them. It repeats the prediction
+with several meta-embeddings, called arms:
+
+    adapted      adapted to the newest events by the meta block
+    default      the default vector
+    own vector   fitted to the same events directly
+    nothing      a vector of zeros
+
+The adapted vector is measured in float16 and int8 too. In every arm the ranker reads the whole history.
 
 Writes report.json, report.md and report.png into `build/personalization/NAME/`.
 
-Called by: the command line. Calls: `train.py`, `meta/limaml.py`, `report.py`.
+Called by: the command line. Calls: `train.py`, `limaml.py`, `tasks.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -37,8 +44,8 @@ from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.metrics import gains, interval, ndcg
 from slatewise_train.evaluation.report import personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
-from slatewise_train.meta.tasks import Case, RankerTables, Tasks, event_losses, make_tasks, point_with
-from slatewise_train.rankers.base import Ranker
+from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.train import train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last one stands for that many and more
@@ -49,21 +56,21 @@ FLIPS = 10_000
 
 @dataclass(frozen=True)
 class Cases:
-    """Users with the same number of events, or with at least LENGTHS[-1] events."""
+    """Users whose history has the same number of events, or at least LENGTHS[-1] events."""
 
     length: int
-    cases: list[Case]
+    cases: list[MetaCase]
 
-    def batches(self) -> list[list[Case]]:
-        """Batches of similar length."""
+    def batches(self) -> list[list[MetaCase]]:
+        """Return batches of cases with similar length."""
         ordered = sorted(self.cases, key=lambda case: case[1])
         return [ordered[k : k + BATCH] for k in range(0, len(ordered), BATCH)]
 
 
 def cases_of(data: Data, users: np.ndarray, length: int, query: int) -> Cases:
-    """The users with enough events for a history of this length and a query behind it.
+    """Return the users with enough events for a history of this length and the query after it.
 
-    The history is the first `length` events; for the largest length it is all events but those of the query.
+    The history is the first `length` events. For the largest length it is all events except those of the query.
     """
     events = np.diff(data.sequences.offsets)
     now = events - query if length == LENGTHS[-1] else np.full(len(events), length)
@@ -71,8 +78,8 @@ def cases_of(data: Data, users: np.ndarray, length: int, query: int) -> Cases:
     return Cases(length, [(int(user), int(now[user])) for user in enough])
 
 
-def fit_vectors(ranker: Ranker, kinds: list[str], support: Tasks, rate: float, steps: int, most: int) -> Tensor:
-    """A vector for each user (U, M), fitted by Adam to the loss of the inner loop.
+def fit_vectors(ranker: RankerModel, kinds: list[str], support: Tasks, rate: float, steps: int, most: int) -> Tensor:
+    """Fit a vector for each user (U, M) by Adam, with the loss of the inner loop.
 
     rate and steps: of Adam; most: the largest possible number of events, as in `MetaLearner.support_loss`.
     """
@@ -88,7 +95,7 @@ def fit_vectors(ranker: Ranker, kinds: list[str], support: Tasks, rate: float, s
 
 
 def as_stored(vectors: Tensor, dtype: str) -> Tensor:
-    """The vectors (U, M) as the store would return them."""
+    """Return the vectors (U, M) after a round trip through the store's format."""
     values = pack_many(vectors.numpy(), 1, 0.0, dtype)
     return torch.from_numpy(np.stack([unpack(value, vectors.shape[1])[0] for value in values]))
 
@@ -100,12 +107,12 @@ class NextEvents:
     base: Tensor  # (U, C, d) hidden states for a meta-embedding of zero
     dot: Tensor  # (U, C, heads) logits of the exit `dot`
     target: Tensor  # (U,) the event's place in the catalogue
-    seen: list[np.ndarray]  # for each user the places of the items met before
+    seen: list[np.ndarray]  # for each user, the places in the catalogue of the items of earlier events
 
 
 @torch.no_grad()
-def next_events(tables: RankerTables, data: Data, cases: list[Case]) -> NextEvents:
-    """The next event of each case. Every case must have one."""
+def next_events(tables: RankerTables, data: Data, cases: list[MetaCase]) -> NextEvents:
+    """Compute the next event of each case. Every case must have one."""
     longest = data.config.history_length
     windows = [(user, newest_window_start(now, longest), now) for user, now in cases]
     batch = make_batch(data.sequences, windows)
@@ -126,8 +133,8 @@ def next_events(tables: RankerTables, data: Data, cases: list[Case]) -> NextEven
     return NextEvents(base, dot, target, [rows[start:end] for start, end in zip(starts, ends, strict=True)])
 
 
-def next_gains(ranker: Ranker, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
-    """NDCG@10 of the next event in the full catalogue without the items met before: (U,). vectors: (U, M)."""
+def next_gains(ranker: RankerModel, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
+    """Return NDCG@10 (U,) of the next event in the full catalogue, without the items met before. vectors: (U, M)."""
     scores = point_with(ranker, vectors, events.base[:, None], events.dot[:, None])[:, 0, :, head].numpy()
     ranks = np.zeros(len(scores), np.int64)
     for k, (row, place) in enumerate(zip(scores, events.target.tolist(), strict=True)):
@@ -138,7 +145,10 @@ def next_gains(ranker: Ranker, head: int, events: NextEvents, vectors: Tensor) -
 
 
 def sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p value of a paired permutation test: the share of random signs with a mean as large, from (n,)."""
+    """Return the two-sided p value of a paired permutation test on differences (n,).
+
+    It is the share of random signs whose mean is at least as large as the observed mean.
+    """
     rng = np.random.default_rng(0)
     observed = abs(difference.mean())
     means = np.array([abs((rng.choice((-1.0, 1.0), len(difference)) * difference).mean()) for _ in range(FLIPS)])
@@ -146,9 +156,9 @@ def sign_flip(difference: np.ndarray) -> float:
 
 
 class Comparison:
-    """Compares the arms on users, for one length of history at a time."""
+    """Compares the arms (see above) on users, for one length of history at a time."""
 
-    def __init__(self, data: Data, ranker: Ranker, learner: MetaLearner) -> None:
+    def __init__(self, data: Data, ranker: RankerModel, learner: MetaLearner) -> None:
         self.data = data
         self.ranker = ranker
         self.learner = learner
@@ -156,14 +166,14 @@ class Comparison:
         self.kinds = [head.kind for head in data.config.heads]
         self.tables = RankerTables(ranker, ranker.item_table(), torch.from_numpy(data.catalogue.numeric))
 
-    def tasks(self, cases: list[Case]) -> tuple[Tasks, Tasks]:
-        """Support and query."""
+    def tasks(self, cases: list[MetaCase]) -> tuple[Tasks, Tasks]:
+        """Return the support and the query of each case."""
         c = self.config
         both = make_tasks(self.tables, self.data.sequences, cases, self.data.config.history_length, c)
         return both.columns(0, c.support), both.columns(c.support, c.support + c.query)
 
     def query_losses(self, query: Tasks, vectors: Tensor) -> np.ndarray:
-        """The mean loss of each user's query events: (U,). vectors: (U, M)."""
+        """Return the mean loss of each user's query events: (U,). vectors: (U, M)."""
         *inputs, real = query.tensors()
         with torch.no_grad():
             losses = event_losses(self.ranker, self.kinds, vectors, *inputs) * real
@@ -171,7 +181,7 @@ class Comparison:
         return means
 
     def like_gains(self, query: Tasks, vectors: Tensor) -> np.ndarray:
-        """NDCG@10 of the query's events by the first head of kind `label`: (U,), NaN if all labels are equal."""
+        """Return NDCG@10 (U,) of the query's events by the first head of kind `label`. NaN if all labels are equal."""
         head = self.kinds.index("label")
         with torch.no_grad():
             logits = point_with(self.ranker, vectors, query.base, query.dot)
@@ -182,7 +192,7 @@ class Comparison:
         return np.array([ndcg(s[r], y[r]) for s, y, r in zip(scores, labels, rows, strict=True)])
 
     def best_fit(self, users: np.ndarray) -> tuple[float, int]:
-        """The rate and steps of FITS with the lowest query loss on users that are not held out."""
+        """Return the rate and steps of FITS with the lowest query loss on users that are not held out."""
         totals = np.zeros(len(FITS))
         for length in LENGTHS:
             torch.manual_seed(0)
@@ -195,7 +205,10 @@ class Comparison:
         return FITS[int(totals.argmin())]
 
     def run(self, cases: Cases, fit: tuple[float, int]) -> dict[str, dict[str, np.ndarray]]:
-        """Arm -> metric -> a value for each user (U,). fit: of the directly fitted vector, see `best_fit`."""
+        """Measure every arm on the cases: arm -> metric -> a value for each user (U,).
+
+        fit: rate and steps of the directly fitted vector, see `best_fit`.
+        """
         found: dict[str, dict[str, list[np.ndarray]]] = {}
         torch.manual_seed(1)
         for batch in tqdm(cases.batches(), desc=f"{cases.length} events", mininterval=2):
@@ -219,8 +232,11 @@ class Comparison:
         return {name: {metric: np.concatenate(values) for metric, values in row.items()} for name, row in found.items()}
 
 
-def tabulate(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
-    """By length: the means of each arm, and the paired difference to the default vector with interval and p value."""
+def compare_lengths(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
+    """Return, by length, the means of each arm and its paired difference from the default vector.
+
+    A difference has an interval and a p value.
+    """
     report: dict[str, Any] = {}
     for length, arms in found.items():
         rows: dict[str, Any] = {"users": len(arms["default"]["query_loss"]), "arms": {name: {} for name in arms}}
@@ -232,7 +248,7 @@ def tabulate(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, An
 
 
 def compare(values: np.ndarray, default: np.ndarray | None) -> dict[str, Any]:
-    """The mean of values (U,), NaN left out, and unless default is None the difference to it."""
+    """Return the mean of values (U,), NaN left out, and their difference from `default` if it is given."""
     kept = ~np.isnan(values)
     row: dict[str, Any] = {"mean": round(float(values[kept].mean()), 5), "users": int(kept.sum())}
     if default is not None:
@@ -255,13 +271,13 @@ def experiment(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "held_out_users": len(users),
         "own_vector": {"rate": fit[0], "steps": fit[1]},
-        "lengths": tabulate(found),
+        "lengths": compare_lengths(found),
     }
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m slatewise_train.evaluation.personalization",
+        prog="python -m slatewise_train.meta.personalization",
         description="Measure the benefit of meta-embeddings for users that were not trained on.",
     )
     parser.add_argument("toml", type=Path, help="config of the ranker, as for `slatewise train`")

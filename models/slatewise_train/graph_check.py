@@ -1,9 +1,10 @@
-"""Check, before a bundle is published, that each variant computes with the operators and the precision of its name.
+"""Check, before a bundle is published, that the graphs of each variant agree with the variant's name.
 
-A variant named `int8` must not hide float32 work, and no graph may contain an operator whose result for one request
-depends on other requests. The server does not repeat this check: it trusts the digests and the golden request.
+The large layers of a variant named `int8` must multiply integers, and a variant named `lowrank` must have factored
+layers. No graph may contain an operator whose result for one request depends on other requests. The server does not
+repeat this check; it compares the digests of the files and the scores of the manifest's example.
 
-Called by: `bundle_writer.py`. Reads: a variant's folder of ONNX graphs.
+Called by: `bundle_writer.py`; `compression/` for its names and limits. Calls: onnx.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ class CheckedGraph:
 
 
 def name_parts(name: str) -> list[str]:
-    """The parts of a variant's name: `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in order.
+    """Return the parts of a variant's name.
 
-    Raises ManifestError for any other name.
+    A name is `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order. Raises
+    ManifestError for any other name.
     """
     parts = name.split("-")
     if (
@@ -84,7 +86,7 @@ def name_parts(name: str) -> list[str]:
 
 
 def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool) -> None:
-    """Raises ManifestError with the reason when the graphs in `folder` are not of the kind that the name states."""
+    """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states."""
     parts = name_parts(name)
     found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
     products = [product for graph in found.values() for product in graph.products]
@@ -115,7 +117,7 @@ def check_large_products(name: str, graphs: dict[str, CheckedGraph]) -> None:
 
 
 def read_graph(path: Path) -> CheckedGraph:
-    """Raises ManifestError when the file is not an ONNX model, or breaks a rule of `check_graph`."""
+    """Read and check a graph. Raises ManifestError if it is not an ONNX model, or breaks a rule of `check_graph`."""
     try:
         return check_graph(onnx.load(path, load_external_data=False))
     except (DecodeError, ValueError, IndexError) as error:
@@ -123,7 +125,7 @@ def read_graph(path: Path) -> CheckedGraph:
 
 
 def check_graph(model: onnx.ModelProto) -> CheckedGraph:
-    """The operators and the products of a model. Raises ValueError with the rule that a node breaks."""
+    """Return the operators and the products of a model. Raises ValueError with the rule that a node breaks."""
     graph = model.graph
     if not graph.node:
         raise ValueError("no ONNX model with a graph")
@@ -156,7 +158,7 @@ def check_graph(model: onnx.ModelProto) -> CheckedGraph:
 
 
 def check_operator(node: NodeProto) -> None:
-    """Raises ValueError for an operator that no ranker needs, or that lets one request change another's score."""
+    """Raises ValueError for an operator that rankers do not need, or that makes one request depend on another."""
     operator = node.op_type
     if "Dynamic" in operator:
         raise ValueError(f"{operator}: its scale depends on other requests of the batch")
@@ -166,7 +168,7 @@ def check_operator(node: NodeProto) -> None:
 
 
 def check_constants(node: NodeProto, weights: Set[str]) -> None:
-    """Raises ValueError when a scale is computed, or when a product or an attention reads a constant as its input."""
+    """Raises ValueError when a scale is computed, or when a product or an attention has a constant as its input."""
     operator = node.op_type
     if operator in ("QuantizeLinear", "MatMulIntegerToFloat") and any(
         name and name not in weights for name in node.input[1:]
