@@ -72,7 +72,8 @@ def test_every_library_of_the_server_is_a_declared_dependency() -> None:
         "starlette",
         "pydantic_core",
         "google",
-    }  # fastapi's, pydantic's, protobuf's
+        "typing_extensions",
+    }  # fastapi's, pydantic's, protobuf's, pydantic's
     used = set().union(*map(imported, SERVER)) - set(sys.stdlib_module_names)
     assert used <= names
 
