@@ -1,6 +1,6 @@
 """JSON of the HTTP API: the members of requests and responses, stored by column. No NumPy here.
 
-Requests are Pydantic models, which validate. The response of a ranking is a plain dataclass, which is rendered without
+Requests are Pydantic models, which validate. The response of a ranking is a typed dictionary, which is rendered without
 validation (`http/rank.py`) and documented by FastAPI. `ranking/validation.py` checks the limits that depend on settings
 or on the bundle.
 
@@ -8,9 +8,10 @@ Called by: every other package. Calls: nothing of ours.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 MAX_ID = 256
 
@@ -96,16 +97,15 @@ class RankRequest(RequestModel):
 CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 
 
-@dataclass(frozen=True)
-class Results:
+@with_config(CLOSED)
+class Results(TypedDict):
     index: list[int]
     item_ids: list[str]
     scores: Annotated[list[float] | None, Field(description="null for the exit `input_order`.")]
     heads: dict[str, list[float]]
 
-    __pydantic_config__: ClassVar = CLOSED
 
-
+@with_config(CLOSED)
 @dataclass(frozen=True)
 class HistoryUse:
     """Number of events that the model read, that it skipped, and whose item it does not know."""
@@ -115,20 +115,16 @@ class HistoryUse:
     unknown: int
     cache: CacheResult
 
-    __pydantic_config__: ClassVar = CLOSED
 
-
-@dataclass(frozen=True)
-class MetaEmbeddingUse:
+@with_config(CLOSED)
+class MetaEmbeddingUse(TypedDict):
     status: MetaStatus
-    version: str | None = None
-    age_seconds: float | None = None
-
-    __pydantic_config__: ClassVar = CLOSED
+    version: str | None
+    age_seconds: float | None
 
 
-@dataclass(frozen=True)
-class RankResponse:
+@with_config(CLOSED)
+class RankResponse(TypedDict):
     id: str | None
     ranker: str
     version: int
@@ -144,8 +140,6 @@ class RankResponse:
     meta_embedding: MetaEmbeddingUse
     degraded: list[DegradedReason]
     timings_ms: dict[str, float]
-
-    __pydantic_config__: ClassVar = CLOSED
 
 
 class FaultBody(BaseModel):

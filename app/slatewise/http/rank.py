@@ -27,7 +27,7 @@ from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings, Trace
-from slatewise.schemas import RankRequest, RankResponse, Results
+from slatewise.schemas import RankRequest, RankResponse
 
 CLIENT_GONE = 499  # the client disconnected; used in the metrics only
 
@@ -63,16 +63,16 @@ async def answer(request: Request, entered: float, *, by_score: bool) -> Respons
         return (None if parsed is None else parsed.id) or header_request_id(request.headers)
 
     try:
-        with pipeline.admission.enter():
-            body = await read_admitted(request, pipeline.admission)
-            parsed = parse(body, request.headers)
-            trace.timings.lap("parse")
-            ranking = await while_connected(request, pipeline.rank(parsed, trace))
-            response = render(parsed, ranking, by_score, trace.timings)
-            trace.timings.lap("serialize")
-            code = 200
-            refusal = ""
-            return response
+        pipeline.admission.enter()
+        body = await read_admitted(request, pipeline.admission)
+        parsed = parse(body, request.headers)
+        trace.timings.lap("parse")
+        ranking = await while_connected(request, pipeline.rank(parsed, trace))
+        response = render(parsed, ranking, by_score, trace.timings)
+        trace.timings.lap("serialize")
+        code = 200
+        refusal = ""
+        return response
     except RankingError as error:
         code = error.status
         refusal = error.slug
@@ -85,6 +85,7 @@ async def answer(request: Request, entered: float, *, by_score: bool) -> Respons
     except Exception as error:
         return problem(unexpected(error), request_id())
     finally:
+        pipeline.admission.leave()
         seconds = time.perf_counter() - entered
         labels = count(request.scope["path"], code, seconds, trace)
         degraded: tuple[str, ...] = ()
@@ -167,35 +168,37 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
-    """The ranking as JSON. Dataclasses go to the serialiser as they are, without validation."""
+    """The ranking as JSON. The type checker, and no validation at run time, holds the members to RankResponse."""
     ids = request.candidates.item_ids
     scored = ranking.scored
     index = ranking.order(len(ids), request.top_n) if by_score else np.arange(len(ids))
     positions = index.tolist()
     heads = ranking.ranker.manifest.heads
-    results = Results(
-        index=positions,
-        item_ids=list(map(ids.__getitem__, positions)),
-        scores=None if scored is None else scored.scores[index].tolist(),
-        heads={} if scored is None else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
-    )
     milliseconds = {
         stage: round(timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES if stage != "serialize"
     }  # `serialize` is still running
     milliseconds["total"] = round((timings.marked - timings.entered) * 1e3, 3)
-    content = RankResponse(
-        id=request.id,
-        ranker=ranking.ranker.name,
-        version=ranking.ranker.manifest.version,
-        variant=None if scored is None else scored.variant,
-        exit=ranking.exit,
-        results=results,
-        unknown_candidates=ranking.unknown,
-        history=ranking.history,
-        meta_embedding=ranking.meta,
-        degraded=sorted(ranking.degraded),
-        timings_ms=milliseconds,
-    )
+    meta = ranking.meta
+    content: RankResponse = {
+        "id": request.id,
+        "ranker": ranking.ranker.name,
+        "version": ranking.ranker.manifest.version,
+        "variant": None if scored is None else scored.variant,
+        "exit": ranking.exit,
+        "results": {
+            "index": positions,
+            "item_ids": list(map(ids.__getitem__, positions)),
+            "scores": None if scored is None else scored.scores[index].tolist(),
+            "heads": {}
+            if scored is None
+            else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
+        },
+        "unknown_candidates": ranking.unknown,
+        "history": ranking.history,
+        "meta_embedding": {"status": meta.status, "version": meta.version, "age_seconds": meta.age_seconds},
+        "degraded": sorted(ranking.degraded),
+        "timings_ms": milliseconds,
+    }
     headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id

@@ -103,8 +103,8 @@ def log_line(outcome: Outcome, trace: Trace, candidates: int | None, request_id:
         line |= {
             "exit": trace.exit,
             "candidates": candidates,
-            "events": trace.history.used,
-            "history_cache": trace.history.cache,
+            "events": trace.events,
+            "history_cache": trace.cache,
             "meta_embedding": trace.meta,
         }
     milliseconds = {stage: round(spent * 1e3, 3) for stage, spent in trace.timings.seconds.items()}

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slatewise import metrics
@@ -74,19 +72,17 @@ class Admission:
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
         metrics.OUTSTANDING_TOKENS_LIMIT.set(limits.max_outstanding_tokens)
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count the request as in flight. Raises Overloaded if too many are."""
+    def enter(self) -> None:
+        """Count the request as in flight; `leave` must follow. Raises Overloaded if too many requests are in flight."""
         self.in_flight += 1
         metrics.IN_FLIGHT.inc()
-        try:
-            if self.in_flight > self.limits.max_in_flight:
-                metrics.REJECTED.labels("in_flight").inc()
-                raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
-            yield
-        finally:
-            self.in_flight -= 1
-            metrics.IN_FLIGHT.dec()
+        if self.in_flight > self.limits.max_in_flight:
+            metrics.REJECTED.labels("in_flight").inc()
+            raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        metrics.IN_FLIGHT.dec()
 
     def check_content_length(self, length: int | None) -> None:
         """Raises TooLarge. `None`: the length is not known, and is limited while the body is read."""
@@ -125,14 +121,12 @@ class Admission:
             return Admitted(wanted)
         return Admitted(allowed, frozenset({"overload", "exit"}))
 
-    @contextmanager
-    def working(self, tokens: int) -> Iterator[None]:
-        """Count the tokens of an admitted request as outstanding."""
+    def begin_work(self, tokens: int) -> None:
+        """Count the tokens of an admitted request as outstanding; `end_work` must follow."""
         self.outstanding_tokens += tokens
-        try:
-            yield
-        finally:
-            self.outstanding_tokens -= tokens
+
+    def end_work(self, tokens: int) -> None:
+        self.outstanding_tokens -= tokens
 
     def deadline_passed(self, deadline: Deadline, allow_degraded: bool) -> None:
         """Count it. Raises DeadlineExceeded unless the request accepts a degraded response."""

@@ -24,7 +24,7 @@ from slatewise.ranking.history_cache import Entry, HistoryCache
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.ranking.validation import choose
-from slatewise.schemas import AnsweredExit, DegradedReason, HistoryUse, MetaEmbeddingUse, ModelExit, RankRequest
+from slatewise.schemas import AnsweredExit, DegradedReason, HistoryUse, ModelExit, RankRequest
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Ranking:
     scored: Scored | None  # `None`: no model scored the request, and the exit is `input_order`
     unknown: list[int]  # positions of candidates whose id the ranker does not know
     history: HistoryUse
-    meta: MetaEmbeddingUse
+    meta: MetaEmbedding
     degraded: frozenset[DegradedReason]
 
     @property
@@ -98,7 +98,6 @@ class Pipeline:
         ranker = trace.ranker = self.registry.resolve(request.ranker)
         variant, wanted = choose(request, ranker, self.admission.limits)
         dropped = ranker.window_start(request)
-        trace.history = HistoryUse(used=0, dropped=dropped, unknown=0, cache="none")
         tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
         deadline = self.admission.deadline(request.deadline_ms, trace.timings.entered)
         admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
@@ -107,7 +106,7 @@ class Pipeline:
         if admitted.exit == "input_order":
             unknown_ids = unknown_positions(ranker.vocabulary.items, request.candidates.item_ids)
             trace.timings.lap("features")
-            return Ranking(ranker, None, unknown_ids, trace.history, use_of(meta), admitted.degraded)
+            return Ranking(ranker, None, unknown_ids, HistoryUse(0, dropped, 0, "none"), meta, admitted.degraded)
 
         # Ids and numbers become arrays
         history, _ = ranker.history(request)
@@ -119,25 +118,27 @@ class Pipeline:
         # Look the user up while the history is encoded, then score the candidates, all until the deadline
         degraded = set(admitted.degraded)
         completed: list[StageScores] = []
+        unknown_events = 0
+        self.admission.begin_work(tokens)
         try:
-            with self.admission.working(tokens):
-                async with deadline.timeout():
-                    look_up = None if user is None else self.store.look_up(ranker, user)  # starts now
-                    state = await self.encode(request, ranker, variant, history, trace)
-                    unknown_events = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
-                    trace.history = HistoryUse(len(history), dropped, unknown_events, trace.history.cache)
-                    meta = meta if look_up is None else await look_up
-                    trace.meta = meta.status
-                    trace.timings.lap("embed")  # the wait that was left after the encoding
-                    dot_first = deadline.milliseconds > 0
-                    cascade = run_cascade(engine, candidates, state, meta.vector, admitted.exit, dot_first, completed)
-                    await self.run(cascade, "score", request.priority, trace.timings)
+            async with deadline.timeout():
+                look_up = None if user is None else self.store.look_up(ranker, user)  # starts now
+                state = await self.encode(request, ranker, variant, history, trace)
+                trace.events = len(history)
+                unknown_events = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
+                meta = meta if look_up is None else await look_up
+                trace.meta = meta.status
+                trace.timings.lap("embed")  # the wait that was left after the encoding
+                dot_first = deadline.milliseconds > 0
+                cascade = run_cascade(engine, candidates, state, meta.vector, admitted.exit, dot_first, completed)
+                await self.run(cascade, "score", request.priority, trace.timings)
         except TimeoutError:
             self.admission.deadline_passed(deadline, request.allow_degraded)
             degraded.add("deadline")
         except EngineError as error:
             raise RankingError("the model failed on this request") from error
         finally:
+            self.admission.end_work(tokens)
             # Read once: after a timeout, a chunk that is still running may complete another stage.
             best = completed[-1] if completed else None
             if best is not None:
@@ -152,7 +153,8 @@ class Pipeline:
         if best is not None:
             scores = best.probabilities @ ranker.score_weights(request.head_weights)
             scored = Scored(variant, best.exit, best.probabilities, scores)
-        return Ranking(ranker, scored, unknown.tolist(), trace.history, use_of(meta), frozenset(degraded))
+        use = HistoryUse(trace.events, dropped, unknown_events, trace.cache)
+        return Ranking(ranker, scored, unknown.tolist(), use, meta, frozenset(degraded))
 
     async def run(self, chunks: Chunks[T], stage: str, priority: int, timings: Timings) -> T:
         """The return value of the generator, which runs in a worker thread. The wait for a thread counts as `queue`."""
@@ -175,7 +177,7 @@ class Pipeline:
             return await self.run(extend(engine, engine.start, 0, history, False), "encode", priority, trace.timings)
         key = (ranker.name, ranker.manifest.version, variant, request.user)
         reuse = self.cache.find(key, history)
-        trace.history = HistoryUse(0, trace.history.dropped, 0, reuse.result)
+        trace.cache = reuse.result
         metrics.HISTORY_REUSED.inc(reuse.events)
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state
@@ -193,10 +195,6 @@ class Pipeline:
             trace.timings.lap("encode", 0.0 if job is None else job.queued)
         self.cache.put(key, Entry(history, state))
         return state
-
-
-def use_of(meta: MetaEmbedding) -> MetaEmbeddingUse:
-    return MetaEmbeddingUse(meta.status, meta.version, meta.age_seconds)
 
 
 def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:

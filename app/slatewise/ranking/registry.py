@@ -29,11 +29,10 @@ class Registry:
 
     def resolve(self, name: str | None) -> Ranker:
         """The ranker of that name; `None`: the only one. Raises NotFound, or Invalid if `None` is ambiguous."""
-        names = list(self._rankers)
         if name is None:
-            if len(names) != 1:
-                raise Invalid.at("/ranker", f"must be one of {', '.join(names)}")
-            name = names[0]
+            if len(self._rankers) != 1:
+                raise Invalid.at("/ranker", f"must be one of {', '.join(self._rankers)}")
+            return next(iter(self._rankers.values()))
         if name not in self._rankers:
-            raise NotFound(f"no such ranker; served: {', '.join(names)}")
+            raise NotFound(f"no such ranker; served: {', '.join(self._rankers)}")
         return self._rankers[name]

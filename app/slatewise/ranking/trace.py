@@ -11,7 +11,7 @@ import time
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
-from slatewise.schemas import AnsweredExit, HistoryUse, MetaStatus
+from slatewise.schemas import AnsweredExit, CacheResult, MetaStatus
 
 
 class Timings:
@@ -48,5 +48,6 @@ class Trace:
         self.ranker: Ranker | None = None
         self.exit: AnsweredExit = "input_order"  # highest stage of the cascade that is complete
         self.variant = ""  # the variant that computed this stage
-        self.history = HistoryUse(used=0, dropped=0, unknown=0, cache="none")
+        self.events = 0  # that the model has read
+        self.cache: CacheResult = "none"
         self.meta: MetaStatus | None = None

@@ -5,7 +5,7 @@ Called by: `pipeline.py`, before any array is made. Calls: nothing of ours but t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import cast
 
@@ -39,16 +39,17 @@ def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> 
     for name, column in (("actions", request.history.actions), ("timestamps", request.history.timestamps)):
         if column is not None and len(column) != events:
             yield Fault(f"/history/{name}", f"{len(column)} entries for {events} item_ids")
-    for member, sent, known in (
-        ("features", request.candidates.features, list(manifest.features)),
-        ("fields", request.candidates.fields, list(manifest.fields)),
+    known: Collection[str]
+    for member, columns, known in (
+        ("features", request.candidates.features, manifest.features),
+        ("fields", request.candidates.fields, manifest.fields),
     ):
-        for name, values in sent.items():
-            where = pointer("candidates", member, name)
+        for name, values in columns.items():
             if name not in known:
-                yield Fault(where, f"unknown name; known: {', '.join(known) or 'none'}")
+                detail = f"unknown name; known: {', '.join(known) or 'none'}"
+                yield Fault(pointer("candidates", member, name), detail)
             elif len(values) != n:
-                yield Fault(where, f"{len(values)} entries for {n} item_ids")
+                yield Fault(pointer("candidates", member, name), f"{len(values)} entries for {n} item_ids")
     for name in request.head_weights or ():
         if name not in manifest.heads:
             yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(manifest.heads)}")
