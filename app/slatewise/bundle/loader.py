@@ -10,6 +10,7 @@ Called by: the server's start, offline tools. Calls: `manifest.py`, `inference/e
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -86,15 +87,17 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
         raise NoSuchVariant(
             f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}"
         )
+    engines: dict[str, Engine] = {}
+    refused: dict[str, str] = {}
     for name in chosen:
         try:
-            ranker.engines[name] = load_variant(folder, ranker, name, threads)
+            engines[name] = load_variant(folder, ranker, name, threads)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
-            ranker.refused[name] = str(error)
+            refused[name] = str(error)
             log.error("%s: variant %s is not served: %s", folder, name, error)
-    if not ranker.engines:
-        raise ManifestError(f"{folder}: no variant can be served: {ranker.refused}")
-    return ranker
+    if not engines:
+        raise ManifestError(f"{folder}: no variant can be served: {refused}")
+    return dataclasses.replace(ranker, engines=engines, refused=refused)
 
 
 # Files
@@ -285,7 +288,7 @@ def score_request(
     ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
 ) -> dict[str, Float64]:
     """(N, heads) probabilities by exit, by the simple reference path, with the embedded store's meta-embedding."""
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
     meta = ranker.embedded_meta_of(request.user)
     return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}

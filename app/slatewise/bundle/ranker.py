@@ -67,8 +67,8 @@ class Ranker:
         sent = request.history
         return window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
 
-    def history(self, request: RankRequest) -> tuple[History, int]:
-        """The events that the model reads, and the number of older events that it skips."""
+    def history(self, request: RankRequest) -> History:
+        """Return the events that the model reads."""
         sent = request.history
         first = self.window_start(request)
         items = rows_of(self.vocabulary.items, sent.item_ids[first:])
@@ -80,7 +80,7 @@ class Ranker:
         times = (
             np.full(len(items), np.nan) if sent.timestamps is None else np.array(sent.timestamps[first:], np.float64)
         )
-        return make_history(items, actions, times), first
+        return make_history(items, actions, times)
 
     def candidates(
         self, request: RankRequest, request_time: float, items: ItemTable | None = None

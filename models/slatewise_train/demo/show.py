@@ -36,7 +36,7 @@ def recommend(
     """The best (item id, score) of the catalogue without the item rows `seen`, in descending order."""
     engine = ranker.engines[ranker.default_variant]
     weights = ranker.score_weights(None)
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     given, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(str(request.user))
     state = engine.extend(engine.start, history) if len(history) else engine.start
