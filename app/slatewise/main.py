@@ -44,7 +44,8 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         workers = await stack.enter_async_context(Workers(threads))
         metrics.THREADS.set(threads)
         metrics.MEMORY_LIMIT.set(memory_limit())
-        metrics.HISTORY_CACHE_LIMIT.set(int(settings.history_cache_mb * 2**20))
+        cache = HistoryCache(int(settings.history_cache_mb * 2**20))
+        metrics.HISTORY_CACHE_LIMIT.set(cache.limit_bytes)
         registry = Registry(rankers.values())
         limits = RequestLimits(
             max_in_flight=settings.max_in_flight,
@@ -70,7 +71,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         yield Pipeline(
             registry,
             store,
-            HistoryCache(int(settings.history_cache_mb * 2**20)),
+            cache,
             workers,
             Admission(limits),
             pack_history=settings.history_cache_dtype == "int8",

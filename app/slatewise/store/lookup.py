@@ -16,11 +16,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import Float32
+from slatewise.schemas import MetaStatus
 from slatewise.store.client import connect_async, is_wrong_type
 from slatewise.store.codec import Corrupt, Mismatched, unpack, user_key
 from slatewise.store.embedding_cache import EmbeddingCache, Found, UserKey
@@ -28,13 +29,11 @@ from slatewise.store.node import CLOSED, Read, RedisNode, call_after
 from slatewise.store.nodes import Nodes
 from slatewise.store.poll import Poller
 
-Status = Literal["hit", "default", "stale", "error", "off"]
-
 
 @dataclass(frozen=True)
 class MetaEmbedding:
     vector: Float32  # (M,)
-    status: Status
+    status: MetaStatus
     version: str | None = None
     age_seconds: float | None = None
 
@@ -53,7 +52,7 @@ def found_vector(vector: Float32, version: str, created_at: float, max_age_secon
     return MetaEmbedding(vector, "stale" if stale else "hit", version, round(age, 1))
 
 
-def default(ranker: Ranker, status: Status, result: str) -> MetaEmbedding:
+def default(ranker: Ranker, status: MetaStatus, result: str) -> MetaEmbedding:
     """The ranker's default vector, counted under `result`."""
     metrics.EMBEDDINGS_BY_RESULT[result].inc()
     return MetaEmbedding(ranker.default_meta, status)
@@ -115,7 +114,7 @@ class RedisStore:
 
     async def __aenter__(self) -> RedisStore:
         metrics.CIRCUIT_STATE.set_function(lambda: self.nodes.worst)
-        self.nodes.open_single()
+        self.nodes.add_single()
         await self.poller.poll()
         self.polling = asyncio.create_task(self.poller.run())
         return self

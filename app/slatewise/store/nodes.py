@@ -30,8 +30,8 @@ class Nodes(dict[str, RedisNode]):
         self.patience = patience_seconds
         self.is_cluster = isinstance(client, aioredis.RedisCluster)
 
-    def open_single(self) -> None:
-        """Without a Cluster, add the only node; its circuit is open until the first probe."""
+    def add_single(self) -> None:
+        """Add the node of a server that is not a Cluster. Its circuit starts open; the first probe closes it."""
         if not self.is_cluster:
             self.named(SINGLE, OPEN)
 
