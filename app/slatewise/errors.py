@@ -89,6 +89,11 @@ class TooLarge(RankingError):
     status = 413
     title = "Too large"
 
+    @classmethod
+    def body(cls, limit: int) -> "TooLarge":
+        """Build the error for a body that is longer, as sent, than `limit` bytes."""
+        return cls(f"the body is longer than {limit} bytes")
+
 
 class UnsupportedType(RankingError):
     status = 415

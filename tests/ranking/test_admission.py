@@ -181,7 +181,7 @@ def test_refused_request_makes_no_array(
     if allow_degraded:
         ranking = run(ranker, ask, max_outstanding_tokens=100)
         assert (ranking.exit, ranking.scored, ranking.degraded) == ("input_order", None, {reason})
-        assert ranking.unknown == [3] and ranking.history.dropped > 0 and ranking.history.used == 0
+        assert ranking.unknown == (3,) and ranking.history.dropped > 0 and ranking.history.used == 0
     else:
         with pytest.raises((OverloadedUndegraded, DeadlineExceeded)):
             run(ranker, ask, max_outstanding_tokens=100)

@@ -186,7 +186,7 @@ def test_trace_of_an_invalid_request_names_the_resolved_ranker(
 
     run(ranker, ask)
     assert (trace.ranker is ranker) == ranker_known
-    assert (trace.exit, trace.variant, trace.cache, trace.meta) == ("input_order", "", "none", None)
+    assert (trace.exit, trace.variant, trace.history.cache, trace.meta) == ("input_order", "", "none", None)
 
 
 @pytest.mark.parametrize(
@@ -213,4 +213,4 @@ def test_trace_of_a_missed_deadline_says_how_far_it_came(
 
     run(ranker, ask)
     assert (trace.ranker, trace.exit, trace.variant) == (ranker, exit, variant)
-    assert (trace.cache, trace.events) == ("miss", used)
+    assert (trace.history.cache, trace.history.used) == ("miss", used)

@@ -45,7 +45,7 @@ async def read_body(request: Request, coding: str, limit: int, timeout_seconds: 
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limit:
-                    raise TooLarge(f"the body is longer than {limit} bytes")
+                    raise TooLarge.body(limit)
                 chunks.append(chunk)
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} seconds") from None

@@ -3,7 +3,8 @@
 User ids are replaced by pseudonyms. A user's requests are captured all or not at all, so that a replay contains
 histories that grow.
 
-Called by: `rank.py`, at the end of a request that was ranked. Calls: the writer of `request_log.py`.
+Called by: `rank.py` at the end of a request that was ranked, and `app.py`, which opens the capture. Calls:
+`line_writer.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from slatewise.http.request_log import LineWriter
+from slatewise.http.line_writer import LineWriter
 from slatewise.schemas import RankRequest
 
 

@@ -1,61 +1,20 @@
 """Request log: one JSON line for each request that was refused, degraded or slow, without user ids and keys.
 
-A thread writes the lines. Lines that are not written in time are dropped and counted, so that a stalled reader or a
-full disk delays no request.
-
-Called by: `rank.py`, at the end of a request, and `capture.py` for the writer. Calls: the metrics.
+Called by: `rank.py` at the end of a request, and `app.py`, which opens the log. Calls: `line_writer.py`.
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from slatewise import metrics
+from slatewise.http.line_writer import LineWriter
 from slatewise.ranking.trace import Trace
-
-WAITING = 1_000  # lines that may wait for the writer
-PATIENCE_SECONDS = 2.0  # for the lines that wait at the end of the server
-
-
-class LineWriter:
-    """Writes lines in its own thread."""
-
-    def __init__(self, kind: str, write: Callable[[str], object]) -> None:
-        self.write = write
-        self.queue = queue.Queue[Callable[[], str] | None](WAITING)
-        self.written, self.dropped = (metrics.LINES.labels(kind, result) for result in ("written", "dropped"))
-        self.thread = threading.Thread(target=self.run, name=f"slatewise-{kind}", daemon=True)
-        self.thread.start()
-
-    def put(self, line: Callable[[], str]) -> None:
-        """Queue a line, which the thread renders. Never waits."""
-        try:
-            self.queue.put_nowait(line)
-        except queue.Full:
-            self.dropped.inc()
-
-    def run(self) -> None:
-        while (line := self.queue.get()) is not None:
-            try:
-                self.write(line() + "\n")
-                self.written.inc()
-            except (OSError, ValueError):  # a full disk, a closed pipe
-                self.dropped.inc()
-
-    def close(self) -> None:
-        try:
-            self.queue.put(None, timeout=PATIENCE_SECONDS)
-            self.thread.join(PATIENCE_SECONDS)
-        except queue.Full:
-            pass  # the reader has stalled; the thread ends with the process
 
 
 def to_stdout(text: str) -> None:
@@ -103,8 +62,8 @@ def log_line(outcome: Outcome, trace: Trace, candidates: int | None, request_id:
         line |= {
             "exit": trace.exit,
             "candidates": candidates,
-            "events": trace.events,
-            "history_cache": trace.cache,
+            "events": trace.history.used,
+            "history_cache": trace.history.cache,
             "meta_embedding": trace.meta,
         }
     milliseconds = {stage: round(spent * 1e3, 3) for stage, spent in trace.timings.seconds.items()}

@@ -87,7 +87,7 @@ class Admission:
     def check_content_length(self, length: int | None) -> None:
         """Raises TooLarge. `None`: the length is not known, and is limited while the body is read."""
         if length is not None and length > self.limits.max_body_bytes:
-            raise TooLarge(f"the body is longer than {self.limits.max_body_bytes} bytes")
+            raise TooLarge.body(self.limits.max_body_bytes)
 
     def deadline(self, deadline_ms: float | None, entered: float) -> Deadline:
         """The deadline of a request that entered the application at `entered`."""
@@ -102,7 +102,7 @@ class Admission:
         admitted = self.admit_tokens(wanted, tokens, allow_degraded)
         remaining = deadline.remaining()
         if admitted.exit != "input_order" and remaining is not None and remaining <= 0:
-            self.deadline_passed(deadline, allow_degraded)
+            self.on_deadline(deadline, allow_degraded)
             return Admitted("input_order", admitted.degraded | {"deadline"})
         return admitted
 
@@ -128,7 +128,7 @@ class Admission:
     def end_work(self, tokens: int) -> None:
         self.outstanding_tokens -= tokens
 
-    def deadline_passed(self, deadline: Deadline, allow_degraded: bool) -> None:
+    def on_deadline(self, deadline: Deadline, allow_degraded: bool) -> None:
         """Count it. Raises DeadlineExceeded unless the request accepts a degraded response."""
         metrics.DEADLINE_EXCEEDED.inc()
         if not allow_degraded:

@@ -1,8 +1,10 @@
 """Observation of one request: its clock, and the facts that describe it in metrics and in the request log.
 
-The response is made from `pipeline.Ranking`. A trace also describes a request that fails, and how far it came.
+The response is made from `pipeline.Ranking`. A trace also describes a request that fails, with the last stage it
+reached.
 
-Called by: `pipeline.py`, which writes it on the event loop, and `http/rank.py`. Calls: the metrics.
+Called by: `pipeline.py`, which writes it on the event loop, `http/rank.py` and `http/request_log.py`. Calls:
+`metrics.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import time
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
-from slatewise.schemas import AnsweredExit, CacheResult, MetaStatus
+from slatewise.schemas import AnsweredExit, HistoryUse, MetaStatus
 
 
 class Timings:
@@ -41,13 +43,12 @@ class Timings:
 
 
 class Trace:
-    """Facts known so far, replaced as the request proceeds; `timings` is the clock."""
+    """Facts that are known about a request so far. No result is computed from them."""
 
     def __init__(self, entered: float) -> None:
         self.timings = Timings(entered)
         self.ranker: Ranker | None = None
         self.exit: AnsweredExit = "input_order"  # highest stage of the cascade that is complete
         self.variant = ""  # the variant that computed this stage
-        self.events = 0  # that the model has read
-        self.cache: CacheResult = "none"
+        self.history = HistoryUse(0, 0, 0, "none")
         self.meta: MetaStatus | None = None
