@@ -14,7 +14,7 @@ from collections.abc import Callable
 from slatewise import metrics
 
 WAITING = 1_000  # lines that may wait for the writer
-PATIENCE_SECONDS = 2.0  # for the lines that wait at the end of the server
+PATIENCE_SECONDS = 2.0  # time to write the queued lines when the server ends
 
 
 class LineWriter:
@@ -28,7 +28,7 @@ class LineWriter:
         self.thread.start()
 
     def put(self, line: Callable[[], str]) -> None:
-        """Queue a line, which the thread renders. Never waits."""
+        """Queue a line, or drop it if the queue is full. Never blocks. The thread calls `line` to render it."""
         try:
             self.queue.put_nowait(line)
         except queue.Full:

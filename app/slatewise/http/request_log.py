@@ -24,7 +24,7 @@ def to_stdout(text: str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a request."""
+    """The outcome of a request, as the log shows it."""
 
     labels: dict[str, str]  # of slatewise_requests_total
     refusal: str  # last part of the problem type; empty for a ranking
@@ -33,7 +33,7 @@ class Outcome:
 
 
 class RequestLog:
-    """Selects the requests to log. Requests of `slow_seconds` and more are slow; 0: no request is."""
+    """Selects the requests to log. Requests of at least `slow_seconds` are slow; with 0, no request counts as slow."""
 
     def __init__(self, writer: LineWriter, slow_seconds: float) -> None:
         self.writer = writer
@@ -42,7 +42,7 @@ class RequestLog:
     def record(
         self, outcome: Outcome, trace: Trace, candidates: int | None, request_id: Callable[[], str | None]
     ) -> None:
-        """Called once for each request. `candidates`: their number; `None` if the request was not parsed."""
+        """Log the request if it is selected. `candidates` is their number, or `None` if the request was not parsed."""
         slow = 0 < self.slow_seconds <= outcome.seconds
         if not (outcome.refusal or outcome.degraded or slow):
             return
@@ -72,7 +72,7 @@ def log_line(outcome: Outcome, trace: Trace, candidates: int | None, request_id:
 
 @contextmanager
 def open_request_log(slow_seconds: float) -> Iterator[RequestLog]:
-    """A log to standard output."""
+    """Open a request log that writes to standard output."""
     writer = LineWriter("log", to_stdout)
     try:
         yield RequestLog(writer, slow_seconds)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class StageScores(NamedTuple):
-    """Result of one stage of the cascade."""
+    """The result of one stage of the cascade."""
 
     exit: ModelExit
     probabilities: Float64  # (N, heads)
@@ -64,7 +64,7 @@ class Ranking:
         return "input_order" if self.scored is None else self.scored.exit
 
     def order(self, top_n: int | None) -> Int64:
-        """Positions by descending score, at most `top_n`. Equal scores and unscored candidates keep the input order."""
+        """Return positions by descending score, at most `top_n`. Equal scores and unscored candidates keep their order."""
         if self.scored is None:
             return np.arange(self.candidates)[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
@@ -72,7 +72,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one request that need counts only, so that a request that is turned away costs no array."""
+    """Decisions for one request that need no arrays, so that refusing a request is cheap."""
 
     request: RankRequest
     ranker: Ranker
@@ -111,7 +111,7 @@ class Progress:
 
 
 class Pipeline:
-    """Ranks requests. Its parts are opened and closed by `main.py`."""
+    """Ranks requests. `main.py` opens and closes its parts."""
 
     def __init__(
         self,

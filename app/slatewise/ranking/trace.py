@@ -1,4 +1,4 @@
-"""Observation of one request: its clock, and the facts that describe it in metrics and in the request log.
+"""Timings and facts of one request, for the metrics and the request log.
 
 The response is made from `pipeline.Ranking`. A trace also describes a request that fails, with the last stage it
 reached.
@@ -17,15 +17,15 @@ from slatewise.schemas import AnsweredExit, HistoryUse, MetaStatus
 
 
 class Timings:
-    """Seconds of one request by stage. Each moment belongs to one stage, so the stages add up to the duration."""
+    """Seconds of one request by stage. The stages do not overlap, so they add up to the duration."""
 
     def __init__(self, entered: float) -> None:
         self.entered = entered  # time.perf_counter()
-        self.marked = entered  # end of the last lap
+        self.marked = entered  # end of the last lap; a lap is the time between two calls of `lap`
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str, queued: float = 0.0) -> None:
-        """Add the time since the last lap to a stage; `queued` seconds of it count as `queue`."""
+        """Add the time since the last lap to a stage, except for `queued` seconds, which are added to `queue`."""
         now = time.perf_counter()
         queued = min(queued, now - self.marked)
         if queued:
@@ -37,7 +37,7 @@ class Timings:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def observe(self) -> None:
-        """Add the stages to the histograms. Called once, at the end of the request."""
+        """Observe each stage in its histogram. Called once, at the end of the request."""
         for stage, seconds in self.seconds.items():
             metrics.STAGES_BY_NAME[stage].observe(seconds)
 

@@ -1,6 +1,6 @@
-"""Checks of a request that the schema cannot make: counts against limits, names against the bundle.
+"""Checks that the schema of a request cannot express: counts against limits, names against the bundle.
 
-Called by: `pipeline.py`, before any array is made. Calls: nothing of ours but the errors.
+Called by: `pipeline.py`, before any array is made. Calls: `errors.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slatewise.schemas import ModelExit, RankRequest
 
 
 def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple[str, ModelExit]:
-    """Variant and exit that the request asks for. Raises NotFound, or Invalid with all faults."""
+    """Return the variant and the exit that the request asks for. Raises NotFound, or Invalid with all faults."""
     variant = ranker.default_variant if request.variant == "auto" else request.variant
     if variant not in ranker.engines:
         raise NotFound(f"ranker {ranker.name} serves no such variant; served: {', '.join(ranker.engines)}")

@@ -1,6 +1,6 @@
-"""Parts that the store's commands share: the Redis URL, a bundle's folder, an error in one line.
+"""Code that the commands of the store share: the flag for the Redis URL, a bundle's folder, one-line errors.
 
-Called by: `push`, `admin`. Calls: `bundle`.
+Called by: `push.py`, `admin.py`. Calls: `bundle/loader.py`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ def bundle_folder(path: Path) -> Path:
 
 
 def fail(command: str, error: object) -> int:
-    """Print one line on standard error; the exit code of a failure."""
+    """Print an error as one line on standard error. Return the exit code of a failure."""
     print(f"{command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     return 1
