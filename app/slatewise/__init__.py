@@ -1,4 +1,4 @@
-"""Slatewise, a ranking inference service: the half that serves."""
+"""Slatewise, a ranking service: the serving package."""
 
 import os
 

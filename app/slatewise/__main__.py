@@ -1,4 +1,4 @@
-"""`python -m slatewise` is the command `slatewise`."""
+"""Makes `python -m slatewise` run the command `slatewise`."""
 
 from slatewise.cli import main
 

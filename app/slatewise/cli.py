@@ -1,9 +1,9 @@
-"""The command `slatewise`: looks up the module of a command and runs its `main`.
+"""The command `slatewise`: imports the module of a subcommand and runs its `main`.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A failure is one line on standard error. A command
-raises its errors, and `run_main` alone turns those that are expected into the line and the exit code.
-Calls: main.py to serve, store/ for Redis, the modules of slatewise_train by name for training. Only the module of the
-command is imported, so that `slatewise serve` needs no torch and `slatewise train` no web server.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A failure prints one line on standard error:
+`run_main` alone turns the expected errors of a command into that line and the exit code.
+Only the module of the subcommand is imported, so that `slatewise serve` needs no torch and `slatewise train` needs no
+web server. Called by: __main__.py and the installed script. Calls: the modules in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line. Return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = make_parser().parse_args(arguments[:1]).command
     command = COMMANDS[name]

@@ -1,4 +1,4 @@
-"""All reasons for which a request fails.
+"""The errors of a request: each class is one problem type of RFC 9457.
 
     bytes ---> JSON ---> RankRequest ---> arrays ---> result
            |         |               |            |
@@ -10,18 +10,18 @@
 
 Checked before the body is read: Unauthorized 401, NotReady 503, Overloaded 429.
 
-Each class is one problem type of RFC 9457. The detail is sent to the client: it names limits and never repeats values.
+The detail of an error is sent to the client: it names limits and never repeats values.
 
-Called by: every package that serves requests; `http/problems.py` renders the errors. Calls: nothing of ours.
+Called by: `http/` and `ranking/`; `http/problems.py` renders the errors.
 """
 
 from dataclasses import dataclass
 
-MOST_FAULTS = 20  # listed in one response
+MOST_FAULTS = 20  # that one response lists
 
 
 def pointer(*path: str | int) -> str:
-    """RFC 6901 pointer into the request body. Each step is cut at 100 characters: the client chooses the names."""
+    """Build an RFC 6901 pointer into the request body. Each step is cut at 100 characters: clients choose the names."""
     return "".join("/" + str(step)[:100].replace("~", "~0").replace("/", "~1") for step in path)
 
 
@@ -34,7 +34,7 @@ class Fault:
 
 
 class RankingError(Exception):
-    """Base class, and itself the problem for an internal error. Subclasses set `status`, `title` and `headers`."""
+    """Base class of all errors; itself an internal error. Subclasses set `status`, `title` and `headers`."""
 
     status = 500
     title = "Internal error"
@@ -51,7 +51,7 @@ class RankingError(Exception):
 
     @property
     def slug(self) -> str:
-        """The title in lower case with hyphens: last part of the problem type, and the reason in the request log."""
+        """Return the title in lower case with hyphens, for the problem type and the request log."""
         return self.title.lower().replace(" ", "-")
 
 
@@ -89,6 +89,11 @@ class TooLarge(RankingError):
     status = 413
     title = "Too large"
 
+    @classmethod
+    def body(cls, limit: int) -> "TooLarge":
+        """Build the error for a body that is longer, as sent, than `limit` bytes."""
+        return cls(f"the body is longer than {limit} bytes")
+
 
 class UnsupportedType(RankingError):
     status = 415
@@ -101,7 +106,7 @@ class Invalid(RankingError):
 
     @classmethod
     def at(cls, pointer: str, detail: str) -> "Invalid":
-        """The error for a single fault."""
+        """Build the error for a single fault."""
         return cls(f"{pointer or '/'}: {detail}", (Fault(pointer, detail),))
 
 

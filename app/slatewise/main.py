@@ -1,7 +1,8 @@
-"""`slatewise serve`: settings to parts, parts to an application, the application to a server.
+"""`slatewise serve`: reads the settings, builds the application, and runs the server.
 
-Called by: cli.py. Calls: bundle/loader.py, `open_pipeline` for the parts that rank, http/app.py, http/server.py.
-Bundles are loaded before the port listens, so a client never meets a server that cannot answer.
+Bundles are loaded before the port listens, so every server that accepts a connection can rank.
+Called by: cli.py. Calls: settings.py, process.py, bundle/loader.py, http/app.py, http/server.py, and the constructors
+of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py).
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ log = logging.getLogger("slatewise")
 
 @asynccontextmanager
 async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> AsyncIterator[Pipeline]:
-    """Open the parts in order; leaving the context closes them in reverse order."""
+    """Open the pipeline and its parts. Leaving the context closes them in reverse order."""
     async with AsyncExitStack() as stack:
         threads = settings.threads or cpu_quota()
         workers = await stack.enter_async_context(Workers(threads))
         metrics.THREADS.set(threads)
         metrics.MEMORY_LIMIT.set(memory_limit())
-        metrics.HISTORY_CACHE_LIMIT.set(int(settings.history_cache_mb * 2**20))
+        cache = HistoryCache(int(settings.history_cache_mb * 2**20))
+        metrics.HISTORY_CACHE_LIMIT.set(cache.limit_bytes)
         registry = Registry(rankers.values())
         limits = RequestLimits(
             max_in_flight=settings.max_in_flight,
@@ -70,7 +72,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         yield Pipeline(
             registry,
             store,
-            HistoryCache(int(settings.history_cache_mb * 2**20)),
+            cache,
             workers,
             Admission(limits),
             pack_history=settings.history_cache_dtype == "int8",
@@ -78,12 +80,12 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
 
 
 def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
-    """The application on rankers that are loaded and warm."""
+    """Build the application for rankers that are loaded and warmed up."""
     return create_app(settings, partial(open_pipeline, settings, rankers))
 
 
 def load(settings: Settings) -> dict[str, Ranker]:
-    """The rankers that can be served, by name. Raises ManifestError if there is no such ranker."""
+    """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
     try:
         rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
@@ -98,7 +100,7 @@ def load(settings: Settings) -> dict[str, Ranker]:
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal; returns the exit code."""
+    """Serve until a signal stops the server. Return the exit code."""
     listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
     bound_malloc()
     return run(build_app(settings, load(settings)), listener, settings.drain_seconds)

@@ -1,6 +1,6 @@
 """All Prometheus metrics with their labels and buckets. Units are base units (seconds, bytes); no label holds an id.
 
-Called by: every other package. Calls: `schemas.py` for the closed lists of label values.
+Called by: `main.py`, `http/`, `ranking/` and `store/`. Calls: `schemas.py` for the closed lists of label values.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ DURATIONS = {size: DURATION_BY_SIZE.labels(size) for _, size in (*SIZES, (0, LAR
 
 @cache
 def series(metric: M, *labels: str) -> M:
-    """`metric.labels(*labels)`, cached: the client library needs longer for `labels` than for counting.
+    """Return `metric.labels(*labels)`, cached because `labels` takes longer than counting.
 
     The cache is bounded because every label has a closed list of values.
     """
@@ -169,5 +169,5 @@ def series(metric: M, *labels: str) -> M:
 
 
 def size_bucket(tokens: int) -> str:
-    """Value of the label `size` for a number of events plus candidates."""
+    """Return the value of the label `size` for a number of events plus candidates."""
     return next((size for most, size in SIZES if tokens <= most), LARGER)

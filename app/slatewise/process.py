@@ -1,6 +1,6 @@
-"""The machine as the process sees it: CPU quota, memory limit, allocator, CPU name.
+"""CPU quota, memory limit, allocator and CPU name.
 
-Called by: main.py; training and load tests name the CPU in their reports.
+Called by: main.py, and training and load tests, which name the CPU in their reports.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ M_MMAP_THRESHOLD = -3
 
 
 def available_cpus() -> int:
-    """CPUs that the scheduler may run this process on; all CPUs on systems without affinity (macOS)."""
+    """Return the number of CPUs that may run this process: all CPUs on systems without affinity (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_quota(cgroup: Path = CGROUP) -> int:
-    """Whole CPUs: the smaller of the cgroup's quota (version 2 or 1) and the available CPUs, at least 1."""
+    """Return the cgroup's CPU quota (version 2 or 1), rounded down, but at least 1 and at most the available CPUs."""
     cpus = available_cpus()
     with suppress(OSError, ValueError):
         quota, period = read_quota(cgroup)
@@ -36,7 +36,7 @@ def cpu_quota(cgroup: Path = CGROUP) -> int:
 
 
 def read_quota(cgroup: Path) -> tuple[str, str]:
-    """(quota, period) in microseconds; a quota of "max" (version 2) or -1 (version 1) means unlimited."""
+    """Return (quota, period) in microseconds. A quota of "max" (version 2) or -1 (version 1) means unlimited."""
     with suppress(FileNotFoundError):
         quota, period = (cgroup / "cpu.max").read_text().split()
         return quota, period
@@ -44,7 +44,7 @@ def read_quota(cgroup: Path) -> tuple[str, str]:
 
 
 def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Bytes: the smaller of the cgroup's limit (version 2 or 1) and the memory of the machine."""
+    """Return the smaller of the cgroup's memory limit (version 2 or 1) and the machine's memory, in bytes."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # "max" is no number
@@ -55,8 +55,8 @@ def memory_limit(cgroup: Path = CGROUP) -> int:
 def bound_malloc() -> None:
     """Make glibc return freed blocks above LARGE_BLOCK, and the free end of the heap, to the system.
 
-    By default glibc keeps them, so a server grows with the largest set of requests it ever served at once
-    (docs/performance.md). Other C libraries have no mallopt, and nothing is done.
+    By default glibc keeps this memory, so the memory of a server grows with the largest set of requests it ever served
+    at once (docs/performance.md). Other C libraries have no mallopt; for them this function does nothing.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -65,7 +65,7 @@ def bound_malloc() -> None:
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
-    """Model and number of the available CPUs, for reports of measurements."""
+    """Return the CPU model and the number of available CPUs, for reports of measurements."""
     names: list[str] = []
     with suppress(OSError):  # macOS has no /proc
         lines = cpuinfo.read_text().splitlines()

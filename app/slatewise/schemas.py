@@ -1,16 +1,16 @@
-"""JSON of the HTTP API: the members of requests and responses, stored by column. No NumPy here.
+"""Models of the JSON requests and responses. Lists are columns.
 
-Requests are Pydantic models, which validate. The response of a ranking is a plain dataclass, which is rendered without
-validation (`http/rank.py`) and documented by FastAPI. `ranking/validation.py` checks the limits that depend on settings
-or on the bundle.
+Pydantic validates requests. The response with a ranking is a typed dictionary: `http/rank.py` renders it without
+validation, and FastAPI documents it. `ranking/validation.py` checks limits that depend on settings or on the bundle.
 
-Called by: every other package. Calls: nothing of ours.
+Called by: `http/`, `ranking/`, `bundle/`, `store/` and `metrics.py`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 MAX_ID = 256
 
@@ -36,7 +36,7 @@ Column = Annotated[list[T], Field(fail_fast=True)]  # reports the first fault on
 
 
 def as_text(ids: list[Any]) -> list[str]:
-    """Ids as strings: an integer becomes its decimal string. Columns without integers are returned unchanged."""
+    """Convert integer ids to decimal strings. A column without integers is returned unchanged."""
     return ids if set(map(type, ids)) <= {str} else list(map(str, ids))
 
 
@@ -57,7 +57,7 @@ class RequestModel(BaseModel):
 
 
 class History(RequestModel):
-    """The user's past events, oldest first. A null time or action is a missing one."""
+    """The user's past events, oldest first. A null time or action means that it is missing."""
 
     item_ids: Ids = Field(default_factory=list)
     actions: Column[Text | None] | None = None
@@ -68,7 +68,7 @@ class History(RequestModel):
 
 
 class Candidates(RequestModel):
-    """The items to rank, in first-stage order. A null feature is missing; `fields` describe unknown items."""
+    """The items to rank, in first-stage order. A null feature is a missing one. `fields` describe unknown items."""
 
     item_ids: SomeIds
     features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
@@ -96,39 +96,34 @@ class RankRequest(RequestModel):
 CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 
 
-@dataclass(frozen=True)
-class Results:
+@with_config(CLOSED)
+class Results(TypedDict):
     index: list[int]
     item_ids: list[str]
     scores: Annotated[list[float] | None, Field(description="null for the exit `input_order`.")]
     heads: dict[str, list[float]]
 
-    __pydantic_config__: ClassVar = CLOSED
 
-
+@with_config(CLOSED)
 @dataclass(frozen=True)
 class HistoryUse:
-    """Number of events that the model read, that it skipped, and whose item it does not know."""
+    """Numbers of events: read by the model, skipped by the model, and read with an unknown item."""
 
     used: int
     dropped: int
     unknown: int
     cache: CacheResult
 
-    __pydantic_config__: ClassVar = CLOSED
 
-
-@dataclass(frozen=True)
-class MetaEmbeddingUse:
+@with_config(CLOSED)
+class MetaEmbeddingUse(TypedDict):
     status: MetaStatus
-    version: str | None = None
-    age_seconds: float | None = None
-
-    __pydantic_config__: ClassVar = CLOSED
+    version: str | None
+    age_seconds: float | None
 
 
-@dataclass(frozen=True)
-class RankResponse:
+@with_config(CLOSED)
+class RankResponse(TypedDict):
     id: str | None
     ranker: str
     version: int
@@ -144,8 +139,6 @@ class RankResponse:
     meta_embedding: MetaEmbeddingUse
     degraded: list[DegradedReason]
     timings_ms: dict[str, float]
-
-    __pydantic_config__: ClassVar = CLOSED
 
 
 class FaultBody(BaseModel):

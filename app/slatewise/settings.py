@@ -1,6 +1,6 @@
-"""The settings of the server: `read_settings` takes each from its flag, its `SLATEWISE_*` variable or its default.
+"""The settings of the server. Each comes from its flag, its `SLATEWISE_*` variable or its default, in this order.
 
-Called by: main.py, which hands the values on as plain arguments.
+Called by: main.py, http/app.py; store/client.py and bundle/check.py take constants and the default folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
 
 
 class SettingsError(ValueError):
-    """Settings that are refused; the message has one line for each of the `faults`."""
+    """Settings are invalid. The message has one line for each of the `faults`."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -44,13 +44,13 @@ class SettingsError(ValueError):
 
 
 def default_bundles() -> Path:
-    """`models/bundles` of the checkout that this package belongs to, else the bundles inside the installed package."""
+    """Return `models/bundles` of the source checkout if the package runs from one, else the bundles in the package."""
     checkout = PACKAGE.parents[1] / "models" / "bundles"
     return checkout if checkout.is_dir() else PACKAGE / "bundles"
 
 
 class Settings(BaseSettings):
-    """Each field is the variable `SLATEWISE_<NAME>` and the flag `--<name>`; units are in the names."""
+    """Each field has the variable `SLATEWISE_<NAME>` and the flag `--<name>`. Units are in the names."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     @field_validator("port", mode="before")
     @classmethod
     def ignore_service_link(cls, port: Any) -> Any:
-        """A Kubernetes Service named "slatewise" sets SLATEWISE_PORT to an address such as tcp://10.0.0.1:8000."""
+        """Ignore an address such as tcp://10.0.0.1:8000, which a Kubernetes Service named "slatewise" sets."""
         return 8000 if is_link_address(port) else port
 
     @field_validator("redis_url")
@@ -171,7 +171,7 @@ class Settings(BaseSettings):
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The non-empty parts of a comma-separated text."""
+    """Split a comma-separated text into its non-empty parts."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -188,7 +188,7 @@ def flag(name: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """A message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
+    """Return a message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
     known = {variable(name) for name in Settings.model_fields}
     messages = []
     for name, value in sorted(environment.items()):
@@ -202,7 +202,10 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting. The parser leaves out those that are not given: the others come from the environment."""
+    """Add a flag for each setting.
+
+    A flag that is not given is absent from the result, so its variable or default applies.
+    """
     for name, field in Settings.model_fields.items():
         default = "" if field.default_factory else field.get_default()
         shown = str(default.get_secret_value() if isinstance(default, SecretStr) else default)
@@ -215,7 +218,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(flags: Mapping[str, str]) -> Settings:
-    """The settings from `flags` (text by field name), else from the environment. Raises SettingsError."""
+    """Read each setting from `flags` (texts by field name), or else from the environment. Raises SettingsError."""
     if unknown := unknown_variables(os.environ):
         raise SettingsError(unknown)
     try:
@@ -225,7 +228,7 @@ def read_settings(flags: Mapping[str, str]) -> Settings:
 
 
 def explain(error: ValidationError, flags: Iterable[str]) -> list[str]:
-    """A line for each fault: the flag or variable that caused it and the meaning of the setting, never the value."""
+    """Return a line for each fault, with the flag or variable and the meaning of the setting, but without the value."""
     lines = []
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0])

@@ -38,7 +38,7 @@ def engine(bundles: Path, orders: Connection) -> None:
     ranker = next(iter(load_rankers(bundles, 1).values()))
     engine = ranker.engines[ranker.default_variant]
     requests = [RankRequest.model_validate_json(body) for body in Workload(bundles).distinct(W, INPUTS)]
-    inputs = cycle([(ranker.history(r)[0], ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])
+    inputs = cycle([(ranker.history(r), ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])
     orders.send(None)
     while seconds := orders.recv():
         end = time.perf_counter() + seconds

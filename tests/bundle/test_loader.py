@@ -642,7 +642,7 @@ def test_integer_id_ranks_like_its_decimal_string(ranker: Ranker, data: st.DataO
     (one, unknown), (other, also) = (ranker.candidates(request, 0.0) for request in (as_numbers, as_strings))
     np.testing.assert_array_equal(one.vectors, other.vectors)
     assert unknown.tolist() == also.tolist() == [k for k, i in enumerate(ids) if str(i) not in ranker.vocabulary.items]
-    np.testing.assert_array_equal(ranker.history(as_numbers)[0].items, ranker.history(as_strings)[0].items)
+    np.testing.assert_array_equal(ranker.history(as_numbers).items, ranker.history(as_strings).items)
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, 1.5, None, "", "x" * 257, [], {}, 2**64, -(2**63) - 1], ids=repr)
@@ -739,7 +739,9 @@ def test_history_unknown_or_missing_values_keep_their_place(ranker: Ranker) -> N
         "actions": [action, None, "never seen"],
         "timestamps": [100, None, 200],
     }
-    history, dropped = ranker.history(request_of({"item_ids": ["1"]}, history=sent))
+    request = request_of({"item_ids": ["1"]}, history=sent)
+    history = ranker.history(request)
+    dropped = ranker.window_start(request)
     assert (history.items.tolist(), history.actions.tolist(), history.gaps.tolist(), dropped) == (
         [FIRST_ITEM, UNKNOWN_ITEM, FIRST_ITEM],
         [1, UNKNOWN_ACTION, UNKNOWN_ACTION],
@@ -749,8 +751,10 @@ def test_history_unknown_or_missing_values_keep_their_place(ranker: Ranker) -> N
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_history_of_ids_alone_has_unknown_actions_and_gaps(ranker: Ranker, n: int) -> None:
-    history, dropped = ranker.history(request_of({"item_ids": ["1"]}, history={"item_ids": ["1"] * n}))
+def test_history_of_ids_has_unknown_actions_and_missing_gaps(ranker: Ranker, n: int) -> None:
+    request = request_of({"item_ids": ["1"]}, history={"item_ids": ["1"] * n})
+    history = ranker.history(request)
+    dropped = ranker.window_start(request)
     assert (history.actions.tolist(), history.gaps.tolist(), dropped) == (
         [UNKNOWN_ACTION] * n,
         ([GAP_FIRST] + [GAP_MISSING] * n)[:n],
@@ -764,10 +768,14 @@ def test_long_history_reads_only_its_window(ranker: Ranker) -> None:
         "item_ids": list(ranker.vocabulary.items)[: longest + 70],
         "timestamps": [1_000 + k**2 for k in range(longest + 70)],
     }
-    history, dropped = ranker.history(request_of({"item_ids": ["1"]}, history=sent))
+    request = request_of({"item_ids": ["1"]}, history=sent)
+    history = ranker.history(request)
+    dropped = ranker.window_start(request)
     assert dropped == 128  # the smallest multiple of 64 past the first 70
     rest = {name: column[dropped:] for name, column in sent.items()} | {"offset": dropped}
-    again, dropped_again = ranker.history(request_of({"item_ids": ["1"]}, history=rest))
+    shorter = request_of({"item_ids": ["1"]}, history=rest)
+    again = ranker.history(shorter)
+    dropped_again = ranker.window_start(shorter)
     assert (again.equals(history), len(history), dropped_again) == (True, longest + 70 - 128, 0)
 
 
@@ -784,6 +792,6 @@ def test_golden_request_gives_the_golden_scores(ranker: Ranker) -> None:
     assert request.request_time is not None
     candidates, _ = ranker.candidates(request, request.request_time)
     meta = ranker.embedded_meta[ranker.embedded_users[str(request.user)]]
-    probabilities = ranker.engines["fp32"].score(ranker.history(request)[0], candidates, meta, manifest.default_exit)
+    probabilities = ranker.engines["fp32"].score(ranker.history(request), candidates, meta, manifest.default_exit)
     scores = sum(weight * probabilities[:, k] for k, weight in enumerate(manifest.heads.values()))
     np.testing.assert_allclose(scores, manifest.variants["fp32"].golden_scores, atol=manifest.variants["fp32"].bound)

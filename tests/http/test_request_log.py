@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from loadtest import replay
 from slatewise.http.capture import Capture, appending, capture_line, pseudonym
-from slatewise.http.request_log import WAITING, LineWriter
+from slatewise.http.line_writer import WAITING, LineWriter
 from slatewise.metrics import STAGES
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings

@@ -102,7 +102,7 @@ def cut(request: RankRequest, events: int) -> RankRequest:
 
 def reference(ranker: Ranker, request: RankRequest, exit: str) -> Float64:
     """(N, heads) probabilities by `Engine.score`, without cache and chunks."""
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0)
     return ranker.engines["fp32"].score(history, candidates, ranker.embedded_meta_of(request.user), exit)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from slatewise.bundle.ranker import Ranker
-from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
+from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, RankingError, TooLarge
+from slatewise.inference.engine import Engine, EngineError
 from slatewise.ranking.admission import Admission, Admitted, Deadline
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.schemas import EXITS, Candidates, ModelExit
@@ -38,21 +41,45 @@ def test_requests_in_flight_above_the_limit_are_refused() -> None:
     admission = Admission(request_limits(max_in_flight=2))
     before = rejected("in_flight")
     in_flight = gauge("slatewise_requests_in_flight")
-    with admission.enter(), admission.enter():
-        with pytest.raises(Overloaded, match="more than 2 requests"), admission.enter():
-            pytest.fail("admitted")
-        assert admission.in_flight == 2
-        assert gauge("slatewise_requests_in_flight") == in_flight + 2
+    admission.enter()
+    admission.enter()
+    with pytest.raises(Overloaded, match="more than 2 requests"):
+        admission.enter()
+    admission.leave()  # the refused request
+    assert (admission.in_flight, gauge("slatewise_requests_in_flight")) == (2, in_flight + 2)
+    admission.leave()
+    admission.enter()
+    admission.leave()
+    admission.leave()
     assert (admission.in_flight, gauge("slatewise_requests_in_flight")) == (0, in_flight)
     assert rejected("in_flight") == before + 1
 
 
-def test_failed_request_leaves_the_counters() -> None:
-    admission = Admission(request_limits())
-    with pytest.raises(ValueError, match="x"), admission.enter(), admission.working(7):
-        assert (admission.in_flight, admission.outstanding_tokens) == (1, 7)
-        raise ValueError("x")
-    assert (admission.in_flight, admission.outstanding_tokens) == (0, 0)
+@contextmanager
+def working(admission: Admission, tokens: int) -> Iterator[None]:
+    """As if other requests with this number of tokens were running."""
+    admission.begin_work(tokens)
+    try:
+        yield
+    finally:
+        admission.end_work(tokens)
+
+
+def test_failed_request_frees_its_tokens(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    async def ask(pipeline: Pipeline) -> int:
+        def fail(*_: Any, **__: Any) -> Any:
+            seen.append(pipeline.admission.outstanding_tokens)
+            raise EngineError("broken")
+
+        monkeypatch.setattr(Engine, "point", fail)
+        with pytest.raises(RankingError, match="the model failed"):
+            await rank(pipeline, draw_request(ranker, 5, 20, 3))
+        return pipeline.admission.outstanding_tokens
+
+    assert run(ranker, ask) == 0
+    assert seen == [25]
 
 
 @pytest.mark.parametrize(("length", "refused"), [(None, False), (0, False), (100, False), (101, True), (10**18, True)])
@@ -85,7 +112,7 @@ def test_admit_drawn_loads_equals_the_table(
     admission = Admission(request_limits(max_outstanding_tokens=100))
     expected = slow_admit(wanted, tokens, outstanding, 100, allow_degraded)
     before = rejected("tokens")
-    with admission.working(outstanding):
+    with working(admission, outstanding):
         if expected is None:
             with pytest.raises(OverloadedUndegraded, match="more than 100"):
                 admission.admit(wanted, tokens, NO_DEADLINE, allow_degraded)
@@ -101,7 +128,7 @@ def test_passed_deadline_gives_input_order_or_an_error() -> None:
     assert admission.admit("set", 1, passed(), True) == Admitted("input_order", frozenset({"deadline"}))
     with pytest.raises(DeadlineExceeded, match="deadline_ms = 1"):
         admission.admit("set", 1, passed(), False)
-    with admission.working(70):
+    with working(admission, 70):
         reasons = frozenset({"deadline", "overload", "exit"})
         assert admission.admit("set", 1, passed(), True) == Admitted("input_order", reasons)
     assert gauge("slatewise_deadline_exceeded_total") == before + 3
@@ -109,7 +136,7 @@ def test_passed_deadline_gives_input_order_or_an_error() -> None:
 
 def test_overload_is_reported_before_a_passed_deadline() -> None:
     admission = Admission(request_limits(max_outstanding_tokens=100))
-    with admission.working(100):
+    with working(admission, 100):
         assert admission.admit("dot", 1, passed(), True) == Admitted("input_order", frozenset({"overload"}))
 
 
@@ -148,13 +175,13 @@ def test_refused_request_makes_no_array(
     request = request.model_copy(update={"candidates": Candidates(item_ids=ids)})
 
     async def ask(pipeline: Pipeline) -> Ranking:
-        with pipeline.admission.working(100 if reason == "overload" else 0):
+        with working(pipeline.admission, 100 if reason == "overload" else 0):
             return await rank(pipeline, request)
 
     if allow_degraded:
         ranking = run(ranker, ask, max_outstanding_tokens=100)
         assert (ranking.exit, ranking.scored, ranking.degraded) == ("input_order", None, {reason})
-        assert ranking.unknown == [3] and ranking.history.dropped > 0 and ranking.history.used == 0
+        assert ranking.unknown == (3,) and ranking.history.dropped > 0 and ranking.history.used == 0
     else:
         with pytest.raises((OverloadedUndegraded, DeadlineExceeded)):
             run(ranker, ask, max_outstanding_tokens=100)

@@ -192,8 +192,8 @@ def test_passed_deadline_gives_input_order_or_504(ranker: Ranker) -> None:
     request = draw_request(ranker, 50, 30, 5, deadline_ms=0.001)
     ranking = run(ranker, lambda p: rank(p, request))
     assert ranking.exit == "input_order" and ranking.degraded == {"deadline"}
-    assert ranking.order(30, None).tolist() == list(range(30)) and ranking.scored is None
-    assert ranking.order(30, 4).tolist() == [0, 1, 2, 3]
+    assert ranking.order(None).tolist() == list(range(30)) and ranking.scored is None
+    assert ranking.order(4).tolist() == [0, 1, 2, 3]
     with pytest.raises(DeadlineExceeded):
         run(ranker, lambda p: rank(p, request.model_copy(update={"allow_degraded": False})))
 
@@ -293,7 +293,7 @@ def test_scores_weigh_heads_and_ties_keep_input_order(ranker: Ranker) -> None:
         assert ranking.scored is not None
         like = ranking.scored.probabilities[:, list(ranker.manifest.heads).index("like")]
         np.testing.assert_allclose(ranking.scored.scores, 2.0 * like, rtol=1e-12)
-        assert ranking.order(40, None).tolist() == sorted(range(40), key=lambda k: (-like[k], k))
+        assert ranking.order(None).tolist() == sorted(range(40), key=lambda k: (-like[k], k))
 
 
 # Histories cached as int8

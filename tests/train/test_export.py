@@ -172,7 +172,7 @@ def test_graphs_have_the_manifests_inputs_and_outputs(ranker: Ranker, tiny: Tiny
 def test_rank_graph_gives_the_golden_scores(ranker: Ranker, tiny: Tiny) -> None:
     """With the bundle's item table, calibrations and head weights, if the default exit is the highest."""
     request = RankRequest.model_validate(ranker.manifest.example)
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0)
     rows = rows_of(ranker.vocabulary.items, request.candidates.item_ids)
     meta = ranker.embedded_meta_of(request.user)
@@ -235,7 +235,7 @@ def test_golden_scores_are_reproduced(ranker: Ranker) -> None:
     request = RankRequest.model_validate(ranker.manifest.example)
     first = max(0, len(request.history.item_ids) - manifest.limits.history_used)
     assert first == 0, "so all events that are sent are read"
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     candidates, unknown = ranker.candidates(request, request.request_time or 0.0)
     assert not len(unknown)
     np.testing.assert_array_equal(candidates.context[0], request_context(request.request_time or 0.0))

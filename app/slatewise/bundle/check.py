@@ -1,4 +1,4 @@
-"""`slatewise check-bundle`: load bundles as the server does, and print the variants that it would serve.
+"""`slatewise check-bundle`: loads bundles as the server does, and prints the variants that the server would serve.
 
 Called by: cli.py. Calls: loader.py, which logs each refusal with its reason.
 """
@@ -18,7 +18,7 @@ from slatewise.settings import default_bundles
 
 
 def load(path: Path) -> list[Ranker]:
-    """The rankers of one bundle, of the newest version of one ranker, or of a root folder. Raises ManifestError."""
+    """Load one bundle, the newest version of one ranker, or all rankers of a root folder. Raises ManifestError."""
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder")
     try:

@@ -1,11 +1,11 @@
-"""Ids and numbers become arrays here and only here, for serving and for training.
+"""Converts ids and numbers to arrays, for serving and training. No other module does.
 
-Functions take plain columns (lists of a request, or arrays of a table), so both halves can call them. For a history:
+The functions take plain columns: lists of a request, or arrays of a table. The steps for a history:
 
     window_start -> rows_of (items, actions) -> gap_buckets -> History
 
-Called by: `ranker.py` for requests, the offline evaluation and the compression for tables. Calls: `inference/arrays.py`
-for the array types and the special rows.
+Called by: `ranker.py`, `ranking/pipeline.py`, and the package slatewise_train. Calls: `inference/arrays.py` for the
+array types and the special rows.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ LARGEST_FEATURE = 3e38  # just below the maximum of float32
 
 
 def rows_of(vocabulary: dict[str, int], names: Sequence[Any]) -> Int64:
-    """(n,) rows of the names; 0, the unknown row, for names that the vocabulary lacks. One loop, in C."""
+    """Return the (n,) rows of the names: 0, the unknown row, for a name that is not in the vocabulary. Loops in C."""
     return np.fromiter(map(vocabulary.get, names, repeat(0)), np.int64, len(names))
 
 
 def unknown_positions(vocabulary: dict[str, int], names: Sequence[str]) -> list[int]:
-    """Positions of the names that the vocabulary lacks, without making an array, for requests that are not scored."""
+    """Return the positions of names that are not in the vocabulary, without an array: for requests without scores."""
     return [position for position, name in enumerate(names) if name not in vocabulary]
 
 
 def window_start(offset: int, length: int, longest: int) -> int:
-    """Index, among the events sent, of the first one to read. At most `longest` events are read.
+    """Return the index, among the `length` events sent, of the first event to read. At most `longest` events are read.
 
-    The window starts at a multiple of 64 of the user's whole history, in which the first event sent has the index
-    `offset`. So the start depends on the request alone, and stays the same for 64 requests of a client that sends a
-    sliding window of 126 events or more: the cached state of the history can be extended. If the multiple of 64 would
-    leave less than half of the readable events (shorter windows), multiples of 32, 16, and so on are tried.
+    `offset` is the index of the first event sent in the user's whole history. The window starts at a multiple of 64 in
+    the whole history. So its start depends on the request alone. If a client sends a sliding window of 126 events or
+    more, the start stays the same for 64 requests, and the cached state of the history can be extended. If a multiple
+    of 64 would leave less than half of the readable events, multiples of 32, 16, and so on are tried.
     """
     first = max(0, length - longest)
     step = WINDOW_STEP
@@ -62,10 +62,10 @@ def window_start(offset: int, length: int, longest: int) -> int:
 
 
 def gap_buckets(timestamps: Float64) -> Int64:
-    """(L,) int64 buckets of the seconds since the previous event: 2 + floor(log2(gap + 1)), clamped.
+    """Return the (L,) int64 buckets of the seconds since the previous event: 2 + floor(log2(gap + 1)), clamped.
 
     timestamps: (L,) float64 unix seconds of the events that are *read*, oldest first; NaN if missing. The first event
-    and missing times have buckets of their own. A negative gap (the clock went backwards) counts as 0.
+    has bucket 1, and a gap with a missing time has bucket 0. A negative gap (from a wrong clock) counts as 0.
     """
     buckets = np.empty(len(timestamps), np.int64)
     buckets[:1] = GAP_FIRST
@@ -74,36 +74,37 @@ def gap_buckets(timestamps: Float64) -> Int64:
 
 
 def make_history(items: Int64, actions: Int64, timestamps: Float64) -> History:
-    """The events to read: item rows, action rows and unix seconds (NaN if missing), (L,) each, oldest first."""
+    """Build a history from item rows, action rows and unix seconds (NaN if missing), (L,) each, oldest first."""
     return History(items, actions, gap_buckets(timestamps))
 
 
 def request_context(request_time: float | Float64) -> Float32:
-    """(4,) float32: hour of the day and day of the week (UTC) as points on two circles; (4, n) for n times."""
+    """Return (4,) float32: time of day and time of week (UTC) as points on two circles; (4, n) for n times."""
     day = 2 * np.pi * (request_time / 86_400.0)
     week = 2 * np.pi * (request_time / 604_800.0)
     return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)
 
 
 def numeric_matrix(columns: dict[str, list[float | None]], names: Sequence[str], n: int) -> Float32:
-    """(n, len(names)) float32 features in the order of `names`; NaN for a missing value or column."""
+    """Return the (n, len(names)) float32 features in the order of `names`; NaN for a missing value or column."""
     missing = [None] * n
     matrix = np.array([columns.get(name, missing) for name in names], np.float64).reshape(-1, n)
     return np.clip(matrix, -LARGEST_FEATURE, LARGEST_FEATURE).T.astype(np.float32, order="C")
 
 
 def make_candidates(items: ItemTable, rows: Int64, numeric: Float32, request_time: float) -> Candidates:
-    """Candidates by their rows in an item table, with numeric features (N, F) and the time of the request."""
+    """Build candidates from their rows in an item table, numeric features (N, F), and the time of the request."""
     return Candidates(items.take(rows, axis=0), numeric, request_context(request_time)[None])
 
 
 def field_change(
     column: Sequence[Any], positions: Int64, values: dict[str, int], vectors: Float32, none_row: int
 ) -> Float32:
-    """(P, d) difference that one metadata column makes to the vectors of unknown items at `positions`.
+    """Return the (P, d) vectors to add to the unknown row for one metadata column of the candidates at `positions`.
 
-    The unknown row already contains the vector of "none" (`none_row` of `vectors`) for every column. A known value
-    replaces it; several values are averaged, as in training. Equal values are computed once.
+    For every column, the unknown row already contains row `none_row` of `vectors`, which stands for "no value". So the
+    vector to add is the mean of the vectors of the candidate's known values, as in training, minus row `none_row`, or 0
+    without known values. Equal values are computed once.
 
     column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`.
     """

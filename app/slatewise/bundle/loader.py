@@ -1,15 +1,16 @@
-"""Load a bundle's folder into a `Ranker`, or refuse it with a reason.
+"""Loads a bundle's folder into a `Ranker`, or refuses it with a reason.
 
-A bundle is trusted after three checks: the SHA-256 of every file, the shapes and dtypes that the manifest declares,
-and each variant's golden request, scored on this processor. A variant that fails is not served and the others are.
-A version that fails leaves the next older version serving. The operators of the graphs are checked once, when
-the bundle is written (`slatewise_train/graph_check.py`).
+Three checks are made: the SHA-256 of every file, the shapes and dtypes that the manifest declares, and the scores of
+each variant for the golden request of the manifest, on this processor. A variant that fails is left out. If a whole
+version fails, the next older one is loaded. The operators of the graphs are checked once, when the bundle is written
+(`slatewise_train/graph_check.py`).
 
-Called by: the server's start, offline tools. Calls: `manifest.py`, `inference/engine.py`.
+Called by: `main.py`, `check.py`, and the package slatewise_train. Calls: `manifest.py`, `inference/engine.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -36,9 +37,9 @@ OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", 
 
 
 def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
-    """The newest loadable version of each ranker below `root`, by name; `variants` as in `load_bundle`.
+    """Load the newest valid version of each ranker below `root`, by name; `variants` as in `load_bundle`.
 
-    Raises ManifestError when no bundle can be loaded, and NoSuchVariant when a ranker has no variant of `variants`.
+    Raises ManifestError if no bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
     """
     rankers: dict[str, Ranker] = {}
     reasons = []
@@ -59,7 +60,7 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
 
 
 def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...]) -> Ranker:
-    """One version in a ranker's folder. Raises ManifestError when it holds another ranker or version than its path."""
+    """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
     ranker = load_bundle(folder / str(version), threads, variants)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
@@ -67,10 +68,10 @@ def load_version(folder: Path, version: int, threads: int, variants: tuple[str, 
 
 
 def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> Ranker:
-    """The ranker of a bundle, with the variants that pass their checks.
+    """Load a bundle, with the variants that pass their checks.
 
-    `variants` limits the choice; empty means all. Raises NoSuchVariant when the bundle has no variant of that choice,
-    and ManifestError when the bundle cannot be trusted or every chosen variant is refused.
+    variants: names of the variants to load; empty: all. Raises NoSuchVariant if the bundle has none of them, and
+    ManifestError if the bundle fails a check or every chosen variant is refused.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -82,15 +83,17 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
         raise NoSuchVariant(
             f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}"
         )
+    engines: dict[str, Engine] = {}
+    refused: dict[str, str] = {}
     for name in chosen:
         try:
-            ranker.engines[name] = load_variant(folder, ranker, name, threads)
+            engines[name] = load_variant(folder, ranker, name, threads)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
-            ranker.refused[name] = str(error)
+            refused[name] = str(error)
             log.error("%s: variant %s is not served: %s", folder, name, error)
-    if not ranker.engines:
-        raise ManifestError(f"{folder}: no variant can be served: {ranker.refused}")
-    return ranker
+    if not engines:
+        raise ManifestError(f"{folder}: no variant can be served: {refused}")
+    return dataclasses.replace(ranker, engines=engines, refused=refused)
 
 
 # Files
@@ -102,19 +105,19 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None when the file does not exist."""
+    """Read a JSON file; `None` if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def map_array(path: Path) -> NDArray[Any]:
-    """The array of a .npy file, memory-mapped; an ndarray, because np.memmap is slow to index. Pickles are refused."""
+    """Map the array of an .npy file into memory, as an ndarray: np.memmap is slow to index. Pickles are refused."""
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check the digests of the files that all variants share; `load_variant` checks the others.
+    """Check the files that all variants share. `check_variant_files` checks the files of each variant.
 
-    Raises ManifestError when a file is missing, leads out of the bundle, has another digest, or has no digest.
+    Raises ManifestError if a file has no digest in the manifest, and the errors of `check_file`.
     """
     required = [*REQUIRED]
     if manifest.meta_size:
@@ -130,7 +133,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_file(folder: Path, name: str, digest: str) -> None:
-    """Raises ManifestError when the file is missing, leads out of the bundle, or has another SHA-256."""
+    """Raise ManifestError if a file is missing, is a symbolic link, lies outside the bundle, or has another SHA-256."""
     path = folder / name
     if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestError(f"{name} leads out of the bundle")
@@ -144,7 +147,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
-    """The ranker without its variants. Raises ManifestError for an unreadable file or an array of another shape."""
+    """Build the ranker without engines. Raises ManifestError for an unreadable file or an array of another shape."""
     try:
         ids = read_json(folder / "ids.json")
         users = (read_json(folder / "users.json") or []) if manifest.meta_size else []
@@ -184,7 +187,7 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
 
 
 def load_meta(folder: Path, manifest: Manifest, users: int) -> tuple[Float32, Float32]:
-    """The default meta-embedding (M,) and those of the embedded store (users, M); empty arrays when M is 0."""
+    """Load the default meta-embedding (M,) and those of the embedded store (users, M); empty arrays if M is 0."""
     if not manifest.meta_size:
         return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     default = np.load(folder / "default_meta.npy", allow_pickle=False)
@@ -198,7 +201,7 @@ def read_warmup(path: Path) -> list[RankRequest]:
 
 
 def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raises ManifestError unless the array is float32, of this shape and finite."""
+    """Raise ManifestError unless the array is float32, has this shape, and is finite."""
     if array.dtype != np.float32 or array.shape != shape:
         raise ManifestError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
     if not np.isfinite(array).all():
@@ -220,7 +223,7 @@ def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
 
 
 def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
-    """The engine of one variant, checked and warmed up. Raises ManifestError or EngineError with the reason."""
+    """Load, check and warm up the engine of one variant. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     table = manifest.variants[name].items
     check_variant_files(folder, manifest, name)
@@ -234,7 +237,7 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
 
 
 def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raises ManifestError when a graph or the int8 item table of the variant is missing or has another digest."""
+    """Raise ManifestError if a graph or the int8 item table of the variant is missing or has another digest."""
     table = manifest.variants[name].items
     tables: set[str] = set() if table == "items.npy" else {table}  # `check_files` checks items.npy
     prefix = f"variants/{name}/"
@@ -247,7 +250,7 @@ def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
-    """The int8 item table for a float32 table of this shape. Raises ManifestError when the file holds another table."""
+    """Load the int8 item table; `shape` is that of the float32 table. Raises ManifestError if they do not match."""
     try:
         records = map_array(path)
     except (OSError, ValueError, EOFError) as error:
@@ -262,7 +265,7 @@ def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
 
 
 def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
-    """Score the manifest's example. Raises ManifestError when a score misses the variant's golden bound."""
+    """Score the golden request. Raises ManifestError if a score differs by more than the variant's golden bound."""
     manifest = ranker.manifest
     variant = manifest.variants[name]
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
@@ -280,8 +283,8 @@ def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
 def score_request(
     ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
 ) -> dict[str, Float64]:
-    """(N, heads) probabilities by exit, by the simple reference path, with the embedded store's meta-embedding."""
-    history, _ = ranker.history(request)
+    """Return the (N, heads) probabilities by exit, from `Engine.score` with the embedded store's meta-embedding."""
+    history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
     meta = ranker.embedded_meta_of(request.user)
     return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}

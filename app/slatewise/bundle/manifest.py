@@ -1,9 +1,9 @@
-"""The manifest of a bundle: its schema, its versions of the format, and how it is read.
+"""The manifest of a bundle: the schema, the known formats, and the function that reads it.
 
     <root>/<ranker>/<version>/
-      manifest.json                    this file
-      items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of the others
-      items8.npy                       the same table in int8, for the variants that name it (optional)
+      manifest.json                    the manifest
+      items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of rows 2 and up
+      items8.npy                       the item table in int8, for the variants that name it (optional)
       fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
       weights.npz                      float32 weights of the model, apart from the item table (format 2)
       default_meta.npy                 the meta-embedding of unknown users (absent when `meta_size` is 0)
@@ -16,7 +16,7 @@
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
 
-Called by: `loader.py` and every command that reads a bundle. Written by: `slatewise_train/bundle_writer.py`.
+`slatewise_train/bundle_writer.py` writes it. Called by: `loader.py` and every command that reads a bundle.
 """
 
 import json
@@ -35,11 +35,11 @@ class ManifestError(ValueError):
 
 
 class NoSuchVariant(ManifestError):
-    """The bundle has no variant that the operator chose. An older version must not be served instead."""
+    """The bundle has none of the variants that the operator chose. No older version may be served instead."""
 
 
 class Member(BaseModel):
-    """Part of a manifest: immutable, without unknown members."""
+    """Part of a manifest. It is immutable, and unknown members are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +50,7 @@ class Tensor(Member):
 
 
 class Io(Member):
-    """Inputs and outputs of one graph."""
+    """The inputs and outputs of one graph."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
@@ -64,7 +64,7 @@ class Column(Member):
 
 
 class ModelDescription(Member):
-    """The model in training's terms: enough to build it again. The server does not read it."""
+    """Family, configuration and weights, from which training can rebuild the model. The server does not read them."""
 
     family: str = Field(min_length=1, description="Ranker family, a key of `families.FAMILIES`.")
     config: dict[str, Any] = Field(description="Configuration of the model, as its family defines it.")
@@ -106,7 +106,7 @@ class Variant(Member):
 
     @property
     def milliseconds(self) -> float:
-        """Encode and score time, summed over the measured shapes; infinite when no shape was measured."""
+        """Encode and score time, summed over the measured request shapes; infinite if no shape was measured."""
         rows = self.latency_ms.get("rows", [])
         return float(sum(row["encode_p50"] + row["score_p50"] for row in rows)) if rows else inf
 
@@ -145,7 +145,7 @@ class Manifest(Member):
 
     @model_validator(mode="after")
     def check_model(self) -> Self:
-        """Format 2 describes its model; format 1 has no such member."""
+        """Check that the member `model` is present in format 2 and absent in format 1."""
         if (self.model is None) != (self.format == 1):
             raise ValueError(f"format {self.format} {'needs' if self.model is None else 'has no'} member `model`")
         return self
@@ -170,9 +170,9 @@ def bundle_folder(path: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle's folder.
+    """Read and check the manifest in a bundle's folder.
 
-    Raises ManifestError when the file is missing or is not JSON, the format is not known, or a member is missing,
+    Raises ManifestError if the file is missing or is not JSON, the format is not known, or a member is missing,
     unknown or invalid.
     """
     try:

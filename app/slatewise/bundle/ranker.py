@@ -1,6 +1,6 @@
-"""A loaded ranker: its manifest, tables and engines, and the arrays of a request for it.
+"""A loaded ranker: manifest, tables and engines. Converts requests to arrays.
 
-Called by: `loader.py`, which builds it, and the packages `ranking` and `store`. Calls: `features.py`.
+Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slatewise.schemas import RankRequest
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Strings to rows."""
+    """Maps the strings of requests to rows of tables."""
 
     items: dict[str, int]
     actions: dict[str, int]
@@ -30,7 +30,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Ranker:
-    """One version of one ranker, ready to serve. Shapes: d is the width of an item vector, M of a meta-embedding."""
+    """One version of a ranker, ready to serve. Shapes: d is the width of item vectors, M of meta-embeddings."""
 
     manifest: Manifest
     vocabulary: Vocabulary
@@ -51,7 +51,7 @@ class Ranker:
 
     @cached_property
     def default_variant(self) -> str:
-        """The manifest's default; if it is not served, the fastest variant, within the quality gate if possible."""
+        """The manifest's default variant; if it is not served, the fastest one, within the quality gate if possible."""
         rows = self.manifest.variants
         return min(
             self.engines,
@@ -63,12 +63,12 @@ class Ranker:
         )
 
     def window_start(self, request: RankRequest) -> int:
-        """Number of the oldest events that the model skips."""
+        """Return the number of the oldest events sent, which the model skips."""
         sent = request.history
         return window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
 
-    def history(self, request: RankRequest) -> tuple[History, int]:
-        """The events that the model reads, and the number of older events that it skips."""
+    def history(self, request: RankRequest) -> History:
+        """Return the events that the model reads."""
         sent = request.history
         first = self.window_start(request)
         items = rows_of(self.vocabulary.items, sent.item_ids[first:])
@@ -80,12 +80,12 @@ class Ranker:
         times = (
             np.full(len(items), np.nan) if sent.timestamps is None else np.array(sent.timestamps[first:], np.float64)
         )
-        return make_history(items, actions, times), first
+        return make_history(items, actions, times)
 
     def candidates(
         self, request: RankRequest, request_time: float, items: ItemTable | None = None
     ) -> tuple[Candidates, Int64]:
-        """The candidates as arrays, and the positions of unknown ids. `items`: table of a variant; default: float32."""
+        """Return the candidates, and the positions of unknown ids. `items`: a variant's table; default: float32."""
         sent = request.candidates
         rows = rows_of(self.vocabulary.items, sent.item_ids)
         numeric = numeric_matrix(sent.features, self.manifest.features, len(rows))
@@ -96,7 +96,7 @@ class Ranker:
         return result, unknown
 
     def field_change(self, fields: dict[str, Any], positions: Int64) -> Float32:
-        """(P, d) sum over the columns of `fields`; added to the unknown row for the candidates at `positions`."""
+        """Return the (P, d) vectors to add to the unknown row for all `fields` of the candidates at `positions`."""
         change = np.zeros((len(positions), self.items.shape[1]), np.float32)
         for name, column in fields.items():
             change += field_change(
@@ -105,11 +105,11 @@ class Ranker:
         return change
 
     def score_weights(self, head_weights: dict[str, float] | None) -> Float64:
-        """(heads,) weights of the score: those of the request, 0 for heads it does not name, or the manifest's."""
+        """Return the (heads,) weights: the given ones (0 for heads without one), or with `None` the manifest's."""
         names = self.manifest.heads
         return np.array([names[h] if head_weights is None else head_weights.get(h, 0.0) for h in names])
 
     def embedded_meta_of(self, user: str | None) -> Float32:
-        """(M,) vector of a user in the embedded store, or the default vector."""
+        """Return the (M,) vector of a user in the embedded store, or the default vector."""
         row = self.embedded_users.get(user or "")
         return self.default_meta if row is None else self.embedded_meta[row]

@@ -1,6 +1,8 @@
 """The ASGI application: middleware, hot routes, FastAPI's routes and their documentation.
 
-Called by: `main.py`. Calls: the other files of this package.
+Hot routes are the two that rank; they bypass FastAPI.
+
+Called by: `main.py`. Calls: the other files of this folder, except `server.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ HOT_ROUTES: dict[tuple[str, str], Handler] = {
 
 
 def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
-    """The application; `open_pipeline` opens the pipeline for its lifespan."""
+    """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
     middleware = [  # outermost first: each sees every request, hot routes included
         Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
         Middleware(HotRoutes, table=HOT_ROUTES),  # the last, because it does not call FastAPI for its routes
@@ -75,11 +77,11 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
 
 
 class HotRoutes:
-    """Middleware: calls the handlers of its table directly, and passes all other requests on to FastAPI.
+    """Middleware that calls the handlers of its table directly, and passes all other requests on to FastAPI.
 
     FastAPI's layers around an endpoint (matching, dependencies, exit stacks) cost more time than reading the request
-    (docs/performance.md), and these handlers do not need them. A handler gets the time at which the request entered,
-    and answers errors itself.
+    (docs/performance.md), and these handlers do not need them. A handler receives the time at which its call began,
+    and responds to errors itself.
     """
 
     def __init__(self, app: ASGIApp, table: Mapping[tuple[str, str], Handler]) -> None:
@@ -96,7 +98,7 @@ class HotRoutes:
 
 
 def document_hot_routes(app: FastAPI) -> None:
-    """Add the hot routes to the router: for the OpenAPI document, and for 405 on other methods.
+    """Add the hot routes to the router, for two purposes: the OpenAPI document, and status 405 for other methods.
 
     The handlers parse the body themselves. So the schema of the body is added here, and FastAPI's validation errors,
     which never occur, are removed.
@@ -106,7 +108,7 @@ def document_hot_routes(app: FastAPI) -> None:
     for (method, path), handler in HOT_ROUTES.items():
         app.add_api_route(
             path,
-            endpoint(handler),
+            never_called,
             methods=[method],
             name=handler.__name__,
             description=handler.__doc__,
@@ -129,10 +131,6 @@ def document_hot_routes(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """The handler as an endpoint of FastAPI."""
-
-    async def call(request: Request) -> Response:
-        return await handler(request, time.perf_counter())
-
-    return call
+async def never_called(request: Request) -> Response:
+    """Endpoint of the hot routes in the router. Never runs, because `HotRoutes` answers these requests first."""
+    raise NotImplementedError

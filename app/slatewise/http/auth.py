@@ -20,9 +20,9 @@ OPEN_PATHS = ("/livez", "/readyz", "/metrics")
 
 
 class RequireKey:
-    """Middleware: refuses requests without a valid `Authorization: Bearer` key, if keys are set.
+    """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set.
 
-    `counted` lists the (method, path) pairs of `slatewise_requests_total`: their refusals are counted there, too.
+    Refused requests to the (method, path) pairs in `counted` are added to `slatewise_requests_total`.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], counted: Collection[tuple[str, str]]) -> None:
@@ -46,7 +46,7 @@ class RequireKey:
         await response(scope, receive, send)
 
     def has_valid_key(self, headers: Headers) -> bool:
-        """Compares with all keys, in constant time."""
+        """Compare the given key with all keys, in constant time."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         key_bytes = given.strip().encode("latin-1")  # Starlette decodes headers as Latin-1
         matches = [hmac.compare_digest(key_bytes, key) for key in self.keys]

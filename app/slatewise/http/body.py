@@ -1,8 +1,8 @@
-"""The body of a request, limited in bytes as sent, in bytes after decompression, and in time.
+"""Reads the body of a request within limits: bytes as sent, bytes after decompression, and time.
 
 Starlette has no such limits.
 
-Called by: `rank.py`, which parses the bytes. Calls: nothing of ours but the errors.
+Called by: `rank.py`, which parses the bytes. Calls: `errors.py`.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ from starlette.requests import Request
 from slatewise.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType, UpgradeRefused
 
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
-MOST_DIGITS = 18  # of a Content-Length that is converted; int() refuses very long ones
+MOST_DIGITS = 18  # of a Content-Length; int() refuses very long numbers
 
 
 def content_coding(headers: Headers) -> str:
-    """The content coding: identity, gzip or deflate. Raises UnsupportedType, also for a body that is not JSON."""
+    """Return the content coding: identity, gzip or deflate. Raises UnsupportedType, also for other types than JSON."""
     kind = headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedType("the body must be application/json")
@@ -29,7 +29,7 @@ def content_coding(headers: Headers) -> str:
 
 
 def content_length(headers: Headers) -> int | None:
-    """The Content-Length in bytes; `None` if it is missing or not a number. Lengths of 10**18 and more are equal."""
+    """Return the Content-Length in bytes, at most 10**18; `None` if it is missing or not a number."""
     length = headers.get("content-length", "")
     if not (length.isascii() and length.isdigit()):
         return None
@@ -37,7 +37,10 @@ def content_length(headers: Headers) -> int | None:
 
 
 async def read_body(request: Request, coding: str, limit: int, timeout_seconds: float) -> bytes:
-    """The decompressed body. Raises TooLarge, BodyTimeout, NotJson (broken coding) or ClientDisconnect."""
+    """Read and decompress the body.
+
+    Raises TooLarge, BodyTimeout, NotJson (broken coding), UpgradeRefused or ClientDisconnect.
+    """
     chunks = []
     size = 0
     try:
@@ -45,7 +48,7 @@ async def read_body(request: Request, coding: str, limit: int, timeout_seconds: 
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limit:
-                    raise TooLarge(f"the body is longer than {limit} bytes")
+                    raise TooLarge.body(limit)
                 chunks.append(chunk)
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} seconds") from None
@@ -56,7 +59,7 @@ async def read_body(request: Request, coding: str, limit: int, timeout_seconds: 
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
-    """The decompressed body. Stops after `limit` bytes and raises TooLarge; raises NotJson for a broken stream."""
+    """Decompress a body. Raises TooLarge after `limit` bytes, and NotJson for a broken stream."""
     inflater = zlib.decompressobj(WINDOW_BITS[coding])
     try:
         result = inflater.decompress(body, limit + 1)

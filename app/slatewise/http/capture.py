@@ -1,9 +1,10 @@
-"""Capture: a sample of the requests, written to a file in the format of a bundle's `warmup.jsonl`, for replays.
+"""Capture: writes a sample of the requests to a file in the format of a bundle's `warmup.jsonl`, for replays.
 
-User ids are replaced by pseudonyms. A user's requests are captured all or not at all, so that a replay contains
-histories that grow.
+Pseudonyms replace user ids. The sample contains either all requests of a user or none, so that a replay extends
+histories as the original traffic did.
 
-Called by: `rank.py`, at the end of a request that was ranked. Calls: the writer of `request_log.py`.
+Called by: `rank.py` at the end of a request that was ranked, and `app.py`, which opens the capture. Calls:
+`line_writer.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from slatewise.http.request_log import LineWriter
+from slatewise.http.line_writer import LineWriter
 from slatewise.schemas import RankRequest
 
 
 def appending(path: Path, most_bytes: int) -> Callable[[str], None]:
-    """A function that appends to a file with mode 600. At half of `most_bytes` the file is renamed to `<name>.1`."""
+    """Return a function that appends to a file of mode 600 and renames it to `<name>.1` at half of `most_bytes`."""
 
     def write(text: str) -> None:
         data = text.encode()
@@ -35,7 +36,7 @@ def appending(path: Path, most_bytes: int) -> Callable[[str], None]:
 
 
 class Capture:
-    """Writes the requests of a share of the users, and the same share of the requests without a user."""
+    """Captures the requests of a share of the users, and the same share of the requests without a user."""
 
     def __init__(self, writer: LineWriter, share: float, key: bytes) -> None:
         self.writer = writer
@@ -54,12 +55,12 @@ class Capture:
 
 
 def pseudonym(user: str, key: bytes) -> str:
-    """32 hexadecimal digits of a keyed hash: equal for equal user and key, and not invertible without the key."""
+    """Return 32 hexadecimal digits of a keyed hash of the user id, which cannot be inverted without the key."""
     return hmac.digest(key, user.encode(), hashlib.sha256).hex()[:32]
 
 
 def capture_line(request: RankRequest, now: float, key: bytes) -> str:
-    """A request as JSON, without its id, with a pseudonym for the user and with `now` as the default request time."""
+    """Render a request as JSON without its id, with a pseudonym for the user, and with `now` as the default time."""
     user = None if request.user is None else pseudonym(request.user, key)
     changes = {"id": None, "user": user, "request_time": now if request.request_time is None else request.request_time}
     return request.model_copy(update=changes).model_dump_json(exclude_none=True, exclude_defaults=True)

@@ -1,6 +1,7 @@
-"""/livez, /readyz and /metrics: open without a key.
+"""The endpoints /livez, /readyz and /metrics, which need no key.
 
-Called by: `app.py`, and `rank.py` and `models.py` for `ready_pipeline`. Calls: the pipeline's counters.
+Called by: `app.py`; `rank.py` and `models.py` call `ready_pipeline`. Calls: `metrics.py`, and reads the pipeline's
+counters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ routes = APIRouter()
 
 
 def ready_pipeline(app: FastAPI) -> Pipeline:
-    """Raises NotReady before the start and after the end of the application's lifespan."""
+    """Return the pipeline. Raises NotReady before the start and after the end of the application's lifespan."""
     pipeline: Pipeline | None = app.state.pipeline
     if pipeline is None:
         raise NotReady("the models are not loaded yet, or the server is stopping")
@@ -27,15 +28,15 @@ def ready_pipeline(app: FastAPI) -> Pipeline:
 
 @routes.get("/livez", response_model=Health)
 async def livez() -> dict[str, str]:
-    """The process answers."""
+    """Respond with 200 while the process runs."""
     return {"status": "alive"}
 
 
 @routes.get("/readyz", response_model=Health, responses={503: PROBLEMS[503]})
 async def readyz(request: Request) -> dict[str, str]:
-    """The models are loaded and warm, and the server is not draining.
+    """Respond with 200 while the models are loaded and warm and the server is not draining.
 
-    Redis is not checked: the service works without it.
+    Redis is not checked, because the service works without Redis.
     """
     if not ready_pipeline(request.app).registry.serving():
         raise NotReady("no ranker is served")
@@ -46,7 +47,7 @@ async def readyz(request: Request) -> dict[str, str]:
 
 @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus_metrics(request: Request) -> Response:
-    """All metrics in the Prometheus text format."""
+    """Return all metrics in the Prometheus text format."""
     pipeline: Pipeline | None = request.app.state.pipeline
     if pipeline is not None:
         metrics.OUTSTANDING_TOKENS.set(pipeline.admission.outstanding_tokens)

@@ -1,6 +1,6 @@
-"""/models and /models/{ranker}: the rankers that are served, with limits, quality and latency.
+"""The endpoints /models and /models/{ranker}: the rankers that are served, with limits, quality and latency.
 
-Called by: `app.py`. Calls: the registry.
+Called by: `app.py`. Calls: `ranking/registry.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ routes = APIRouter()
 
 @routes.get("/models", response_model=Models, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
 async def list_models(request: Request) -> Models:
-    """The rankers that are served."""
+    """List the rankers that are served."""
     rankers = ready_pipeline(request.app).registry.serving()
     return Models(
         models=[ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines)) for r in rankers]
@@ -27,7 +27,7 @@ async def list_models(request: Request) -> Models:
 
 @routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
 async def show_model(ranker: str, request: Request) -> ModelCard:
-    """One ranker: limits, heads, quality and latency of its variants, and an example request."""
+    """Describe one ranker: limits, heads, quality and latency of its variants, and an example request."""
     pipeline = ready_pipeline(request.app)
     return model_card(pipeline.registry.resolve(ranker), pipeline.admission.limits)
 

@@ -1,6 +1,8 @@
-"""Every error as problem details (RFC 9457): our own, faults of the schema, errors of Starlette, unexpected errors.
+"""Renders every error as RFC 9457 problem details.
 
-Called by: the handlers of this package, and FastAPI through `HANDLERS`. Calls: `errors.py` and `schemas.py`.
+The errors are those of `errors.py`, faults that Pydantic finds, errors of Starlette, and unexpected errors.
+
+Called by: `rank.py`, `auth.py`, and FastAPI through `HANDLERS`. Calls: `errors.py` and `schemas.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
 
 
 def problem(error: RankingError, request_id: str | None) -> Response:
-    """The response for an error."""
+    """Build the response for an error."""
     body = Problem(
         type=error.type,
         title=error.title,
@@ -58,13 +60,13 @@ def problem(error: RankingError, request_id: str | None) -> Response:
 
 
 def header_request_id(headers: Headers) -> str | None:
-    """The header X-Request-ID, or `None` if it is missing or not a valid id."""
+    """Return the header X-Request-ID, or `None` if it is missing or not a valid id."""
     identifier = headers.get("x-request-id", "")
     return identifier if re.fullmatch(REQUEST_ID, identifier) else None
 
 
 def schema_error(error: ValidationError) -> RankingError:
-    """Invalid, or NotJson, with the faults that Pydantic found and without the values that were sent."""
+    """Convert Pydantic's error to Invalid or NotJson. The faults do not repeat the values that were sent."""
     if error.error_count() > TOO_MANY_FAULTS:
         return Invalid.at("", f"more than {TOO_MANY_FAULTS} faults")
     faults: dict[str, Fault] = {}
@@ -82,7 +84,7 @@ def schema_error(error: ValidationError) -> RankingError:
 
 
 def member_path(location: tuple[int | str, ...]) -> list[int | str]:
-    """Path in the body: Pydantic's location without branches of unions and keys of dictionaries."""
+    """Convert Pydantic's location to a path in the body: without branches of unions and keys of dictionaries."""
     path = [step for step in location if not str(step).startswith(("constrained-", "list["))]
     is_branch = len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int)
     return path[:-1] if is_branch or path[-1:] == ["[key]"] else path
@@ -94,7 +96,7 @@ async def on_ranking_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """For Starlette's own errors: no such path, or no such method."""
+    """Render Starlette's own errors, for an unknown path or method."""
     assert isinstance(error, HTTPException)
     wrapped = NotFound("no such path") if error.status_code == 404 else RankingError(str(error.detail))
     wrapped.status = error.status_code
@@ -109,7 +111,7 @@ async def on_unexpected_error(request: Request, error: Exception) -> Response:
 
 
 def unexpected(error: Exception) -> RankingError:
-    """Logs the error with its traceback, which the client does not get to see."""
+    """Log the error with its traceback. Return the error to send, which does not contain them."""
     log.error("unexpected error", exc_info=error)
     return RankingError("an unexpected error; the log has more")
 

@@ -1,7 +1,7 @@
-"""/rerank and /score: read, parse, rank, respond.
+"""The endpoints /rerank and /score: read, parse, rank, respond.
 
-Called by: the hot-route table of `app.py`. Calls: `body.py`, the pipeline, `problems.py`, `request_log.py`, and
-`capture.py`.
+Called by: the hot-route table of `app.py`. Calls: `body.py`, `ranking/pipeline.py` and `problems.py`, and at the end
+the request log and the capture that `app.py` has opened.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import header_request_id, problem, schema_error, unexpected
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
-from slatewise.ranking.pipeline import Ranking
+from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
-from slatewise.schemas import RankRequest, RankResponse, Results
+from slatewise.schemas import RankRequest, RankResponse
 
 CLIENT_GONE = 499  # the client disconnected; used in the metrics only
 
@@ -35,71 +35,95 @@ T = TypeVar("T")
 
 
 async def rerank(request: Request, entered: float) -> Response:
-    """The candidates by descending score, cut to `top_n`."""
+    """Rank the candidates by descending score, cut to `top_n`."""
     return await answer(request, entered, by_score=True)
 
 
 async def score(request: Request, entered: float) -> Response:
-    """The same as /rerank, with the results in input order; `top_n` is ignored."""
+    """Score the candidates as /rerank does, but return them in input order; `top_n` is ignored."""
     return await answer(request, entered, by_score=False)
 
 
-async def answer(request: Request, entered: float, *, by_score: bool) -> Response:
-    """The response, for every outcome. Each request is counted and logged once, when it ends.
+class Exchange:
+    """A request and its outcome, which is counted and logged once, when the request ends."""
 
-    entered: time.perf_counter() when the request entered the application; the deadline counts from there.
+    def __init__(self, request: Request, entered: float) -> None:
+        self.request = request
+        self.trace = Trace(entered)
+        self.parsed: RankRequest | None = None
+        self.ranking: Ranking | None = None  # set together with the code 200
+        self.code = 500
+        self.refusal = "internal-error"  # slug of the error; empty for a ranking
+
+    def request_id(self) -> str | None:
+        return (None if self.parsed is None else self.parsed.id) or header_request_id(self.request.headers)
+
+    def record(self) -> None:
+        """Count the request, and log and capture it if it is selected."""
+        state = self.request.app.state
+        seconds = time.perf_counter() - self.trace.timings.entered
+        labels = count(self.request.scope["path"], self.code, seconds, self.trace)
+        degraded: tuple[str, ...] = ()
+        if self.parsed is not None and self.ranking is not None:
+            degraded = tuple(sorted(self.ranking.degraded))
+            count_ranking(self.parsed, self.ranking, seconds)
+            if state.capture is not None:
+                state.capture.record(self.parsed)
+        candidates = None if self.parsed is None else len(self.parsed.candidates.item_ids)
+        outcome = Outcome(labels, self.refusal, degraded, seconds)
+        state.request_log.record(outcome, self.trace, candidates, self.request_id)
+
+
+async def answer(request: Request, entered: float, *, by_score: bool) -> Response:
+    """Return the response, whatever the outcome is.
+
+    entered: time.perf_counter() at the time from which the deadline counts.
     """
     try:
         pipeline = ready_pipeline(request.app)
     except NotReady as error:
         return problem(error, header_request_id(request.headers))
-    trace = Trace(entered)
-    parsed: RankRequest | None = None
-    ranking: Ranking | None = None
-    code = 500
-    refusal = "internal-error"
-
-    def request_id() -> str | None:
-        return (None if parsed is None else parsed.id) or header_request_id(request.headers)
-
+    exchange = Exchange(request, entered)
     try:
-        with pipeline.admission.enter():
-            body = await read_admitted(request, pipeline.admission)
-            parsed = parse(body, request.headers)
-            trace.timings.lap("parse")
-            ranking = await while_connected(request, pipeline.rank(parsed, trace))
-            response = render(parsed, ranking, by_score, trace.timings)
-            trace.timings.lap("serialize")
-            code = 200
-            refusal = ""
-            return response
+        pipeline.admission.enter()
+        return await rank(exchange, pipeline, by_score)
     except RankingError as error:
-        code = error.status
-        refusal = error.slug
-        return problem(error, request_id())
+        exchange.code = error.status
+        exchange.refusal = error.slug
+        return problem(error, exchange.request_id())
     except ClientDisconnect:
-        code = CLIENT_GONE
-        refusal = "client-gone"
+        exchange.code = CLIENT_GONE
+        exchange.refusal = "client-gone"
         metrics.DISCONNECTS.inc()
         return Response(status_code=CLIENT_GONE)  # not sent: the connection is closed
     except Exception as error:
-        return problem(unexpected(error), request_id())
+        return problem(unexpected(error), exchange.request_id())
     finally:
-        seconds = time.perf_counter() - entered
-        labels = count(request.scope["path"], code, seconds, trace)
-        degraded: tuple[str, ...] = ()
-        if code == 200 and parsed is not None and ranking is not None:
-            degraded = tuple(sorted(ranking.degraded))
-            count_ranking(parsed, ranking, seconds)
-            if request.app.state.capture is not None:
-                request.app.state.capture.record(parsed)
-        candidates = None if parsed is None else len(parsed.candidates.item_ids)
-        outcome = Outcome(labels, refusal, degraded, seconds)
-        request.app.state.request_log.record(outcome, trace, candidates, request_id)
+        pipeline.admission.leave()
+        exchange.record()
+
+
+async def rank(exchange: Exchange, pipeline: Pipeline, by_score: bool) -> Response:
+    """Read, parse and rank the request, and render the ranking. Raises RankingError and ClientDisconnect."""
+    request = exchange.request
+    trace = exchange.trace
+    body = await read_admitted(request, pipeline.admission)
+    parsed = exchange.parsed = parse(body, request.headers)
+    trace.timings.lap("parse")
+    ranking = await while_connected(request, pipeline.rank(parsed, trace))
+    response = render(parsed, ranking, by_score, trace.timings)
+    trace.timings.lap("serialize")
+    exchange.ranking = ranking
+    exchange.code = 200
+    exchange.refusal = ""
+    return response
 
 
 async def read_admitted(request: Request, admission: Admission) -> bytes:
-    """The body. Raises the errors of `body.py`, and TooLarge by the Content-Length alone."""
+    """Check the headers, then read and decompress the body.
+
+    Raises TooLarge (by the Content-Length, before a byte is read) and the errors of `body.py`.
+    """
     limits = admission.limits
     coding = content_coding(request.headers)
     admission.check_content_length(content_length(request.headers))
@@ -107,7 +131,7 @@ async def read_admitted(request: Request, admission: Admission) -> bytes:
 
 
 def parse(body: bytes, headers: Headers) -> RankRequest:
-    """The request; user and id may also come from the headers. Raises NotJson or Invalid."""
+    """Parse and check the body. User and id may also come from the headers. Raises NotJson or Invalid."""
     try:
         parsed = RankRequest.model_validate_json(body)
     except ValidationError as error:
@@ -131,7 +155,7 @@ def parse(body: bytes, headers: Headers) -> RankRequest:
 
 
 def header_text(headers: Headers, name: str) -> str | None:
-    """A header decoded as UTF-8; Starlette decodes Latin-1. Raises Invalid."""
+    """Decode a header as UTF-8, because Starlette decodes headers as Latin-1. Raises Invalid."""
     value = headers.get(name)
     try:
         return None if value is None else value.encode("latin-1").decode()
@@ -140,7 +164,7 @@ def header_text(headers: Headers, name: str) -> str | None:
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`. Cancels it and raises ClientDisconnect if the client disconnects first."""
+    """Return the result of `work`. If the client disconnects first, cancel `work` and raise ClientDisconnect."""
     task = asyncio.current_task()
     gone = False
     assert task is not None
@@ -167,35 +191,37 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
-    """The ranking as JSON. Dataclasses go to the serialiser as they are, without validation."""
+    """Render the ranking as JSON. The type checker compares the members with RankResponse; nothing does at run time."""
     ids = request.candidates.item_ids
     scored = ranking.scored
-    index = ranking.order(len(ids), request.top_n) if by_score else np.arange(len(ids))
+    index = ranking.order(request.top_n) if by_score else np.arange(ranking.candidates)
     positions = index.tolist()
     heads = ranking.ranker.manifest.heads
-    results = Results(
-        index=positions,
-        item_ids=list(map(ids.__getitem__, positions)),
-        scores=None if scored is None else scored.scores[index].tolist(),
-        heads={} if scored is None else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
-    )
     milliseconds = {
         stage: round(timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES if stage != "serialize"
     }  # `serialize` is still running
     milliseconds["total"] = round((timings.marked - timings.entered) * 1e3, 3)
-    content = RankResponse(
-        id=request.id,
-        ranker=ranking.ranker.name,
-        version=ranking.ranker.manifest.version,
-        variant=None if scored is None else scored.variant,
-        exit=ranking.exit,
-        results=results,
-        unknown_candidates=ranking.unknown,
-        history=ranking.history,
-        meta_embedding=ranking.meta,
-        degraded=sorted(ranking.degraded),
-        timings_ms=milliseconds,
-    )
+    meta = ranking.meta
+    content: RankResponse = {
+        "id": request.id,
+        "ranker": ranking.ranker.name,
+        "version": ranking.ranker.manifest.version,
+        "variant": None if scored is None else scored.variant,
+        "exit": ranking.exit,
+        "results": {
+            "index": positions,
+            "item_ids": list(map(ids.__getitem__, positions)),
+            "scores": None if scored is None else scored.scores[index].tolist(),
+            "heads": {}
+            if scored is None
+            else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
+        },
+        "unknown_candidates": list(ranking.unknown),
+        "history": ranking.history,
+        "meta_embedding": {"status": meta.status, "version": meta.version, "age_seconds": meta.age_seconds},
+        "degraded": sorted(ranking.degraded),
+        "timings_ms": milliseconds,
+    }
     headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id
@@ -203,7 +229,7 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
 
 
 def count(endpoint: str, code: int, seconds: float, trace: Trace) -> dict[str, str]:
-    """Count a request that has ended, whatever the outcome. Returns its labels."""
+    """Count a request that has ended, whatever the outcome. Return the labels of the request counter."""
     ranker = trace.ranker
     name = "" if ranker is None else ranker.name
     version = "" if ranker is None else str(ranker.manifest.version)
@@ -214,10 +240,10 @@ def count(endpoint: str, code: int, seconds: float, trace: Trace) -> dict[str, s
 
 
 def count_ranking(request: RankRequest, ranking: Ranking, seconds: float) -> None:
-    """Count a request that was ranked."""
+    """Count a response that contains a ranking, with its size, exit and history."""
     name = ranking.ranker.name
     scored = ranking.scored
-    candidates = len(request.candidates.item_ids)
+    candidates = ranking.candidates
     for reason in ranking.degraded:
         metrics.series(metrics.DEGRADED, reason).inc()
     metrics.series(metrics.EXITS, name, ranking.exit).inc()

@@ -1,61 +1,20 @@
 """Request log: one JSON line for each request that was refused, degraded or slow, without user ids and keys.
 
-A thread writes the lines. Lines that are not written in time are dropped and counted, so that a stalled reader or a
-full disk delays no request.
-
-Called by: `rank.py`, at the end of a request, and `capture.py` for the writer. Calls: the metrics.
+Called by: `rank.py` at the end of a request, and `app.py`, which opens the log. Calls: `line_writer.py`.
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from slatewise import metrics
+from slatewise.http.line_writer import LineWriter
 from slatewise.ranking.trace import Trace
-
-WAITING = 1_000  # lines that may wait for the writer
-PATIENCE_SECONDS = 2.0  # for the lines that wait at the end of the server
-
-
-class LineWriter:
-    """Writes lines in its own thread."""
-
-    def __init__(self, kind: str, write: Callable[[str], object]) -> None:
-        self.write = write
-        self.queue = queue.Queue[Callable[[], str] | None](WAITING)
-        self.written, self.dropped = (metrics.LINES.labels(kind, result) for result in ("written", "dropped"))
-        self.thread = threading.Thread(target=self.run, name=f"slatewise-{kind}", daemon=True)
-        self.thread.start()
-
-    def put(self, line: Callable[[], str]) -> None:
-        """Queue a line, which the thread renders. Never waits."""
-        try:
-            self.queue.put_nowait(line)
-        except queue.Full:
-            self.dropped.inc()
-
-    def run(self) -> None:
-        while (line := self.queue.get()) is not None:
-            try:
-                self.write(line() + "\n")
-                self.written.inc()
-            except (OSError, ValueError):  # a full disk, a closed pipe
-                self.dropped.inc()
-
-    def close(self) -> None:
-        try:
-            self.queue.put(None, timeout=PATIENCE_SECONDS)
-            self.thread.join(PATIENCE_SECONDS)
-        except queue.Full:
-            pass  # the reader has stalled; the thread ends with the process
 
 
 def to_stdout(text: str) -> None:
@@ -65,7 +24,7 @@ def to_stdout(text: str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a request."""
+    """The outcome of a request, as the log shows it."""
 
     labels: dict[str, str]  # of slatewise_requests_total
     refusal: str  # last part of the problem type; empty for a ranking
@@ -74,7 +33,7 @@ class Outcome:
 
 
 class RequestLog:
-    """Selects the requests to log. Requests of `slow_seconds` and more are slow; 0: no request is."""
+    """Selects the requests to log. Requests of at least `slow_seconds` are slow; with 0, no request counts as slow."""
 
     def __init__(self, writer: LineWriter, slow_seconds: float) -> None:
         self.writer = writer
@@ -83,7 +42,7 @@ class RequestLog:
     def record(
         self, outcome: Outcome, trace: Trace, candidates: int | None, request_id: Callable[[], str | None]
     ) -> None:
-        """Called once for each request. `candidates`: their number; `None` if the request was not parsed."""
+        """Log the request if it is selected. `candidates` is their number, or `None` if the request was not parsed."""
         slow = 0 < self.slow_seconds <= outcome.seconds
         if not (outcome.refusal or outcome.degraded or slow):
             return
@@ -113,7 +72,7 @@ def log_line(outcome: Outcome, trace: Trace, candidates: int | None, request_id:
 
 @contextmanager
 def open_request_log(slow_seconds: float) -> Iterator[RequestLog]:
-    """A log to standard output."""
+    """Open a request log that writes to standard output."""
     writer = LineWriter("log", to_stdout)
     try:
         yield RequestLog(writer, slow_seconds)

@@ -23,8 +23,9 @@ class AddressError(ValueError):
 
 
 class Server(uvicorn.Server):
-    """Drains on SIGTERM and SIGHUP: /readyz answers 503 and requests are still served for `drain_seconds`; then the
-    requests in flight end, and the exit code is 0. A second signal skips the wait. SIGINT stops at once, with 130.
+    """Drains on SIGTERM and SIGHUP: for `drain_seconds`, /readyz responds with 503 and requests are still served. Then
+    the requests in flight are finished, and the exit code is 0. A second signal skips the wait. SIGINT skips the drain,
+    finishes the requests in flight, and exits with 130.
     """
 
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
@@ -63,7 +64,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, which does not listen yet. Raises AddressError, for example for a port in use."""
+    """Bind a socket, which does not listen yet. Raises AddressError, for example if the port is in use."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -78,7 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, listener: socket.socket, drain_seconds: float) -> int:
-    """Serve until a signal; returns the exit code of the process."""
+    """Serve until a signal stops the server. Return the exit code of the process."""
     server = Server(app, drain_seconds)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

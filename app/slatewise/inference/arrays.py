@@ -1,4 +1,4 @@
-"""The arrays that a model reads and returns, and the numbers of special rows and buckets.
+"""Types of the arrays that a model reads and returns, and the numbers of special rows and buckets.
 
 Dtypes: row and bucket numbers are int64, vectors, states and logits float32, probabilities float64.
 Shapes: L events of a history, N candidates, K = events encoded + 1 for the start token, d the width of an item vector,
@@ -6,14 +6,14 @@ F numeric candidate features, M the width of a meta-embedding.
 Rows of the item table: 0 the unknown item, 1 the learned start token, the bundle's items from 2 on. Row 0 of the action
 table is the unknown action.
 
-    History        (L,) item rows, action rows and gap buckets: the events that a request brings
+    History        (L,) item rows, action rows and gap buckets: the events that a ranker reads
     Candidates     (N, d) item vectors, (N, F) numeric features, (1, 4) request context
     HistoryState   the encoded history: per block the keys and values of K tokens, and the (1, d) user vector
-    PackedState    the same in int8, for the history cache
+    PackedState    a HistoryState in int8, for the history cache
     PointScores    probabilities, logits and hidden states of the exit `point`, which the exit `set` reads
 
-All are immutable values: a state may be shared by requests and by threads.
-Called by: everything that ranks, trains or measures. Calls: numpy.
+All are immutable, so that requests and threads can share them.
+Called by: `bundle/`, `ranking/`, `store/`, this folder, and the package slatewise_train. Calls: numpy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class HistoryState:
-    """An encoded history: candidates attend to it, and new events extend it."""
+    """An encoded history. Candidates attend to it, and new events extend it."""
 
     keys: tuple[Float32, ...]  # per block (1, K, key width)
     values: tuple[Float32, ...]  # per block (1, K, value width)
@@ -65,7 +65,7 @@ Packed = tuple[NDArray[np.int8], Float32]  # codes (blocks, K, width), scales (b
 
 
 def pack(arrays: tuple[Float32, ...]) -> Packed:
-    """Symmetric int8 with one scale per token: code * scale is within half a step of the number."""
+    """Quantize to symmetric int8 with one scale per token. The error is at most half a scale."""
     rows = np.concatenate(arrays)
     scales = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
     return np.rint(rows / scales).astype(np.int8), scales
@@ -116,7 +116,7 @@ class History:
         return len(self) == len(other) == self.common_prefix(other)
 
     def common_prefix(self, other: History) -> int:
-        """The number of first events that two histories share."""
+        """Return the length of the longest common prefix, in events."""
         n = min(len(self), len(other))
         same = (
             (self.items[:n] == other.items[:n])
@@ -148,7 +148,7 @@ class PointScores:
 
 
 def join(chunks: list[PointScores]) -> PointScores:
-    """The chunks of one request's candidates, concatenated."""
+    """Concatenate the chunks of one request's candidates."""
     if len(chunks) == 1:
         return chunks[0]
     return PointScores(

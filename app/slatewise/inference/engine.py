@@ -1,10 +1,10 @@
-"""One variant of a ranker: ONNX Runtime sessions on the CPU, arrays in and arrays out. The only onnxruntime import.
+"""Runs one variant of a ranker with ONNX Runtime on the CPU. No other serving module imports onnxruntime.
 
 The interface is `start`, `extend`, `prefix`, `dot`, `point` and `set`. Each method except `prefix` runs one graph once.
-All are safe to call from several threads: states are values, and the engine keeps no state of a request. `score` is the
-slow reference of the whole cascade.
-Called by: `ranking.pipeline`, chunk by chunk in the threads of `workers`; `bundle.loader`, training, load tests.
-Calls: onnxruntime, `item_table`.
+All methods are safe to call from several threads: states are immutable, and the engine stores nothing about a request.
+`score` runs the whole cascade simply and slowly; tests compare with it.
+Called by: `ranking/pipeline.py`, chunk by chunk in the threads of `workers.py`; `bundle/loader.py`, training, load
+tests. Calls: onnxruntime, `item_table.py`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
     def run(self, graph: str, feeds: dict[str, NDArray[Any]], multi_threaded: bool = False) -> dict[str, NDArray[Any]]:
-        """The graph's outputs by name. Raises EngineError."""
+        """Run a graph and return its outputs by name. Raises EngineError."""
         session = self.multi_threaded.get(graph, self.sessions[graph]) if multi_threaded else self.sessions[graph]
         try:
             return dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
@@ -80,7 +80,7 @@ class Engine:
             raise EngineError(f"graph {graph} failed: {error}") from error
 
     def extend(self, state: HistoryState, events: History, multi_threaded: bool = False) -> HistoryState:
-        """A new state with the events (at least one) appended to those of `state`. Raises EngineError."""
+        """Return a new state, of the events of `state` followed by `events` (at least one). Raises EngineError."""
         count = len(events)
         items, actions, gaps = (pad_single_row(column) for column in (events.items, events.actions, events.gaps))
         feeds: dict[str, NDArray[Any]] = {
@@ -102,9 +102,9 @@ class Engine:
         )
 
     def prefix(self, state: HistoryState, events: int) -> HistoryState:
-        """The state of the first `events` of a state: a view of its keys and values, to be extended.
+        """Return the state of the first `events` of a state, to be extended: a view of the keys and values.
 
-        If it is shorter than `state`, its user vector is not known and has no width.
+        The user vector of a shorter state is not known: its array has no columns.
         """
         if events == state.events:
             return state
@@ -116,7 +116,7 @@ class Engine:
         )
 
     def dot(self, candidates: Candidates, state: HistoryState) -> Float64:
-        """The (N, heads) probabilities of the exit `dot`. Raises EngineError."""
+        """Compute the (N, heads) probabilities of the exit `dot`. Raises EngineError."""
         return self.probabilities(self.run("dot", {"candidates": candidates.vectors[None], "user": state.user}))
 
     def point(
@@ -127,9 +127,9 @@ class Engine:
         rows: slice = slice(None),
         multi_threaded: bool = False,
     ) -> PointScores:
-        """The exit `point` for some rows of the candidates; `meta` is (M,). Raises EngineError.
+        """Compute the exit `point` for some rows of the candidates; `meta` is (M,). Raises EngineError.
 
-        Chunks of the rows give exact results: candidates do not attend to each other.
+        Chunks give the same results as all rows at once, because candidates do not attend to each other.
         """
         vectors = candidates.vectors[rows]
         feeds: dict[str, NDArray[Any]] = {
@@ -149,7 +149,7 @@ class Engine:
         return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
     def set(self, point: PointScores, multi_threaded: bool = False) -> Float64:
-        """The (N, heads) probabilities of the exit `set`, whose blocks let the candidates attend to each other."""
+        """Compute the (N, heads) probabilities of the exit `set`, where candidates attend to each other."""
         feeds = {
             "hidden": point.hidden[None],
             "logits": point.logits[None],
@@ -166,7 +166,7 @@ class Engine:
     def score(
         self, history: History, candidates: Candidates, meta: Float32, exit: str, multi_threaded: bool = False
     ) -> Float64:
-        """The (N, heads) probabilities of an exit, without cache or chunks: the reference of `ranking.pipeline`."""
+        """Compute the (N, heads) probabilities of an exit without cache and chunks. Slow: for checks and tests."""
         state = self.extend(self.start, history, multi_threaded) if len(history) else self.start
         if exit == "dot":
             return self.dot(candidates, state)
@@ -175,10 +175,10 @@ class Engine:
 
 
 def pad_single_row(rows: NDArray[Any]) -> NDArray[Any]:
-    """Duplicate a single row: ONNX Runtime uses a different kernel (GEMV) for one row, with different rounding.
+    """Duplicate a single row: ONNX Runtime uses another kernel (GEMV) for one row, with other rounding.
 
-    From two rows on, a row's result does not depend on the number of rows, bit for bit. So an extended history equals a
-    fresh one, and chunks cannot move a value across a rounding step of an int8 variant.
+    With two rows or more, the result of a row does not depend on the number of rows, bit for bit. So extending a
+    history gives the same state as encoding all of it, and chunks do not change the rounding of an int8 variant.
     """
     return rows.repeat(2, axis=0) if len(rows) == 1 else rows
 

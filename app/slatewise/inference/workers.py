@@ -1,15 +1,17 @@
-"""Threads that run the model, one chunk of a job at a time: start-time fair queueing.
+"""Threads that run the model, one chunk of a job at a time, with start-time fair queueing.
 
-A job is a generator. Each `yield` announces the cost of the next chunk, in rows through the model, and receives whether
-the machine is idle otherwise, and has been for a while. Chunks are bounded in size (`engine.HISTORY_CHUNK`,
-`engine.CANDIDATE_CHUNK`); they are the unit of scheduling and of cancellation. A thread continues its job unless
-another job comes before it in the queue.
+A job is a generator that computes one chunk after each `yield`. The `yield` gives the cost of this chunk, in rows
+through the model, and receives True if no other job has run for a while. The size of a chunk is bounded
+(`engine.HISTORY_CHUNK`, `engine.CANDIDATE_CHUNK`). A job can be interrupted or cancelled only between two chunks. A
+thread continues with its job unless a queued job comes first.
 
-The queue is ordered by priority, then by virtual start time (start-time fair queueing; Goyal, Vin and Cheng 1996). The
-virtual time of a job advances by the cost of each of its chunks, and the job with the least is next, so large and small
-requests get equal numbers of rows. A new job starts at the current system virtual time, which advances by each chunk's
-cost over the number of jobs (as in WF2Q+; Bennett and Zhang 1997), so a stream of small jobs cannot starve a large one.
-Called by: `ranking.pipeline`. Calls: the generators, which call `engine`.
+Jobs are ordered by priority, then by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual
+time of a job advances by the cost of each of its chunks, and the job with the smallest virtual time is next, so large
+and small requests get equal numbers of rows. A new job starts at the virtual time of the system, which advances by the
+cost of each chunk divided by the number of jobs (as in WF2Q+; Bennett and Zhang 1997). So a stream of small jobs cannot
+starve a large one.
+Called by: `ranking/pipeline.py`, `ranking/history_cache.py`; `main.py` opens the threads. Calls: the generators, which
+call `engine.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-QUIET_SECONDS = 0.1  # after jobs were last concurrent, until a job counts as running on an idle machine again
+QUIET_SECONDS = 0.1  # without concurrent jobs, after which the machine counts as idle except for the one job
 
 Result = TypeVar("Result")
 Chunks = Generator[int, bool, Result]
 
 
 class Job(asyncio.Future[Result]):
-    """The return value of a generator, or its exception. Once cancelled, no further chunk is run."""
+    """A future for the return value or the exception of a generator. After cancellation no further chunk runs."""
 
     def __init__(self, chunks: Chunks[Result], priority: int, virtual_start: float, number: int) -> None:
         super().__init__()
@@ -44,17 +46,17 @@ class Job(asyncio.Future[Result]):
         self.waited = 0.0
 
     def __lt__(self, other: Job[Any]) -> bool:
-        """Whether it comes before the other in the queue."""
+        """Return whether this job comes before the other one in the queue."""
         return (self.priority, self.virtual_start, self.number) < (other.priority, other.virtual_start, other.number)
 
     @property
     def queued(self) -> float:
-        """Seconds in the queue so far."""
+        """Seconds that the job has spent in the queue so far."""
         since = self.queued_at
         return self.waited + (0.0 if since is None else time.perf_counter() - since)
 
     def run_chunk(self, idle: bool) -> None:
-        """Raises StopIteration, with the result, after the last chunk."""
+        """Run the next chunk. Raises StopIteration, with the result, after the last one."""
         self.waited = self.queued
         self.queued_at = None
         self.virtual_start += self.cost
@@ -93,9 +95,9 @@ class Workers:
             await asyncio.to_thread(thread.join)
 
     def submit(self, chunks: Chunks[Result], priority: int = 0) -> Job[Result]:
-        """Queue a generator; lower priorities come first.
+        """Queue a generator as a job; lower priorities come first.
 
-        The code before its first `yield` runs here, in the caller's thread, so it must be short.
+        The code before the first `yield` runs in the caller's thread, so it must be short.
         """
         with self.lock:
             self.number += 1
@@ -115,7 +117,7 @@ class Workers:
         return job
 
     def work(self) -> None:
-        """The loop of one thread."""
+        """Run jobs until the workers close: the main function of each thread."""
         while True:
             self.tickets.get()
             with self.lock:
@@ -127,7 +129,7 @@ class Workers:
                 job = self.take_turn(job)  # ends as `None`, so that an idle thread keeps no request alive
 
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
-        """Run one chunk of a job; the next job of this thread, or `None` if the job ended and the thread is idle."""
+        """Run one chunk of a job. Return the job to continue with, or `None` if the job ended."""
         if job.cancelled():
             with suppress(Exception):  # the caller is gone
                 job.chunks.close()

@@ -1,20 +1,18 @@
 """Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
 
-    before the body    requests in flight, Content-Length           429, 413
-    after parsing      tokens of work that are outstanding          cheaper exit, input order, or 503
-    from then on       the deadline                                 highest complete exit, or 504
+    before the body is read    requests in flight, Content-Length    else 429, 413
+    after parsing              outstanding tokens                    else a cheaper exit, the input order, or 503
+    during the ranking         deadline                              else the highest complete exit, or 504
 
-A token is one event to read or one candidate.
+A token is one event to read or one candidate. The outstanding tokens are those of all requests that are being ranked.
 
-Called by: `http/rank.py` before the body, `pipeline.py` after parsing. Calls: the metrics.
+Called by: `http/rank.py` before the body is read, `pipeline.py` after parsing. Calls: `metrics.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slatewise import metrics
@@ -24,7 +22,7 @@ from slatewise.schemas import EXITS, AnsweredExit, DegradedReason, ModelExit
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits that the operator sets, equal for all rankers. The settings of the same names describe them."""
+    """Limits that the operator sets, equal for all rankers. See the settings of the same names."""
 
     max_in_flight: int
     max_outstanding_tokens: int
@@ -32,24 +30,24 @@ class RequestLimits:
     body_timeout_s: float
     max_candidates: int
     max_history: int
-    deadline_ms: float  # of requests without their own; 0: no deadline
+    deadline_ms: float  # for requests that set no deadline; 0: no deadline
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """The end of a request's time. Without a deadline, `milliseconds` is 0."""
+    """The deadline of one request. `milliseconds` is 0 if the request has no deadline."""
 
     milliseconds: float
     entered: float  # time.perf_counter()
 
     def remaining(self) -> float | None:
-        """Seconds left, negative if it has passed; `None` without a deadline."""
+        """Return the seconds left, negative after the deadline; `None` without a deadline."""
         if not self.milliseconds:
             return None
         return self.entered + self.milliseconds / 1e3 - time.perf_counter()
 
     def timeout(self) -> asyncio.Timeout:
-        """For `async with`. Raises TimeoutError at once if no time is left."""
+        """Return a context for `async with`, which ends at the deadline. Raises TimeoutError if it has passed."""
         remaining = self.remaining()
         if remaining is not None and remaining <= 0:
             raise TimeoutError
@@ -58,7 +56,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The exit to compute (`input_order`: do not run the model), and the reasons if it is less than was asked for."""
+    """The exit to compute (`input_order`: do not run the model), and the reasons if a higher exit was requested."""
 
     exit: AnsweredExit
     degraded: frozenset[DegradedReason] = frozenset()
@@ -74,43 +72,43 @@ class Admission:
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
         metrics.OUTSTANDING_TOKENS_LIMIT.set(limits.max_outstanding_tokens)
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count the request as in flight. Raises Overloaded if too many are."""
+    def enter(self) -> None:
+        """Count the request as in flight. Raises Overloaded if too many are. `leave` must follow in both cases."""
         self.in_flight += 1
         metrics.IN_FLIGHT.inc()
-        try:
-            if self.in_flight > self.limits.max_in_flight:
-                metrics.REJECTED.labels("in_flight").inc()
-                raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
-            yield
-        finally:
-            self.in_flight -= 1
-            metrics.IN_FLIGHT.dec()
+        if self.in_flight > self.limits.max_in_flight:
+            metrics.REJECTED.labels("in_flight").inc()
+            raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        metrics.IN_FLIGHT.dec()
 
     def check_content_length(self, length: int | None) -> None:
-        """Raises TooLarge. `None`: the length is not known, and is limited while the body is read."""
+        """Raise TooLarge if the length exceeds the limit. With `None` (unknown), `body.py` applies the limit later."""
         if length is not None and length > self.limits.max_body_bytes:
-            raise TooLarge(f"the body is longer than {self.limits.max_body_bytes} bytes")
+            raise TooLarge.body(self.limits.max_body_bytes)
 
     def deadline(self, deadline_ms: float | None, entered: float) -> Deadline:
-        """The deadline of a request that entered the application at `entered`."""
+        """Return the deadline of a request that was received at `entered` (time.perf_counter())."""
         return Deadline(deadline_ms or self.limits.deadline_ms, entered)
 
     def admit(self, wanted: ModelExit, tokens: int, deadline: Deadline, allow_degraded: bool) -> Admitted:
-        """The exit that the outstanding work and the deadline allow. Raises OverloadedUndegraded or DeadlineExceeded.
+        """Return the exit that the outstanding tokens and the deadline allow.
 
-        Half of the token limit is free for all exits; the next quarter allows `point`, the last one `dot`. A request
-        without others beside it is always admitted, however large it is.
+        Up to half of the token limit every exit is allowed, up to three quarters `point`, and up to the limit `dot`. If
+        no other request is being ranked, a request is admitted whatever its size. Raises OverloadedUndegraded or
+        DeadlineExceeded.
         """
         admitted = self.admit_tokens(wanted, tokens, allow_degraded)
         remaining = deadline.remaining()
         if admitted.exit != "input_order" and remaining is not None and remaining <= 0:
-            self.deadline_passed(deadline, allow_degraded)
+            self.on_deadline(deadline, allow_degraded)
             return Admitted("input_order", admitted.degraded | {"deadline"})
         return admitted
 
     def admit_tokens(self, wanted: ModelExit, tokens: int, allow_degraded: bool) -> Admitted:
+        """Return the exit that the outstanding tokens allow. Raises OverloadedUndegraded."""
         limit = self.limits.max_outstanding_tokens
         load = (self.outstanding_tokens + tokens) / limit
         if load <= 0.5 or not self.outstanding_tokens:
@@ -125,17 +123,15 @@ class Admission:
             return Admitted(wanted)
         return Admitted(allowed, frozenset({"overload", "exit"}))
 
-    @contextmanager
-    def working(self, tokens: int) -> Iterator[None]:
-        """Count the tokens of an admitted request as outstanding."""
+    def begin_work(self, tokens: int) -> None:
+        """Count the tokens of an admitted request as outstanding. The caller must call `end_work` afterwards."""
         self.outstanding_tokens += tokens
-        try:
-            yield
-        finally:
-            self.outstanding_tokens -= tokens
 
-    def deadline_passed(self, deadline: Deadline, allow_degraded: bool) -> None:
-        """Count it. Raises DeadlineExceeded unless the request accepts a degraded response."""
+    def end_work(self, tokens: int) -> None:
+        self.outstanding_tokens -= tokens
+
+    def on_deadline(self, deadline: Deadline, allow_degraded: bool) -> None:
+        """Count a missed deadline. Raises DeadlineExceeded unless the request accepts a degraded response."""
         metrics.DEADLINE_EXCEEDED.inc()
         if not allow_degraded:
             raise DeadlineExceeded(f"not done within deadline_ms = {deadline.milliseconds:g}")

@@ -1,11 +1,11 @@
-"""Cache of encoded histories, in process.
+"""In-process cache of encoded histories.
 
-Key: (ranker, version, variant, user). Value: the events as rows, and their immutable state. The cache is bounded in
-bytes; the least recently used entries are evicted first. A request reuses the longest common prefix of its events and
-the cached ones. Causal attention makes this exact, for edited and shorter histories too. All methods run on the event
-loop, so there is no lock.
+Key: (ranker, version, variant, user). Value: the events as rows, and their immutable state. The size is bounded in
+bytes, and the least recently used entries are evicted first. A request reuses the state of the longest common prefix of
+its own and the cached events. Causal attention makes this exact, also for edited and shorter histories. All methods run
+on the event loop, so there is no lock.
 
-Called by: `pipeline.py`. Calls: the array types of `inference/arrays.py`.
+Called by: `pipeline.py`; `main.py` builds it. Calls: `inference/arrays.py` and `inference/workers.py` for their types.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reuse:
-    """A cached state and the number of first events that a history shares with it."""
+    """The result of a cache look-up: the cached state, and the length of the prefix that a history shares with it."""
 
     result: CacheResult
     events: int
@@ -44,7 +44,7 @@ class Reuse:
 
 @dataclass
 class Encoding:
-    """An encoding that is running, and the number of requests that wait for it."""
+    """An encoding in progress, and the number of requests that wait for its result."""
 
     history: History
     job: Job[KeptState]
@@ -59,13 +59,14 @@ class HistoryCache:
         self.encoding: dict[Hashable, list[Encoding]] = {}
 
     def get(self, key: Hashable) -> Entry | None:
+        """Return the entry, which becomes the most recently used one."""
         entry = self.entries.get(key)
         if entry is not None:
             self.entries.move_to_end(key)
         return entry
 
     def find(self, key: Hashable, history: History) -> Reuse:
-        """The part of a history (at least one event) that the cached state covers."""
+        """Look up the longest prefix of a history (at least one event) that the cached state covers."""
         entry = self.get(key)
         if entry is None:
             return Reuse("miss", 0, None)
@@ -76,7 +77,7 @@ class HistoryCache:
         return Reuse("extended" if shared else "miss", shared, entry.state)
 
     def put(self, key: Hashable, entry: Entry) -> None:
-        """Cache an entry, unless the cached one covers all of its events and more."""
+        """Cache an entry, unless the cached entry starts with all of its events and has more."""
         cached = self.entries.get(key)
         if cached is not None and len(cached.history) > len(entry.history) == entry.history.common_prefix(
             cached.history
@@ -96,9 +97,9 @@ class HistoryCache:
             self.nbytes -= entry.nbytes
 
     async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> KeptState:
-        """The result of `encode()`, shared by concurrent requests of one user with equal events.
+        """Return the result of `encode()`. Concurrent requests of one user with equal events share one call.
 
-        Cancelling one waiter leaves the job running for the others; cancelling the last one cancels the job.
+        The job is cancelled when the last of the waiting requests is cancelled.
         """
         encoding = next((other for other in self.encoding.get(key, ()) if other.history.equals(history)), None)
         if encoding is None:
@@ -115,6 +116,7 @@ class HistoryCache:
                 encoding.job.cancel()
 
     def end(self, key: Hashable, encoding: Encoding, job: Job[KeptState]) -> None:
+        """Remove an encoding that has ended or is about to be cancelled."""
         rest = [other for other in self.encoding.get(key, ()) if other is not encoding]
         if rest:
             self.encoding[key] = rest

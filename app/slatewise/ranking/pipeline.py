@@ -1,13 +1,13 @@
-"""The life of one request, from a checked request to a ranking: `Pipeline.rank`. Knows nothing of HTTP.
+"""Ranks one parsed request: `Pipeline.rank`. Knows nothing of HTTP.
 
-Called by: `http/rank.py`. Calls: admission, the registry, the history cache, the store, and the engine, whose calls run
-in chunks on the threads of `workers.py`.
+Called by: `http/rank.py`. Calls: `validation.py`, `admission.py`, `registry.py`, `history_cache.py`, `store/lookup.py`,
+and `inference/engine.py` in chunks on the threads of `inference/workers.py`.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,19 +19,19 @@ from slatewise.errors import RankingError
 from slatewise.inference.arrays import UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64, KeptState, join
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
-from slatewise.ranking.admission import Admission
-from slatewise.ranking.history_cache import Entry, HistoryCache
+from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.ranking.validation import choose
-from slatewise.schemas import AnsweredExit, DegradedReason, HistoryUse, MetaEmbeddingUse, ModelExit, RankRequest
+from slatewise.schemas import AnsweredExit, DegradedReason, HistoryUse, ModelExit, RankRequest
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
 
 
 class StageScores(NamedTuple):
-    """Result of one stage of the cascade."""
+    """The result of one stage of the cascade."""
 
     exit: ModelExit
     probabilities: Float64  # (N, heads)
@@ -52,25 +52,66 @@ class Ranking:
     """The result for one request."""
 
     ranker: Ranker
+    candidates: int  # number of candidates
     scored: Scored | None  # `None`: no model scored the request, and the exit is `input_order`
-    unknown: list[int]  # positions of candidates whose id the ranker does not know
+    unknown: tuple[int, ...]  # positions of candidates whose id the ranker does not know
     history: HistoryUse
-    meta: MetaEmbeddingUse
+    meta: MetaEmbedding
     degraded: frozenset[DegradedReason]
 
     @property
     def exit(self) -> AnsweredExit:
         return "input_order" if self.scored is None else self.scored.exit
 
-    def order(self, candidates: int, top_n: int | None) -> Int64:
-        """Positions by descending score, at most `top_n`. Equal scores and unscored candidates keep the input order."""
+    def order(self, top_n: int | None) -> Int64:
+        """Return positions by descending score, at most `top_n`. Equal scores and unscored candidates keep their order."""
         if self.scored is None:
-            return np.arange(candidates)[:top_n]
+            return np.arange(self.candidates)[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for one request that need no arrays, so that refusing a request is cheap."""
+
+    request: RankRequest
+    ranker: Ranker
+    variant: str
+    admitted: Admitted
+    deadline: Deadline
+    dropped: int  # oldest events, which the model skips
+    tokens: int
+
+    @property
+    def engine(self) -> Engine:
+        return self.ranker.engines[self.variant]
+
+    @property
+    def meta_user(self) -> str | None:
+        """The user to look up; `None` without a user, and for a ranker that reads no meta-embeddings."""
+        return self.request.user if self.ranker.manifest.meta_size else None
+
+    @property
+    def default_meta(self) -> MetaEmbedding:
+        """The meta-embedding of a request whose user is not looked up, or not found in time."""
+        return MetaEmbedding(self.ranker.default_meta, "off" if self.meta_user is None else "default")
+
+    @property
+    def cache_key(self) -> tuple[str, int, str, str | None]:
+        return self.ranker.name, self.ranker.manifest.version, self.variant, self.request.user
+
+
+@dataclass
+class Progress:
+    """The results of one request so far. A deadline keeps those that are set."""
+
+    history: HistoryUse
+    meta: MetaEmbedding | None = None
+    completed: list[StageScores] = field(default_factory=list)  # stages of the cascade, cheapest first
+
+
 class Pipeline:
-    """Ranks requests. Its parts are opened and closed by `main.py`."""
+    """Ranks requests. `main.py` opens and closes its parts."""
 
     def __init__(
         self,
@@ -90,72 +131,87 @@ class Pipeline:
         self.pack_history = pack_history
 
     async def rank(self, request: RankRequest, trace: Trace) -> Ranking:
-        """The ranking by the highest exit that the request, the load and the deadline allow.
+        """Rank by the highest exit that the request, the load and the deadline allow.
 
         Raises NotFound, Invalid, OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
         """
-        # Check and admit. Counts suffice, so a request that is turned away costs no array.
         ranker = trace.ranker = self.registry.resolve(request.ranker)
-        variant, wanted = choose(request, ranker, self.admission.limits)
-        dropped = ranker.window_start(request)
-        trace.history = HistoryUse(used=0, dropped=dropped, unknown=0, cache="none")
-        tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
-        deadline = self.admission.deadline(request.deadline_ms, trace.timings.entered)
-        admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
-        user = request.user if ranker.manifest.meta_size else None  # a ranker without a meta block looks nothing up
-        meta = MetaEmbedding(ranker.default_meta, "off" if user is None else "default")
-        if admitted.exit == "input_order":
-            unknown_ids = unknown_positions(ranker.vocabulary.items, request.candidates.item_ids)
+        plan = self.plan(request, ranker, trace.timings.entered)
+        n = len(request.candidates.item_ids)
+        progress = Progress(HistoryUse(0, plan.dropped, 0, "none"))
+        degraded = set(plan.admitted.degraded)
+        if plan.admitted.exit == "input_order":
+            unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
-            return Ranking(ranker, None, unknown_ids, trace.history, use_of(meta), admitted.degraded)
+            return Ranking(ranker, n, None, unknown_ids, progress.history, plan.default_meta, frozenset(degraded))
 
-        # Ids and numbers become arrays
-        history, _ = ranker.history(request)
+        history = ranker.history(request)
         request_time = time.time() if request.request_time is None else request.request_time
-        engine = ranker.engines[variant]
-        candidates, unknown = ranker.candidates(request, request_time, engine.items)
+        candidates, unknown = ranker.candidates(request, request_time, plan.engine.items)
         trace.timings.lap("features")
-
-        # Look the user up while the history is encoded, then score the candidates, all until the deadline
-        degraded = set(admitted.degraded)
-        completed: list[StageScores] = []
         try:
-            with self.admission.working(tokens):
-                async with deadline.timeout():
-                    look_up = None if user is None else self.store.look_up(ranker, user)  # starts now
-                    state = await self.encode(request, ranker, variant, history, trace)
-                    unknown_events = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
-                    trace.history = HistoryUse(len(history), dropped, unknown_events, trace.history.cache)
-                    meta = meta if look_up is None else await look_up
-                    trace.meta = meta.status
-                    trace.timings.lap("embed")  # the wait that was left after the encoding
-                    dot_first = deadline.milliseconds > 0
-                    cascade = run_cascade(engine, candidates, state, meta.vector, admitted.exit, dot_first, completed)
-                    await self.run(cascade, "score", request.priority, trace.timings)
+            await self.score_until_deadline(plan, history, candidates, progress, trace.timings)
         except TimeoutError:
-            self.admission.deadline_passed(deadline, request.allow_degraded)
+            self.admission.on_deadline(plan.deadline, request.allow_degraded)
             degraded.add("deadline")
         except EngineError as error:
             raise RankingError("the model failed on this request") from error
         finally:
             # Read once: after a timeout, a chunk that is still running may complete another stage.
-            best = completed[-1] if completed else None
+            best = progress.completed[-1] if progress.completed else None
+            trace.history = progress.history
+            trace.meta = None if progress.meta is None else progress.meta.status
             if best is not None:
                 trace.exit = best.exit
-                trace.variant = variant
+                trace.variant = plan.variant
 
+        meta = progress.meta or plan.default_meta
         if best is not None and "deadline" in degraded:
             degraded.add("exit")
         if meta.status == "error":
             degraded.add("store_error")
-        scored = None
-        if best is not None:
-            scores = best.probabilities @ ranker.score_weights(request.head_weights)
-            scored = Scored(variant, best.exit, best.probabilities, scores)
-        return Ranking(ranker, scored, unknown.tolist(), trace.history, use_of(meta), frozenset(degraded))
+        scored = None if best is None else weigh(plan, best)
+        return Ranking(ranker, n, scored, tuple(unknown.tolist()), progress.history, meta, frozenset(degraded))
+
+    def plan(self, request: RankRequest, ranker: Ranker, entered: float) -> Plan:
+        """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
+        variant, wanted = choose(request, ranker, self.admission.limits)
+        dropped = ranker.window_start(request)
+        tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
+        deadline = self.admission.deadline(request.deadline_ms, entered)
+        admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
+        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens)
+
+    async def score_until_deadline(
+        self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
+    ) -> None:
+        """Look the user up while the history is encoded, then score the candidates. Each result goes to `progress`.
+
+        Raises TimeoutError or EngineError.
+        """
+        self.admission.begin_work(plan.tokens)
+        try:
+            async with plan.deadline.timeout():
+                user = plan.meta_user
+                look_up = None if user is None else self.store.look_up(plan.ranker, user)  # starts now
+                reuse = self.find_cached(plan, history)
+                progress.history = HistoryUse(0, plan.dropped, 0, reuse.result)
+                state = await self.encode(plan, history, reuse, timings)
+                unknown = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
+                progress.history = HistoryUse(len(history), plan.dropped, unknown, reuse.result)
+                meta = plan.default_meta if look_up is None else await look_up
+                progress.meta = meta
+                timings.lap("embed")  # the wait that was left after the encoding
+                dot_first = plan.deadline.milliseconds > 0
+                cascade = run_cascade(
+                    plan.engine, candidates, state, meta.vector, plan.admitted.exit, dot_first, progress.completed
+                )
+                await self.run(cascade, "score", plan.request.priority, timings)
+        finally:
+            self.admission.end_work(plan.tokens)
 
     async def run(self, chunks: Chunks[T], stage: str, priority: int, timings: Timings) -> T:
-        """The return value of the generator, which runs in a worker thread. The wait for a thread counts as `queue`."""
+        """Run the generator in a worker thread and return its value. The wait for a thread counts as `queue`."""
         job = self.workers.submit(chunks, priority)
         try:
             return await job
@@ -163,20 +219,22 @@ class Pipeline:
             job.cancel()
             timings.lap(stage, job.queued)
 
-    async def encode(
-        self, request: RankRequest, ranker: Ranker, variant: str, history: History, trace: Trace
-    ) -> KeptState:
-        """The state of the history: from the cache, extended, or encoded anew. Without a user nothing is cached."""
-        engine = ranker.engines[variant]
-        priority = request.priority
+    def find_cached(self, plan: Plan, history: History) -> Reuse:
+        """Find the cached state to reuse. Without a user nothing is cached, and an empty history needs no cache."""
+        if plan.request.user is None or not len(history):
+            return Reuse("none", 0, None)
+        reuse = self.cache.find(plan.cache_key, history)
+        metrics.HISTORY_REUSED.inc(reuse.events)
+        return reuse
+
+    async def encode(self, plan: Plan, history: History, reuse: Reuse, timings: Timings) -> KeptState:
+        """Return the state of the history: the cached one, the cached one extended, or a new one."""
+        engine = plan.engine
+        priority = plan.request.priority
         if not len(history):
             return engine.start
-        if request.user is None:
-            return await self.run(extend(engine, engine.start, 0, history, False), "encode", priority, trace.timings)
-        key = (ranker.name, ranker.manifest.version, variant, request.user)
-        reuse = self.cache.find(key, history)
-        trace.history = HistoryUse(0, trace.history.dropped, 0, reuse.result)
-        metrics.HISTORY_REUSED.inc(reuse.events)
+        if reuse.result == "none":
+            return await self.run(extend(engine, engine.start, 0, history, False), "encode", priority, timings)
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state
         base = engine.start if reuse.state is None else reuse.state
@@ -188,19 +246,21 @@ class Pipeline:
             return job
 
         try:
-            state = await self.cache.once(key, history, submit)
+            state = await self.cache.once(plan.cache_key, history, submit)
         finally:
-            trace.timings.lap("encode", 0.0 if job is None else job.queued)
-        self.cache.put(key, Entry(history, state))
+            timings.lap("encode", 0.0 if job is None else job.queued)
+        self.cache.put(plan.cache_key, Entry(history, state))
         return state
 
 
-def use_of(meta: MetaEmbedding) -> MetaEmbeddingUse:
-    return MetaEmbeddingUse(meta.status, meta.version, meta.age_seconds)
+def weigh(plan: Plan, best: StageScores) -> Scored:
+    """Combine the probabilities of the heads into one score for each candidate."""
+    weights = plan.ranker.score_weights(plan.request.head_weights)
+    return Scored(plan.variant, best.exit, best.probabilities, best.probabilities @ weights)
 
 
 def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:
-    """The state of a history whose first `reused` events are in `base`, computed in chunks."""
+    """Compute the state of a history in chunks. `base` already contains its first `reused` events."""
     state = None
     for first in range(reused, len(history), HISTORY_CHUNK):
         chunk = history[first : first + HISTORY_CHUNK]
@@ -224,8 +284,8 @@ def run_cascade(
 ) -> Chunks[None]:
     """Compute the exit `wanted` in chunks, and append each complete stage to `completed`, cheapest first.
 
-    If a deadline passes, the caller takes the last complete stage. `fallback_first`: compute `dot` first, so that
-    there is one early; otherwise it is skipped unless wanted.
+    If a deadline passes, the caller takes the last complete stage. With `fallback_first`, `dot` is computed first, so
+    that one stage is complete early. Without it, `dot` is skipped unless wanted.
     """
     n = len(candidates)
     state = None

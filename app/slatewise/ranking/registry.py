@@ -1,9 +1,9 @@
 """The rankers that are served, by name.
 
-The pipeline, the store, `/models` and `/readyz` ask the registry, and it sets the metric of the served variants. So it
-alone decides which version of a ranker serves.
+It holds one version of each ranker; the loader chose the version.
 
-Called by: `main.py`, which fills it, and everything that needs a ranker. Calls: nothing but the metrics.
+Called by: `main.py`, which builds it, `pipeline.py`, `http/models.py`, `http/health.py`, and the store through
+`serving`. Calls: `metrics.py` for the served variants.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slatewise.errors import Invalid, NotFound
 
 
 class Registry:
-    """One version of each ranker."""
+    """Holds one version of each ranker."""
 
     def __init__(self, rankers: Iterable[Ranker]) -> None:
         self._rankers = {ranker.name: ranker for ranker in rankers}
@@ -28,12 +28,14 @@ class Registry:
         return tuple(self._rankers.values())
 
     def resolve(self, name: str | None) -> Ranker:
-        """The ranker of that name; `None`: the only one. Raises NotFound, or Invalid if `None` is ambiguous."""
-        names = list(self._rankers)
+        """Return the ranker `name`. With `None`, return the only ranker; raise Invalid if there is not exactly one.
+
+        Raises NotFound.
+        """
         if name is None:
-            if len(names) != 1:
-                raise Invalid.at("/ranker", f"must be one of {', '.join(names)}")
-            name = names[0]
+            if len(self._rankers) != 1:
+                raise Invalid.at("/ranker", f"must be one of {', '.join(self._rankers)}")
+            return next(iter(self._rankers.values()))
         if name not in self._rankers:
-            raise NotFound(f"no such ranker; served: {', '.join(names)}")
+            raise NotFound(f"no such ranker; served: {', '.join(self._rankers)}")
         return self._rankers[name]

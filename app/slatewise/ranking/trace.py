@@ -1,8 +1,10 @@
-"""Observation of one request: its clock, and the facts that describe it in metrics and in the request log.
+"""Timings and facts of one request, for the metrics and the request log.
 
-The response is made from `pipeline.Ranking`. A trace also describes a request that fails, and how far it came.
+The response is made from `pipeline.Ranking`. A trace also describes a request that fails, with the last stage it
+reached.
 
-Called by: `pipeline.py`, which writes it on the event loop, and `http/rank.py`. Calls: the metrics.
+Called by: `pipeline.py`, which writes it on the event loop, `http/rank.py` and `http/request_log.py`. Calls:
+`metrics.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from slatewise.schemas import AnsweredExit, HistoryUse, MetaStatus
 
 
 class Timings:
-    """Seconds of one request by stage. Each moment belongs to one stage, so the stages add up to the duration."""
+    """Seconds of one request by stage. The stages do not overlap, so they add up to the duration."""
 
     def __init__(self, entered: float) -> None:
         self.entered = entered  # time.perf_counter()
-        self.marked = entered  # end of the last lap
+        self.marked = entered  # end of the last lap; a lap is the time between two calls of `lap`
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str, queued: float = 0.0) -> None:
-        """Add the time since the last lap to a stage; `queued` seconds of it count as `queue`."""
+        """Add the time since the last lap to a stage, except for `queued` seconds, which are added to `queue`."""
         now = time.perf_counter()
         queued = min(queued, now - self.marked)
         if queued:
@@ -35,18 +37,18 @@ class Timings:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def observe(self) -> None:
-        """Add the stages to the histograms. Called once, at the end of the request."""
+        """Observe each stage in its histogram. Called once, at the end of the request."""
         for stage, seconds in self.seconds.items():
             metrics.STAGES_BY_NAME[stage].observe(seconds)
 
 
 class Trace:
-    """Facts known so far, replaced as the request proceeds; `timings` is the clock."""
+    """Facts that are known about a request so far. No result is computed from them."""
 
     def __init__(self, entered: float) -> None:
         self.timings = Timings(entered)
         self.ranker: Ranker | None = None
         self.exit: AnsweredExit = "input_order"  # highest stage of the cascade that is complete
         self.variant = ""  # the variant that computed this stage
-        self.history = HistoryUse(used=0, dropped=0, unknown=0, cache="none")
+        self.history = HistoryUse(0, 0, 0, "none")
         self.meta: MetaStatus | None = None

@@ -1,11 +1,11 @@
-"""Checks of a request that the schema cannot make: counts against limits, names against the bundle.
+"""Checks that the schema of a request cannot express: counts against limits, names against the bundle.
 
-Called by: `pipeline.py`, before any array is made. Calls: nothing of ours but the errors.
+Called by: `pipeline.py`, before any array is made. Calls: `errors.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import cast
 
@@ -16,7 +16,7 @@ from slatewise.schemas import ModelExit, RankRequest
 
 
 def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple[str, ModelExit]:
-    """Variant and exit that the request asks for. Raises NotFound, or Invalid with all faults."""
+    """Return the variant and the exit that the request asks for. Raises NotFound, or Invalid with all faults."""
     variant = ranker.default_variant if request.variant == "auto" else request.variant
     if variant not in ranker.engines:
         raise NotFound(f"ranker {ranker.name} serves no such variant; served: {', '.join(ranker.engines)}")
@@ -39,16 +39,17 @@ def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> 
     for name, column in (("actions", request.history.actions), ("timestamps", request.history.timestamps)):
         if column is not None and len(column) != events:
             yield Fault(f"/history/{name}", f"{len(column)} entries for {events} item_ids")
-    for member, sent, known in (
-        ("features", request.candidates.features, list(manifest.features)),
-        ("fields", request.candidates.fields, list(manifest.fields)),
+    known: Collection[str]
+    for member, columns, known in (
+        ("features", request.candidates.features, manifest.features),
+        ("fields", request.candidates.fields, manifest.fields),
     ):
-        for name, values in sent.items():
-            where = pointer("candidates", member, name)
+        for name, values in columns.items():
             if name not in known:
-                yield Fault(where, f"unknown name; known: {', '.join(known) or 'none'}")
+                detail = f"unknown name; known: {', '.join(known) or 'none'}"
+                yield Fault(pointer("candidates", member, name), detail)
             elif len(values) != n:
-                yield Fault(where, f"{len(values)} entries for {n} item_ids")
+                yield Fault(pointer("candidates", member, name), f"{len(values)} entries for {n} item_ids")
     for name in request.head_weights or ():
         if name not in manifest.heads:
             yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(manifest.heads)}")

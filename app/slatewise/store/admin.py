@@ -1,7 +1,7 @@
 """Administration of the meta-embeddings in Redis: status, roll-back, delete-user, merge, sweep.
 
-Needs neither torch nor polars. The output is one line of JSON.
-Called by: `slatewise store`. Calls: `generations`.
+The output is one line of JSON. Neither torch nor polars is imported.
+Called by: cli.py for `slatewise store`. Calls: `generations.py`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def target(args: argparse.Namespace) -> tuple[str, str]:
-    """(ranker, space) that the arguments name. Raises OSError or ValueError if the bundle cannot be read."""
+    """Return the (ranker, space) that the arguments name. Raises OSError or ValueError if the bundle is unreadable."""
     if args.bundle is not None:
         manifest = read_manifest(bundle_folder(args.bundle))
         return manifest.ranker, manifest.space
@@ -66,7 +66,7 @@ def target(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Raises StoreError, redis-py's exceptions, OSError or ValueError."""
+    """Run the command. Raises StoreError, exceptions of redis-py, OSError or ValueError."""
     args = make_parser().parse_args(argv)
     named = [name for name in ("ranker", "space") if getattr(args, name) is not None]
     if len(named) != (0 if args.bundle else 2):

@@ -1,11 +1,12 @@
-"""Redis clients from a URL: one server, one behind Sentinel, or a Cluster; with TLS and a password.
+"""Builds Redis clients from a URL: for one server, a server behind Sentinel, or a Cluster.
 
     redis://[user:password@]host:port/db            rediss:// for TLS, unix:///path/of/socket?db=0
     redis+sentinel://[user:password@]host:port,host:port/service/db?sentinel_password=...
     redis+cluster://[user:password@]host:port,host:port
 
 `rediss` instead of `redis` means TLS in every form. The query takes redis-py's options (`?ssl_ca_certs=ca.pem`).
-Called by: `push`, `admin` and the refresh job (`connect`), `lookup.RedisStore` (`connect_async`). Calls: redis-py.
+Called by: `push.py`, `admin.py` and the refresh job (`connect`), `lookup.py` (`connect_async`), and other files of this
+folder. Calls: redis-py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WRITER_SECONDS = 10.0  # for a batch of a thousand users on a busy server
 
 
 def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, Any]]:
-    """(kind, hosts, parts of the path, options) of a URL with several hosts. Raises ValueError."""
+    """Split a URL with several hosts into (kind, hosts, parts of the path, options). Raises ValueError."""
     parts = urlsplit(url)
     secure, _, kind = parts.scheme.partition("+")
     if not url.startswith(REDIS_SCHEMES):
@@ -57,7 +58,7 @@ def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, An
 def make_client(
     url: str, library: Any, node: Callable[..., Any], from_url: Callable[[str], Any], options: dict[str, Any]
 ) -> Any:
-    """A client for the URL, from redis-py's blocking or its asyncio module (`library`). Raises ValueError."""
+    """Build a client with `library`: redis-py's blocking or its asyncio module. Raises ValueError."""
     if not url.partition("://")[0].endswith(("+sentinel", "+cluster")):
         return from_url(url)
     kind, hosts, path, given = split(url)
@@ -79,7 +80,7 @@ def make_client(
 
 
 def connect(url: str) -> Client:
-    """A blocking client for writers: long timeouts, and retries, since every write may be repeated.
+    """Build a blocking client for writers, with long timeouts and retries. Every write may be repeated.
 
     Connects at the first command. Raises ValueError if the URL is wrong.
     """
@@ -90,9 +91,10 @@ def connect(url: str) -> Client:
 
 
 def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
-    """An asyncio client for the server, without retries. Raises ValueError if the URL is wrong.
+    """Build an asyncio client for the server, without retries. Raises ValueError if the URL is wrong.
 
-    `timeout_seconds` bounds connecting. The caller bounds the wait for replies: redis-py would set a timer for each.
+    `timeout_seconds` limits the time to connect only. The caller limits the wait for replies, because redis-py would
+    set a timer for each reply.
     """
     options: dict[str, Any] = {
         **COMMON,
@@ -110,15 +112,15 @@ def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncCl
 
 
 async def disconnect(client: Any) -> None:
-    """Close every connection of an asyncio client, so that no byte already received is read as a later reply."""
+    """Close every connection of an asyncio client, so that bytes already received are not read as a later reply."""
     await (client if isinstance(client, aioredis.RedisCluster) else client.connection_pool).aclose()
 
 
 def run_script(client: Any, script: str, keys: list[str], *arguments: object) -> int:
-    """Run a Lua script on a blocking client; its integer result."""
+    """Run a Lua script with a blocking client. Return its integer result."""
     return int(client.eval(script, len(keys), *keys, *arguments))
 
 
 def is_wrong_type(reply: object) -> bool:
-    """Whether a reply is Redis' WRONGTYPE error: one key holds no hash, the server itself is well."""
+    """Return whether a reply is the error WRONGTYPE: the server works, but the key does not hold a hash."""
     return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")

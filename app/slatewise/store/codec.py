@@ -1,10 +1,10 @@
-"""The stored form of a meta-embedding: header and vector to bytes and back; and the names of the keys.
+"""Encodes and decodes stored vectors, and names the Redis keys.
 
     slatewise:<ranker>:<space>:generations       "7,6,5": live generations, newest first; "7,6,5#3": 3 users deleted
-    slatewise:<ranker>:<space>:emb:{<user>}      hash; field = generation, value = header + vector
+    slatewise:<ranker>:<space>:emb:{<user>}      hash; field: generation; value: header and vector
 
 A vector is stored as float32, as float16, or as int8 with one float32 scale.
-Called by: `generations` (writes), `poll` and `lookup` (read). Calls: numpy, zlib.
+Called by: `generations.py`, `pointer.py`, `poll.py`, `lookup.py`, `push.py`. Calls: numpy, zlib.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Mismatched(ValueError):
 
 
 def pack(vector: Float32, generation: int, created_at: float, dtype: str = "float32") -> bytes:
-    """The stored value of one (M,) vector, little-endian; see `pack_many`."""
+    """Encode one (M,) vector; see `pack_many`."""
     return pack_many(vector[None], generation, created_at, dtype)[0]
 
 
 def pack_many(vectors: Float32, generation: int, created_at: float, dtype: str = "float32") -> list[bytes]:
-    """The stored values of (users, M) vectors, each with its own checksum; `created_at` in unix seconds.
+    """Encode (users, M) vectors to one value each, little-endian, with a checksum; `created_at` in unix seconds.
 
     Raises ValueError if a number is not finite or too large for the dtype.
     """
@@ -67,7 +67,7 @@ def pack_many(vectors: Float32, generation: int, created_at: float, dtype: str =
 
 
 def check(value: bytes) -> tuple[int, int, float, int]:
-    """(dtype, dim, created_at, generation) of a stored value, once its checksum is verified. Raises Corrupt."""
+    """Verify the checksum of a stored value. Return (dtype, dim, created_at, generation). Raises Corrupt."""
     if not isinstance(value, bytes) or len(value) < HEADER.size:
         raise Corrupt("shorter than a header")
     magic, code, dim, created_at, generation, crc = HEADER.unpack_from(value)
@@ -81,7 +81,7 @@ def check(value: bytes) -> tuple[int, int, float, int]:
 
 
 def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
-    """(vector (dim,), generation, created_at) of a stored value. Raises Corrupt, or Mismatched for another size."""
+    """Decode a value to (vector (dim,), generation, created_at). Raises Corrupt, or Mismatched for another size."""
     code, found, created_at, generation = check(value)
     if code == INT8:
         scale = np.frombuffer(value, "<f4", 1, HEADER.size)
@@ -96,7 +96,7 @@ def unpack(value: bytes, dim: int) -> tuple[Float32, int, float]:
 
 
 def renumbered(value: bytes, generation: int) -> bytes:
-    """The same stored vector with the same age under another generation number. Raises Corrupt."""
+    """Copy a stored value to another generation number, with vector and age unchanged. Raises Corrupt."""
     code, dim, created_at, _ = check(value)
     header = HEADER.pack(MAGIC, code, dim, created_at, generation, 0)
     body = value[HEADER.size :]
@@ -104,7 +104,7 @@ def renumbered(value: bytes, generation: int) -> bytes:
 
 
 def first_readable(values: list[bytes | None], generation: int) -> bytes | None:
-    """The first value that is not corrupt, under the given generation."""
+    """Return the first value that is not corrupt, copied to the given generation, or `None`."""
     for value in values:
         if value is not None:
             with contextlib.suppress(Corrupt):
@@ -121,12 +121,12 @@ def user_key(ranker: str, space: str, user: str) -> str:
 
 
 def metadata_key(ranker: str, space: str) -> str:
-    """Hash with one field per generation: JSON with `created_at`, kind and size."""
+    """Return the key of a hash with one field per generation: JSON with `created_at`, kind and size."""
     return f"{{{pointer_key(ranker, space)}}}:about"
 
 
 def read_pointer(value: bytes | None) -> tuple[list[int], int]:
-    """(live generations, deleted users) in a pointer's bytes; an entry that is not a generation number is skipped."""
+    """Decode a pointer to (live generations, number of deleted users). Entries that are not numbers are skipped."""
     listed, _, deleted = (value or b"").decode("ascii", "replace").partition("#")
     live = [int(g) for g in listed.split(",") if g.isdecimal() and str(int(g)) == g and int(g) < 2**64]
     return live, int(deleted) if deleted.isdecimal() else 0

@@ -1,6 +1,6 @@
-"""The in-process cache of look-ups: least recently used entries leave first, and each entry expires.
+"""In-process cache of meta-embeddings: bounded, least recently used first out, and each entry expires.
 
-Called by: `lookup` (get, put), `poll` (clear). Calls: metrics.
+Called by: `lookup.py` (get, put), `poll.py` (clear). Calls: `metrics.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ UserKey = tuple[str, str, str]  # (ranker's name, space, user)
 
 
 class Found(NamedTuple):
-    """The newest vector that Redis holds for a user; `vector` is `None` if it holds no vector."""
+    """The newest vector in Redis for a user; `vector` is `None` if Redis has no vector for the user."""
 
     vector: Float32 | None  # (M,)
-    version: str = ""  # its generation
+    version: str = ""  # generation of the vector
     created_at: float = 0.0  # unix seconds
 
 
 class EmbeddingCache:
-    """At most `users` results, each for `seconds`; 0 seconds: no cache. Absent users are cached, too."""
+    """Caches at most `users` results for `seconds` each; 0 seconds: no cache. Absent users are cached, too."""
 
     def __init__(self, users: int, seconds: float) -> None:
         self.users = users

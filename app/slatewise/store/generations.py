@@ -1,14 +1,17 @@
-"""The writer of meta-embeddings in Redis: generations are written, published, rolled back, merged and swept.
+"""Writes, publishes, rolls back, merges and sweeps generations of meta-embeddings in Redis.
 
-    slatewise:<ranker>:<space>:generations            the pointer (`codec`); replicas read only the generations in it
-    slatewise:<ranker>:<space>:generations:last       the last number given; no number is given twice
+A generation is a numbered set of vectors that becomes visible at once. Keys, besides the users' hashes (`codec.py`):
+
+    slatewise:<ranker>:<space>:generations            the pointer; replicas read only the generations that it lists
+    slatewise:<ranker>:<space>:generations:last       the last number assigned; no number is assigned twice
     {slatewise:<ranker>:<space>:generations}:about    hash; generation -> JSON: created_at, kind, users, watermark, plan
-    {...}:writing, {...}:lock                         the generation being written, with its chunks; its lock
-    {...}:token, {...}:forgotten                      the last change of the pointer; users deleted during a write
+    {...}:writing                                     the generation being written, with its chunks
+    {...}:lock                                        the lock of its writer
+    {...}:token                                       id of the last change, so that a repeated command applies once
+    {...}:forgotten                                   users deleted during a write
 
-The braces put a space's keys, all but the number given last, into the pointer's Cluster slot, so that a script can
-change them together.
-Called by: `push`, `admin` and the refresh job. Calls: `pointer`, `writer`, `codec`. Read by: `poll`, `lookup`.
+In a Cluster, the braces put the keys that a script changes together into one slot.
+Called by: `push.py`, `admin.py` and the refresh job. Calls: `pointer.py`, `writer.py`, `codec.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ MARK = (
 
 
 class Generations:
-    """The generations of one ranker's space. Each process needs a client of its own (`connect`)."""
+    """The generations of one space of a ranker. Each process needs a client of its own (`connect`)."""
 
     def __init__(self, client: Client, ranker: str, space: str, ttl_days: float = 0.0) -> None:
         self.client: Any = client  # redis-py types its blocking and its asyncio API as one
@@ -56,7 +59,7 @@ class Generations:
         self.pointer = Pointer(self.client, key, f"{{{key}}}:token", self.writing_key)
 
     def live(self) -> list[int]:
-        """The live generations, newest first."""
+        """Return the live generations, newest first."""
         return self.pointer.read()[0]
 
     def metadata(self) -> dict[int, dict[str, Any]]:
@@ -65,9 +68,9 @@ class Generations:
         }
 
     def begin(self, plan: str, full: bool) -> GenerationWriter:
-        """Take the lock for a new generation, or resume an unfinished one that had the same plan. Raises Busy.
+        """Take the lock and begin a generation, or resume an unfinished one with the same plan. Raises Busy.
 
-        The plan is a digest of everything that the vectors and their division into chunks depend on.
+        plan: a digest of all inputs that determine the vectors and their division into chunks.
         """
         writer = GenerationWriter(self.client, self.lock_key, self.pointer.key)
         try:
@@ -98,7 +101,7 @@ class Generations:
             raise
 
     def abandon(self, generation: int) -> None:
-        """Give up a generation: its number is never published, and a later write or sweep removes its fields."""
+        """Give up a generation: it is never published, and a later write or sweep removes its fields."""
         self.client.hset(
             self.metadata_key, str(generation), json.dumps({"kind": "abandoned", "created_at": time.time(), "users": 0})
         )
@@ -113,10 +116,10 @@ class Generations:
         created_at: float,
         dtype: str = "float32",
     ) -> int:
-        """Write and verify the (users, M) vectors of one chunk; the bytes of the stored values.
+        """Write and verify the (users, M) vectors of one chunk. Return the size of the stored values in bytes.
 
-        Any process may call it, and repeat it. Raises StoreError if the generation is not being written (any more),
-        and redis-py's exceptions.
+        Any process may write any chunk, and repeat it. Raises StoreError if the generation is not being written (any
+        more), and redis-py's exceptions.
         """
         if len(set(users)) != len(users) or len(users) != len(vectors):
             raise ValueError("users must be different, and as many as vectors")
@@ -125,14 +128,14 @@ class Generations:
         return size
 
     def mark(self, generation: int, chunk: int, users: int, size: int) -> None:
-        """Record that a chunk is finished, with its users and bytes. Raises StoreError."""
+        """Record that a chunk is finished, with its numbers of users and bytes. Raises StoreError."""
         if not run_script(self.client, MARK, [self.writing_key], generation, f"chunk:{chunk}", f"{users} {size}"):
             raise StoreError(f"generation {generation} is not being written any more")
 
     def put(self, generation: int, users: list[str], values: list[bytes], ttl_seconds: int = 0) -> int:
-        """Store values in the users' hashes, remove dead fields, and read the values back; their bytes.
+        """Store values in the users' hashes, remove dead fields, and verify the values by reading them back.
 
-        Raises StoreError.
+        Return the size of the values in bytes. Raises StoreError.
         """
         current, dead = self.client.hmget(self.writing_key, "generation", "dead")
         if current is None or int(current) != generation:
@@ -165,10 +168,11 @@ class Generations:
     def publish(
         self, writer: GenerationWriter, chunks: int, watermark: float = 0.0, over: list[int] | None = None
     ) -> list[int]:
-        """Make the generation visible by one change of the pointer, if all its `chunks` are written; the live list.
+        """Make the generation visible by one change of the pointer. Return the live list.
 
-        `watermark` is the time of the newest event that the vectors include; `over`, if given, is the live
-        list that must still hold. Releases the lock, and merges if the list is long. Raises StoreError.
+        chunks: number of chunks, which must all be written. watermark: time of the newest event that the vectors
+        include. over: if given, the live list must still be equal to it. Releases the lock, and merges if the live list
+        is long. Raises StoreError.
         """
         generation = writer.generation
         found = self.client.hgetall(self.writing_key)
@@ -213,9 +217,9 @@ class Generations:
         writer.release()
 
     def roll_back(self) -> list[int]:
-        """Remove the newest generation from the live list; the list. Raises StoreError.
+        """Remove the newest generation from the live list. Return the new live list. Raises StoreError.
 
-        The number is not given again.
+        The number of the removed generation is not assigned again.
         """
 
         def without_newest(live: list[int]) -> list[int]:
@@ -228,9 +232,9 @@ class Generations:
         return self.pointer.swap(without_newest)
 
     def delete_user(self, user: str) -> bool:
-        """Delete all vectors of a user, also from a generation being written; whether any were stored.
+        """Delete all vectors of a user, also from a generation being written. Return whether the user had vectors.
 
-        The pointer's bytes change, so that replicas empty their caches.
+        The pointer changes too, so that replicas empty their caches.
         """
         if self.client.exists(self.writing_key):
             self.client.sadd(self.deleted_key, user)
@@ -240,16 +244,16 @@ class Generations:
         return existed
 
     def keys(self) -> Iterator[list[bytes]]:
-        """The keys of all users, in batches."""
+        """Yield the keys of all users, in batches."""
         pattern = re.sub(r"([][*?\\])", r"\\\1", user_key(self.ranker, self.space, "")[:-1]) + "*"
         found = cast("Iterator[bytes]", self.client.scan_iter(match=pattern, count=BATCH))
         while batch := list(islice(found, BATCH)):
             yield batch
 
     def merge(self) -> list[int]:
-        """Copy every user's newest live vector, with its age, into a new full generation; the live list.
+        """Copy each user's newest live vector into a new full generation, ages unchanged, and publish it.
 
-        Raises StoreError.
+        Return the live list. Raises StoreError.
         """
         live = self.live()
         if not live:
@@ -282,7 +286,7 @@ class Generations:
                 raise
 
     def sweep(self, wait_seconds: float = SWEEP_WAIT_SECONDS) -> int:
-        """Remove the fields of dead generations, once no replica can still read them; the number of fields."""
+        """Remove the fields of dead generations, once no replica can still read them. Return their number."""
         while True:
             metadata = self.metadata()
             before = self.client.get(self.pointer.key)
@@ -305,7 +309,7 @@ class Generations:
         return removed
 
     def status(self) -> dict[str, Any]:
-        """The live generations and the one being written, as JSON values."""
+        """Describe the live generations and the one being written, as JSON values."""
         live, deleted = self.pointer.read()
         metadata = self.metadata()
         now = time.time()
@@ -340,7 +344,7 @@ class Generations:
 
 
 def raise_first(answers: list[Any]) -> None:
-    """Raise the first exception among the answers of a pipeline, except for keys of another type."""
+    """Raise the first exception among the answers of a pipeline, except WRONGTYPE errors."""
     for answer in answers:
         if isinstance(answer, Exception) and not is_wrong_type(answer):
             raise answer

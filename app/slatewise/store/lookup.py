@@ -1,12 +1,13 @@
-"""The meta-embedding of a user, from the bundle (embedded store) or from Redis, behind one interface.
+"""Looks up the meta-embedding of a user, in the bundle (embedded store) or in Redis, with one interface.
 
-A miss and a fault return the same vector, the ranker's default one; the status tells them apart. The time budget
-bounds the wait of a request, whatever state Redis is in.
+A miss and a fault both return the ranker's default vector, with different statuses. A request waits at most for the
+time budget, whatever the state of Redis is.
 
     request --> cache --> look-up (one per user) --> node (one per server) --> round trip (a batch of HMGETs)
 
-Replies come back as the results of futures; the store decodes them and answers the requests that wait.
-Called by: `ranking.pipeline`. Calls: `embedding_cache`, `nodes`, `poll`, `codec`.
+Replies are the results of futures. The store decodes them and resolves the waiting requests.
+Called by: `ranking/pipeline.py`; `main.py` opens the store. Calls: `client.py`, `embedding_cache.py`, `nodes.py`,
+`poll.py`, `codec.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import Float32
+from slatewise.schemas import MetaStatus
 from slatewise.store.client import connect_async, is_wrong_type
 from slatewise.store.codec import Corrupt, Mismatched, unpack, user_key
 from slatewise.store.embedding_cache import EmbeddingCache, Found, UserKey
@@ -28,24 +30,22 @@ from slatewise.store.node import CLOSED, Read, RedisNode, call_after
 from slatewise.store.nodes import Nodes
 from slatewise.store.poll import Poller
 
-Status = Literal["hit", "default", "stale", "error", "off"]
-
 
 @dataclass(frozen=True)
 class MetaEmbedding:
     vector: Float32  # (M,)
-    status: Status
+    status: MetaStatus
     version: str | None = None
     age_seconds: float | None = None
 
 
 class Store(Protocol):
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
-        """Starts at once, and never raises. A caller that does not await the result leaves no work behind."""
+        """Start to look up a user at once. Never raises. The caller may drop the result without awaiting it."""
 
 
 def found_vector(vector: Float32, version: str, created_at: float, max_age_seconds: float, place: str) -> MetaEmbedding:
-    """The result for a vector that was found, counted under `place`. Its age is never negative."""
+    """Build the result for a vector that was found, and count it as `place`. The age is never negative."""
     age = max(0.0, time.time() - created_at)
     stale = 0 < max_age_seconds < age
     metrics.EMBEDDINGS_BY_RESULT["stale" if stale else place].inc()
@@ -53,14 +53,14 @@ def found_vector(vector: Float32, version: str, created_at: float, max_age_secon
     return MetaEmbedding(vector, "stale" if stale else "hit", version, round(age, 1))
 
 
-def default(ranker: Ranker, status: Status, result: str) -> MetaEmbedding:
-    """The ranker's default vector, counted under `result`."""
+def default(ranker: Ranker, status: MetaStatus, result: str) -> MetaEmbedding:
+    """Build the result with the ranker's default vector, and count it as `result`."""
     metrics.EMBEDDINGS_BY_RESULT[result].inc()
     return MetaEmbedding(ranker.default_meta, status)
 
 
 class EmbeddedStore:
-    """The vectors in the bundle, memory-mapped."""
+    """Looks up the vectors in the bundle, which are memory-mapped."""
 
     def __init__(self, max_age_seconds: float = 0.0) -> None:
         self.max_age_seconds = max_age_seconds
@@ -82,16 +82,16 @@ class EmbeddedStore:
 
 @dataclass(eq=False)
 class LookUp:
-    """A read that was sent or queued, and the requests that wait for its vector."""
+    """A read that is queued or sent, and the requests that wait for its vector."""
 
     read: Read
     waiting: list[tuple[Ranker, asyncio.Future[MetaEmbedding]]] = field(default_factory=list)
 
 
 class RedisStore:
-    """The vectors in Redis: `async with RedisStore(url, timeout, registry.serving) as store`.
+    """Looks up the vectors in Redis: `async with RedisStore(url, timeout, registry.serving) as store`.
 
-    Every poll asks `serving` for the rankers; state is kept by ranker name and space. A wrong URL raises ValueError.
+    `serving` returns the rankers whose spaces are polled. Raises ValueError for a wrong URL.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class RedisStore:
 
     async def __aenter__(self) -> RedisStore:
         metrics.CIRCUIT_STATE.set_function(lambda: self.nodes.worst)
-        self.nodes.open_single()
+        self.nodes.add_single()
         await self.poller.poll()
         self.polling = asyncio.create_task(self.poller.run())
         return self
@@ -128,7 +128,7 @@ class RedisStore:
             await sentinels.aclose()
 
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
-        """Resolves within the time budget. Concurrent look-ups of one user share a read."""
+        """Look up a user within the time budget. Concurrent look-ups of one user share a read."""
         future: asyncio.Future[MetaEmbedding] = asyncio.get_running_loop().create_future()
         key = (ranker.name, ranker.manifest.space, user)
         now = self.without_redis(ranker, key)
@@ -150,7 +150,7 @@ class RedisStore:
         return future
 
     def without_redis(self, ranker: Ranker, key: UserKey) -> MetaEmbedding | None:
-        """The result that the cache or the state of the space already decides, else `None`."""
+        """Return the result if it is known without a read, from the cache or the state of the space; else `None`."""
         cached = self.cache.get(key)
         if cached is not None:
             return self.answer(ranker, cached, "hit_local", "miss_local")
@@ -162,7 +162,7 @@ class RedisStore:
         return None
 
     def wait(self, ranker: Ranker, look_up: LookUp, future: asyncio.Future[MetaEmbedding]) -> None:
-        """Add a request to those that wait, with a timer of its own."""
+        """Add a request to the waiting ones, with a timer of its own."""
         look_up.waiting.append((ranker, future))
         look_up.read.waiters += 1
         begin = time.perf_counter()
@@ -176,7 +176,10 @@ class RedisStore:
         future.add_done_callback(ended)
 
     def complete(self, key: UserKey, look_up: LookUp, read: Read) -> None:
-        """Answer the requests that still wait, and cache the result unless the pointer has changed meanwhile."""
+        """Resolve the waiting requests with the reply.
+
+        Cache it if every value was readable and the pointer has not changed.
+        """
         if self.pending.get(key) is look_up:
             del self.pending[key]
         if read.cancelled():  # not sent: no request waits
@@ -205,9 +208,9 @@ def give_up(ranker: Ranker, future: asyncio.Future[MetaEmbedding]) -> None:
 
 
 def decode(read: Read, size: int) -> tuple[Found | None, bool]:
-    """(the newest readable vector, whether every value was readable); `None` for a fault.
+    """Decode a reply to (the newest readable vector, whether every value was readable); `None` for a fault.
 
-    An unreadable value is counted, and an older generation is served instead.
+    An unreadable value is counted, and the value of an older generation is used instead.
     """
     reply = read.result()
     if isinstance(reply, Exception):

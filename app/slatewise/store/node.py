@@ -1,8 +1,8 @@
-"""One Redis server: reads that share round trips, and a circuit that opens when round trips fail in a row.
+"""One Redis server: batches reads into round trips, and has a circuit breaker that opens after repeated failures.
 
-`RedisNode.read` returns a future at once. A background task sends the reads in batches and settles each with its
-reply, so cancelling a request never leaves half a reply on a connection. `lookup` decodes the values.
-Called by: `lookup.RedisStore` (reads), `poll.Poller` (probes). Calls: the redis-py client.
+`RedisNode.read` returns a future at once. A background task sends the reads in batches and resolves each with its
+reply. So cancelling a request never leaves a part of a reply on a connection. `lookup.py` decodes the values.
+Called by: `nodes.py`, which makes and probes the nodes, and `lookup.py` (reads). Calls: the redis-py client.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ STALL_SECONDS = 0.003
 
 
 def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` after a time; returns a function that cancels the timer.
+    """Call `then` after some seconds. Return a function that cancels the timer.
 
-    If the event loop itself was blocked past the time, replies that arrived meanwhile are read before `then` is called.
+    If the event loop was blocked past that time, replies that have arrived are read before `then` is called.
     """
     loop = asyncio.get_running_loop()
     due = loop.time() + seconds
@@ -47,9 +47,9 @@ def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
 
 
 class Read(asyncio.Future[list[bytes | None] | Exception]):
-    """The reply to one HMGET: a value or `None` for each of `live.fields`, or the exception that came instead of it.
+    """A future for the reply to one HMGET: a value or `None` for each of `live.fields`, or the exception.
 
-    Cancelled if no request waits for it any more when its turn comes.
+    The node cancels a read instead of sending it if no request waits for it any more.
     """
 
     def __init__(self, key: str, space: Space) -> None:
@@ -57,12 +57,12 @@ class Read(asyncio.Future[list[bytes | None] | Exception]):
         self.key = key
         self.space = space
         self.waiters = 0  # requests that wait; counted by the caller
-        self.live: Live | None = None  # the generations that were asked for; set when it is sent
-        self.is_late = False  # its round trip has exceeded the time budget; set by the node
+        self.live: Live | None = None  # the generations that were requested; set when the read is sent
+        self.is_late = False  # whether the round trip has exceeded the time budget; set by the node
 
 
 class RedisNode:
-    """Sends one round trip after the other; a second one at a time only if the first is slow."""
+    """Sends reads to one server in batches. A second round trip runs at the same time only if the first is slow."""
 
     CONNECTION_SECONDS = 1.0  # connect timeout; longer than the time budget, because no request waits for it
     ROUND_TRIPS = 4  # concurrent
@@ -90,14 +90,14 @@ class RedisNode:
         self.refuse_queue()
 
     def read(self, key: str, space: Space) -> Read:
-        """Queue the read of a user's hash. The generations to ask for are those that are live when it is sent."""
+        """Queue a read of a user's hash. It requests the generations that are live when it is sent."""
         read = Read(key, space)
         self.queue.append(read)
         self.arrived.set()
         return read
 
     async def dispatch(self) -> None:
-        """Send the queued reads, for ever."""
+        """Send the queued reads until the task is cancelled."""
         while True:
             await self.arrived.wait()
             self.arrived.clear()
@@ -120,7 +120,7 @@ class RedisNode:
                     await asyncio.wait([task], timeout=self.timeout / 4)
 
     async def round_trip(self, batch: list[Read]) -> None:
-        """Settle every read of the batch, within `CONNECTION_SECONDS` or the time budget, the longer of the two."""
+        """Resolve every read of the batch within the longer of `CONNECTION_SECONDS` and the time budget."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
@@ -160,7 +160,7 @@ class RedisNode:
             read.set_result(reply)
 
     async def fetch(self, batch: list[Read]) -> list[Any]:
-        """A reply or an exception for each read, in one round trip. Raises redis-py's exceptions."""
+        """Send the reads in one round trip. Return a reply or an exception for each. Raises redis-py's exceptions."""
         pipe = self.client.pipeline(transaction=False)
         asked = [read.space.live for read in batch]
         for read, live in zip(batch, asked, strict=True):
@@ -174,9 +174,9 @@ class RedisNode:
         return replies
 
     def failed(self, begin: float) -> None:
-        """Count a failed round trip that began then.
+        """Count a failed round trip that began at `begin`. Open the circuit after `FAILURES` in a row.
 
-        Concurrent ones count once: this process may have been blocked, which is no fault of the server.
+        Concurrent failures count once, because this process may have been blocked while the server worked.
         """
         if begin < self.failed_at:
             return
@@ -186,6 +186,7 @@ class RedisNode:
             self.switch(OPEN)
 
     def switch(self, circuit: int) -> None:
+        """Set the state of the circuit, and log if it opens or closes."""
         if circuit == CLOSED != self.circuit:
             self.failures = 0
             log.info("redis%s: answers", self.name and f" {self.name}")
@@ -199,15 +200,15 @@ class RedisNode:
             self.refuse_queue()
 
     def refuse_queue(self) -> None:
-        """Settle the reads that were not sent, with an error."""
+        """Resolve the reads that were not sent with an error."""
         for read in self.queue:
             read.set_result(RedisError("not sent: the circuit is open"))
         self.queue = []
 
     async def probe(self, ask: Callable[[], Awaitable[object]]) -> None:
-        """Close the circuit if three calls of `ask` succeed, the fastest within the time budget; else open it.
+        """Close the circuit if three calls of `ask` succeed and the fastest is within the time budget; else open it.
 
-        One more call comes before them and is not timed: it may have to connect.
+        One untimed call comes first, because it may have to connect.
         """
         loop = asyncio.get_running_loop()
         least = float("inf")

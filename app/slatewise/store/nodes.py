@@ -1,6 +1,6 @@
-"""The servers of one Redis URL: a single one, or the primaries of a Cluster, each with a circuit of its own.
+"""The servers behind one Redis URL: a single one, or the primaries of a Cluster, each with its own circuit.
 
-Called by: `lookup.RedisStore` (the node of a key), `poll.Poller` (probes). Calls: `node`.
+Called by: `lookup.py` (the node of a key), `poll.py` (probes). Calls: `node.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from redis.exceptions import RedisError
 
 from slatewise.store.node import CLOSED, OPEN, RedisNode
 
-SINGLE = ""  # name of the only node, without a Cluster
+SINGLE = ""  # name of the node of a server that is not a Cluster
 UNOWNED = "none"  # name of the node for slots that no server of the Cluster owns
 
 
 class Nodes(dict[str, RedisNode]):
-    """The nodes by name. A Cluster's are added when the first key of theirs is looked up."""
+    """The nodes by name. The node of a Cluster's primary is added when the first of its keys is looked up."""
 
     def __init__(self, client: Any, timeout_seconds: float, patience_seconds: float) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class Nodes(dict[str, RedisNode]):
         self.patience = patience_seconds
         self.is_cluster = isinstance(client, aioredis.RedisCluster)
 
-    def open_single(self) -> None:
-        """Without a Cluster, add the only node; its circuit is open until the first probe."""
+    def add_single(self) -> None:
+        """Add the node of a server that is not a Cluster. Its circuit starts open; the first probe closes it."""
         if not self.is_cluster:
             self.named(SINGLE, OPEN)
 
@@ -44,11 +44,11 @@ class Nodes(dict[str, RedisNode]):
 
     @property
     def worst(self) -> int:
-        """The state of the circuit that is furthest from closed."""
+        """The state of the circuit that is furthest from closed; closed if there are no nodes."""
         return max((node.circuit for node in self.values()), default=CLOSED)
 
     def of_key(self, key: str) -> RedisNode:
-        """The node of the server that holds the key. In a Cluster, a hung server affects its own users only."""
+        """Return the node of the server that holds the key. In a Cluster, a hung server affects only its own users."""
         if not self.is_cluster:
             return self[SINGLE]
         try:
@@ -57,7 +57,7 @@ class Nodes(dict[str, RedisNode]):
             return self.named(UNOWNED, CLOSED)
 
     def named(self, name: str, circuit: int) -> RedisNode:
-        """The node of that name; a new one starts with the given state of its circuit."""
+        """Return the node `name`. A new node is added with its circuit in the given state."""
         if name not in self:
             self[name] = RedisNode(name, self.client, self.timeout, circuit)
         return self[name]
@@ -65,7 +65,7 @@ class Nodes(dict[str, RedisNode]):
     async def probe(self, ask_single: Callable[[], Awaitable[object]]) -> None:
         """Probe every node whose circuit is not closed: with `ask_single`, or in a Cluster with PING.
 
-        A Cluster's topology is refreshed first; nodes that have left it are closed.
+        The topology of a Cluster is refreshed first, and nodes that are no longer primaries are removed.
         """
         broken = [node for node in self.values() if node.circuit != CLOSED]
         if not self.is_cluster:

@@ -1,6 +1,6 @@
-"""The pointer: the key that lists a space's live generations, and its atomic change.
+"""Reads and atomically changes the pointer, the key that lists the live generations of a space.
 
-Called by: `generations`. Calls: the redis-py client, `codec`.
+Called by: `generations.py`. Calls: `client.py`, `codec.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ return 1
 
 
 def live_after(generation: int, live: Sequence[int], full: Container[int]) -> list[int]:
-    """The live list after `generation` is published on top of `live`; `full` are the full generations.
+    """Return the live list after publishing `generation`.
 
-    Incremental generations contain only changed users. Keep the shortest prefix that still contains a full generation
-    after two roll-backs.
+    It has as few of the newest generations as possible, but enough that a full generation remains after two roll-backs:
+    an incremental generation contains only users that changed. `full` contains the full generations.
     """
     everything = [generation, *(g for g in live if g != generation)]
     for length in range(KEPT, len(everything) + 1):
@@ -41,7 +41,7 @@ def live_after(generation: int, live: Sequence[int], full: Container[int]) -> li
 
 
 class Pointer:
-    """A space's pointer. `writing_key` holds the generation that is being written."""
+    """The pointer of one space. `writing_key` is the key of the generation that is being written."""
 
     def __init__(self, client: Any, key: str, token_key: str, writing_key: str) -> None:
         self.client = client
@@ -50,16 +50,17 @@ class Pointer:
         self.writing_key = writing_key
 
     def read(self) -> tuple[list[int], int]:
-        """(live generations, newest first; number of deleted users)."""
+        """Return (live generations, newest first; number of deleted users)."""
         return read_pointer(self.client.get(self.key))
 
     def swap(
         self, change: Callable[[list[int]], list[int]], deleted_users: int = 0, publishes: int | None = None
     ) -> list[int]:
-        """Replace the live list by `change(live list)`; the new list.
+        """Replace the live list by `change(live list)`. Return the new list.
 
-        Concurrent changes are retried on the newer list, so no change is lost, and a repeated command applies once.
-        With `publishes`, raises StoreError if that generation is no longer the one being written.
+        After a concurrent change, `change` is applied again to the newer list, so no change is lost. A command that is
+        repeated after a lost reply applies once. With `publishes`, raises StoreError if that generation is not being
+        written any more.
         """
         token = secrets.token_hex(8)
         while True:

@@ -1,7 +1,7 @@
-"""The poll: which generations are live, and whether servers answer again; off the request path.
+"""Background task: reads the pointers and probes failed servers.
 
-Called by: `lookup.RedisStore`, which runs `Poller.run` as a task. Calls: the redis-py client, `nodes` (probes),
-`embedding_cache` (clear).
+Called by: `lookup.py`, which runs `Poller.run` as a task. Calls: the redis-py client, `codec.py`, `nodes.py` (probes),
+`embedding_cache.py` (clear).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("slatewise")
 
 
 class Poller:
-    """Reads the pointers of the spaces that `serving` asks for. Any change of a pointer empties the cache."""
+    """Reads the pointers of the spaces of the rankers that `serving` returns. A changed pointer empties the cache."""
 
     SECONDS = 1.0  # between two polls; a quarter of it while a circuit is not closed
 
@@ -46,7 +46,7 @@ class Poller:
         self.nodes = nodes
         self.cache = cache
         self.patience = patience_seconds
-        self.spaces: dict[SpaceKey, Space] = {}  # those whose pointer has been read, in the order of `serving`
+        self.spaces: dict[SpaceKey, Space] = {}  # spaces whose pointer has been read, in the order of `serving`
         self.closing = False
 
     async def run(self) -> None:
@@ -56,7 +56,7 @@ class Poller:
             await self.poll()
 
     async def stop(self, task: asyncio.Task[None]) -> None:
-        """End the task of `run`. redis-py may swallow a cancellation that arrives while it connects; hence the flag."""
+        """End the task of `run`. The flag is needed because redis-py may swallow a cancellation while it connects."""
         self.closing = True
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -79,7 +79,7 @@ class Poller:
         self.report()
 
     async def read_pointers(self) -> None:
-        """One GET for each space that is served, one HGET for each new generation. Raises redis-py's exceptions."""
+        """Read the pointer of each served space, and the age of each new generation. Raises redis-py's exceptions."""
         keys = list(dict.fromkeys((ranker.name, ranker.manifest.space) for ranker in self.serving()))
         if self.spaces.keys() - keys:  # no longer served: its pointer may change unseen
             self.cache.clear()
@@ -101,7 +101,7 @@ class Poller:
             metrics.REDIS_DURATION.labels("get").observe(time.perf_counter() - begin)
 
     def apply_pointer(self, key: SpaceKey, value: bytes | None) -> None:
-        """Take over a pointer's bytes. If they changed, users or generations may be deleted, so empty the cache."""
+        """Store a pointer that was read. If it changed, empty the cache: users or generations may have been deleted."""
         space = self.spaces.get(key)
         if space is not None and space.live.pointer == value:
             return
@@ -115,7 +115,7 @@ class Poller:
         log.info("redis: live generations of %s in space %s are %s", *key, generations)
 
     async def read_created_at(self, key: SpaceKey) -> None:
-        """Read when the newest generation was made, once for each."""
+        """Read the time at which the newest generation was made, once for each generation."""
         live = self.spaces[key].live
         if not live.generations or live.created_at is not None:
             return
@@ -124,7 +124,7 @@ class Poller:
             live.created_at = float(json.loads(text)["created_at"])
 
     def report(self) -> None:
-        """Set the gauges. They have one series per ranker: of a ranker's spaces, the one that is served first."""
+        """Set the gauges, one series per ranker. If a ranker has several spaces, report the first one."""
         first: dict[str, Live] = {}
         for (ranker, _), space in self.spaces.items():
             first.setdefault(ranker, space.live)

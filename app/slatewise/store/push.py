@@ -1,8 +1,8 @@
-"""Fill Redis with meta-embeddings: a bundle's, or vectors of your own. Needs neither torch nor polars.
+"""Fills Redis with meta-embeddings: those of a bundle, or vectors of your own.
 
-All users become one full generation, which one change of the pointer makes visible at the end. Repeat the command to
-resume an interrupted push. The last line of the output is JSON.
-Called by: `slatewise push`. Calls: `generations`.
+All users become one full generation, which becomes visible at the end. Repeat the command to resume an interrupted
+push. The last line of the output is JSON. Neither torch nor polars is imported.
+Called by: cli.py for `slatewise push`. Calls: `generations.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def push(
     dtype: str = "float32",
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write and publish the (users, M) vectors as one full generation; its number, users, bytes, seconds and live list.
+    """Write and publish the (users, M) vectors as one full generation.
 
-    `progress` is called with the number of users done. Raises StoreError, ValueError and redis-py's exceptions.
+    Return its number, users, bytes, seconds and the live list. `progress` is called with the number of users written.
+    Raises StoreError, ValueError and redis-py's exceptions.
     """
     begin = time.perf_counter()
     plan = hashlib.sha256(json.dumps([dtype, vectors.shape, users]).encode() + vectors.tobytes()).hexdigest()
@@ -64,7 +65,7 @@ def push(
 
 
 def read(path: Path) -> tuple[str, str, list[str], Float32]:
-    """(ranker, space, users, vectors) of a bundle, of a ranker's newest bundle, or of an .npz.
+    """Read (ranker, space, users, vectors) from a bundle, a ranker's newest bundle, or an .npz.
 
     Raises OSError, or ValueError (ManifestError included) if it cannot be read or has no meta-embeddings.
     """
@@ -98,7 +99,7 @@ def read_archive(path: Path) -> tuple[str, str, list[str], Float32]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Raises the errors of `read` and `push`."""
+    """Run the command. Raises the errors of `read` and `push`."""
     parser = argparse.ArgumentParser(
         prog="slatewise push",
         description="Fill Redis with meta-embeddings and make them visible at once. Repeat the command to resume it.",

@@ -1,7 +1,7 @@
-"""The state of the spaces that are served: which generations of vectors are live in each.
+"""The live generations of each space that is served.
 
-A ranker's meta-embeddings belong to a space, which its manifest names. Versions of a ranker may share a space or not.
-Called by: `poll` (writes), `node` and `lookup` (read). Calls: nothing.
+A space is a set of vectors that versions of a ranker may share. The manifest names the space.
+Called by: `poll.py` (writes), `node.py` (reads).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SpaceKey = tuple[str, str]  # (ranker's name, space)
 
 @dataclass(eq=False)
 class Live:
-    """The live generations as one read of the pointer listed them. Another read that differs makes another object."""
+    """The live generations at one read of the pointer. A later read with another result makes a new object."""
 
     pointer: bytes | None  # as stored; `None`: the key does not exist
     generations: list[str]  # newest first
@@ -21,7 +21,7 @@ class Live:
 
     @property
     def fields(self) -> list[str]:
-        """The fields to ask for in a user's hash, newest first. Without generations, a field that is never written."""
+        """Fields to request from a user's hash, newest first; without generations, a field that is never written."""
         return self.generations or ["0"]
 
 

@@ -1,6 +1,6 @@
-"""A generation that is being written, and the lock that makes its writer the only one of the space.
+"""A generation that is being written, with the lock that excludes other writers of the space.
 
-Called by: `generations`. Calls: the redis-py client.
+Called by: `generations.py`, `pointer.py` and commands for the errors. Calls: `client.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from redis.exceptions import RedisError
 
 from slatewise.store.client import run_script
 
-LOCK_SECONDS = 30  # a writer that died blocks others for as long at most
+LOCK_SECONDS = 30  # longest time for which a writer that died blocks others
 
 RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end return 0"
 RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
 class StoreError(RuntimeError):
-    """The store refuses an operation; the message says why."""
+    """The store refuses an operation; the message gives the reason."""
 
 
 class Busy(StoreError):
@@ -33,9 +33,10 @@ class Busy(StoreError):
 
 
 class GenerationWriter:
-    """A generation that is being written, and the lock for it, which a thread renews until it is released.
+    """A generation that is being written, and its lock, which a thread renews until `release`.
 
-    Leaving the context without publishing keeps the finished chunks, and `Generations.begin` resumes them.
+    If the context ends before the generation is published, the finished chunks stay, and `Generations.begin` can resume
+    the generation.
     """
 
     def __init__(self, client: Any, lock_key: str, pointer_key: str) -> None:
@@ -68,7 +69,7 @@ class GenerationWriter:
 
 
 def take_lock(client: Any, lock_key: str, pointer_key: str) -> str:
-    """The content of the lock, once it is ours. Raises Busy with the holder's name and time."""
+    """Take the lock and return its content. Raises Busy with the holder's name and time."""
     mine = json.dumps(
         {
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
@@ -89,7 +90,7 @@ def take_lock(client: Any, lock_key: str, pointer_key: str) -> str:
 
 
 def finished(writing: dict[bytes, bytes]) -> dict[int, tuple[int, int]]:
-    """Chunk -> (users, bytes) of a generation that is being written."""
+    """Return the finished chunks of a generation that is being written: chunk -> (users, bytes)."""
     return {
         int(key[6:]): (int(value.split()[0]), int(value.split()[1]))
         for key, value in writing.items()

@@ -40,7 +40,7 @@ def recommend(
     """Return the `count` best (item id, score) of the catalogue in descending order, without the item rows `seen`."""
     engine = ranker.engines[ranker.default_variant]
     weights = ranker.score_weights(None)
-    history, _ = ranker.history(request)
+    history = ranker.history(request)
     given, _ = ranker.candidates(request, request.request_time or 0.0)
     meta = ranker.embedded_meta_of(str(request.user))
     state = engine.extend(engine.start, history) if len(history) else engine.start
