@@ -154,7 +154,7 @@ def test_failure_of_a_command_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_failure_of_an_offline_tool_is_one_line(tmp_path: Path) -> None:
-    tool = "slatewise_train.evaluation.personalization"
+    tool = "slatewise_train.meta.personalization"
     command = [sys.executable, "-m", tool, "missing.toml"]
     result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1

@@ -294,4 +294,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("python -m slatewise_train.evaluation.personalization", main, sys.argv[1:]))
+    sys.exit(run_main("python -m slatewise_train.meta.personalization", main, sys.argv[1:]))
