@@ -64,7 +64,7 @@ class Ranking:
         return "input_order" if self.scored is None else self.scored.exit
 
     def order(self, top_n: int | None) -> Int64:
-        """Return at most `top_n` positions by descending score. Equal scores and unscored candidates keep their order."""
+        """Return at most `top_n` positions by descending score. Ties and unscored candidates keep their order."""
         if self.scored is None:
             return np.arange(self.candidates)[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
