@@ -216,6 +216,7 @@ def test_deadline_gives_the_highest_complete_exit(
     request = draw_request(ranker, 20, 30, 6, deadline_ms=300, user="u")
     ranking = run(ranker, lambda p: rank(p, request))
     assert ranking.exit == answered
+    assert ranking.history.cache == "miss", "also if the deadline passes during the encoding"
     assert ranking.degraded == ({"deadline"} if answered == "input_order" else {"deadline", "exit"})
     if answered != "input_order":
         assert worst(ranking, reference(ranker, request, answered)) <= BOUND
