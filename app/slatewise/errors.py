@@ -17,7 +17,7 @@ Called by: `http/` and `ranking/`; `http/problems.py` renders the errors.
 
 from dataclasses import dataclass
 
-MOST_FAULTS = 20  # that one response lists
+MOST_FAULTS = 20  # most faults in one response
 
 
 def pointer(*path: str | int) -> str:

@@ -38,7 +38,7 @@ def buckets_of(timestamps: Sequence[float | None]) -> list[int]:
 
 
 def slow_bucket(gap: int) -> int:
-    """In integers: the number of times that gap + 1 can be halved; gap in quarters of a second."""
+    """Count in integers how often gap + 1 can be halved; the gap is in quarters of a second."""
     left = gap + 4
     halvings = 0
     while left >= 8:
@@ -61,7 +61,7 @@ def slow_buckets(timestamps: list[int | None]) -> list[int]:
 
 
 @given(times)
-def test_gap_buckets_drawn_times_equal_the_reference(timestamps: list[int | None]) -> None:
+def test_gap_buckets_of_random_times_equal_the_reference(timestamps: list[int | None]) -> None:
     assert buckets_of([None if t is None else t / 4 for t in timestamps]) == slow_buckets(timestamps)
 
 
@@ -95,7 +95,7 @@ gap_sizes = near_powers | near_powers.map(lambda gap: gap + 1) | st.floats(0, 1e
 
 
 @given(st.lists(st.just(math.nan) | st.floats(-1e11, 1e11), max_size=60))
-def test_gap_buckets_drawn_times_equal_the_formula(timestamps: list[float]) -> None:
+def test_gap_buckets_of_random_times_equal_the_formula(timestamps: list[float]) -> None:
     assert buckets_of(timestamps) == formula(timestamps)
 
 
@@ -110,7 +110,7 @@ def test_gap_buckets_at_bucket_edges_equal_the_formula(steps: list[tuple[str, fl
 
 @pytest.mark.parametrize("power", range(1, 33))
 def test_bucket_begins_exactly_at_a_power_of_two_minus_one(power: int) -> None:
-    """Also if gap + 1 would be rounded up to the power of two."""
+    """Also for a gap + 1 that floating-point numbers would round up to the power of two."""
     edge = 2.0**power - 1
     assert buckets_of([0.0, edge, 0.0, float(np.nextafter(edge, 0))])[1::2] == [
         min(2 + power, GAP_BUCKETS - 1),
@@ -131,7 +131,7 @@ def test_gap_buckets_of_zero_and_one_event() -> None:
     assert buckets_of([5.0]) == buckets_of([None]) == [GAP_FIRST]
 
 
-def test_missing_time_makes_both_its_gaps_missing() -> None:
+def test_missing_time_makes_both_adjacent_gaps_missing() -> None:
     assert buckets_of([0.0, None, 1.0, 2.0]) == [GAP_FIRST, GAP_MISSING, GAP_MISSING, 3]
 
 
@@ -215,7 +215,7 @@ def test_window_does_not_depend_on_older_events_sent(longest: int, beyond: int, 
 
 
 @given(st.floats(0, 99_999_999_999))
-def test_context_is_two_circles_of_a_day_and_a_week(moment: float) -> None:
+def test_request_context_encodes_day_and_week_as_circle_points(moment: float) -> None:
     context = request_context(moment)
     assert (context.shape, context.dtype) == ((CONTEXT_SIZE,), np.float32)
     day = math.fmod(moment, 86_400) / 86_400
@@ -224,7 +224,7 @@ def test_context_is_two_circles_of_a_day_and_a_week(moment: float) -> None:
     np.testing.assert_allclose(context, expected, atol=1e-5)
 
 
-def test_context_differs_for_all_hours_of_a_week() -> None:
+def test_request_context_differs_for_all_hours_of_a_week() -> None:
     moments = np.array([request_context(3_600.0 * hour) for hour in range(168)])
     distances = np.abs(moments[:, None] - moments[None]).max(axis=2) + np.eye(168)
     assert distances.min() > 0.01

@@ -86,7 +86,7 @@ def pair(copy: Copy) -> Copy:
 
 
 def with_nan(model: bytes) -> bytes:
-    """The model with NaN for its first float weight."""
+    """Return the model with NaN as its first float weight."""
     graph = onnx.load_from_string(model)
     weights = next(w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
     broken = np.full_like(numpy_helper.to_array(weights), np.nan)
@@ -99,7 +99,7 @@ def array_bytes(array: np.ndarray, path: Path, allow_pickle: bool = False) -> by
     return path.read_bytes()
 
 
-def test_load_copy_serves_every_variant(pair: Copy, ranker: Ranker) -> None:
+def test_load_valid_bundle_serves_every_variant(pair: Copy, ranker: Ranker) -> None:
     loaded = pair.load()
     assert (set(loaded.engines), loaded.refused, loaded.default_variant) == ({"fp32", "student"}, {}, "fp32")
     np.testing.assert_array_equal(loaded.items, ranker.items)
@@ -118,7 +118,7 @@ def test_load_manifest_without_known_format_is_refused(copy: Copy, content: str)
 
 
 @pytest.mark.parametrize("found", [0, 3, "1", "2", None])
-def test_load_unknown_format_is_refused_by_its_name(copy: Copy, found: object) -> None:
+def test_load_unknown_format_is_refused_with_its_number(copy: Copy, found: object) -> None:
     copy.change_manifest(lambda m: m.update(format=found))
     with pytest.raises(ManifestError, match=rf"format {found!r} is not known, this version reads formats 1 and 2"):
         copy.load()
@@ -160,7 +160,7 @@ def without_meta(tiny: Tiny, tmp_path: Path) -> Copy:
     return copy
 
 
-def test_load_without_meta_embeddings_needs_no_files_of_them(without_meta: Copy) -> None:
+def test_load_without_meta_embeddings_needs_no_meta_files(without_meta: Copy) -> None:
     loaded = without_meta.load()
     assert list(loaded.engines) == ["fp32"]
     assert loaded.default_meta.shape == (0,) and loaded.embedded_meta.shape == (0, 0) and not loaded.embedded_users
@@ -213,7 +213,7 @@ SHARED_FILES = [
 
 
 @pytest.mark.parametrize("name", SHARED_FILES)
-def test_load_file_with_other_digest_is_refused_by_name(copy: Copy, name: str) -> None:
+def test_load_file_with_other_digest_is_refused_with_its_name(copy: Copy, name: str) -> None:
     path = copy.folder / name
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -222,7 +222,7 @@ def test_load_file_with_other_digest_is_refused_by_name(copy: Copy, name: str) -
 
 
 @pytest.mark.parametrize("name", SHARED_FILES)
-def test_load_missing_file_is_refused_by_name(copy: Copy, name: str) -> None:
+def test_load_missing_file_is_refused_with_its_name(copy: Copy, name: str) -> None:
     (copy.folder / name).unlink()
     with pytest.raises(ManifestError, match=f"{name} is missing"):
         copy.load()
@@ -230,7 +230,7 @@ def test_load_missing_file_is_refused_by_name(copy: Copy, name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARED_FILES)
 def test_load_file_without_digest_is_not_read(copy: Copy, name: str) -> None:
-    """Refused, or loaded as if an optional file were absent."""
+    """The bundle is refused, or it is loaded as if an optional file were absent."""
     copy.change_manifest(lambda m: m["files"].pop(name))
     (copy.folder / name).write_bytes(b"not what was published")
     try:
@@ -301,7 +301,7 @@ def test_load_pickle_is_refused_without_unpickling(copy: Copy, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["ids.json", "users.json", "report.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"5", b'"text"', b"null", b"[[1], {}]", b"\xff"])
 def test_load_invalid_json_file_raises_only_manifest_error(copy: Copy, name: str, content: bytes) -> None:
-    """Any other error would stop the other rankers too. `null` may pass as absent."""
+    """Any other error would prevent the other rankers from loading. `null` may count as an absent file."""
     copy.write(name, content)
     try:
         loaded = copy.load()
@@ -319,7 +319,7 @@ def test_load_invalid_warmup_request_is_refused(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("name", ["items.npy", f"{FP32}/encode.onnx"])
-def test_load_symlink_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path, name: str) -> None:
+def test_load_symlink_to_file_outside_bundle_is_refused(copy: Copy, tmp_path: Path, name: str) -> None:
     path = copy.folder / name
     outside = tmp_path / "outside"
     path.rename(outside)
@@ -328,7 +328,7 @@ def test_load_symlink_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path, n
         copy.load()
 
 
-def test_load_linked_folder_out_of_the_bundle_is_refused(copy: Copy, tmp_path: Path) -> None:
+def test_load_symlink_to_folder_outside_bundle_is_refused(copy: Copy, tmp_path: Path) -> None:
     (copy.folder / FP32).rename(tmp_path / "outside")
     (copy.folder / FP32).symlink_to(tmp_path / "outside")
     with pytest.raises(ManifestError, match="leads out of the bundle"):
@@ -336,7 +336,7 @@ def test_load_linked_folder_out_of_the_bundle_is_refused(copy: Copy, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "variants/../../outside"])
-def test_load_path_out_of_the_bundle_is_refused(copy: Copy, name: str) -> None:
+def test_load_path_outside_the_bundle_is_refused(copy: Copy, name: str) -> None:
     (copy.folder.parent / "outside").write_bytes(b"")
     copy.change_manifest(lambda m: m["files"].update({name: hashlib.sha256(b"").hexdigest()}))
     if name.startswith("variants/"):
@@ -424,7 +424,7 @@ def test_load_unreadable_int8_table_refuses_only_its_variant(with_table: Copy, c
 
 
 @pytest.mark.parametrize("width", ["wide", None])
-def test_load_graph_without_state_width_refuses_only_it(pair: Copy, width: str | None) -> None:
+def test_load_graph_without_state_width_refuses_only_its_variant(pair: Copy, width: str | None) -> None:
     def change(content: bytes) -> bytes:
         graph = onnx.load_from_string(content)
         past = next(value for value in graph.graph.input if value.name == "past_key_0").type.tensor_type.shape.dim[-1]
@@ -450,7 +450,7 @@ def test_load_chosen_variants_loads_only_these(with_table: Copy) -> None:
         load_bundle(with_table.folder, 1, ("elsewhere",))
 
 
-def test_load_variant_missing_in_newest_serves_no_older(tiny: Tiny, copy: Copy) -> None:
+def test_load_variant_missing_in_newest_loads_no_older_version(tiny: Tiny, copy: Copy) -> None:
     copy.add_variant("student")
     Copy(tiny.folder, copy.root, 2)
     with pytest.raises(ManifestError, match="none of the variants student"):
@@ -458,7 +458,7 @@ def test_load_variant_missing_in_newest_serves_no_older(tiny: Tiny, copy: Copy) 
     assert load_rankers(copy.root, 1, ("fp32", "student"))["tiny"].manifest.version == 2
 
 
-def test_default_variant_refused_gives_fastest_within_gate(pair: Copy) -> None:
+def test_refused_default_variant_gives_fastest_within_gate(pair: Copy) -> None:
     def row(ms: float) -> dict[str, Any]:
         return {"rows": [{"encode_p50": ms, "score_p50": ms}]}
 
@@ -622,7 +622,7 @@ ids_on_the_wire = st.integers(-(2**63), 2**64 - 1) | st.text(st.characters(codec
 def test_request_integer_ids_become_decimal_strings(
     events: list[int | str], candidates: list[int | str], user: int | str | None
 ) -> None:
-    """In mixed columns too, from JSON and from Python values."""
+    """Also in columns of mixed types, from JSON and from Python values."""
     body = {"user": user, "history": {"item_ids": events}, "candidates": {"item_ids": candidates}}
     for request in (RankRequest.model_validate(body), RankRequest.model_validate_json(json.dumps(body))):
         assert request.history.item_ids == [str(i) for i in events]
@@ -646,8 +646,8 @@ def test_integer_id_ranks_like_its_decimal_string(ranker: Ranker, data: st.DataO
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, 1.5, None, "", "x" * 257, [], {}, 2**64, -(2**63) - 1], ids=repr)
-def test_request_invalid_id_is_refused_by_its_place(wrong: object) -> None:
-    """By its JSON pointer; in a column by the index of the first fault, with mixed columns too."""
+def test_request_with_invalid_id_is_refused_with_its_position(wrong: object) -> None:
+    """The position is a JSON pointer, in a column to the first fault, also for columns of mixed types."""
     for before in (["1", "2"], ["1", 2]):
         for body, place in (
             ({"candidates": {"item_ids": [*before, wrong, wrong]}}, ("candidates", "item_ids", 2)),
@@ -666,7 +666,7 @@ def test_request_invalid_id_is_refused_by_its_place(wrong: object) -> None:
             assert len(schema_error(refused.value).faults) == 1
 
 
-def test_request_may_have_no_events_but_not_no_candidates() -> None:
+def test_request_needs_candidates_but_no_events() -> None:
     assert request_of({"item_ids": ["1"]}, history={"item_ids": []}).history.item_ids == []
     with pytest.raises(ValidationError, match="at least 1 item"):
         request_of({"item_ids": []})
@@ -731,7 +731,7 @@ def test_features_are_ordered_and_missing_ones_are_nan(ranker: Ranker) -> None:
     assert np.isfinite(candidates.numeric).all()
 
 
-def test_history_unknown_or_missing_values_keep_their_place(ranker: Ranker) -> None:
+def test_unknown_or_missing_history_values_keep_their_position(ranker: Ranker) -> None:
     item = next(iter(ranker.vocabulary.items))
     action = ranker.manifest.actions[0]
     sent = {
@@ -786,7 +786,7 @@ def test_score_weights_come_from_request_or_manifest(ranker: Ranker) -> None:
 
 
 def test_golden_request_gives_the_golden_scores(ranker: Ranker) -> None:
-    """Computed in the test, because the golden scores decide about every refusal."""
+    """The scores are computed in the test, independently of the loader's check."""
     manifest = ranker.manifest
     request = RankRequest.model_validate(manifest.example)
     assert request.request_time is not None

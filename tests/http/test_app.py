@@ -30,7 +30,7 @@ def app_of(ranker: Ranker, **settings: Any) -> FastAPI:
 
 
 def ask(app: FastAPI, *requests: tuple[str, str], **headers: str) -> list[httpx.Response]:
-    """The responses to (method, path) pairs, all with the same small body."""
+    """Send the (method, path) pairs, all with the same small body. Return the responses."""
 
     async def main() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
@@ -59,7 +59,7 @@ class Spy:
         await self.app(scope, receive, noting if scope["type"] == "http" else send)
 
 
-def test_first_middleware_sees_hot_and_other_routes(ranker: Ranker) -> None:
+def test_outermost_middleware_sees_every_route(ranker: Ranker) -> None:
     app = app_of(ranker)
     seen: list[tuple[str, str, int]] = []
     app.add_middleware(Spy, seen=seen)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_first_middleware_sees_hot_and_other_routes(ranker: Ranker) -> None:
     assert seen == [(m, p, a.status_code) for (m, p), a in zip(PATHS + REST, answers, strict=True)]
 
 
-def test_first_middleware_sees_refused_requests(ranker: Ranker) -> None:
+def test_outermost_middleware_sees_refused_requests(ranker: Ranker) -> None:
     app = app_of(ranker, api_keys="key")
     seen: list[tuple[str, str, int]] = []
     app.add_middleware(Spy, seen=seen)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def test_key_is_required_for_hot_and_other_routes(ranker: Ranker) -> None:
         assert answer.status_code in (200, 404, 405)
 
 
-def test_stack_has_authentication_before_the_hot_routes(ranker: Ranker) -> None:
+def test_authentication_runs_before_the_hot_routes(ranker: Ranker) -> None:
     assert [middleware.cls for middleware in app_of(ranker).user_middleware] == [RequireKey, HotRoutes]
 
 

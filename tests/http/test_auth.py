@@ -14,7 +14,7 @@ from tests.http.support import (
 from tests.support.application import serve
 
 
-def test_keys_if_set_are_required_except_on_open_paths(tiny: Tiny, example: dict[str, Any]) -> None:
+def test_api_key_is_required_except_on_open_paths(tiny: Tiny, example: dict[str, Any]) -> None:
     def refused() -> float:
         return REGISTRY.get_sample_value("slatewise_rejected_total", {"reason": "key"}) or 0.0
 

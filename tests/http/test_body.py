@@ -123,7 +123,7 @@ def test_chunked_body_is_read_up_to_the_limit_only() -> None:
     assert sent == LIMIT // 100 + 1
 
 
-def test_false_content_length_does_not_raise_the_limit() -> None:
+def test_wrong_content_length_does_not_raise_the_limit() -> None:
     with pytest.raises(TooLarge):
         read(chunked(b" " * (LIMIT + 1)), content_length="1")
 
@@ -166,13 +166,13 @@ def test_bytes_after_the_compressed_stream_are_refused(
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"\x1f\x8b", zlib.compress(b"{}"), gzip.compress(b"{}", mtime=0)[:-1] + b"\1"]
 )
-def test_body_in_another_coding_is_refused(body: bytes) -> None:
+def test_body_in_undeclared_coding_is_refused(body: bytes) -> None:
     with pytest.raises(NotJson):
         read(chunked(body), content_encoding="gzip")
 
 
 @given(st.binary(max_size=300), st.integers(0, 300))
-def test_inflate_drawn_bodies_returns_all_or_refuses(body: bytes, limit: int) -> None:
+def test_inflate_random_bodies_returns_all_or_refuses(body: bytes, limit: int) -> None:
     for coding, encoded in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body))):
         if len(body) > limit:
             with pytest.raises(TooLarge):

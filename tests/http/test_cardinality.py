@@ -50,7 +50,7 @@ def bad(client: httpx.Client, example: dict[str, Any], k: int) -> None:
     assert client.patch(f"/models/ranker-{k}").status_code == 405
 
 
-def test_series_do_not_grow_with_users_items_or_bad_requests(
+def test_users_items_and_bad_requests_add_no_metric_series(
     client: httpx.Client, example: dict[str, Any], ranker: Ranker
 ) -> None:
     async def look_up(first: int, last: int) -> None:

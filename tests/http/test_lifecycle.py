@@ -33,7 +33,7 @@ from tests.support.network import free_port
 
 
 def post_head(length: int) -> bytes:
-    """Head of a POST to /score with a body of `length` bytes."""
+    """Build the head of a POST to /score with a body of `length` bytes."""
     kind = "Content-Type: application/json"
     return f"POST /score HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {length}\r\n\r\n".encode()
 
@@ -105,7 +105,7 @@ def test_server_that_stops_between_chunks_answers_503(
     assert stop.calls == 1 and admissions[0].in_flight == 0
 
 
-def test_disconnected_clients_leave_no_work_behind(tiny: Tiny, example: dict[str, Any]) -> None:
+def test_disconnected_clients_leave_no_running_work(tiny: Tiny, example: dict[str, Any]) -> None:
     with serve(Settings(bundles=tiny.root, threads=1)) as client:
         body = json.dumps(example | {"candidates": {"item_ids": example["candidates"]["item_ids"] * 150}}).encode()
         head = post_head(len(body))

@@ -9,7 +9,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 
-def test_openapi_document_holds_for_generated_requests(client: httpx.Client) -> None:
+def test_generated_requests_conform_to_the_openapi_document(client: httpx.Client) -> None:
     """Schemathesis, for every operation: no undocumented status or content type, no server error, no bad data accepted.
 
     Valid data may be refused: a schema cannot express equal lengths of columns, or the heads of a ranker.

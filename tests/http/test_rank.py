@@ -44,7 +44,7 @@ def test_rerank_equals_score_sorted_and_cut_to_top_n(client: httpx.Client, examp
     assert len(ask(client, example, "/score", top_n=3)["results"]["index"]) == n
 
 
-def test_input_order_has_no_scores_no_heads_and_no_variant(client: httpx.Client, example: dict[str, Any]) -> None:
+def test_input_order_response_has_no_scores_heads_or_variant(client: httpx.Client, example: dict[str, Any]) -> None:
     ids = example["candidates"]["item_ids"]
     for path, n in (("/rerank", 3), ("/score", len(ids))):
         answer = client.post(path, json=example | {"deadline_ms": 0.001, "top_n": 3})
@@ -111,8 +111,8 @@ def test_every_member_of_the_request_changes_scores(client: httpx.Client, exampl
         assert max(abs(base[i] - other[i]) for i in base) > BOUND, name
 
 
-def test_offset_moves_the_window_of_events_read(client: httpx.Client, example: dict[str, Any]) -> None:
-    """128 events are read at most, from a multiple of 64."""
+def test_history_offset_moves_the_window_of_read_events(client: httpx.Client, example: dict[str, Any]) -> None:
+    """At most 128 events are read, from a multiple of 64 on."""
     many = {name: (column * 10)[:200] for name, column in example["history"].items()}
     many["timestamps"] = sorted(many["timestamps"])
     for offset, first in (
@@ -158,7 +158,7 @@ def test_body_is_limited_as_sent_and_decompressed(client: httpx.Client, example:
 
 
 def test_upgrade_to_http_2_is_refused_with_the_reason(client: httpx.Client, example: dict[str, Any]) -> None:
-    """Java's HttpClient asks for it by default. The HTTP parser then drops the body."""
+    """Java's HttpClient requests an upgrade by default. The HTTP parser then drops the body."""
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
     problem = assert_problem(client.post("/score", json=example, headers=headers), 400)
     assert "Upgrade" in problem["detail"]
@@ -174,7 +174,7 @@ json_values = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_mutated_member_gives_a_ranking_or_a_problem(
+def test_request_with_random_member_gets_ranking_or_problem(
     client: httpx.Client, example: dict[str, Any], data: st.DataObject
 ) -> None:
     body = json.loads(json.dumps(example))
@@ -218,7 +218,7 @@ def test_concurrent_clients_get_their_own_responses(client: httpx.Client, exampl
         assert a["scores"] == pytest.approx(b["scores"], abs=BOUND)
 
 
-def test_limits_below_the_warm_up_requests_are_served(tiny: Tiny, example: dict[str, Any]) -> None:
+def test_server_starts_with_limits_below_the_warm_up_requests(tiny: Tiny, example: dict[str, Any]) -> None:
     with serve(Settings(bundles=tiny.root, max_candidates=30, max_history=50)) as client:
         assert client.get("/models/tiny").json()["limits"]["max_candidates"] == 30
         ask(client, example)

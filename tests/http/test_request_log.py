@@ -118,7 +118,7 @@ def test_slow_request_is_logged_with_its_stages(capsys: pytest.CaptureFixture[st
     assert {"parse", "features", "encode", "score", "serialize"} <= line["stages_ms"].keys()
 
 
-def test_lines_hold_neither_user_ids_nor_keys(
+def test_log_lines_contain_neither_user_ids_nor_keys(
     client: httpx.Client, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for change in ({"deadline_ms": 0.001}, {"ranker": "other"}, {"candidates": {"item_ids": []}}, {"exit": USER}):
@@ -253,7 +253,7 @@ def test_replay_of_one_bundle_on_two_servers_has_no_difference(client: httpx.Cli
     assert found["largest_difference"] <= 1e-5 and found["other_exit"] == 0
 
 
-def test_compare_swapped_scores_measures_the_difference() -> None:
+def test_compare_of_swapped_scores_measures_the_difference() -> None:
     def answer(scores: list[float]) -> bytes:
         return json.dumps(
             {"ranker": "r", "version": 1, "variant": "v", "exit": "set", "results": {"scores": scores}}

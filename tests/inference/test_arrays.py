@@ -51,7 +51,7 @@ def test_unpacking_restores_numbers_within_half_a_step(state: HistoryState) -> N
 
 @given(states())
 def test_packing_an_unpacked_state_changes_nothing(state: HistoryState) -> None:
-    """So a state that is extended many times does not drift: its rows are rounded once."""
+    """So the error does not grow when a state is extended many times: each row is rounded once."""
     packed = state.packed()
     assert packed.packed() is packed
     assert state.unpacked() is state
@@ -79,9 +79,7 @@ def test_packed_rows_are_symmetric_int8_of_full_range(state: HistoryState) -> No
 @pytest.mark.parametrize(
     ("blocks", "tokens", "width", "key_width"), [(4, 2049, 128, 128), (2, 129, 64, 32), (1, 1, 128, 64)]
 )
-def test_a_packed_state_takes_about_a_quarter_of_the_bytes(
-    blocks: int, tokens: int, width: int, key_width: int
-) -> None:
+def test_packed_state_takes_about_a_quarter_of_the_bytes(blocks: int, tokens: int, width: int, key_width: int) -> None:
     rng = np.random.default_rng(0)
     keys, values = (
         tuple(rng.normal(size=(1, tokens, size)).astype(np.float32) for _ in range(blocks))
@@ -99,7 +97,7 @@ def test_a_packed_state_takes_about_a_quarter_of_the_bytes(
 
 
 @given(st.integers(0, 12), st.integers(0, 14), st.integers(0, 14))
-def test_a_slice_of_a_history_slices_its_columns(length: int, first: int, last: int) -> None:
+def test_slice_of_a_history_slices_its_columns(length: int, first: int, last: int) -> None:
     history = History(np.arange(length), np.arange(length) * 10, np.arange(length) * 100)
     cut: dict[str, Any] = {name: getattr(history[first:last], name).tolist() for name in ("items", "actions", "gaps")}
     assert cut == {name: getattr(history, name).tolist()[first:last] for name in ("items", "actions", "gaps")}

@@ -15,7 +15,7 @@ from tests.conftest import Tiny
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a graph"], ids=["missing", "empty", "garbage"])
-def test_an_unreadable_graph_is_a_load_error(tiny: Tiny, ranker: Ranker, content: bytes | None, tmp_path: Path) -> None:
+def test_unreadable_graph_is_a_load_error(tiny: Tiny, ranker: Ranker, content: bytes | None, tmp_path: Path) -> None:
     folder = tmp_path / "fp32"
     shutil.copytree(tiny.folder / "variants" / "fp32", folder)
     (folder / "point.onnx").unlink()
@@ -25,7 +25,7 @@ def test_an_unreadable_graph_is_a_load_error(tiny: Tiny, ranker: Ranker, content
         Engine(folder, ranker.items, ranker.manifest.exits, 1)
 
 
-def test_a_graph_without_past_widths_is_a_load_error(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:
+def test_graph_without_fixed_past_widths_is_a_load_error(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:
     import onnx
 
     folder = tmp_path / "fp32"
@@ -38,8 +38,8 @@ def test_a_graph_without_past_widths_is_a_load_error(tiny: Tiny, ranker: Ranker,
         Engine(folder, ranker.items, ranker.manifest.exits, 1)
 
 
-def test_a_packed_state_shares_no_memory_with_its_source(ranker: Ranker) -> None:
-    """Otherwise the history cache would hold more bytes than it counts."""
+def test_packed_state_shares_no_memory_with_its_source(ranker: Ranker) -> None:
+    """If memory were shared, the history cache would use more bytes than it counts."""
     engine = ranker.engines["fp32"]
     state = engine.extend(engine.start, Requests(engine, ranker.manifest).history(20))
     packed = state.packed()
@@ -48,8 +48,8 @@ def test_a_packed_state_shares_no_memory_with_its_source(ranker: Ranker) -> None
 
 
 @pytest.mark.parametrize("events", [1, 40, 128])
-def test_extending_a_packed_state_moves_only_its_new_rows(ranker: Ranker, events: int) -> None:
-    """The old rows stay the same; the user vector differs by no more than their rounding explains."""
+def test_extending_a_packed_state_keeps_its_old_rows(ranker: Ranker, events: int) -> None:
+    """The user vector differs only as much as the rounding of the old rows explains."""
     engine = ranker.engines["fp32"]
     draw = Requests(engine, ranker.manifest, 5)
     history = draw.history(events + 7)
@@ -71,7 +71,7 @@ def test_extending_a_packed_state_moves_only_its_new_rows(ranker: Ranker, events
     np.testing.assert_array_equal(repacked.values[0][:, : events + 1], old.values[0])
 
 
-def test_a_prefix_is_a_view_without_a_user_vector(ranker: Ranker) -> None:
+def test_prefix_of_a_state_is_a_view_without_user_vector(ranker: Ranker) -> None:
     engine: Engine = ranker.engines["fp32"]
     state = engine.extend(engine.start, Requests(engine, ranker.manifest).history(20))
     assert engine.prefix(state, 20) is state
@@ -83,8 +83,8 @@ def test_a_prefix_is_a_view_without_a_user_vector(ranker: Ranker) -> None:
         np.testing.assert_array_equal(part, whole[:, :8])
 
 
-def test_a_single_padded_row_gives_the_result_of_one_row(ranker: Ranker) -> None:
-    """One event or one candidate gives one result, close to its result among others."""
+def test_padded_single_row_gives_the_result_of_one_row(ranker: Ranker) -> None:
+    """One event or one candidate gives one result, close to the result of the same row in a batch."""
     engine = ranker.engines["fp32"]
     draw = Requests(ranker.engines["fp32"], ranker.manifest, 5)
     history = draw.history(20)

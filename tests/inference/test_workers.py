@@ -66,7 +66,7 @@ class Stop:
 
 @asynccontextmanager
 async def one_busy_thread() -> AsyncIterator[tuple[Workers, threading.Event]]:
-    """Workers whose only thread is held by a running job until the event is set."""
+    """Open workers whose only thread runs one job until the event is set."""
     stop = Stop()
     async with Workers(1) as workers:
         held = workers.submit(once(stop))
@@ -91,7 +91,7 @@ class Clock:
 # Results and waits
 
 
-def test_a_job_runs_in_a_worker_thread_and_gives_its_result() -> None:
+def test_job_runs_in_a_worker_thread_and_gives_its_result() -> None:
     def job() -> Chunks[str]:
         yield 1
         yield 2
@@ -178,7 +178,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("chunk", [0, 1, 2])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_exception_of_a_job_reaches_only_its_caller(error: BaseException, chunk: int) -> None:
+def test_exception_of_a_job_reaches_only_its_caller(error: BaseException, chunk: int) -> None:
     async def main() -> None:
         async with Workers(1) as workers:
             jobs: list[Job[Any]] = [
@@ -197,7 +197,7 @@ def test_an_exception_of_a_job_reaches_only_its_caller(error: BaseException, chu
 @pytest.mark.parametrize(
     "error", [ValueError("mine"), StopIteration(), BaseException("bare")], ids=lambda error: type(error).__name__
 )
-def test_an_exception_before_the_first_chunk_is_raised_by_submit(error: BaseException) -> None:
+def test_exception_before_the_first_chunk_is_raised_by_submit(error: BaseException) -> None:
     async def main() -> None:
         async with Workers(1) as workers:
             with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
@@ -208,7 +208,7 @@ def test_an_exception_before_the_first_chunk_is_raised_by_submit(error: BaseExce
     asyncio.run(main())
 
 
-def test_a_job_without_chunks_is_done_at_once() -> None:
+def test_job_without_chunks_is_done_at_once() -> None:
     def empty() -> Chunks[str]:
         yield from ()
         return "nothing to do"
@@ -234,7 +234,7 @@ drawn_jobs = st.lists(st.tuples(st.integers(-2, 2), costs), max_size=8)
 
 
 def slow_order(jobs: dict[int, tuple[int, list[int]]]) -> list[Turn]:
-    """A slow simulation: next is the job of the best priority, then with the fewest rows so far, then the oldest."""
+    """Reference simulation: next is the job with the lowest priority number, then the fewest rows, then the oldest."""
     ran: list[Turn] = []
     done = dict.fromkeys(jobs, 0)
     while left := [n for n in jobs if done[n] < len(jobs[n][1])]:
@@ -245,7 +245,7 @@ def slow_order(jobs: dict[int, tuple[int, list[int]]]) -> list[Turn]:
 
 
 async def order_of(jobs: list[tuple[int, list[int]]]) -> list[Turn]:
-    """The order in which one thread runs the chunks, if all jobs are queued before it is free."""
+    """Return the order in which one thread runs the chunks, if all jobs are queued before the thread is free."""
     ran: list[Turn] = []
     async with one_busy_thread() as (workers, release):
         submitted = [workers.submit(counted(n, each, ran), priority) for n, (priority, each) in enumerate(jobs)]
@@ -257,7 +257,7 @@ async def order_of(jobs: list[tuple[int, list[int]]]) -> list[Turn]:
 
 @settings(max_examples=60, deadline=None)
 @given(drawn_jobs)
-def test_chunks_run_in_the_order_of_a_slow_simulation(jobs: list[tuple[int, list[int]]]) -> None:
+def test_chunk_order_equals_the_reference_simulation(jobs: list[tuple[int, list[int]]]) -> None:
     assert asyncio.run(order_of(jobs)) == slow_order(dict(enumerate(jobs)))
 
 
@@ -282,15 +282,15 @@ def test_no_job_is_ahead_of_another_by_more_than_two_chunks(jobs: list[list[int]
         assert all(abs(rows[a] - rows[b]) <= longest[a] + longest[b] for a in busy for b in busy)
 
 
-def test_a_large_job_alternates_with_a_small_one_row_for_row() -> None:
-    """Four chunks of 512 rows against sixteen of 128: after each large chunk come as many rows of small ones."""
+def test_large_and_small_job_get_equal_numbers_of_rows() -> None:
+    """Four chunks of 512 rows and sixteen of 128: after each large chunk, small chunks get as many rows."""
     ran = asyncio.run(order_of([(0, [512] * 4), (0, [128] * 16)]))
     assert ran == [turn for k in range(4) for turn in [(0, k), *((1, 4 * k + j) for j in range(4))]]
 
 
 @pytest.mark.parametrize("at_work", [0, 1, 5, 8])
-def test_a_new_job_starts_level_with_a_running_one(at_work: int) -> None:
-    """It neither waits for all chunks of the running job, nor runs until it has had as many rows as that job."""
+def test_new_job_starts_at_the_virtual_time_of_running_job(at_work: int) -> None:
+    """The new job neither waits for the end of the running job, nor runs until both have had equally many rows."""
 
     async def main() -> list[Turn]:
         ran: list[Turn] = []
@@ -318,8 +318,8 @@ def test_a_new_job_starts_level_with_a_running_one(at_work: int) -> None:
     assert sorted(ran) == [(n, k) for n in range(2) for k in range(10)]
 
 
-def test_a_large_job_is_not_starved_by_a_stream_of_small_ones() -> None:
-    """One small job runs and another waits at any time. The large one gets a fifth of the rows or more."""
+def test_large_job_is_not_starved_by_a_stream_of_small_ones() -> None:
+    """At any time one small job runs and another waits. The large job gets at least a fifth of the rows."""
     chunks = 8
     rows = 512
     small_rows = 64
@@ -358,7 +358,7 @@ def test_a_large_job_is_not_starved_by_a_stream_of_small_ones() -> None:
     assert done, f"all of {passed} small jobs came first"
 
 
-def test_a_better_priority_preempts_between_two_chunks() -> None:
+def test_higher_priority_job_preempts_between_two_chunks() -> None:
     async def main() -> list[Turn]:
         ran: list[Turn] = []
         stop = Stop()
@@ -396,7 +396,7 @@ def test_a_better_priority_preempts_between_two_chunks() -> None:
     ]
 
 
-def test_a_thread_keeps_its_job_if_no_other_job_waits() -> None:
+def test_thread_keeps_its_job_if_no_other_job_waits() -> None:
     meet = threading.Barrier(2, timeout=PATIENCE)
 
     def job(threads: list[str]) -> Chunks[None]:
@@ -419,7 +419,7 @@ def test_a_thread_keeps_its_job_if_no_other_job_waits() -> None:
     asyncio.run(main())
 
 
-# Whether the machine is idle otherwise
+# The value that `yield` returns: whether no other job has run for a while
 
 
 def listening(chunks: list[int], heard: list[bool], call: Callable[[], Any] = lambda: None) -> Chunks[None]:
@@ -428,7 +428,7 @@ def listening(chunks: list[int], heard: list[bool], call: Callable[[], Any] = la
         call()
 
 
-def test_a_chunk_is_idle_if_no_other_job_ran_recently() -> None:
+def test_chunk_receives_idle_if_no_other_job_ran_recently() -> None:
     async def main() -> None:
         async with Workers(2) as workers:
             heard: list[bool] = []
@@ -455,7 +455,7 @@ def test_a_chunk_is_idle_if_no_other_job_ran_recently() -> None:
     asyncio.run(main())
 
 
-def test_a_chunk_is_not_idle_if_another_job_waits() -> None:
+def test_chunk_receives_not_idle_if_another_job_waits() -> None:
     async def main() -> None:
         heard: list[bool] = []
         async with one_busy_thread() as (workers, release):
@@ -468,7 +468,7 @@ def test_a_chunk_is_not_idle_if_another_job_waits() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), BaseException("bare")], ids=lambda error: type(error).__name__)
-def test_a_thread_is_not_busy_after_its_job_ended_in_any_way(error: BaseException) -> None:
+def test_thread_is_free_after_its_job_ended_in_any_way(error: BaseException) -> None:
     async def main() -> None:
         async with one_busy_thread() as (workers, release):
             jobs = [workers.submit(chunks) for chunks in (once(lambda: 1), failing(error, 1), once(lambda: 2))]
@@ -486,8 +486,8 @@ def test_a_thread_is_not_busy_after_its_job_ended_in_any_way(error: BaseExceptio
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), costs, st.booleans()), max_size=10))
-def test_cancelled_jobs_do_not_run_nor_change_the_order(jobs: list[tuple[int, list[int], bool]]) -> None:
-    """A cancelled job is dropped at its turn; the others keep the order that they would have without it."""
+def test_cancelled_jobs_do_not_run_or_change_the_order(jobs: list[tuple[int, list[int], bool]]) -> None:
+    """The order of the other jobs is the same as without the cancelled jobs."""
 
     async def main() -> None:
         ran: list[Turn] = []
@@ -510,7 +510,7 @@ def test_cancelled_jobs_do_not_run_nor_change_the_order(jobs: list[tuple[int, li
     asyncio.run(main())
 
 
-def test_a_job_cancelled_between_chunks_is_closed() -> None:
+def test_job_cancelled_between_chunks_is_closed() -> None:
     async def main() -> None:
         stop = Stop()
         ran = []
@@ -573,8 +573,8 @@ def test_cancelling_a_running_job_does_not_disturb_the_next() -> None:
     asyncio.run(main())
 
 
-def test_a_generator_that_raises_when_closed_keeps_the_thread() -> None:
-    """The exception is dropped: the job is cancelled already."""
+def test_generator_that_raises_on_close_keeps_the_thread() -> None:
+    """The exception is ignored, because the job is cancelled already."""
 
     def stubborn() -> Chunks[None]:
         try:
@@ -597,7 +597,7 @@ def test_a_generator_that_raises_when_closed_keeps_the_thread() -> None:
 
 
 async def closing(workers: Workers) -> asyncio.Task[None]:
-    """The task of `__aexit__`, once further jobs are refused and queued ones are cancelled."""
+    """Start `__aexit__`. Return its task when new jobs are refused and queued jobs are cancelled."""
     task = asyncio.create_task(workers.__aexit__())
     await until(lambda: workers.stopping)
     return task
@@ -628,7 +628,7 @@ def test_closing_cancels_queued_jobs_and_finishes_running_ones() -> None:
 
 
 def test_closing_cancels_a_job_between_two_chunks() -> None:
-    """Its caller gets CancelledError, as for a queued job, and its other chunks do not run."""
+    """The caller gets CancelledError, as for a queued job, and the remaining chunks do not run."""
 
     async def main() -> None:
         loop_errors: list[dict[str, Any]] = []
@@ -660,7 +660,7 @@ def test_closing_cancels_a_job_between_two_chunks() -> None:
     asyncio.run(main())
 
 
-def test_no_job_is_taken_after_closing() -> None:
+def test_job_submitted_after_closing_is_cancelled() -> None:
     async def main() -> None:
         begun = []
 
@@ -678,7 +678,7 @@ def test_no_job_is_taken_after_closing() -> None:
     asyncio.run(main())
 
 
-def test_the_queue_is_empty_after_many_cancellations() -> None:
+def test_queue_is_empty_after_many_cancellations() -> None:
     async def main() -> None:
         async with Workers(2) as workers:
             ran: list[Turn] = []
@@ -702,7 +702,7 @@ def test_the_queue_is_empty_after_many_cancellations() -> None:
     asyncio.run(main())
 
 
-def test_an_idle_thread_keeps_no_job_alive() -> None:
+def test_idle_thread_keeps_no_job_alive() -> None:
     class Payload:
         pass
 

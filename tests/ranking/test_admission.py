@@ -57,7 +57,7 @@ def test_requests_in_flight_above_the_limit_are_refused() -> None:
 
 @contextmanager
 def working(admission: Admission, tokens: int) -> Iterator[None]:
-    """As if other requests with this number of tokens were running."""
+    """Act as if other requests with this number of tokens were running."""
     admission.begin_work(tokens)
     try:
         yield
@@ -93,7 +93,7 @@ def test_content_length_above_the_limit_is_refused(length: int | None, refused: 
 
 
 def slow_admit(wanted: ModelExit, tokens: int, outstanding: int, limit: int, allow_degraded: bool) -> Admitted | None:
-    """The rule of `admit` as a table; `None`: refused."""
+    """Look up the rule of `admit` in a table; `None`: the request is refused."""
     load = (outstanding + tokens) / limit
     if outstanding == 0 or load <= 0.5:
         return Admitted(wanted)
@@ -106,7 +106,7 @@ def slow_admit(wanted: ModelExit, tokens: int, outstanding: int, limit: int, all
 
 
 @given(st.sampled_from(EXITS), st.integers(1, 150), st.sampled_from([0, 1, 24, 25, 50, 74, 75, 99, 100]), st.booleans())
-def test_admit_drawn_loads_equals_the_table(
+def test_admit_under_random_loads_equals_the_table(
     wanted: ModelExit, tokens: int, outstanding: int, allow_degraded: bool
 ) -> None:
     admission = Admission(request_limits(max_outstanding_tokens=100))
@@ -161,7 +161,7 @@ def test_timeout_of_a_passed_deadline_raises_at_once() -> None:
 def test_refused_request_makes_no_array(
     ranker: Ranker, monkeypatch: pytest.MonkeyPatch, reason: str, allow_degraded: bool
 ) -> None:
-    """The positions of unknown items are reported without their rows."""
+    """The positions of unknown items are still reported."""
 
     def fail(*_: Any) -> Any:
         raise AssertionError("an array was made")

@@ -81,7 +81,7 @@ def test_entry_counts_the_bytes_of_all_its_arrays() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.booleans()), max_size=40), st.integers(0, 12_000))
-def test_cache_equals_a_slow_lru_and_stays_below_its_limit(steps: list[tuple[int, int, bool]], limit: int) -> None:
+def test_cache_equals_a_reference_lru_and_stays_below_limit(steps: list[tuple[int, int, bool]], limit: int) -> None:
     """Eviction by bytes, least recently used first. No entry is a prefix of another: their first items differ."""
     cache = HistoryCache(limit)
     kept = {}  # in order of use
@@ -288,7 +288,7 @@ def test_cancelling_the_last_waiter_stops_the_encoding() -> None:
 
 @pytest.mark.parametrize("later", range(6))
 def test_request_while_an_encoding_is_cancelled_is_served(later: int) -> None:
-    """A client cancels and asks again at once: the second request is not cancelled, at any turn of the event loop."""
+    """A client cancels and retries at once. The second request is not cancelled, at any turn of the event loop."""
 
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         first = ask(cache, encode, 1)
@@ -342,7 +342,7 @@ def test_failure_without_waiters_is_not_reported_by_asyncio() -> None:
 
 
 def test_cancelled_job_cancels_its_waiters_and_frees_the_key() -> None:
-    """As when the workers close. A later request does not join the ended job."""
+    """This happens when the workers close. A later request does not join the ended job."""
 
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         jobs: list[Job[HistoryState]] = []
@@ -374,7 +374,7 @@ def test_encode_that_raises_leaves_no_entry_behind() -> None:
     run(scenario)
 
 
-def test_once_does_not_cache_by_itself() -> None:
+def test_once_does_not_add_a_cache_entry() -> None:
     async def scenario(cache: HistoryCache, encode: Encoder) -> None:
         encode.go.set()
         await ask(cache, encode, 1)

@@ -1,4 +1,4 @@
-"""The pipeline against `Engine.score`, its slow reference, and its responses under load and at the deadline."""
+"""The pipeline: scores compared with `Engine.score`, and responses under load and at the deadline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.blocked_engine import BlockedMethod
     exit=st.sampled_from(["dot", "point", "set"]),
     seed=st.integers(0, 99),
 )
-def test_rank_drawn_sizes_equals_engine_score(ranker: Ranker, events: int, n: int, exit: str, seed: int) -> None:
+def test_rank_of_random_sizes_equals_engine_score(ranker: Ranker, events: int, n: int, exit: str, seed: int) -> None:
     request = draw_request(ranker, events, n, seed, exit=exit)
     ranking = run(ranker, lambda p: rank(p, request))
     expected_exit = "point" if exit == "set" and n > ranker.manifest.limits.set_wise else exit
@@ -45,7 +45,7 @@ def test_rank_drawn_sizes_equals_engine_score(ranker: Ranker, events: int, n: in
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 128), second=st.integers(0, 128), n=st.integers(1, 50), seed=st.integers(0, 99))
-def test_cached_history_any_earlier_request_scores_the_same(
+def test_cached_history_of_any_earlier_request_keeps_scores(
     ranker: Ranker, first: int, second: int, n: int, seed: int
 ) -> None:
     """One user sends two histories; one is a prefix of the other, or they are equal."""
@@ -130,8 +130,8 @@ def test_equal_misses_of_one_user_share_one_encoding(ranker: Ranker, monkeypatch
     assert lengths == [50]
 
 
-def test_sliding_window_is_extended_until_its_start_moves(ranker: Ranker) -> None:
-    """The client always sends its last 128 events with their offset. One request in 64 encodes them all."""
+def test_sliding_history_is_extended_until_its_window_moves(ranker: Ranker) -> None:
+    """The client always sends the last 128 events with their offset. One request in 64 encodes all of them."""
     long = draw_request(ranker, 400, 5, 4)
 
     def window(last: int) -> RankRequest:
@@ -149,17 +149,20 @@ def test_sliding_window_is_extended_until_its_start_moves(ranker: Ranker) -> Non
     assert caches.count("extended") >= 170
 
 
-def test_history_cache_many_users_stays_below_its_limit(ranker: Ranker) -> None:
+def fill_cache(ranker: Ranker, pack_history: bool) -> tuple[int, int, int]:
+    """Rank for 30 users. Return the cache's bytes, its number of entries, and the bytes summed over the entries."""
+
     async def many(pipeline: Pipeline) -> tuple[int, int, int]:
         for k in range(30):
             await rank(pipeline, draw_request(ranker, 100, 2, k, user=f"u{k}"))
-        return (
-            pipeline.cache.nbytes,
-            len(pipeline.cache.entries),
-            sum(e.nbytes for e in pipeline.cache.entries.values()),
-        )
+        entries = pipeline.cache.entries.values()
+        return pipeline.cache.nbytes, len(entries), sum(entry.nbytes for entry in entries)
 
-    nbytes, entries, counted = run(ranker, many, cache_bytes=200_000)
+    return run(ranker, many, cache_bytes=200_000, pack_history=pack_history)
+
+
+def test_history_cache_of_many_users_stays_below_its_limit(ranker: Ranker) -> None:
+    nbytes, entries, counted = fill_cache(ranker, pack_history=False)
     assert 0 < nbytes == counted <= 200_000
     assert 0 < entries < 30
 
@@ -213,6 +216,7 @@ def test_deadline_gives_the_highest_complete_exit(
     request = draw_request(ranker, 20, 30, 6, deadline_ms=300, user="u")
     ranking = run(ranker, lambda p: rank(p, request))
     assert ranking.exit == answered
+    assert ranking.history.cache == "miss", "also if the deadline passes during the encoding"
     assert ranking.degraded == ({"deadline"} if answered == "input_order" else {"deadline", "exit"})
     if answered != "input_order":
         assert worst(ranking, reference(ranker, request, answered)) <= BOUND
@@ -239,7 +243,7 @@ def test_no_chunk_starts_after_the_deadline(ranker: Ranker, monkeypatch: pytest.
     assert 1 <= len(chunks) <= 3
 
 
-def test_load_lowers_the_exit_then_skips_the_model(ranker: Ranker) -> None:
+def test_rising_load_lowers_the_exit_then_skips_the_model(ranker: Ranker) -> None:
     request = draw_request(ranker, 0, 100, 8)
 
     async def ask(pipeline: Pipeline, waiting: int, request: RankRequest = request) -> Ranking:
@@ -305,7 +309,7 @@ def probabilities(ranking: Ranking) -> Float64:
 
 
 def packed_bound(ranker: Ranker) -> float:
-    """Bound for scores from an int8 history: twice the difference in the manifest, measured on other draws."""
+    """Bound for scores from an int8 history: twice the difference in the manifest, measured on other samples."""
     return 2 * ranker.manifest.variants["fp32"].invariance["int8_history_state"]
 
 
@@ -341,7 +345,7 @@ def test_int8_history_scores_within_its_bound(
 
 @pytest.mark.parametrize("exit", ["dot", "point", "set"])
 @pytest.mark.parametrize("pack_history", [False, True])
-def test_cache_hit_scores_exactly_as_the_miss_before(ranker: Ranker, exit: str, pack_history: bool) -> None:
+def test_cache_hit_gives_exactly_the_scores_of_the_miss(ranker: Ranker, exit: str, pack_history: bool) -> None:
     request = draw_request(ranker, 100, 60, 12, user="u", exit=exit)
 
     async def twice(pipeline: Pipeline) -> tuple[Ranking, Ranking]:
@@ -366,7 +370,7 @@ def test_int8_history_extended_40_times_does_not_drift(ranker: Ranker) -> None:
 
 
 def test_int8_histories_count_the_bytes_of_their_arrays(ranker: Ranker) -> None:
-    """At the tiny width of this ranker the scales take a large share of the bytes."""
+    """The item vectors of this ranker are so narrow that the scales take a large share of the bytes."""
 
     async def some(pipeline: Pipeline) -> tuple[int, list[Any]]:
         for k in range(5):
@@ -389,23 +393,13 @@ def test_int8_histories_count_the_bytes_of_their_arrays(ranker: Ranker) -> None:
 
 
 def test_int8_cache_holds_more_entries_below_its_limit(ranker: Ranker) -> None:
-    async def many(pipeline: Pipeline) -> tuple[int, int, int]:
-        for k in range(30):
-            await rank(pipeline, draw_request(ranker, 100, 2, k, user=f"u{k}"))
-        return (
-            pipeline.cache.nbytes,
-            len(pipeline.cache.entries),
-            sum(e.nbytes for e in pipeline.cache.entries.values()),
-        )
-
-    (nbytes, entries, counted), (_, entries_whole, _) = (
-        run(ranker, many, cache_bytes=200_000, pack_history=pack) for pack in (True, False)
-    )
+    nbytes, entries, counted = fill_cache(ranker, pack_history=True)
+    _, entries_whole, _ = fill_cache(ranker, pack_history=False)
     assert 0 < nbytes == counted <= 200_000
     assert entries_whole < entries < 30
 
 
-def test_request_without_user_is_not_packed(ranker: Ranker) -> None:
+def test_history_without_user_is_not_quantized(ranker: Ranker) -> None:
     request = draw_request(ranker, 100, 30, 14)
     ranking = run(ranker, lambda p: rank(p, request), pack_history=True)
     assert worst(ranking, reference(ranker, request, "set")) <= BOUND

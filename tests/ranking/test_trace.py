@@ -1,4 +1,4 @@
-"""The clock of a request: stages, their sum, and the histogram they are observed in."""
+"""The timings and the trace of a request: stages, their sum and histograms, and the facts of failed requests."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Clock:
 
 
 @given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(0, 5_000), st.integers(0, 6_000)), max_size=20))
-def test_laps_add_up_exactly_to_the_time_since_entry(laps: list[tuple[str, int, int]]) -> None:
-    """A stage gets the time since the last lap without the queued time, which is at most all of it."""
+def test_laps_add_up_exactly_to_the_time_since_the_start(laps: list[tuple[str, int, int]]) -> None:
+    """A stage gets the time since the last lap, minus the queued time, but at least 0."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(trace_module, "time", clock)
@@ -56,7 +56,7 @@ def test_laps_add_up_exactly_to_the_time_since_entry(laps: list[tuple[str, int, 
         }
 
 
-def test_stages_are_summed_and_observed_once_each() -> None:
+def test_stage_times_are_summed_and_observed_once() -> None:
     def count_and_sum(stage: str) -> tuple[float, float]:
         found = [
             REGISTRY.get_sample_value(f"slatewise_stage_duration_seconds_{part}", {"stage": stage})
@@ -108,13 +108,8 @@ def test_stages_of_a_request_add_up_exactly_to_its_last_lap(
     assert ("encode" in timings.seconds) == (events > 0)
 
 
-@pytest.mark.parametrize(
-    ("slow", "stage"), [("encode", "encode"), ("dot", "score"), ("point", "score"), ("set", "score")]
-)
-@pytest.mark.parametrize("user", [None, "u"])
-def test_time_until_the_deadline_counts_for_the_running_stage(
-    ranker: Ranker, monkeypatch: pytest.MonkeyPatch, slow: str, stage: str, user: str | None
-) -> None:
+def hold_graph(monkeypatch: pytest.MonkeyPatch, slow: str) -> threading.Event:
+    """Make the engine wait in one graph until the returned event is set."""
     engine_run = Engine.run
     may_end = threading.Event()
 
@@ -123,6 +118,17 @@ def test_time_until_the_deadline_counts_for_the_running_stage(
         return engine_run(self, graph, feeds, multi_threaded)
 
     monkeypatch.setattr(Engine, "run", held)
+    return may_end
+
+
+@pytest.mark.parametrize(
+    ("slow", "stage"), [("encode", "encode"), ("dot", "score"), ("point", "score"), ("set", "score")]
+)
+@pytest.mark.parametrize("user", [None, "u"])
+def test_time_until_the_deadline_counts_for_running_stage(
+    ranker: Ranker, monkeypatch: pytest.MonkeyPatch, slow: str, stage: str, user: str | None
+) -> None:
+    may_end = hold_graph(monkeypatch, slow)
     request = draw_request(ranker, 20, 30, 20, deadline_ms=300, user=user, exit="set")
 
     async def ask(pipeline: Pipeline) -> tuple[Ranking, Trace, float]:
@@ -138,7 +144,7 @@ def test_time_until_the_deadline_counts_for_the_running_stage(
 
 
 def test_wait_for_a_thread_counts_as_queue(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the only thread is busy, the time is `queue`: for the encoding or, after a cache hit, for the scores."""
+    """Time while the only thread is busy counts as `queue`: before the encoding or, after a cache hit, the scores."""
     request = draw_request(ranker, 20, 30, 21, user="u")
 
     async def ask(pipeline: Pipeline) -> list[tuple[Ranking, Trace]]:
@@ -192,17 +198,10 @@ def test_trace_of_an_invalid_request_names_the_resolved_ranker(
 @pytest.mark.parametrize(
     ("slow", "exit", "variant", "used"), [("encode", "input_order", "", 0), ("point", "dot", "fp32", 20)]
 )
-def test_trace_of_a_missed_deadline_says_how_far_it_came(
+def test_trace_of_missed_deadline_has_last_complete_stage(
     ranker: Ranker, monkeypatch: pytest.MonkeyPatch, slow: str, exit: str, variant: str, used: int
 ) -> None:
-    engine_run = Engine.run
-    may_end = threading.Event()
-
-    def held(self: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
-        assert graph != slow or may_end.wait(30)
-        return engine_run(self, graph, feeds, multi_threaded)
-
-    monkeypatch.setattr(Engine, "run", held)
+    may_end = hold_graph(monkeypatch, slow)
     request = draw_request(ranker, 20, 30, 22, deadline_ms=300, user="u", allow_degraded=False)
     trace = Trace(time.perf_counter())
 

@@ -166,7 +166,7 @@ def test_more_look_ups_than_connections_are_all_served(client: redis.Redis, redi
     np.testing.assert_array_equal([f.vector for f in found], sent)
 
 
-def test_a_blocked_loop_reads_replies_before_timing_out(client: redis.Redis, redis_port: int) -> None:
+def test_replies_after_blocked_event_loop_beat_the_timeout(client: redis.Redis, redis_port: int) -> None:
     fill(client)
 
     async def main() -> None:

@@ -39,9 +39,9 @@ HOT_ROUTES: dict[tuple[str, str], Handler] = {
 
 def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
     """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
-    middleware = [  # outermost first: each sees every request, hot routes included
+    middleware = [  # outermost first
         Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
-        Middleware(HotRoutes, table=HOT_ROUTES),  # the last, because it does not call FastAPI for its routes
+        Middleware(HotRoutes, table=HOT_ROUTES),  # last, because hot routes bypass the layers after it
     ]
 
     @asynccontextmanager

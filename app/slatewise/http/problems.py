@@ -23,7 +23,7 @@ from slatewise.schemas import REQUEST_ID, FaultBody, Problem
 
 log = logging.getLogger("slatewise")
 
-TOO_MANY_FAULTS = 1_000  # above this number they are not examined one by one
+TOO_MANY_FAULTS = 1_000  # faults above which they are not listed one by one
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
     status: {"model": Problem, "description": text, "content": {"application/problem+json": {}}}

@@ -29,7 +29,7 @@ from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.schemas import RankRequest, RankResponse
 
-CLIENT_GONE = 499  # the client disconnected; used in the metrics only
+CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
 
 T = TypeVar("T")
 

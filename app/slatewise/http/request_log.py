@@ -26,8 +26,8 @@ def to_stdout(text: str) -> None:
 class Outcome:
     """The outcome of a request, as the log shows it."""
 
-    labels: dict[str, str]  # of slatewise_requests_total
-    refusal: str  # last part of the problem type; empty for a ranking
+    labels: dict[str, str]  # labels of slatewise_requests_total
+    refusal: str  # slug of the error; empty for a ranking
     degraded: tuple[str, ...]
     seconds: float
 

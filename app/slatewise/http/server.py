@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig == signal.SIGINT:
-            self.force_exit = self.should_exit  # the second one does not wait for requests in flight
+            self.force_exit = self.should_exit  # a second SIGINT does not wait for requests in flight
             self.should_exit = True
             self.exit_code = 128 + sig
         elif self.app.state.draining or not self.started:
@@ -83,6 +83,6 @@ def run(app: FastAPI, listener: socket.socket, drain_seconds: float) -> int:
     server = Server(app, drain_seconds)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, server.handle_exit)  # uvicorn itself does so later, and not for SIGHUP
+            signal.signal(number, server.handle_exit)  # uvicorn sets its handlers later, and none for SIGHUP
     server.run([listener])
     return server.exit_code

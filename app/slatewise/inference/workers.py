@@ -40,8 +40,8 @@ class Job(asyncio.Future[Result]):
         self.chunks = chunks
         self.priority = priority
         self.number = number
-        self.virtual_start = virtual_start  # of its next chunk, in rows
-        self.cost = 0  # of its next chunk, in rows
+        self.virtual_start = virtual_start  # virtual time at which the next chunk starts, in rows
+        self.cost = 0  # cost of the next chunk, in rows
         self.queued_at: float | None = time.perf_counter()  # `None` while a chunk runs
         self.waited = 0.0
 
@@ -70,7 +70,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         self.queue: list[Job[Any]] = []
         self.lock = threading.Lock()
-        self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; its `get` waits in C
+        self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
         self.crowded_at = -inf  # the last time that a job arrived while another was present
@@ -126,7 +126,7 @@ class Workers:
                 job: Job[Any] | None = heapq.heappop(self.queue)
                 self.busy += 1
             while job is not None:
-                job = self.take_turn(job)  # ends as `None`, so that an idle thread keeps no request alive
+                job = self.take_turn(job)  # `None` at the end, so that an idle thread keeps no request in memory
 
     def take_turn(self, job: Job[Any]) -> Job[Any] | None:
         """Run one chunk of a job. Return the job to continue with, or `None` if the job ended."""
@@ -151,7 +151,7 @@ class Workers:
             self.virtual_time = max(self.virtual_time, virtual_start) + cost / (self.busy + len(self.queue))
             if answer is None and not self.stopping:
                 return heapq.heappushpop(self.queue, job)
-            # before the caller is told: the next job of the same request must not find this thread busy
+            # before the result is set: the next job of the same request must not find this thread busy
             self.busy -= 1
         with suppress(RuntimeError):  # the loop is closed
             job.get_loop().call_soon_threadsafe(settle, job, *(answer or (None, asyncio.CancelledError())))

@@ -64,7 +64,7 @@ class Ranking:
         return "input_order" if self.scored is None else self.scored.exit
 
     def order(self, top_n: int | None) -> Int64:
-        """Return at most `top_n` positions by descending score. Ties and unscored candidates keep their order."""
+        """Return at most `top_n` positions by descending score. Ties and unscored candidates keep the input order."""
         if self.scored is None:
             return np.arange(self.candidates)[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
@@ -193,7 +193,7 @@ class Pipeline:
         try:
             async with plan.deadline.timeout():
                 user = plan.meta_user
-                look_up = None if user is None else self.store.look_up(plan.ranker, user)  # starts now
+                look_up = None if user is None else self.store.look_up(plan.ranker, user)  # the look-up starts here
                 reuse = self.find_cached(plan, history)
                 progress.history = HistoryUse(0, plan.dropped, 0, reuse.result)
                 state = await self.encode(plan, history, reuse, timings)
@@ -201,7 +201,7 @@ class Pipeline:
                 progress.history = HistoryUse(len(history), plan.dropped, unknown, reuse.result)
                 meta = plan.default_meta if look_up is None else await look_up
                 progress.meta = meta
-                timings.lap("embed")  # the wait that was left after the encoding
+                timings.lap("embed")  # the rest of the look-up, after the encoding
                 dot_first = plan.deadline.milliseconds > 0
                 cascade = run_cascade(
                     plan.engine, candidates, state, meta.vector, plan.admitted.exit, dot_first, progress.completed

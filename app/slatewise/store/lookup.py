@@ -182,7 +182,7 @@ class RedisStore:
         """
         if self.pending.get(key) is look_up:
             del self.pending[key]
-        if read.cancelled():  # not sent: no request waits
+        if read.cancelled():  # the read was not sent, because no request waits
             return
         found, readable = decode(read, look_up.waiting[0][0].manifest.meta_size)
         is_current = self.poller.spaces.get(key[:2]) is read.space and read.space.live is read.live
@@ -218,7 +218,7 @@ def decode(read: Read, size: int) -> tuple[Found | None, bool]:
             return None, False
         metrics.EMBEDDINGS_BY_RESULT["corrupt"].inc()
         return Found(None), False
-    assert read.live is not None  # set before it was sent
+    assert read.live is not None  # set when the read was sent
     readable = True
     for version, value in zip(read.live.fields, reply, strict=True):
         if value is None:

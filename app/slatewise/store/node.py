@@ -65,7 +65,7 @@ class RedisNode:
     """Sends reads to one server in batches. A second round trip runs at the same time only if the first is slow."""
 
     CONNECTION_SECONDS = 1.0  # connect timeout; longer than the time budget, because no request waits for it
-    ROUND_TRIPS = 4  # concurrent
+    ROUND_TRIPS = 4  # most concurrent round trips, without the late ones
     BATCH = 32  # users in a round trip: redis-py takes about 0.1 ms for each, and all must fit into the budget
     FAILURES = 5  # failed round trips in a row that open the circuit, each begun after the one before had failed
 

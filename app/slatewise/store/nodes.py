@@ -76,7 +76,7 @@ class Nodes(dict[str, RedisNode]):
                     await self.client.nodes_manager.initialize()
             primaries = {primary.name: primary for primary in self.client.get_primaries()}
             for node in broken:
-                if node.name not in primaries:  # it failed over, or left
+                if node.name not in primaries:  # it became a replica, or left the Cluster
                     del self[node.name]
                     await node.close()
             await asyncio.gather(

@@ -15,7 +15,7 @@ from slatewise.store.writer import StoreError
 
 KEPT = 3  # least number of live generations: the newest, and two to roll back to
 
-# Compare and swap. If the token is already there, this very change was made before and its answer was lost.
+# Compare and swap. If the token is already there, this change was already made and its reply was lost.
 SWAP = """
 if redis.call('GET', KEYS[2]) == ARGV[3] then return 1 end
 if ARGV[4] ~= '' and redis.call('HGET', KEYS[3], 'generation') ~= ARGV[4] then return -1 end

@@ -81,7 +81,7 @@ def take_lock(client: Any, lock_key: str, pointer_key: str) -> str:
         held = client.get(lock_key)
         if held is None:  # released just now
             continue
-        if held.decode() == mine:  # it was set, and only the answer was lost
+        if held.decode() == mine:  # the lock was set, and only the reply was lost
             break
         other = json.loads(held)
         seconds = max(0.0, time.time() - other["since"])
