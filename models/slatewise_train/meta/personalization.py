@@ -233,7 +233,7 @@ class Comparison:
 
 
 def compare_lengths(found: dict[int, dict[str, dict[str, np.ndarray]]]) -> dict[str, Any]:
-    """Return, by length, the means of each arm and its paired difference from the default vector.
+    """Return the means of each arm by length, and the paired differences from the default vector.
 
     A difference has an interval and a p value.
     """
