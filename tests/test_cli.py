@@ -162,7 +162,7 @@ def test_failure_of_an_offline_tool_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED_BY_NAME)
-def test_expected_error_exists_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_listed_by_name_is_reported_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Special(pkgutil.resolve_name(name)):  # type: ignore[misc]
         pass
 

@@ -143,7 +143,9 @@ class Slates:
 def draw_slates(
     batch: Batch, users: Tensor, table: Tensor, numeric: Tensor, slate_size: int, config: TrainConfig
 ) -> Slates:
-    """Draw slates at random positions of the windows.
+    """Choose random positions of the windows, and build a slate at each.
+
+    A slate has the items of the next `slate_size` events and drawn negatives.
 
     users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F).
     """

@@ -188,8 +188,8 @@ class Trainer:
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
         """Return HR@10 and NDCG@10 of the validation users' first held-out event, in the full catalogue.
 
-        exits: `dot`, or `dot` and `point`. Items that the user has met are not ranked. The result is empty without
-        validation users or without a head of kind `next`.
+        exits: `dot`, or `dot` and `point`. Other items of the user's training events are not ranked. The
+        result is empty without validation users or without a head of kind `next`.
         """
         if not self.next_heads or not len(self.data.split.validation_users):
             return {}

@@ -76,7 +76,7 @@ def test_outermost_middleware_sees_refused_requests(ranker: Ranker) -> None:
     assert seen == [(m, p, 200 if p in OPEN else 401) for m, p in PATHS]
 
 
-def test_key_is_required_for_hot_and_other_routes(ranker: Ranker) -> None:
+def test_key_is_required_on_every_route_that_is_not_open(ranker: Ranker) -> None:
     app = app_of(ranker, api_keys="key")
     for path, answer in zip(PATHS + REST, ask(app, *PATHS, *REST), strict=True):
         assert (answer.status_code == 401) == (path[1] not in OPEN)

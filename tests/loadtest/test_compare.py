@@ -144,7 +144,7 @@ class WrongWriter(CaseWriter):
         return {"item_ids": [None] * events}
 
 
-def test_server_environment_has_no_slatewise_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_server_does_not_inherit_slatewise_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLATEWISE_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     found = server("env python -m slatewise serve", tmp_path, ["PYTHONPATH=app:models"])

@@ -21,7 +21,7 @@ def null_server(port: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "loadtest.server.null_server", str(port), "16")
 
 
-def test_server_process_is_ready_metered_and_stopped() -> None:
+def test_server_process_starts_reports_cpu_memory_and_stops() -> None:
     port = free_port()
     with ServerProcess(command=null_server(port), port=port, ready="/", folder=HERE.parent) as server:
         assert server.get("/") == (200, "0" * 14)

@@ -1,4 +1,4 @@
-"""Converts ids and numbers to arrays, for serving and training. No other module does.
+"""Converts the ids and numbers of a request to arrays. Training and evaluation call the same functions.
 
 The functions take plain columns: lists of a request, or arrays of a table. The steps for a history:
 

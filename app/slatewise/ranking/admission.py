@@ -47,7 +47,7 @@ class Deadline:
         return self.entered + self.milliseconds / 1e3 - time.perf_counter()
 
     def timeout(self) -> asyncio.Timeout:
-        """Return a context for `async with`, which ends at the deadline. Raises TimeoutError if it has passed."""
+        """Return an `asyncio.timeout` up to the deadline. This call raises TimeoutError if the deadline has passed."""
         remaining = self.remaining()
         if remaining is not None and remaining <= 0:
             raise TimeoutError

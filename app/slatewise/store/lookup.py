@@ -89,9 +89,10 @@ class LookUp:
 
 
 class RedisStore:
-    """Looks up the vectors in Redis: `async with RedisStore(url, timeout, registry.serving) as store`.
+    """Looks up the vectors in Redis: `async with RedisStore(url, timeout_seconds, serving)`.
 
-    `serving` returns the rankers whose spaces are polled. Raises ValueError for a wrong URL.
+    `serving` returns the served rankers. The store polls Redis for the live
+    generations of their spaces. Raises ValueError for a wrong URL.
     """
 
     def __init__(

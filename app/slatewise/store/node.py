@@ -186,7 +186,7 @@ class RedisNode:
             self.switch(OPEN)
 
     def switch(self, circuit: int) -> None:
-        """Set the state of the circuit, and log if it opens or closes."""
+        """Set the state of the circuit. Log each opening and closing. An open circuit refuses its queue."""
         if circuit == CLOSED != self.circuit:
             self.failures = 0
             log.info("redis%s: answers", self.name and f" {self.name}")

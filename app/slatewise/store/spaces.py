@@ -21,7 +21,10 @@ class Live:
 
     @property
     def fields(self) -> list[str]:
-        """Fields to request from a user's hash, newest first; without generations, a field that is never written."""
+        """The fields of a user's hash to read: one for each live generation, newest first.
+
+        Without generations it is "0", which no writer uses, because HMGET needs a field.
+        """
         return self.generations or ["0"]
 
 

@@ -63,9 +63,9 @@ class Distiller:
         self.identity = self.digest()
 
     def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
-        """Return the loss of all exits on a batch of windows.
+        """Return the sum of the losses of all exits on a batch of windows.
 
-        The loss of `dot` is computed at random positions, the losses of the other exits on slates of random windows.
+        The loss of `dot` uses random positions of all windows, the other exits use slates from a random part of them.
         """
         batch = make_batch(self.trainer.data.sequences, windows)
         vectors = self.table[batch.items]

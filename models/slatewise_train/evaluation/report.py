@@ -182,9 +182,9 @@ def variant_cells(variant: Variant, exit: str) -> list[str]:
 
 
 def plot_variants(variants: Mapping[str, Variant], exit: str, path: Path) -> None:
-    """Plot quality over latency, with the size on disk as the area of a mark.
+    """Plot NDCG@10 against latency. The area of a mark is the size on disk.
 
-    If quality is unknown, Kendall's tau with fp32 takes its place.
+    If a variant has no NDCG, all marks show Kendall's tau between the orders of the variant and of fp32.
     """
     figure = Figure(figsize=(8, 5))
     axis = figure.subplots()

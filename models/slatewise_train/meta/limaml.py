@@ -6,12 +6,12 @@ that user:
 
     theta_u = theta - sum over K steps of rate * gradient of L_support(u)        inner loop
     meta-embedding of u = output of the block with theta_u                       is stored, and read by the ranker
-    theta and rates descend on the sum over users of L_query(u)                  outer loop
+    theta and rates descend on the mean of L_query over users                    outer loop
 
 This is first-order MAML: the outer loop treats the inner gradients as constants. The ranker, LiMAML's global block, is
-frozen. It runs once per user, because the meta-embedding joins after its blocks (`RankerModel.fuse`); the inner loop
-needs only the hidden states of the blocks and the point head. The meta block does not read the request, so its output
-can be stored.
+frozen. Its blocks run once per user, because the meta-embedding joins after its blocks (`RankerModel.fuse`); the
+inner loop needs only the hidden states of the blocks and the point head. The meta block does not read the request, so
+its output can be stored.
 
 You can stop the command at any time; the same command continues after the last whole epoch. It writes
 `meta_block.npz`.
