@@ -11,6 +11,7 @@ folder. Calls: redis-py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -35,11 +36,13 @@ WRITER_SECONDS = 10.0  # for a batch of a thousand users on a busy server
 
 def split(url: str) -> tuple[str, list[tuple[str, int]], list[str], dict[str, Any]]:
     """Split a URL with several hosts into (kind, hosts, parts of the path, options). Raises ValueError."""
-    parts = urlsplit(url)
-    secure, _, kind = parts.scheme.partition("+")
     if not url.startswith(REDIS_SCHEMES):
         raise ValueError(f"must start with {', '.join(REDIS_SCHEMES)}")
-    credentials, _, listed = parts.netloc.rpartition("@")
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]  # urlsplit of newer Pythons refuses an IPv6 host behind another
+    parts = urlsplit(f"{scheme}://h{rest[len(authority) :]}")
+    secure, _, kind = scheme.partition("+")
+    credentials, _, listed = authority.rpartition("@")
     hosts = []
     for each in listed.split(","):
         host, _, port = each.rpartition(":") if ":" in each.rpartition("]")[2] else (each, "", "")
