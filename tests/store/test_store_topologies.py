@@ -27,6 +27,7 @@ from slatewise.store.push import push
 from tests.support.fault_proxy import fault_proxy
 from tests.support.network import free_port
 from tests.support.redis_binary import redis_binary
+from tests.support.redis_server import redis_command
 from tests.support.store_load import DIM, RANKER, USERS, check, circuit, fill, loaded, until, until_closed, vectors_of
 
 BUDGET = 0.25  # seconds
@@ -56,20 +57,7 @@ def redis_process(folder: Path, *options: str, sentinel: bool = False) -> Iterat
         (home / "sentinel.conf").write_text("\n".join([f"port {port}", "bind 127.0.0.1", f"dir {home}", *options, ""]))
         command = [redis_binary(), str(home / "sentinel.conf"), "--sentinel"]
     else:
-        command = [
-            redis_binary(),
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            str(home),
-            *options,
-        ]
+        command = redis_command(home, port, *options)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with redis.Redis(port=port) as client:
@@ -115,20 +103,7 @@ def low_port(folder: Path, *options: str) -> Iterator[int]:
             port -= 20_000
         home = folder / str(port)
         home.mkdir(exist_ok=True)
-        command = [
-            redis_binary(),
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            str(home),
-            *options,
-        ]
+        command = redis_command(home, port, *options)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             with redis.Redis(port=port) as client:

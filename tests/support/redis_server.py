@@ -18,13 +18,19 @@ from tests.support.redis_binary import redis_binary
 START_SECONDS = 10
 
 
+def redis_command(folder: Path, port: int, *options: str) -> list[str]:
+    """The command of a server on loopback without persistence."""
+    settings = {"port": str(port), "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": str(folder)}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return [redis_binary(), *flags, *options]
+
+
 @contextmanager
 def run_redis(folder: Path, port: int | None = None) -> Iterator[int]:
     """Run Redis on loopback without persistence, and yield its port. Raises RuntimeError if it does not start."""
     port = port or free_port()
-    options = {"port": str(port), "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": str(folder)}
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    process = subprocess.Popen([redis_binary(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = redis_command(folder, port)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
