@@ -163,6 +163,7 @@ TRAINING_LEVELS = (
     "losses",
     "checkpoint",
     "batches",
+    "slates",
     "epochs",
     "evaluation",
     "train",

@@ -26,15 +26,7 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import (
-    Batch,
-    Slates,
-    Window,
-    draw_slates,
-    make_batch,
-    read_slates,
-    served_window_start,
-)
+from slatewise_train.batches import Batch, Window, make_batch, served_window_start
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Catalogue, Data, load_data
 from slatewise_train.epochs import one_epoch
@@ -43,6 +35,7 @@ from slatewise_train.evaluation.report import plot_training
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
+from slatewise_train.slates import Slates, draw_slates, read_slates
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from slatewise_train.batches import draw_negatives
 from slatewise_train.losses import label_loss, label_losses, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.slates import draw_negatives
 
 
 def test_label_loss_ignores_unknown_labels() -> None:

@@ -25,17 +25,9 @@ from slatewise_train.data import (
     split_sequences,
     training_events,
 )
+from slatewise_train.evaluation.cases import next_cases, slate_cases
 from slatewise_train.evaluation.metrics import BINS, auc, calibration_error, interval, ndcg, rank_of
-from slatewise_train.evaluation.offline import (
-    evaluate,
-    item_knn,
-    leave_one_out,
-    make_baselines,
-    next_cases,
-    popularity,
-    slate_cases,
-    slates,
-)
+from slatewise_train.evaluation.offline import evaluate, item_knn, leave_one_out, make_baselines, popularity, slates
 from slatewise_train.evaluation.report import quality_table
 from tests.conftest import Tiny
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, make_batch, read_slates
+from slatewise_train.batches import Batch, make_batch
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
+from slatewise_train.slates import read_slates
 from slatewise_train.train import Trainer
 
 

@@ -29,7 +29,8 @@ from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import read_calibrations
-from slatewise_train.evaluation.offline import Outcome, run_cases, slate_cases
+from slatewise_train.evaluation.cases import slate_cases
+from slatewise_train.evaluation.offline import Outcome, run_cases
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.train import Trainer
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
 from slatewise_train.data import Data
-from slatewise_train.evaluation.offline import candidates_of, slate_cases
+from slatewise_train.evaluation.cases import candidates_of, slate_cases
 from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
 
 LEAST_SLOPE = 1e-3

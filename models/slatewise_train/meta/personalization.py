@@ -38,7 +38,7 @@ from tqdm import tqdm
 from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.store.codec import pack_many, unpack
-from slatewise_train.batches import Slates, make_batch, newest_window_start, read_slates
+from slatewise_train.batches import make_batch, newest_window_start
 from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.metrics import gains, interval, ndcg
@@ -46,6 +46,7 @@ from slatewise_train.evaluation.report import personalization_table, plot_person
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
 from slatewise_train.rankers.base import RankerModel
+from slatewise_train.slates import Slates, read_slates
 from slatewise_train.train import train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last one stands for that many and more

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
-from slatewise_train.batches import Slates, draw_negatives, make_batch, newest_window_start, read_slates
+from slatewise_train.batches import make_batch, newest_window_start
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Sequences
 from slatewise_train.losses import label_losses, log_likelihood, sampling_offset
 from slatewise_train.rankers.base import RankerModel
+from slatewise_train.slates import Slates, draw_negatives, read_slates
 
 POOL = 4096  # one call draws its negatives from at most this many items
 MetaCase = tuple[int, int]  # a user, and the number of the user's events before the prediction

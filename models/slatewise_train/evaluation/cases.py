@@ -1,0 +1,61 @@
+"""Build the requests of the evaluation: a history, and the events or the slate that followed it.
+
+Called by: `offline.py`, `calibration.py`, `compression/`. Calls: `data.py`, `batches.py`, `slatewise.bundle.features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from slatewise.bundle.features import make_candidates, make_history
+from slatewise.inference.arrays import Candidates, History
+from slatewise.inference.engine import Engine
+from slatewise_train.batches import served_window_start
+from slatewise_train.data import Data
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request of the evaluation."""
+
+    user: int
+    history: History  # the events that a request would read
+    seen: np.ndarray  # (n,) item rows of all events before
+    time: float  # unix seconds of the last event before
+    upcoming: np.ndarray  # (m,) item rows of the events to predict
+    labels: np.ndarray  # (m, heads)
+
+
+def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
+    """Return a case: after the user's first `length` events, predict the next `upcoming`.
+
+    The history is the window that the server would read; `seen` has all events.
+    """
+    s = data.sequences
+    start = int(s.offsets[user])
+    first = start + served_window_start(length, data.config.history_length)
+    read = slice(first, start + length)
+    ahead = slice(start + length, start + length + upcoming)
+    history = make_history(s.items[read], s.actions[read], s.timestamps[read])
+    seen = s.items[start : start + length]
+    return Case(user, history, seen, float(s.timestamps[start + length - 1]), s.items[ahead], s.labels[ahead])
+
+
+def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
+    """Yield a case for each user who has a test event and an event before it."""
+    for user in users:
+        if length := int(data.split.test_lengths[user]):
+            yield make_case(data, int(user), length, 1)
+
+
+def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
+    """Return a case for each user. The slate to predict is the held-out one, right after the training events."""
+    return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
+
+
+def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:
+    """Look up items by row (n,), as candidates of a request at a time in unix seconds."""
+    return make_candidates(engine.items, rows, data.catalogue.numeric[rows], time)

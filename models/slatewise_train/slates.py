@@ -1,0 +1,87 @@
+"""Draw slates of candidates at positions of a batch, and score them.
+
+Called by: `train.py`, `meta/`, `compression/`. Calls: `batches.py`, and the ranker that scores a slate.
+
+Letters in shapes: B windows, T the longest window, S positions of a window, C candidates, K negatives, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
+from slatewise_train.batches import Batch
+from slatewise_train.config import TrainConfig
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
+
+MISSING_NUMERIC = 0.3  # share of training slates without numeric features
+
+
+@torch.no_grad()
+def draw_negatives(users: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw negatives with replacement: half of them uniformly, half in proportion to the softmax of the exit `dot`.
+
+    users: (B, S, d) user vectors; vectors: (n, d) of the items to draw from. Returns rows of vectors (B, S, count) and
+    the log of the expected number of draws of each (B, S, count), for `losses.sampling_offset`.
+    """
+    share = torch.softmax(users @ vectors.T, dim=-1)
+    share = 0.5 * share + 0.5 / share.shape[-1]
+    drawn = torch.multinomial(share.flatten(0, 1), count, replacement=True).view(*share.shape[:2], count)
+    return drawn, torch.log(count * share.gather(2, drawn))
+
+
+@dataclass(frozen=True)
+class Slates:
+    """Candidates at S positions of each of B sequences: the items of the next events (the slate), then K negatives."""
+
+    read: Tensor  # (B, S) int64, number of events that have happened
+    candidates: Tensor  # (B, S, C) int64, item rows; C = slate + K
+    numeric: Tensor  # (B, S, C, F) float32, NaN is missing
+    context: Tensor  # (B, S, 4) float32
+    exists: Tensor  # (B, S, slate) bool, False for events after the end of the sequence
+    labels: Tensor  # (B, S, slate, heads) float32, NaN if unknown
+    log_rate: Tensor  # (B, S, K) float32, of `draw_negatives`
+
+
+def draw_slates(
+    batch: Batch, users: Tensor, table: Tensor, numeric: Tensor, slate_size: int, config: TrainConfig
+) -> Slates:
+    """Choose random positions of the windows, and build a slate at each.
+
+    A slate has the items of the next `slate_size` events and drawn negatives.
+
+    users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F).
+    """
+    b = len(batch.users)
+    s = config.cascade_positions
+    rows = torch.arange(b)[:, None]
+    read = (torch.rand(b, s) * batch.lengths[:, None]).long()
+    drawn, log_rate = draw_negatives(users[rows, read], table[FIRST_ITEM:], config.cascade_negatives)
+    ahead = read[..., None] + 1 + torch.arange(slate_size)  # (B, S, slate) columns of the next events
+    exists = ahead <= batch.lengths[:, None, None]
+    ahead = ahead.clamp(max=batch.items.shape[1] - 1)
+    upcoming = batch.items[rows[..., None], ahead].masked_fill(~exists, UNKNOWN_ITEM)
+    labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)
+    candidates = torch.cat([upcoming, drawn + FIRST_ITEM], dim=2)
+    features = numeric[candidates].masked_fill(torch.rand(b, s, 1, 1) < MISSING_NUMERIC, torch.nan)
+    return Slates(read, candidates, features, batch.contexts[rows, read], exists, labels, log_rate)
+
+
+def read_slates(
+    model: RankerModel, slates: Slates, history: EncodedHistory, users: Tensor, vectors: Tensor, meta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return logits of the exit `dot` (B * S, C, heads) and hidden states (B * S, C, d) of the candidates.
+
+    history and users (B, T + 1, d): the encoded sequences; vectors: (B, S, C, d) of the candidates; meta: (B, S, M).
+    A candidate attends to the `slates.read` first events of its sequence.
+    """
+    b, s, c = slates.candidates.shape
+    fused = model.fuse(slates.numeric, meta[:, :, None], slates.context[:, :, None])
+    positions = (slates.read + 1).repeat_interleave(c, dim=1)  # (B, S * C)
+    mask = torch.arange(users.shape[1]) <= slates.read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
+    hidden = model.hidden(vectors.flatten(1, 2), history, positions, mask[:, None], fused.flatten(1, 2))
+    now = users[torch.arange(b)[:, None], slates.read].view(b * s, 1, -1)
+    return model.dot_logits(now, vectors.view(b * s, c, -1)), hidden.view(b * s, c, -1)
