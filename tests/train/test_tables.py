@@ -169,7 +169,7 @@ def test_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert events_of(load("~/e.csv")) == EXPECTED
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/events.parquet", "gs://b/e/*.csv", "https://x.org/e.csv", "file:///e"])
+@pytest.mark.parametrize("place", ["s3://bucket/events.parquet", "gs://b/e/*.csv", "https://x.org/e.csv", "abfss://c@a/e"])
 def test_address_of_another_machine_is_refused(place: str) -> None:
     with pytest.raises(ValueError, match="only files of this machine are read; copy the table to it first"):
         load(place)
@@ -353,7 +353,10 @@ def test_ids_of_every_type_are_text(tmp_path: Path, name: str, column: str) -> N
     [
         (pl.Series(["1", "1.0", "x"]), r"item_id has both '1' and '1\.0'; write the ids of one item or user alike"),
         (pl.Series([1.0, 1e16, 2.0]), r"item_id '1e\+16' is a number with lost digits"),
-        (pl.Series(["9007199254740994.0", "1.0", "2.0"]), r"item_id '9007199254740994\.0' is a number with lost digits"),
+        (
+            pl.Series(["9007199254740994.0", "1.0", "2.0"]),
+            r"item_id '9007199254740994\.0' is a number with lost digits",
+        ),
         (pl.Series([["a"], ["b"], ["c"]]), r"column item_id has the type List\(String\); write its values as text"),
         (pl.Series([{"a": 1}] * 3), r"column item_id has the type Struct"),
         (
