@@ -161,6 +161,7 @@ TRAINING_LEVELS = (
     "config",
     "data",
     "losses",
+    "listwise",
     "checkpoint",
     "batches",
     "slates",
