@@ -25,6 +25,7 @@ import polars as pl
 
 GENRES = 8  # the most frequent ones; a slate of 20 films would have too few of the others to replace each other
 RECENT = 5  # choices that cause fatigue
+TASTE = 0.7  # standard deviation of the utility of one genre
 RATE = 0.2  # mean relevance in slates, which the intercept is fitted to
 OLD_RANKER_NOISE = 0.5  # standard deviation, where the older ranker's scores have 1
 CHUNK = 4_096  # slates at a time: the pairs of a slate take memory
@@ -90,7 +91,9 @@ class World:
         by_genre = rng.normal(size=(u, g)) @ (has / np.sqrt(count)[:, None]).T  # (U, I)
         by_factor = rng.normal(size=(u, k)) @ rng.normal(size=(k, i)) / np.sqrt(k)
         quality = rng.normal(size=i)
-        self.utility = (by_genre + 0.3 * by_factor + 0.5 * quality).astype(np.float32)  # (U, I), without a slate
+        self.utility = (TASTE * by_genre + 0.3 * by_factor + 0.5 * quality).astype(
+            np.float32
+        )  # (U, I), without a slate
         self.old_scores = rng.normal(size=i)  # of the older ranker
         self.intercept = 0.0
         self.intercept = self.fit_intercept(np.random.default_rng([config.seed, 1]))
@@ -114,7 +117,8 @@ class World:
         """
         n = len(users)
         themes = rng.integers(0, len(self.genre_names), (n, 2))
-        score = 0.5 * self.utility[users] + 2.0 * (self.genres.T[themes[:, 0]] + 1.0 * self.genres.T[themes[:, 1]])
+        themed = self.genres.T[themes].sum(axis=1)  # (n, I)
+        score = 0.5 * self.utility[users] + 2.0 * themed
         score = score + rng.gumbel(size=score.shape)  # the largest are then a sample without replacement
         if taken is not None:
             score[taken] = -np.inf
