@@ -161,6 +161,7 @@ TRAINING_LEVELS = (
     "rankers",
     "config",
     "tables",
+    "exposures",
     "data",
     "losses",
     "listwise",
