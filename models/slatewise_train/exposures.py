@@ -75,9 +75,10 @@ def build_exposures(
 ) -> tuple[Exposures | None, dict[str, int]]:
     """Build the slates of clean events (in time order), and count those that are left out or cut, by reason.
 
-    users: (n,) index of each row's user, a negative number of its own for a user without history; items: (n,) row in the
-    catalogue. Of a slate with more than 300 items, those stay that were taken or have a label of 1, then the first ones. Returns None if
-    there are no slates. Raises ValueError for a position below 1, and for slates of which no item was ever taken.
+    users: (n,) index of each row's user, a negative number of its own for a user without history; items: (n,) row in
+    the catalogue. Of a slate with more than 300 items, those stay that were taken or have a label of 1, then the first
+    ones. Returns None if there are no slates. Raises ValueError for a position below 1, and for slates of which no item
+    was ever taken.
     """
     rows = slate_rows(events, is_history, users, items, heads)
     if rows is None:
