@@ -22,6 +22,8 @@ from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
 
 MULTI_VALUE_SEPARATOR = "|"
+LEAST_HISTORY = 5  # events before a held-out slate
+LEAST_TO_VALIDATE = 2  # events before the test event: one to read, one to predict
 
 
 def read_table(path: Path) -> pl.DataFrame:
@@ -220,11 +222,15 @@ class Split:
     slate_users: np.ndarray  # (S,) int64, with a held-out slate after their training events, to evaluate
     validation_users: np.ndarray  # (V,) int64, with a held-out slate before the test event, to validate and calibrate
     held_out_users: np.ndarray  # (H,) int64, held out completely
+    # (N,) int64, with a held-out event right after their training events, to validate heads of kind `next`: the
+    # validation users, or, if few users are long enough for a slate, a sample of all users that holds out one event
+    next_users: np.ndarray
 
 
 def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Draw the held-out users with the config's seed, among users with five events before the held-out slate.
+    """Draw the held-out users with the config's seed, among users whose history is long enough.
 
+    A user with a held-out slate keeps five events before it, or as many as the slate has, if these are fewer.
     `leave-one-out`: the test event is a user's last event, the slate the last `slate_size` events.
     `time`: training ends at `test_from`; the test event is a user's first event after that, the slate the first
     `slate_size` events after that.
@@ -240,7 +246,8 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
         test_lengths = known
         slate_starts = lengths - config.slate_size
     train_lengths = known.copy()
-    drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(known >= config.slate_size + 5))
+    rng = np.random.default_rng(config.seed)
+    drawn = rng.permutation(np.flatnonzero(known >= config.slate_size + min(LEAST_HISTORY, config.slate_size)))
     slated = drawn[(lengths - slate_starts >= config.slate_size)[drawn]][: config.slate_users]
     others = drawn[~np.isin(drawn, slated)]
     last = config.validation_users + config.held_out_users
@@ -250,7 +257,14 @@ def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
     train_lengths[held_out_users] = 0
     train_lengths[slate_users] = slate_starts[slate_users]
     train_lengths[validation_users] = known[validation_users] - config.slate_size
-    return Split(train_lengths, test_lengths, slate_users, validation_users, held_out_users)
+    next_users = validation_users
+    able = known >= LEAST_TO_VALIDATE
+    if 2 * len(drawn) < able.sum():  # only the longest histories hold a slate: they do not stand for the others
+        able[np.concatenate([slate_users, held_out_users])] = False
+        next_users = np.sort(rng.permutation(np.flatnonzero(able))[: config.validation_users])
+        single = np.setdiff1d(next_users, validation_users)
+        train_lengths[single] = known[single] - 1
+    return Split(train_lengths, test_lengths, slate_users, validation_users, held_out_users, next_users)
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
