@@ -7,11 +7,8 @@ Every epoch trains the exit `dot` at all positions by sampled softmax. The last 
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-With `patience`, the learning rate is constant until the validation NDCG@10 no longer improves. Then the last epochs
-begin, from the best weights and with a learning rate that falls to 0. Their best weights are the result.
-
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/report.py` (the plot).
+`batches.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +29,11 @@ from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, Window, make_batch
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Catalogue, Data, load_data, training_events
-from slatewise_train.epochs import cosine, one_epoch, warm_up
+from slatewise_train.defaults import choose_training
+from slatewise_train.epochs import one_epoch
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.progress import Progress
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import Slates, draw_slates, read_slates
@@ -74,7 +72,7 @@ def scale_embeddings(model: RankerModel, std: float) -> None:
 
 
 class Trainer:
-    """Trains a ranker. A checkpoint has model, meta-embeddings of the training users, optimizer, epoch and best weights.
+    """Trains a ranker. A checkpoint has model, meta-embeddings of the training users, optimizer and progress.
 
     The id row of an item without training events is that of the unknown item, and no loss has it as a negative. Its
     vector therefore follows from its fields alone.
@@ -105,10 +103,12 @@ class Trainer:
         self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
         rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
-        self.epoch = 0
-        self.joined: int | None = None  # the epoch after which the exits `point` and `set` are trained too
-        self.stale = 0  # validations since the best one
-        self.best: dict[str, Any] | None = None  # score, epoch and weights of the best validation, with `patience`
+        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.progress.epoch
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
@@ -189,15 +189,6 @@ class Trainer:
             loss = loss + self.cascade_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
         return loss
 
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step of the current epoch, which has `steps` steps."""
-        config = self.config
-        warm = config.warmup * config.epochs * steps if config.warmup_steps is None else config.warmup_steps
-        rate = config.learning_rate * warm_up(self.epoch * steps + step, warm)
-        if not config.patience:
-            return rate * cosine((self.epoch + step / steps) / config.epochs)
-        return rate if self.joined is None else rate * cosine((self.epoch - self.joined + step / steps) / config.cascade_epochs)
-
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
@@ -207,56 +198,16 @@ class Trainer:
                 return self.loss(make_batch(self.data.sequences, windows), cascade)
 
         parameters = list(self.model.parameters())
-        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.rate, loss)
+        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM]
-        self.epoch += 1
+        self.progress.epoch += 1
         return mean
 
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
         """Call `validation.validate` with the first head of kind `next`; empty without such a head."""
         return validate(self.model, self.data, self.next_heads[0], exits) if self.next_heads else {}
-
-    @property
-    def finished(self) -> bool:
-        config = self.config
-        if self.joined is not None:
-            return self.epoch >= min(config.epochs, self.joined + config.cascade_epochs)
-        stopped = bool(config.patience) and self.stale >= config.patience
-        return self.epoch >= config.epochs or (stopped and not config.cascade_epochs)
-
-    def join(self) -> None:
-        """Begin the last epochs, which train all exits, if they are due."""
-        config = self.config
-        stopped = bool(config.patience) and self.stale >= config.patience
-        due = stopped or self.epoch >= config.epochs - config.cascade_epochs
-        if self.joined is not None or not due or not config.cascade_epochs:
-            return
-        self.joined = self.epoch
-        if self.best is not None:
-            self.restore_best()
-            print(f"the last {config.cascade_epochs} epochs begin, with the weights of epoch {self.best['epoch']}")
-            # Until now the exit `point` gives the logits of `dot`, so these weights compete; labels are not yet learned.
-            self.best = None if self.label_heads else self.best
-        self.stale = 0
-
-    def compare(self, score: float) -> None:
-        """Keep the weights if their validation NDCG@10 is the best so far."""
-        if self.best is not None and score <= self.best["score"]:
-            self.stale += 1
-            return
-        weights = {
-            name: {key: value.clone() for key, value in part.state_dict().items()}
-            for name, part in (("model", self.model), ("meta", self.meta))
-        }
-        self.best = {"score": score, "epoch": self.epoch, **weights}
-        self.stale = 0
-
-    def restore_best(self) -> None:
-        if self.best is not None:
-            self.model.load_state_dict(self.best["model"])
-            self.meta.load_state_dict(self.best["meta"])
 
     def identity(self) -> str:
         """Return a digest of the vocabulary, the split, the heads and the shape of the model."""
@@ -276,19 +227,22 @@ class Trainer:
         return {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
 
     def save(self, path: Path) -> None:
-        state = {"joined": self.joined, "stale": self.stale, "best": self.best}
-        checkpoint.save(path, self.identity(), self.parts(), epoch=self.epoch, **state)
+        checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())
 
     def load(self, path: Path) -> None:
         """Restore a checkpoint: the last weights of a training that continues, the best ones of a finished training.
 
         Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`.
         """
-        progress = checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
-        self.epoch = progress["epoch"]
-        self.joined, self.stale, self.best = progress["joined"], progress["stale"], progress["best"]
-        if self.finished:
-            self.restore_best()
+        self.progress.load(
+            checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
+        )
+
+
+def load_for_training(config: Config) -> tuple[Data, Config]:
+    """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
+    data = load_data(config.data, config.tables, config.stated)
+    return data, choose_training(config, data.split.train_lengths, len(data.catalogue.vocabulary.items))
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
@@ -301,7 +255,7 @@ def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path
     data, config = load_for_training(config)
     trainer = Trainer(data, config.model, config.train)
     trainer.load(folder / CHECKPOINT)
-    if not trainer.finished:
+    if not trainer.progress.finished:
         raise ValueError(
             f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `slatewise train {toml}` continues"
         )
@@ -320,18 +274,19 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
     if path.exists():
         trainer.load(path)
         print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
-    trainer.join()
-    while not trainer.finished:
+    progress = trainer.progress
+    progress.join()
+    while not progress.finished:
         begin = time.perf_counter()
-        cascade = trainer.joined is not None
+        cascade = progress.joined is not None
         loss = trainer.run_epoch(cascade)
         row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
-        if trainer.epoch % config.validate_every == 0 or trainer.finished:
+        if trainer.epoch % config.validate_every == 0 or progress.finished:
             found = trainer.validate(("dot", "point") if cascade else ("dot",))
             row |= {k: round(v, 4) for k, v in found.items()}
-            if config.patience and found:
-                trainer.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
-        trainer.join()
+            if found:
+                progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
+        progress.join()
         trainer.save(path)
         new = not log.exists()
         with log.open("a", newline="") as file:
@@ -341,7 +296,7 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
             writer.writerow(row)
         print(row, flush=True)
         plot_training(log)
-    trainer.restore_best()
+    progress.restore_best()
     return trainer
 
 

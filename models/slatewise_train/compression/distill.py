@@ -120,9 +120,7 @@ class Distiller:
             warm = warm_up(self.epoch * steps + step, config.warmup_steps)
             return config.learning_rate * warm * cosine((self.epoch + step / steps) / config.epochs)
 
-        mean = one_epoch(
-            config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, rate, self.loss
-        )
+        mean = one_epoch(config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, rate, self.loss)
         self.epoch += 1
         return mean
 
