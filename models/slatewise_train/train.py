@@ -201,7 +201,7 @@ class Trainer:
         mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
-            ids[self.untrained] = ids[UNKNOWN_ITEM]
+            ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
         self.progress.epoch += 1
         return mean
 
