@@ -172,6 +172,7 @@ TRAINING_LEVELS = (
     "check_data",
     "batches",
     "slates",
+    "shown",
     "epochs",
     "progress",
     "evaluation",

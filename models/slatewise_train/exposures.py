@@ -165,7 +165,7 @@ def arrange(
         .with_row_index("number")
     )
     rows = rows.join(slates.select(*KEY, "number"), on=KEY).sort("number", "position", "row", nulls_last=True)
-    owners = slates["user"].to_numpy()
+    owners = slates["user"].to_numpy(writable=True)
     past = is_history.to_numpy()
     ranks = time_ranks(events).to_numpy()
     step = int(ranks.max()) + 1  # user * step + rank: sorted by user, then by time
@@ -179,10 +179,10 @@ def arrange(
         slate_users=owners,
         history=np.searchsorted(happened, owners * step + slates["first"].to_numpy()) - begin,
         ends=np.searchsorted(happened, owners * step + slates["last"].to_numpy(), side="right") - begin,
-        times=slates["time"].to_numpy(),
+        times=slates["time"].to_numpy(writable=True),
         offsets=np.concatenate([[0], np.cumsum(slates["length"].to_numpy().astype(np.int64))]),
-        items=rows["item"].to_numpy(),
-        positions=rows["position"].fill_null(0).to_numpy(),
+        items=rows["item"].to_numpy(writable=True),
+        positions=rows["position"].fill_null(0).to_numpy(writable=True),
         labels=labels,
     )
 

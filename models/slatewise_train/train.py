@@ -5,7 +5,8 @@ You can stop the command at any time; the same command continues after the last 
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
-heads of kind `label`, and the next item among negatives, for heads of kind `next`.
+heads of kind `label`, and the next item among negatives, for heads of kind `next`. Where the data have slates that
+users were shown, `shown.py` takes the place of the first, and adds to the second.
 
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
 `batches.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/`.
@@ -17,6 +18,7 @@ import argparse
 import csv
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, Window, make_batch
+from slatewise_train.batches import Batch, make_batch
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Catalogue, Data, load_data, training_events
 from slatewise_train.defaults import choose_training
@@ -36,6 +38,7 @@ from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, 
 from slatewise_train.progress import Progress
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
+from slatewise_train.shown import BCE, shown_slates, slate_loss
 from slatewise_train.slates import Slates, draw_slates, read_slates
 from slatewise_train.validation import validate
 
@@ -99,11 +102,18 @@ class Trainer:
         self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
+        self.shown = shown_slates(data, config)
         known = np.unique(training_events(data.sequences, data.split)[1])
+        if self.shown is not None:
+            known = np.union1d(known, self.shown.trained_items())
+            self.label_heads = []  # they learn from the slates alone
+            if self.shown.place is not None:
+                self.optimizer.add_param_group({"params": self.shown.place.parameters(), "weight_decay": 0.0})
         self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
         rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
-        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
+        slated = bool(self.label_heads) or self.shown is not None
+        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, slated)
 
     @property
     def epoch(self) -> int:
@@ -139,9 +149,15 @@ class Trainer:
             loss = loss + label_loss(logits, labels[:, k])
         return loss
 
-    def draw_slates(self, batch: Batch, users: Tensor, table: Tensor) -> Slates:
-        """Call `slates.draw_slates` with this training's data and config."""
-        return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config, self.trained)
+    def draw_slates(self, batch: Batch, users: Tensor, table: Tensor, size: int | None = None) -> Slates:
+        """Call `slates.draw_slates` with this training's data and config. size: None: that of the config."""
+        size = size or self.data.config.slate_size
+        return draw_slates(batch, users, table, self.numeric, size, self.config, self.trained)
+
+    def draw_meta(self, users: Tensor, count: int) -> Tensor:
+        """Draw the user's meta-embedding or the default one, equally likely: users (B,) -> (B, count, M)."""
+        own = self.meta(users)[:, None].expand(len(users), count, -1)
+        return torch.where(torch.rand(len(users), count, 1) < 0.5, own, self.model.default_meta)
 
     def cascade_loss(
         self, batch: Batch, history: EncodedHistory, users: Tensor, table: Tensor, cold_item_vectors: Tensor
@@ -151,11 +167,16 @@ class Trainer:
         history and users (B, T + 1, d): the encoded sequences; table and cold_item_vectors: (items, d).
         """
         model = self.model
-        slates = self.draw_slates(batch, users, table)
+        loss = torch.zeros(())
+        if self.shown is not None:
+            look_up = partial(self.id_dropout, table=table, cold_item_vectors=cold_item_vectors)
+            loss = self.shown.cascade_loss(model, batch, history, users, look_up, self.draw_meta)
+            if not self.next_heads:
+                return loss
+        slates = self.draw_slates(batch, users, table, 1 if self.shown is not None else None)
         b, s, c = slates.candidates.shape
         slate = slates.exists.shape[2]
-        meta = self.meta(batch.users)[:, None].expand(b, s, -1)
-        meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
+        meta = self.draw_meta(batch.users, s)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
         point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
@@ -166,7 +187,6 @@ class Trainer:
         same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
         offset = sampling_offset(slates.log_rate.view(b * s, c - slate), same)
         labels = slates.labels.view(b * s, slate, -1)
-        loss = torch.zeros(())
         # a second concatenation: one tensor for both uses would change the order in which gradients are summed
         for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
             for h in self.next_heads:
@@ -174,6 +194,10 @@ class Trainer:
         for logits in (point[:, :slate], set_rated, set_among[:, :1]):
             for h in self.label_heads:
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
+        if self.config.slate_loss != BCE:
+            for logits in (point[:, :slate], set_rated):
+                for h in self.label_heads:
+                    loss = loss + slate_loss(self.config.slate_loss, logits[..., h], labels[..., h])
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
@@ -183,6 +207,8 @@ class Trainer:
         vectors = self.id_dropout(batch.items, table, cold_item_vectors)
         history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
         loss = self.dot_loss(batch, users, table)
+        if self.shown is not None:
+            loss = loss + self.shown.dot_loss(self.model, batch, users, table)
         if cascade:
             rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
@@ -224,7 +250,14 @@ class Trainer:
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """Return the parts of a checkpoint, without the epoch."""
-        return {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
+        parts: dict[str, checkpoint.Stateful] = {
+            "model": self.model,
+            "meta": self.meta,
+            "optimizer": self.optimizer,
+        }
+        if self.shown is not None and self.shown.place is not None:
+            parts["place"] = self.shown.place
+        return parts
 
     def save(self, path: Path) -> None:
         checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())

@@ -34,8 +34,8 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
         contexts[row, 1 : n + 1] = request_context(times).T
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
-    users = np.array([user for user, _, _ in windows], np.int64)
-    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts)))
+    users, firsts = (np.array(column, np.int64) for column in list(zip(*windows, strict=True))[:2])
+    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts, firsts)))
 
 
 def slow_windows(
