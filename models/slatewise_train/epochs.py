@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slatewise_train.batches import Window, epoch_windows
+from slatewise_train.batches import epoch_windows
 from slatewise_train.data import Data
 
 
@@ -47,7 +47,7 @@ def one_epoch(
     optimizer: torch.optim.Optimizer,
     clipped: list[torch.nn.Parameter],
     rate: Rate,
-    loss: Callable[[list[Window]], Tensor],
+    loss: Callable[[np.ndarray], Tensor],
 ) -> float:
     """Train for one pass over the training events and return the mean loss of the batches.
 

@@ -193,7 +193,7 @@ class Trainer:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
 
-        def loss(windows: list[Window]) -> Tensor:
+        def loss(windows: np.ndarray) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
                 return self.loss(make_batch(self.data.sequences, windows), cascade)
 

@@ -63,7 +63,7 @@ class Distiller:
         self.epoch = 0
         self.identity = self.digest()
 
-    def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
+    def loss(self, windows: np.ndarray) -> Tensor:
         """Return the sum of the losses of all exits on a batch of windows.
 
         The loss of `dot` uses random positions of all windows, the other exits use slates from a random part of them.
