@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, Window, make_batch
+from slatewise_train.batches import Batch, make_batch
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Catalogue, Data, load_data, training_events
 from slatewise_train.defaults import choose_training
