@@ -1,21 +1,29 @@
 """Read the TOML of a ranker: one dataclass for each table.
 
-An unknown name in a table is an error. A misspelt name therefore cannot leave a default in place unnoticed.
+An unknown table or key is an error. A misspelt name therefore cannot leave a default in place unnoticed. Types and
+ranges are checked before any table of events is read.
 
-Called by: every command of this package. Calls: `rankers/families.py`, for the config of the family in `[model]`.
+Called by: every command of this package. Calls: `config_values.py`; `rankers/families.py`, for the config of the
+family in `[model]`.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from slatewise.schemas import MAX_ID
+from slatewise_train.config_values import as_toml, checked_table, choice, from_table, moment, nearest, number
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import RankerConfig
+from slatewise_train.rankers.base import EXITS, RankerConfig
 
-T = TypeVar("T")
+NAME = re.compile(r"\w[\w.-]{0,99}")  # of a ranker: it becomes a folder and a part of URLs
+EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "action", "slate_id", "position")
+TIME_UNITS = ("s", "ms", "us", "ns", "iso", "row")
+MANY = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,8 @@ class Head:
     """
 
     name: str
-    kind: str  # "next" or "label"
-    weight: float  # the score is the weighted sum of the heads' probabilities
+    kind: str = choice(MISSING, "next", "label")
+    weight: float = number(1.0, least=0, most=1e6)  # the score is the weighted sum of the heads' probabilities
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,30 @@ class DataConfig:
     categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     # [split]
-    history_length: int = 256  # the most events that the ranker reads
-    kind: str = "leave-one-out"  # or "time"
-    test_from: float = 0.0  # unix seconds, for the kind "time"
-    slate_size: int = 20  # a slate is this many consecutive events of a user
-    slate_users: int = 0  # users whose last slate is held out from training
-    validation_users: int = 0  # other users whose last slate is held out, to validate and to calibrate
-    held_out_users: int = 0  # other users whose events are all held out, for `meta/personalization.py`
-    max_bad_share: float = 0.01  # reading fails if a larger share of the rows is unusable
-    seed: int = 0
+    history_length: int = number(256, least=1, most=100_000)  # the most events that the ranker reads
+    kind: str = choice("leave-one-out", "leave-one-out", "time")
+    test_from: float = moment(0.0)  # unix seconds, for the kind "time"
+    slate_size: int = number(20, least=1, most=1_000)  # a slate is this many consecutive events of a user
+    slate_users: int = number(0, least=0, most=MANY)  # users whose last slate is held out from training
+    # other users whose last slate is held out, to validate and to calibrate
+    validation_users: int = number(0, least=0, most=MANY)
+    # other users whose events are all held out, for `meta/personalization.py`
+    held_out_users: int = number(0, least=0, most=MANY)
+    max_bad_share: float = number(0.01, least=0, most=1)  # reading fails if a larger share of the rows is unusable
+    seed: int = number(0, least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class TablesConfig:
-    """Table `[data]`: paths of Parquet or CSV files."""
+    """Tables `[data]` and `[columns]`: the files, and the meaning of their columns."""
 
     events: str
-    items: str
+    items: str | None = None  # None: the items are those of the events
     trained_on: str = ""  # a description of the data, for the manifest
+    separator: str | None = None  # of CSV files; None: found from the suffix and the header
+    time_unit: str | None = choice(None, *TIME_UNITS)  # of numbers; None: seconds. "row": the order of the rows
+    history_actions: tuple[str, ...] = ()  # actions that make history; `*`: all. () is not stated
+    columns: dict[str, str] = field(default_factory=dict)  # name of this package -> name in the files
 
 
 @dataclass(frozen=True)
@@ -80,52 +94,57 @@ class ModelConfig:
 class TrainConfig:
     """Table `[train]`."""
 
-    epochs: int = 60
-    cascade_epochs: int = 20  # the last epochs, which train the exits `point` and `set` too
-    batch_events: int = 8192  # in a batch, padding included
-    learning_rate: float = 0.001
-    weight_decay: float = 0.0
-    warmup_steps: int = 200
-    negatives: int = 512  # for the exit `dot`: uniform, shared by all positions of a batch
-    cascade_windows: int = 64  # sequences of a batch that train the other exits; candidates cost more than events
-    cascade_positions: int = 4  # in each of these sequences
-    cascade_negatives: int = 44  # at each position: half uniform, half by the softmax of the exit `dot`
-    id_dropout: float = 0.02  # share of items that are replaced by the unknown item, which trains its row
+    epochs: int = number(60, least=1, most=100_000)
+    # the last epochs, which train the exits `point` and `set` too
+    cascade_epochs: int = number(20, least=0, most=100_000)
+    batch_events: int = number(8192, least=1, most=MANY)  # in a batch, padding included
+    learning_rate: float = number(0.001, least=1e-8, most=1)
+    weight_decay: float = number(0.0, least=0, most=10)
+    warmup_steps: int = number(200, least=0, most=MANY)
+    negatives: int = number(512, least=1, most=1_000_000)  # for the exit `dot`: uniform, shared by a batch
+    # sequences of a batch that train the other exits; candidates cost more than events
+    cascade_windows: int = number(64, least=1, most=1_000_000)
+    cascade_positions: int = number(4, least=1, most=10_000)  # in each of these sequences
+    # at each position: half uniform, half by the softmax of the exit `dot`
+    cascade_negatives: int = number(44, least=1, most=100_000)
+    # share of items that are replaced by the unknown item, which trains its row
+    id_dropout: float = number(0.02, least=0, most=0.9)
     bfloat16: bool = False  # matrix products in bfloat16: a quarter faster on processors that have them
-    validate_every: int = 5  # epochs
-    seed: int = 0
+    validate_every: int = number(5, least=1, most=100_000)  # epochs
+    seed: int = number(0, least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class MetaConfig:
     """Table `[meta]`: the inner and the outer loop of `meta/limaml.py`."""
 
-    code: int = 32  # width of the meta block
-    steps: int = 3  # of the inner loop
-    support: int = 20  # newest events, which a user is adapted on
-    query: int = 10  # events after the support, which the outer loop learns from
-    negatives: int = 24  # for each event: half uniform, half by the softmax of the exit `dot`
-    shortest: int = 5  # least number of events before the query
-    epochs: int = 4
-    batch_users: int = 32
-    learning_rate: float = 0.01
-    seed: int = 0
+    code: int = number(32, least=1, most=4096)  # width of the meta block
+    steps: int = number(3, least=1, most=1_000)  # of the inner loop
+    support: int = number(20, least=1, most=100_000)  # newest events, which a user is adapted on
+    query: int = number(10, least=1, most=100_000)  # events after the support, which the outer loop learns from
+    # for each event: half uniform, half by the softmax of the exit `dot`
+    negatives: int = number(24, least=1, most=100_000)
+    shortest: int = number(5, least=1, most=100_000)  # least number of events before the query
+    epochs: int = number(4, least=1, most=100_000)
+    batch_users: int = number(32, least=1, most=1_000_000)
+    learning_rate: float = number(0.01, least=1e-8, most=1)
+    seed: int = number(0, least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class PersonalizationConfig:
     """Table `[personalization]`: the experiment of `meta/personalization.py`."""
 
-    held_out_users: int = 1800
-    epochs: int = 24  # of the ranker that is trained without them
-    cascade_epochs: int = 8
+    held_out_users: int = number(1800, least=1, most=MANY)
+    epochs: int = number(24, least=1, most=100_000)  # of the ranker that is trained without them
+    cascade_epochs: int = number(8, least=0, most=100_000)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Table `[export]`."""
 
-    default_exit: str | None = None  # None: the exit with the best held-out results
+    default_exit: str | None = choice(None, *EXITS)  # None: the exit with the best held-out results
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All tables of a TOML."""
+    """All tables of a TOML.
+
+    `stated` has the keys that the TOML gives, as TABLE.KEY: "train.epochs", "model.width", "split.history_length". The
+    other values are defaults that may be replaced by values which fit the tables.
+    """
 
     data: DataConfig
     tables: TablesConfig
@@ -149,63 +172,147 @@ class Config:
     personalization: PersonalizationConfig = PersonalizationConfig()
     export: ExportConfig = ExportConfig()
     demo: DemoConfig | None = None
+    stated: frozenset[str] = frozenset()
 
 
-def from_table(kind: type[T], table: dict[str, Any], where: str, /, **given: Any) -> T:
-    """Build a dataclass from a table of the TOML and other values. Raises ValueError for unknown or missing names."""
-    declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
-    known = declared.keys() - given.keys()
-    if unknown := table.keys() - known:
-        raise ValueError(f"[{where}] has unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    required = {name for name in known if declared[name].default is MISSING}
-    if missing := required - table.keys():
-        raise ValueError(f"[{where}] lacks {', '.join(sorted(missing))}")
-    return kind(**given, **table)
+@dataclass(frozen=True)
+class ItemColumns:
+    """Table `[items]`."""
+
+    title: str = "title"
+    categorical: tuple[str, ...] = ()
+    numeric: tuple[str, ...] = ()
+
+
+# The tables of a TOML; `heads` and `columns` have names of their own as keys.
+TABLES: dict[str, Any] = {
+    "data": TablesConfig,
+    "columns": None,
+    "items": ItemColumns,
+    "heads": None,
+    "split": DataConfig,
+    "model": None,
+    "train": TrainConfig,
+    "meta": MetaConfig,
+    "personalization": PersonalizationConfig,
+    "export": ExportConfig,
+    "demo": DemoConfig,
+}
 
 
 def read_config(path: Path) -> Config:
-    """Read a TOML. Raises OSError for an unreadable file and ValueError for a TOML that is not a valid config."""
-    toml = tomllib.loads(path.read_text())
-    shape = dict(toml.get("model", {}))
-    config = Config(
+    """Read a TOML in UTF-8. Raises OSError for an unreadable file, and ValueError for an invalid config.
+
+    The message of a ValueError has one line: file, table and key, the value found, and the values or names that are
+    possible.
+    """
+    try:
+        toml = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    try:
+        return config_of(toml)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_of(toml: dict[str, Any]) -> Config:
+    """Check a TOML that has been parsed. Raises ValueError."""
+    for name in toml.keys() - TABLES.keys() - {"name"}:
+        homes = [table for table, kind in TABLES.items() if kind and name in {f.name for f in fields(kind)}]
+        if homes:
+            raise ValueError(f"{name} = {as_toml(toml[name])}: the key {name} belongs to [{homes[0]}]")
+        raise ValueError(f"unknown table or key {name}; {nearest(name, TABLES.keys() | {'name'})}")
+    for name in TABLES.keys() & toml.keys():
+        if not isinstance(toml[name], dict):
+            raise ValueError(f"{name} = {as_toml(toml[name])}: must be a table [{name}]")
+    if "data" not in toml:
+        raise ValueError('the table [data] is missing; it names the events: events = "events.parquet"')
+    return Config(
         data=read_data_config(toml),
-        tables=from_table(TablesConfig, toml.get("data", {}), "data"),
-        model=ModelConfig(shape.pop("family", families.DEFAULT_FAMILY), shape),
+        tables=read_tables_config(toml),
+        model=read_model_config(toml),
         train=from_table(TrainConfig, toml.get("train", {}), "train"),
         meta=from_table(MetaConfig, toml.get("meta", {}), "meta"),
         personalization=from_table(PersonalizationConfig, toml.get("personalization", {}), "personalization"),
         export=from_table(ExportConfig, toml.get("export", {}), "export"),
         demo=from_table(DemoConfig, toml["demo"], "demo") if "demo" in toml else None,
+        stated=frozenset(f"{name}.{key}" for name in TABLES.keys() & toml.keys() for key in toml[name]),
     )
-    known = {"name", "data", "items", "heads", "split", *(f.name for f in fields(Config))} - {"tables"}
-    if unknown := toml.keys() - known:
-        raise ValueError(f"unknown tables {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return config
 
 
 def read_data_config(toml: dict[str, Any]) -> DataConfig:
     """Read the part of the TOML that `data.py` needs. Raises ValueError for a TOML that is not a valid config."""
-    if missing := {"name", "heads"} - toml.keys():
-        raise ValueError(f"the TOML lacks {' and '.join(sorted(missing))}")
-    heads = []
-    for name, table in toml["heads"].items():
-        head = from_table(Head, table, f"heads.{name}", name=name)
-        if head.kind not in ("next", "label"):
-            raise ValueError(f"[heads.{name}] kind must be 'next' or 'label', not {head.kind!r}")
-        heads.append(Head(name, head.kind, float(head.weight)))
-    items = toml.get("items", {})
-    if unknown := items.keys() - {"title", "categorical", "numeric"}:
-        raise ValueError(f"[items] has unknown {', '.join(sorted(unknown))}; known: categorical, numeric, title")
+    name = toml.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            ("the key name is missing" if name is None else f"name = {as_toml(name)}")
+            + ': the ranker needs a name of letters, digits and _ . - such as name = "shop", at most 100 characters, '
+            "the first of them a letter or a digit"
+        )
+    heads = tuple(
+        from_table(Head, table, f"heads.{head}", name=head) for head, table in toml.get("heads", {}).items()
+    ) or (Head("next", "next"),)
+    for head in heads:
+        if not 0 < len(head.name) <= MAX_ID:
+            raise ValueError(f"[heads.{as_toml(head.name)}] has no name of 1 to {MAX_ID} characters")
+    if not any(head.weight for head in heads):
+        raise ValueError("[heads] all weights are 0; one of them must be larger")
+    items = from_table(ItemColumns, toml.get("items", {}), "items")
+    split = toml.get("split", {})
     config = from_table(
         DataConfig,
-        toml.get("split", {}),
+        split,
         "split",
-        name=toml["name"],
-        heads=tuple(heads),
-        title=items.get("title", DataConfig.title),
-        categorical=tuple(items.get("categorical", ())),
-        numeric=tuple(items.get("numeric", ())),
+        name=name,
+        heads=heads,
+        title=items.title,
+        categorical=items.categorical,
+        numeric=items.numeric,
     )
-    if config.kind not in ("leave-one-out", "time"):
-        raise ValueError(f"[split] kind must be 'leave-one-out' or 'time', not {config.kind!r}")
+    for key in ("categorical", "numeric"):
+        columns = getattr(items, key)
+        if twice := {column for column in columns if columns.count(column) > 1}:
+            raise ValueError(f"[items] {key} names {min(twice)} more than once")
+        if too_long := [column for column in columns if not 0 < len(column) <= MAX_ID]:
+            raise ValueError(f"[items] {key} = {as_toml(too_long)}: a name has 1 to {MAX_ID} characters")
+    if config.kind == "time" and "test_from" not in split:
+        raise ValueError('[split] kind = "time" needs test_from, for example test_from = 2026-01-31')
+    if config.kind != "time" and "test_from" in split:
+        raise ValueError('[split] test_from is used with kind = "time" alone; add that line or remove test_from')
     return config
+
+
+def read_tables_config(toml: dict[str, Any]) -> TablesConfig:
+    """Read `[data]` and `[columns]`. Raises ValueError."""
+    columns = toml.get("columns", {})
+    known = {*EVENT_COLUMNS, *(f"label_{head}" for head in toml.get("heads", {}))}
+    for name, column in columns.items():
+        if name not in known:
+            raise ValueError(f"[columns] has unknown {name}; {nearest(name, known)}")
+        if not isinstance(column, str):
+            raise ValueError(f"[columns] {name} = {as_toml(column)}: must be text in quotes, a column of your tables")
+    config = from_table(TablesConfig, toml["data"], "data", columns=dict(columns))
+    for key in ("events", "items"):
+        if getattr(config, key) == "":
+            raise ValueError(f'[data] {key} = "": must name a file')
+    if config.separator is not None and (len(config.separator) != 1 or config.separator in '"\r\n\x00'):
+        raise ValueError(f'[data] separator = {as_toml(config.separator)}: must be one character, "\\t" for a tab')
+    if config.separator is not None and not config.separator.isascii():
+        raise ValueError(f"[data] separator = {as_toml(config.separator)}: must be an ASCII character")
+    return config
+
+
+def read_model_config(toml: dict[str, Any]) -> ModelConfig:
+    """Read `[model]`. Raises ValueError for an unknown family, and for unknown names and sizes of the family."""
+    shape = dict(toml.get("model", {}))
+    family = shape.pop("family", families.DEFAULT_FAMILY)
+    if not isinstance(family, str):
+        raise ValueError(f"[model] family = {as_toml(family)}: must be text in quotes")
+    model = ModelConfig(family, shape)
+    checked_table(families.find(family).config, shape, "model", {"items", "actions", "fields", "numeric", "heads"})
+    if "width" in shape:  # a width that is chosen later fits the other sizes
+        model.sized(items=3, actions=1, fields={}, numeric=0, heads=1)
+    return model

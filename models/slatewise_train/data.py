@@ -36,6 +36,11 @@ def read_table(path: Path) -> pl.DataFrame:
     raise ValueError(f"{path}: a table is .parquet or .csv")
 
 
+def read_items(tables: TablesConfig) -> pl.DataFrame:
+    """Read the table of items; without one in the TOML, return a table without rows."""
+    return pl.DataFrame(schema={"item_id": pl.String}) if tables.items is None else read_table(Path(tables.items))
+
+
 def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, int]]:
     """Return the usable events in time order, and the number of unusable rows by reason.
 
@@ -283,7 +288,7 @@ class Data:
 def load_data(config: DataConfig, tables: TablesConfig) -> Data:
     """Read the tables and split them. Raises OSError or ValueError for files that are not such tables."""
     events, bad_rows = clean_events(read_table(Path(tables.events)), config.max_bad_share)
-    items, bad_items = clean_items(read_table(Path(tables.items)), config)
+    items, bad_items = clean_items(read_items(tables), config)
     bad_rows |= bad_items
     if bad_rows:
         print(f"unusable rows, left out: {bad_rows}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION, UNKNOWN_ITEM
-from slatewise_train.config import DataConfig, Head, ModelConfig, TablesConfig, read_config
+from slatewise_train.config import DataConfig, Head, TablesConfig
 from slatewise_train.data import (
     Data,
     Sequences,
@@ -346,46 +346,3 @@ def test_popularity_column_of_the_items_is_not_replaced() -> None:
     sequences = build_sequences(events, catalogue.vocabulary, CONFIG)
     count_popularity(catalogue, sequences, split_sequences(sequences, CONFIG), CONFIG)
     np.testing.assert_array_equal(catalogue.numeric[FIRST_ITEM:, 0], np.array([7, 8, np.nan], np.float32))
-
-
-def test_read_config_unknown_head_kind_raises(tmp_path: Path) -> None:
-    path = tmp_path / "shop.toml"
-    path.write_text(
-        'name = "shop"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n'
-        '[heads.buy]\nkind = "label"\nweight = 2\n[split]\nslate_size = 7\n[items]\nnumeric = ["price"]\n'
-    )
-    config = read_config(path)
-    assert config.tables == TablesConfig("e.csv", "i.csv")
-    assert config.data == DataConfig("shop", (Head("buy", "label", 2.0),), numeric=("price",), slate_size=7)
-    path.write_text('name = "shop"\n[heads.buy]\nkind = "regression"\nweight = 1\n')
-    with pytest.raises(ValueError, match=r"heads\.buy.*'regression'"):
-        read_config(path)
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("[split]\ntitle = 'x'", r"\[split\] has unknown title"),
-        ("[items]\nnumbers = ['x']", r"\[items\] has unknown numbers"),
-        ("[train]\nepocs = 3", r"\[train\] has unknown epocs"),
-        ("[demo]\nevents = 'e.csv'", r"\[demo\] lacks items"),
-        ("[trian]\nepochs = 3", "unknown tables trian"),
-        ("[model]\nfamily = 'gpt'", None),  # an error of `ModelConfig.sized`
-    ],
-)
-def test_read_config_unknown_or_missing_name_raises(tmp_path: Path, table: str, message: str | None) -> None:
-    path = tmp_path / "shop.toml"
-    path.write_text(
-        'name = "shop"\n[data]\nevents = "e.csv"\nitems = "i.csv"\n[heads.buy]\nkind = "label"\nweight = 1\n' + table
-    )
-    if message is None:
-        with pytest.raises(ValueError, match="unknown family 'gpt'"):
-            read_config(path).model.sized(items=3, actions=1, fields={}, numeric=0, heads=1)
-        return
-    with pytest.raises(ValueError, match=message):
-        read_config(path)
-
-
-def test_model_config_unknown_name_raises() -> None:
-    with pytest.raises(ValueError, match=r"\[model\] has unknown widht"):
-        ModelConfig("ligr", {"widht": 8}).sized(items=3, actions=1, fields={}, numeric=0, heads=1)

@@ -271,4 +271,4 @@ def test_command_names_an_unknown_key_of_the_toml(tmp_path: Path, capsys: pytest
         "[train]\nepocs = 3\nepochs = 1\n[model]\n"
     )
     assert cli.main(["train", str(path)]) == 1
-    assert capsys.readouterr().err.startswith("slatewise train: error: [train] has unknown epocs")
+    assert capsys.readouterr().err.startswith(f"slatewise train: error: {path}: [train] has unknown epocs")

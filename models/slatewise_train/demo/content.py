@@ -17,7 +17,7 @@ from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise_train.bundle_writer import SET_WISE_LIMIT
 from slatewise_train.config import Config
-from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_table, values_of
+from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_items, read_table, values_of
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
 from slatewise_train.rankers.base import RankerModel
 
@@ -41,7 +41,7 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
     """Read the data of the TOML's table `[demo]`, or the training data when there is no such table."""
     demo = config.demo
     if demo is None:
-        items = read_table(Path(config.tables.items))
+        items = read_items(config.tables)
         sequences = data.sequences
         users = sequences.users
     else:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
+from slatewise_train.config_values import number
 from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
 
 
@@ -27,17 +28,18 @@ from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, Ra
 class LigrConfig(RankerConfig):
     """The TOML's table `[model]` and sizes that follow from the data. Raises ValueError for sizes that do not match."""
 
-    width: int = 64
-    blocks: int = 2  # shared by history and candidates
-    attention_heads: int = 1
-    set_blocks: int = 1
-    feed_forward: int = 4  # hidden units of a feed-forward layer, as a multiple of the width
-    meta_size: int = 16
-    dropout: float = 0.1
+    width: int = number(64, least=1, most=8192)
+    blocks: int = number(2, least=1, most=100)  # shared by history and candidates
+    attention_heads: int = number(1, least=1, most=1024)
+    set_blocks: int = number(1, least=0, most=100)
+    # hidden units of a feed-forward layer, as a multiple of the width
+    feed_forward: int = number(4, least=1, most=64)
+    meta_size: int = number(16, least=1, most=8192)
+    dropout: float = number(0.1, least=0, most=0.9)
     # Heads of keys and values; several query heads share one of them (GQA, arXiv 2305.13245). 0: attention_heads.
-    key_heads: int = 0
+    key_heads: int = number(0, least=0, most=1024)
     # Size of a query or key head, which may be less than that of a value head (DARE, arXiv 2410.02604). 0: value_size.
-    key_size: int = 0
+    key_size: int = number(0, least=0, most=8192)
 
     def __post_init__(self) -> None:
         if self.width % self.attention_heads or (self.key_heads and self.attention_heads % self.key_heads):
