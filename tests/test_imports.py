@@ -160,6 +160,7 @@ TRAINING_LEVELS = (
     "config_values",
     "rankers",
     "config",
+    "tables",
     "data",
     "losses",
     "checkpoint",

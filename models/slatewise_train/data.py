@@ -1,18 +1,17 @@
-"""Read a table of events and a table of items, build the users' sequences, and split them.
+"""Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
-    events: user_id, item_id, timestamp (unix seconds), action?, label_<head>?        one row per event, in any order
+    events: user_id, item_id, timestamp, action?, label_<head>?        one row per event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
 
-A column with a question mark is optional. The split decides which events training may use, and which events and users
-are held out for validation, calibration and evaluation.
+A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
+and which events and users are held out for validation, calibration and evaluation.
 
-Called by: every command that reads training data or a bundle's demo users. Calls: polars.
+Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -20,87 +19,12 @@ import polars as pl
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
-
-MULTI_VALUE_SEPARATOR = "|"
-
-
-def read_table(path: Path) -> pl.DataFrame:
-    """Read a Parquet or CSV file, depending on its suffix. Raises ValueError for any other suffix.
-
-    All columns of a CSV file are read as strings; `clean_events` and `clean_items` convert them.
-    """
-    if path.suffix == ".parquet":
-        return pl.read_parquet(path)
-    if path.suffix == ".csv":
-        return pl.read_csv(path, infer_schema_length=0)
-    raise ValueError(f"{path}: a table is .parquet or .csv")
-
-
-def read_items(tables: TablesConfig) -> pl.DataFrame:
-    """Read the table of items; without one in the TOML, return a table without rows."""
-    return pl.DataFrame(schema={"item_id": pl.String}) if tables.items is None else read_table(Path(tables.items))
-
-
-def clean_events(events: pl.DataFrame, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Return the usable events in time order, and the number of unusable rows by reason.
-
-    Events with equal times stay in input order. Raises ValueError if a column is missing, or if the share of unusable
-    rows is larger than `max_bad_share`.
-    """
-    missing = {"user_id", "item_id", "timestamp"} - set(events.columns)
-    if "slate_id" in events.columns:
-        print("events: slate_id is not read; a slate is a user's next events (`slate_size` in [split])")
-    if missing:
-        raise ValueError(f"events: no column {', '.join(sorted(missing))}")
-    events = events.with_columns(
-        pl.col("user_id").cast(pl.String),
-        pl.col("item_id").cast(pl.String),
-        pl.col("timestamp").cast(pl.Float64, strict=False),
-        *([pl.col("action").cast(pl.String)] if "action" in events.columns else []),
-    )
-    no_user = pl.col("user_id").is_null() | (pl.col("user_id") == "")
-    no_item = pl.col("item_id").is_null() | (pl.col("item_id") == "")
-    time = pl.col("timestamp")
-    bad_time = time.is_null() | ~time.is_finite() | (time < 0)
-    reasons = {
-        "missing user_id": no_user,
-        "missing item_id": ~no_user & no_item,
-        "bad timestamp": ~no_user & ~no_item & bad_time,
-    }
-    labels = [c for c in events.columns if c.startswith("label_")]
-    if labels:
-        number = {c: pl.col(c).cast(pl.Float32, strict=False) for c in labels}
-        bad_label = pl.any_horizontal(
-            [pl.col(c).is_not_null() & ~number[c].is_in([0.0, 1.0]).fill_null(False) for c in labels]
-        )
-        reasons["label not 0 or 1"] = ~no_user & ~no_item & ~bad_time & bad_label
-    bad = {reason: int(events.select(test.sum()).item() or 0) for reason, test in reasons.items()}
-    share = sum(bad.values()) / max(1, len(events))
-    if share > max_bad_share:
-        raise ValueError(f"events: {share:.1%} of {len(events)} rows cannot be used, limit {max_bad_share:.1%}: {bad}")
-    events = events.filter(~pl.any_horizontal(list(reasons.values())))
-    events = events.with_columns([pl.col(c).cast(pl.Float32) for c in labels]).sort("timestamp", maintain_order=True)
-    return events, {reason: count for reason, count in bad.items() if count}
-
-
-def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Return the usable items and the number of faults by reason.
-
-    Only the first row of each id is used, and numeric columns are converted. Raises ValueError if a column that the
-    TOML names is missing.
-    """
-    derived = {"popularity"}  # counted from the events if the items do not have it
-    if missing := {"item_id", *config.categorical, *config.numeric} - derived - set(items.columns):
-        raise ValueError(f"items: no column {', '.join(sorted(missing))}")
-    items = items.with_columns(pl.col("item_id").cast(pl.String))
-    named = items.filter(pl.col("item_id").is_not_null() & (pl.col("item_id") != ""))
-    single = named.unique("item_id", keep="first", maintain_order=True)
-    bad = {"items: missing item_id": len(items) - len(named), "items: duplicate item_id": len(named) - len(single)}
-    for name in set(config.numeric) & set(items.columns):
-        number = single[name].cast(pl.Float32, strict=False)
-        bad[f"items: {name} is not a number"] = int((single[name].is_not_null() & number.is_null()).sum())
-        single = single.with_columns(number.alias(name))
-    return single, {reason: count for reason, count in bad.items() if count}
+from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
+from slatewise_train.tables.events import read_events
+from slatewise_train.tables.files import read_table as read_table
+from slatewise_train.tables.history import history_rows
+from slatewise_train.tables.items import clean_items, read_items, value_lists
+from slatewise_train.tables.items import values_of as values_of
 
 
 @dataclass(frozen=True)
@@ -124,34 +48,15 @@ class Catalogue:
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
-def values_of(column: pl.Series) -> list[list[str]]:
-    """Return the values of a categorical column, row by row.
-
-    The column is a list column, or text with values separated by `|`.
-    """
-    lists = (
-        column.cast(pl.List(pl.String))
-        if column.dtype == pl.List
-        else column.cast(pl.String).str.split(MULTI_VALUE_SEPARATOR)
-    )
-    return [[value for value in row or () if value] for row in lists.to_list()]
-
-
 def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
     """Build the catalogue: the items of the item table, then those that occur in the events alone."""
-    unlisted = events.select("item_id").unique(maintain_order=True).join(items, on="item_id", how="anti")
+    seen = events.select(pl.col("item_id").unique(maintain_order=True).cast(pl.String))
+    unlisted = seen.join(items, on="item_id", how="anti", maintain_order="left")
     items = pl.concat([items, unlisted], how="diagonal")
     vocabularies = {}
     columns = {}
     for name in config.categorical:
-        column = values_of(items[name])
-        values = sorted({v for row in column for v in row})
-        code = {v: k + 1 for k, v in enumerate(values)}
-        rows = np.zeros((len(column) + FIRST_ITEM, max([1, *map(len, column)])), dtype=np.int64)
-        for k, row in enumerate(column):
-            rows[k + FIRST_ITEM, : len(row)] = [code[v] for v in row]
-        vocabularies[name] = values
-        columns[name] = rows
+        vocabularies[name], columns[name] = field_rows(items[name])
     if "popularity" in config.numeric and "popularity" not in items.columns:
         items = items.with_columns(
             pl.lit(None, pl.Float32).alias("popularity")
@@ -159,8 +64,43 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
     numeric = np.full((len(items) + FIRST_ITEM, len(config.numeric)), np.nan, dtype=np.float32)
     for k, name in enumerate(config.numeric):
         numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
-    actions = sorted(events["action"].drop_nulls().unique().to_list()) if "action" in events.columns else []
+    actions = sorted(events["action"].drop_nulls().unique().cast(pl.String)) if "action" in events.columns else []
     return Catalogue(TrainingVocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
+
+
+def field_rows(column: pl.Series) -> tuple[list[str], np.ndarray]:
+    """Return the sorted values of a categorical column, and the rows of each item's values: (I + 2, V) int64."""
+    lists = value_lists(column)
+    counts = lists.list.len().to_numpy().astype(np.int64)
+    values = lists.explode(empty_as_null=False)
+    names = values.unique().sort()
+    rows = np.zeros((len(column) + FIRST_ITEM, max(1, int(counts.max(initial=0)))), dtype=np.int64)
+    owners = np.repeat(np.arange(len(column)), counts)
+    places = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows[owners + FIRST_ITEM, places] = rows_in(values, names, 1)
+    return names.to_list(), rows
+
+
+def rows_in(names: pl.Series, known: pl.Series, first: int) -> np.ndarray:
+    """Return the row of each name (n,) int64: `first` and up in the order of `known`; 0 for another name or null.
+
+    Each distinct name is looked up once.
+    """
+    table = (
+        known.cast(pl.String)
+        .to_frame("name")
+        .with_columns(pl.int_range(first, first + len(known), dtype=pl.Int64).alias("row"))
+    )
+    distinct = names.unique(maintain_order=True)
+    rows = distinct.cast(pl.String).to_frame("name").join(table, on="name", how="left", maintain_order="left")["row"]
+    found = names.to_frame("name").join(
+        pl.DataFrame({"name": distinct, "row": rows.fill_null(0)}),
+        on="name",
+        how="left",
+        maintain_order="left",
+        nulls_equal=True,
+    )
+    return found["row"].to_numpy()
 
 
 @dataclass(frozen=True)
@@ -188,24 +128,27 @@ def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config
 
     Raises ValueError if the label column of a head is missing.
     """
-    item_row = {item: k + FIRST_ITEM for k, item in enumerate(vocabulary.items)}
-    action_row: dict[str | None, int] = {action: k + 1 for k, action in enumerate(vocabulary.actions)}
-    users = events["user_id"].unique(maintain_order=True).to_list()
-    user_index = {user: k for k, user in enumerate(users)}
-    index = np.fromiter(map(user_index.__getitem__, events["user_id"]), dtype=np.int64, count=len(events))
+    users = events["user_id"].unique(maintain_order=True)
+    index = rows_in(events["user_id"], users, 0)
     order = np.argsort(index, kind="stable")
-    actions: list[str | None] = events["action"].to_list() if "action" in events.columns else [None] * len(events)
+    actions = (
+        rows_in(events["action"], pl.Series(vocabulary.actions, dtype=pl.String), UNKNOWN_ACTION + 1)
+        if "action" in events.columns
+        else np.full(len(events), UNKNOWN_ACTION, np.int64)
+    )
     labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
     for k, head in enumerate(config.heads):
         if head.kind == "label":
             if f"label_{head.name}" not in events.columns:
-                raise ValueError(f"events: no column label_{head.name} for the head {head.name}")
+                labelled = [name.removeprefix("label_") for name in events.columns if name.startswith("label_")]
+                known = f"labels: {', '.join(labelled)}" if labelled else "the events have no column label_..."
+                raise ValueError(f"events: no column label_{head.name} for the head {head.name}; {known}")
             labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
     return Sequences(
-        users=users,
+        users=users.cast(pl.String).to_list(),
         offsets=np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(users)))]),
-        items=np.array([item_row.get(i, 0) for i in events["item_id"]], dtype=np.int64)[order],
-        actions=np.array([action_row.get(a, UNKNOWN_ACTION) for a in actions], dtype=np.int64)[order],
+        items=rows_in(events["item_id"], pl.Series(vocabulary.items, dtype=pl.String), FIRST_ITEM)[order],
+        actions=actions[order],
         timestamps=events["timestamp"].to_numpy()[order],
         labels=labels[order],
     )
@@ -287,11 +230,17 @@ class Data:
 
 def load_data(config: DataConfig, tables: TablesConfig) -> Data:
     """Read the tables and split them. Raises OSError or ValueError for files that are not such tables."""
-    events, bad_rows = clean_events(read_table(Path(tables.events)), config.max_bad_share)
+    events, bad_rows = read_events(tables, config.max_bad_share)
     items, bad_items = clean_items(read_items(tables), config)
     bad_rows |= bad_items
     if bad_rows:
-        print(f"unusable rows, left out: {bad_rows}")
+        print(f"rows and values that are left out: {bad_rows}")
+    history = history_rows(events, tables)
+    if shown := len(events) - int(history.sum()):
+        print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
+        events = events.filter(history)
+    if config.kind == "time" and tables.time_unit == "row":
+        raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
     catalogue = build_catalogue(items, events, config)
     sequences = build_sequences(events, catalogue.vocabulary, config)
     split = split_sequences(sequences, config)

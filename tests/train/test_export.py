@@ -399,7 +399,7 @@ def train_shop(
     pl.DataFrame({"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}).write_csv(
         folder / "items.csv"
     )
-    tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"))
+    tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"), history_actions=("*",))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     short = TrainConfig(epochs=2, cascade_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
     trainer = train(load_data(config, tables), ModelConfig("ligr", shape), short, folder / "train")
