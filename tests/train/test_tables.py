@@ -353,7 +353,10 @@ def test_ids_of_every_type_are_text(tmp_path: Path, name: str, column: str) -> N
     [
         (pl.Series(["1", "1.0", "x"]), r"item_id has both '1' and '1\.0'; write the ids of one item or user alike"),
         (pl.Series([1.0, 1e16, 2.0]), r"item_id '1e\+16' is a number with lost digits"),
-        (pl.Series(["9007199254740994.0", "1.0", "2.0"]), r"item_id '9007199254740994\.0' is a number with lost digits"),
+        (
+            pl.Series(["9007199254740994.0", "1.0", "2.0"]),
+            r"item_id '9007199254740994\.0' is a number with lost digits",
+        ),
         (pl.Series([["a"], ["b"], ["c"]]), r"column item_id has the type List\(String\); write its values as text"),
         (pl.Series([{"a": 1}] * 3), r"column item_id has the type Struct"),
         (
