@@ -164,6 +164,8 @@ TRAINING_LEVELS = (
     "data",
     "losses",
     "checkpoint",
+    "new_toml",
+    "check_data",
     "batches",
     "slates",
     "epochs",

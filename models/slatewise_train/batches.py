@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slatewise.bundle.features import request_context, window_start
 from slatewise.inference.arrays import CONTEXT_SIZE, START_ITEM
-from slatewise_train.data import Sequences
+from slatewise_train.data import Sequences, request_times
 
 Window = tuple[int, int, int]  # user, first event, one past the last event
 
@@ -73,7 +73,7 @@ def make_batch(sequences: Sequences, windows: list[Window]) -> Batch:
             user, first, last
         )
         times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
-        contexts[row, 1 : n + 1] = request_context(times).T
+        contexts[row, 1 : n + 1] = request_context(request_times(times)).T
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users = np.array([user for user, _, _ in windows], np.int64)

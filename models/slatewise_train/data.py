@@ -26,6 +26,9 @@ from slatewise_train.tables.history import history_rows
 from slatewise_train.tables.items import clean_items, read_items, value_lists
 from slatewise_train.tables.items import values_of as values_of
 
+WEEK = 604_800.0
+ARBITRARY_STEP = 0.381966 * WEEK  # the golden section spreads any number of points evenly
+
 
 @dataclass(frozen=True)
 class TrainingVocabulary:
@@ -103,6 +106,16 @@ def rows_in(names: pl.Series, known: pl.Series, first: int) -> np.ndarray:
     return found["row"].to_numpy()
 
 
+def request_times(timestamps: np.ndarray) -> np.ndarray:
+    """Return times (n,) for the context of requests: those of the events, or arbitrary ones where they are missing.
+
+    Arbitrary times are spread over the week. A ranker that is trained with them learns that the time tells nothing, so
+    a request at any time gets the same order.
+    """
+    arbitrary = np.arange(len(timestamps)) * ARBITRARY_STEP % WEEK
+    return np.where(np.isnan(timestamps), arbitrary, timestamps)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """The events of all users, concatenated. User u has the rows `offsets[u] : offsets[u + 1]`, oldest first."""
@@ -111,7 +124,7 @@ class Sequences:
     offsets: np.ndarray  # (U + 1,) int64
     items: np.ndarray  # (E,) int64, rows of the catalogue
     actions: np.ndarray  # (E,) int64
-    timestamps: np.ndarray  # (E,) float64
+    timestamps: np.ndarray  # (E,) float64 unix seconds, NaN if missing
     labels: np.ndarray  # (E, heads) float32, NaN if unknown; 1 for heads of kind `next`
 
     def __len__(self) -> int:
