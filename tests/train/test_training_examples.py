@@ -33,7 +33,8 @@ TOMLS = {
 }
 SHORT = {
     "model": "width = 16\nblocks = 1\nset_blocks = 1\nmeta_size = 8\n",
-    "train": "epochs = 4\ncascade_epochs = 1\nbatch_events = 1024\nlearning_rate = 0.01\nnegatives = 64\nwarmup_steps = 2\n",
+    "train": "epochs = 4\ncascade_epochs = 1\nbatch_events = 1024\nlearning_rate = 0.01\n"
+    "negatives = 64\nwarmup_steps = 2\n",
 }
 
 
