@@ -1,12 +1,12 @@
 """Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
-    events: user_id, item_id, timestamp, action?, label_<head>?        one row per event, in any order
+    events: user_id, item_id, timestamp, action?, label_<head>?, slate_id?, position?    one row per event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
 
 A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
 and which events and users are held out for validation, calibration and evaluation.
 
-Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`.
+Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`, `exposures.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import polars as pl
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
+from slatewise_train.defaults import choose_split
+from slatewise_train.exposures import Exposures, add_action_labels, build_exposures
+from slatewise_train.split import Split as Split  # for the callers of this module
+from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
 from slatewise_train.tables.events import read_events
 from slatewise_train.tables.files import read_table as read_table
@@ -167,48 +171,6 @@ def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config
     )
 
 
-@dataclass(frozen=True)
-class Split:
-    """The number of training events of each user, the test events, and the users with further held-out events."""
-
-    train_lengths: np.ndarray  # (U,) int64, a user's first train_lengths[u] events are for training
-    test_lengths: np.ndarray  # (U,) int64, events before the test event; 0 if the user has no test event
-    slate_users: np.ndarray  # (S,) int64, with a held-out slate after their training events, to evaluate
-    validation_users: np.ndarray  # (V,) int64, with a held-out slate before the test event, to validate and calibrate
-    held_out_users: np.ndarray  # (H,) int64, held out completely
-
-
-def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Draw the held-out users with the config's seed, among users with five events before the held-out slate.
-
-    `leave-one-out`: the test event is a user's last event, the slate the last `slate_size` events.
-    `time`: training ends at `test_from`; the test event is a user's first event after that, the slate the first
-    `slate_size` events after that.
-    """
-    lengths = np.diff(sequences.offsets)
-    if config.kind == "time":
-        users = np.repeat(np.arange(len(sequences)), lengths)
-        known = np.bincount(users[sequences.timestamps < config.test_from], minlength=len(sequences))
-        test_lengths = np.where(known < lengths, known, 0)
-        slate_starts = known
-    else:
-        known = np.maximum(lengths - 1, 0)
-        test_lengths = known
-        slate_starts = lengths - config.slate_size
-    train_lengths = known.copy()
-    drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(known >= config.slate_size + 5))
-    slated = drawn[(lengths - slate_starts >= config.slate_size)[drawn]][: config.slate_users]
-    others = drawn[~np.isin(drawn, slated)]
-    last = config.validation_users + config.held_out_users
-    slate_users = np.sort(slated)
-    validation_users = np.sort(others[: config.validation_users])
-    held_out_users = np.sort(others[config.validation_users : last])
-    train_lengths[held_out_users] = 0
-    train_lengths[slate_users] = slate_starts[slate_users]
-    train_lengths[validation_users] = known[validation_users] - config.slate_size
-    return Split(train_lengths, test_lengths, slate_users, validation_users, held_out_users)
-
-
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return user (n,) and item row (n,) of each event that training may see."""
     users = np.repeat(np.arange(len(sequences)), split.train_lengths)
@@ -239,25 +201,54 @@ class Data:
     sequences: Sequences
     split: Split
     bad_rows: dict[str, int]  # unusable rows, by reason
+    exposures: Exposures | None = None  # the slates that users were shown, if the events have them
 
 
-def load_data(config: DataConfig, tables: TablesConfig) -> Data:
-    """Read the tables and split them. Raises OSError or ValueError for files that are not such tables."""
+def assemble(
+    events: pl.DataFrame, is_history: pl.Series, items: pl.DataFrame, config: DataConfig
+) -> tuple[Catalogue, Sequences, Exposures | None]:
+    """Build the catalogue, the sequences and the slates of clean tables, and print how many slates there are.
+
+    The catalogue has the items of all events; the actions and the sequences are those of the history.
+    """
+    events = add_action_labels(events, is_history, config.heads)
+    taken = events.filter(is_history)
+    if "action" in events.columns:
+        events = events.with_columns(pl.when(is_history).then(pl.col("action")).alias("action"))
+    catalogue = build_catalogue(items, events, config)
+    sequences = build_sequences(taken, catalogue.vocabulary, config)
+    users = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
+    others = rows_in(events["user_id"], events["user_id"].unique(maintain_order=True), 1)
+    users = np.where(users < 0, -others, users)  # one negative number for each user without history
+    rows = rows_in(events["item_id"], pl.Series(catalogue.vocabulary.items, dtype=pl.String), FIRST_ITEM)
+    exposures, counts = build_exposures(events, is_history, users, rows, config.heads)
+    if counts:
+        print(f"slates that are left out or cut: {counts}")
+    if exposures is not None:
+        print(f"{len(exposures)} slates were shown, with {len(exposures.items)} items")
+    return catalogue, sequences, exposures
+
+
+def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
+    """Read the tables and split them. Raises OSError or ValueError for files that are not such tables.
+
+    stated: keys of the TOML, as in `Config.stated`; the others of `[split]` are chosen from the tables. None: no key is
+    chosen.
+    """
     events, bad_rows = read_events(tables, config.max_bad_share)
     items, bad_items = clean_items(read_items(tables), config)
     bad_rows |= bad_items
     if bad_rows:
         print(f"rows and values that are left out: {bad_rows}")
-    history = history_rows(events, tables)
-    if shown := len(events) - int(history.sum()):
+    is_history = history_rows(events, tables)
+    if shown := len(events) - int(is_history.sum()):
         print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
-        events = events.filter(history)
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
-    catalogue = build_catalogue(items, events, config)
-    sequences = build_sequences(events, catalogue.vocabulary, config)
+    catalogue, sequences, exposures = assemble(events, is_history, items, config)
+    config = choose_split(config, stated, sequences)
     split = split_sequences(sequences, config)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     count_popularity(catalogue, sequences, split, config)
-    return Data(config, catalogue, sequences, split, bad_rows)
+    return Data(config, catalogue, sequences, split, bad_rows, exposures)
