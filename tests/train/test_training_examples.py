@@ -160,3 +160,29 @@ def test_only_clicks_are_history_of_exposures(folder: Path) -> None:
         zip(np.repeat(data.sequences.users, np.diff(data.sequences.offsets)), ids[data.sequences.items], strict=True)
     )
     assert read == set(clicked.select("user_id", "item_id").iter_rows())
+
+
+def test_shown_items_are_labelled_in_their_slate(folder: Path) -> None:
+    data = data_of("exposures")
+    slates = data.exposures
+    assert slates is not None
+    texts = {"user_id": pl.String, "item_id": pl.String}
+    rows = pl.read_csv("build/data/examples/exposures/events.csv", schema_overrides=texts)
+    ids = np.array(["", "", *data.catalogue.vocabulary.items])
+    click = [head.name for head in data.config.heads].index("click")
+    found = sorted(
+        sorted(zip(slates.positions[s:e].tolist(), ids[slates.items[s:e]], slates.labels[s:e, click], strict=True))
+        for s, e in itertools.pairwise(slates.offsets)
+    )
+    expected = rows.group_by("slate_id").agg("position", "item_id", "label_click").iter_rows()
+    assert found == sorted(sorted(zip(*lists, strict=True)) for _, *lists in expected)
+
+
+def test_history_before_a_slate_is_earlier_than_the_slate(folder: Path) -> None:
+    data = data_of("exposures")
+    slates, sequences = data.exposures, data.sequences
+    assert slates is not None
+    for user, read, now in zip(slates.slate_users, slates.history, slates.times, strict=True):
+        first, last = sequences.offsets[user : user + 2]
+        times = sequences.timestamps[first:last]
+        assert read == (times < now).sum()
