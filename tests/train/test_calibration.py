@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slatewise_train.evaluation.calibration import LEAST_SLOPE, fit_calibration
-from slatewise_train.evaluation.offline import calibration_error
+from slatewise_train.evaluation.metrics import calibration_error
 from slatewise_train.rankers.base import Calibration
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs

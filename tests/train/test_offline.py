@@ -25,9 +25,11 @@ from slatewise_train.data import (
     split_sequences,
     training_events,
 )
+from slatewise_train.evaluation.baselines import make_baselines, popularity
 from slatewise_train.evaluation.cases import next_cases, slate_cases
+from slatewise_train.evaluation.interactions import Interactions
 from slatewise_train.evaluation.metrics import BINS, auc, calibration_error, interval, ndcg, rank_of
-from slatewise_train.evaluation.offline import evaluate, item_knn, leave_one_out, make_baselines, popularity, slates
+from slatewise_train.evaluation.offline import evaluate, leave_one_out, slates
 from slatewise_train.evaluation.report import quality_table
 from tests.conftest import Tiny
 
@@ -71,11 +73,11 @@ class FakeEngine:
     def extend(self, state: None, history: History) -> History:
         return history
 
-    def point(self, candidates: Candidates, meta: np.ndarray, state: History) -> PointScores:
+    def point(self, candidates: Candidates, meta: np.ndarray, state: History, rows: slice = slice(None)) -> PointScores:
         self.asked.append((state, candidates))
-        rows = candidates.vectors[:, 0].astype(int)
+        rows = candidates.vectors[rows, 0].astype(int)
         probabilities = np.repeat(self.worth[rows][:, None], 2, axis=1)
-        return PointScores(probabilities, probabilities, candidates.vectors)
+        return PointScores(probabilities, probabilities, probabilities)
 
     def dot(self, candidates: Candidates, state: History) -> np.ndarray:
         return self.point(candidates, np.zeros(0), state).probabilities
@@ -171,7 +173,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
     worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
     worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # the best two; i9 is in the history of u only
     engine = FakeEngine(worth)
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
     # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
     expected = [144 - 1, 148]
     for exit in ("dot", "point", "set"):
@@ -182,7 +184,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
 def test_reranking_a_small_catalogue_excludes_the_history() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [0]
     assert ranks["set"].tolist() == [0]
 
@@ -193,7 +195,7 @@ def test_set_reranks_only_the_best_items_of_point() -> None:
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
     reverse = lambda point: -point.probabilities  # noqa: E731
     engine.set = reverse  # type: ignore[method-assign]
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [48, 293]
     assert ranks["set"].tolist() == [99 - 48, 293]
 
@@ -257,7 +259,7 @@ def test_slates_exclude_events_without_label() -> None:
     data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
     engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
     found = slates(engine, data, 1, np.zeros(0), make_baselines(data))  # type: ignore[arg-type]
-    for name in ("dot", "point", "set", "popularity", "item-kNN"):
+    for name in ("dot", "point", "set", "popularity", "item-kNN", "EASE"):
         assert [len(scores) for scores, _ in found[name]] == [len(labels) for _, labels in found[name]] == [3, 4, 4]
         assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
 
@@ -268,21 +270,12 @@ def test_training_events_exclude_held_out_events() -> None:
     assert users.tolist() == [0, 0, 1, 1]
     assert [data.catalogue.vocabulary.items[i - FIRST_ITEM] for i in items] == ["a", "b", "b", "b"]
     (case, *_) = next_cases(data, np.array([0]))
-    assert popularity(data)(case).tolist() == [0, 0, 1, 3, 0, 0]
-
-
-def test_item_knn_equals_hand_computed_scores() -> None:
-    """Users u: a b, v: a b c, w: c (training events); cosine(a, b) = 1, cosine(a, c) = cosine(b, c) = 1/2."""
-    data = make_data({"u": ["a", "b", "x"], "v": ["a", "b", "c", "x"], "w": ["c", "x"]}, list("abcx"))
-    u, _, w = next_cases(data, np.arange(3))
-    np.testing.assert_allclose(item_knn(data)(u), [0, 0, 1, 1, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(item_knn(data)(w), [0, 0, 0.5, 0.5, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(item_knn(data, neighbours=1)(u), [0, 0, 1, 1, 0, 0], atol=1e-6)
+    assert popularity(Interactions(data)).score([case.seen]).tolist() == [[0, 0, 1, 3, 0, 0]]
 
 
 def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tiny: Tiny) -> None:
     report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta, most_users=6)
-    names = {"dot", "point", "set", "popularity", "item-kNN"}
+    names = {"dot", "point", "set", "popularity", "item-kNN", "EASE"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names
     assert {row["users"] for row in report["leave_one_out"].values()} == {6}
     assert set(report["set_against_point"]) == {

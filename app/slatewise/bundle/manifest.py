@@ -26,6 +26,8 @@ from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
+from slatewise.schemas import Verdict
+
 FORMAT = 2  # the format that is written
 KNOWN_FORMATS = (1, 2)  # the formats that are read
 
@@ -139,6 +141,7 @@ class Manifest(Member):
     graphs: dict[str, Io]
     variants: dict[str, Variant]
     files: dict[str, str] = Field(description="SHA-256 of every other file, by path inside the bundle.")
+    verdict: Verdict | None = Field(default=None, description="Comparison with baselines; null: not compared.")
     example: dict[str, Any] = Field(
         description="A request body that works as it stands; the golden request of every variant."
     )
