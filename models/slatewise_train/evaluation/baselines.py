@@ -47,7 +47,7 @@ class Similarities:
 
     def __init__(self, users: np.ndarray, shrinkage: float, counts: Sequence[int]) -> None:
         """users: (rows,) of each item; counts: the numbers of neighbours, ascending."""
-        self.norms = np.sqrt(users)
+        self.users = users
         self.shrinkage = shrinkage
         self.counts = list(counts)
         self.blocks: list[sparse.csr_array] = []
@@ -57,7 +57,7 @@ class Similarities:
         """Add the rows from `first` on. shared: (block, rows), the users that two items share."""
         lengths = np.diff(shared.indptr)
         rows = np.repeat(np.arange(first, first + len(lengths)), lengths)
-        values = shared.data / (self.norms[rows] * self.norms[shared.indices] + self.shrinkage)
+        values = shared.data / (np.sqrt(self.users[rows] * self.users[shared.indices]) + self.shrinkage)
         values[rows == shared.indices] = 0
         floors = np.zeros((len(lengths), len(self.counts)))
         for row in np.flatnonzero(lengths > self.counts[0]):
@@ -91,7 +91,7 @@ def item_knn(
     nearest neighbours of the history's item; neighbours as near as the last one are kept. Returns the baseline with the
     best of the settings, and its similarities (rows, rows).
     """
-    users = np.asarray(seen.matrix.sum(axis=0))
+    users = np.asarray(seen.matrix.sum(axis=0), np.float64)
     found = {shrinkage: Similarities(users, shrinkage, sorted(neighbours)) for shrinkage in shrinkages}
     for first, shared in seen.co_occurrences("item-kNN"):
         for similarities in found.values():

@@ -43,10 +43,13 @@ def ease(seen: Interactions, similar: sparse.csr_array) -> Baseline | str:
 
 def exact_models(seen: Interactions) -> Iterator[tuple[Baseline, np.ndarray]]:
     """Yield the model of each ridge and its weights (rows, rows) float32."""
-    gram = (seen.matrix.T @ seen.matrix).toarray().astype(np.float64)
+    met = np.flatnonzero(np.diff(seen.matrix.tocsc().indptr))  # an item without events has the weight 0
+    matrix = seen.matrix[:, met]
+    gram = (matrix.T @ matrix).toarray().astype(np.float64)
     for ridge in tqdm(RIDGES, desc="EASE", mininterval=2):
         inverse = inverse_of(gram + ridge * np.eye(len(gram)))
-        weights = (-inverse / np.diag(inverse)).astype(np.float32)
+        weights = np.zeros((seen.rows, seen.rows), np.float32)
+        weights[np.ix_(met, met)] = -inverse / np.diag(inverse)
         np.fill_diagonal(weights, 0)
         yield linear(weights, f"ridge {ridge:g}{seen.note()}"), weights
 
