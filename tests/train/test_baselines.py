@@ -144,6 +144,10 @@ def test_ease_of_large_catalogue_reads_neighbours(monkeypatch: pytest.MonkeyPatc
         np.testing.assert_allclose(weights[near, j], expected, atol=1e-5)
         assert np.count_nonzero(weights[:, j]) <= 3
     assert isinstance(ease(seen, similar), Baseline)
+    monkeypatch.setattr(linear_model, "MOST_ITEMS", 10)
+    assert ease(seen, similar) == "20 items, its limit is 10"
+    monkeypatch.undo()
+    monkeypatch.setattr(linear_model, "EXACT_ITEMS", 3)
     monkeypatch.setattr(linear_model, "MOST_CELLS", 5)
     assert ease(seen, similar) == "more than 5 pairs of items have a common user"
 
@@ -213,7 +217,8 @@ def test_baseline_ranks_equal_one_user_at_a_time(monkeypatch: pytest.MonkeyPatch
         for case, rank, best in zip(cases, ranks, lists, strict=True):
             scores = baseline.score([case.seen])[0].astype(float)
             target = int(case.upcoming[0])
-            scores[[k for k in range(rows) if k < FIRST_ITEM or (k in case.seen and k != target)]] = -np.inf
+            hidden = set() if target in case.seen else set(case.seen.tolist())
+            scores[[k for k in range(rows) if k < FIRST_ITEM or k in hidden]] = -np.inf
             assert rank == rank_of(scores, target)
             order = [k for k in sorted(range(rows), key=lambda k: (-scores[k], k)) if scores[k] > -np.inf][:10]
             assert best.tolist() == order + [0] * (10 - len(order))

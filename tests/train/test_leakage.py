@@ -36,7 +36,8 @@ def test_repeated_targets_are_counted() -> None:
     (check,) = [check for check in check_leakage(data) if check.name == "repeated_targets"]
     assert check.found == 2
     assert (
-        check.line.startswith("repeated targets: the item of 2 of 3 (66.7%) test events") and "rewarded" in check.line
+        check.line.startswith("repeated targets: the item of 2 of 3 (66.7%) test events")
+        and "no item of the history is removed" in check.line
     )
 
 

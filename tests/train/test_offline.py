@@ -193,6 +193,16 @@ def test_reranking_a_small_catalogue_excludes_the_history() -> None:
     assert ranks["set"].tolist() == [0]
 
 
+def test_repeated_target_is_ranked_among_the_whole_history() -> None:
+    """The history a b with target b: a stays among the candidates, so a scorer of the history gains no advantage."""
+    data = make_data({"u": ["a", "b", "b"], "v": ["a", "b", "c"]}, list("abcde"))
+    engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    ranks, best = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    for exit in ("dot", "point", "set"):
+        assert ranks[exit].tolist() == [1, 0] and best[exit][0, :5].tolist() == [2, 3, 4, 5, 6]
+    assert ranks["popularity"].tolist() == [1, 0]
+
+
 def test_set_reranks_only_the_best_items_of_point() -> None:
     items = [f"i{k}" for k in range(300)]
     data = make_data({"in": ["i299", "i250"], "out": ["i299", "i5"]}, items)
@@ -303,7 +313,7 @@ def slow_leave_one_out(engine: Engine, data: Data, meta: np.ndarray, users: np.n
     for case in next_cases(data, users):
         catalogue = candidates_of(engine, data, rows, case.time)
         target = int(case.upcoming[0])
-        hidden = set(case.seen.tolist()) - {target}
+        hidden = set() if target in case.seen else set(case.seen.tolist())
         orders = {}
         for exit in ("dot", "point"):
             scores = engine.score(case.history, catalogue, meta, exit)[:, 0]

@@ -11,7 +11,8 @@
       meta_block.npz                   the meta block, which the refresh job adapts to users (optional)
       display.json                     titles and fields of items, for display (optional)
       warmup.jsonl                     requests to warm up with (optional)
-      report.json report.png           quality by exit (optional)
+      report.json report.md report.png   quality by exit, beside baselines (optional)
+      training.png                     learning curves (optional)
       variants.md variants.png         size, latency and quality by variant (optional)
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)

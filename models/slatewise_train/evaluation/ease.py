@@ -8,7 +8,7 @@ For a small catalogue all w_j follow from one inverse P = (G + ridge I)^-1: w_ij
 paper). For a larger one the regression of an item reads its nearest neighbours alone, which gives the same weights if
 the neighbours are all other items.
 
-Called by: `baselines.py`. Calls: `interactions.py`, scipy.
+Called by: `baselines.py`. Calls: `interactions.py`, `sampling.py`, scipy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from scipy import linalg, sparse
 from tqdm import tqdm
 
 from slatewise_train.evaluation.interactions import Baseline, Interactions, best_of, linear
+from slatewise_train.evaluation.sampling import in_parallel
 
 RIDGES = (100.0, 1.0, 10.0, 1000.0)  # the first is used without validation users
 EXACT_ITEMS = 5_000  # largest catalogue of the exact model: time grows with the cube
+MOST_ITEMS = 50_000  # largest catalogue of the approximation, one regression for each item
 NEIGHBOURS = 50  # that the regression of an item reads in a larger catalogue
 BATCH = 256  # items whose regressions are solved at once
 MOST_CELLS = 200_000_000  # pairs of items with a common user, in memory
@@ -35,6 +37,8 @@ def ease(seen: Interactions, similar: sparse.csr_array) -> Baseline | str:
     """
     if seen.rows <= EXACT_ITEMS:
         return best_of(seen, exact_models(seen))[0]
+    if seen.rows > MOST_ITEMS:
+        return f"{seen.rows:,} items, its limit is {MOST_ITEMS:,}"
     shared = all_shared(seen)
     if shared is None:
         return f"more than {MOST_CELLS:,} pairs of items have a common user"
@@ -85,20 +89,21 @@ def neighbour_models(
     """
     near = nearest_rows(similar, NEIGHBOURS)
     items = np.flatnonzero((near >= 0).any(axis=1))
-    found = {ridge: np.zeros((len(items), near.shape[1]), np.float32) for ridge in RIDGES}
-    for first in tqdm(range(0, len(items), BATCH), desc="EASE", mininterval=2):
-        batch = items[first : first + BATCH]
-        rows = near[batch]  # (b, n), -1 beyond the last neighbour
-        real = rows >= 0
-        rows = np.where(real, rows, 0)  # the unknown item, which has no users
+
+    def solve(batch: np.ndarray) -> np.ndarray:
+        """Return the weights of the neighbours of a batch of items, by ridge: (ridges, b, n)."""
+        rows = np.maximum(near[batch], 0)  # beyond the last neighbour the unknown item, which has no users
         gram = cells_of(shared, rows[:, :, None], rows[:, None, :])
-        aim = cells_of(shared, rows, batch[:, None])
-        for ridge, weights in found.items():
-            solved = np.linalg.solve(gram + ridge * np.eye(rows.shape[1]), aim[:, :, None])[:, :, 0]
-            weights[first : first + len(batch)] = np.where(real, solved, 0)
+        aim = cells_of(shared, rows, batch[:, None])[:, :, None]
+        eye = np.eye(rows.shape[1])
+        return np.stack([np.linalg.solve(gram + ridge * eye, aim)[:, :, 0] for ridge in RIDGES]).astype(np.float32)
+
+    batches = [items[first : first + BATCH] for first in range(0, len(items), BATCH)]
+    empty = np.zeros((len(RIDGES), 0, near.shape[1]), np.float32)
+    solved = np.concatenate([empty, *in_parallel(solve, batches, "EASE")], axis=1)
     kept = near[items] >= 0
     places = (near[items][kept], np.repeat(items, kept.sum(axis=1)))
-    for ridge, weights in found.items():
+    for ridge, weights in zip(RIDGES, solved, strict=True):
         matrix = sparse.csr_array((weights[kept], places), shape=similar.shape)
         settings = f"ridge {ridge:g}, {NEIGHBOURS} neighbours{seen.note()}"
         yield linear(matrix, settings), matrix

@@ -119,6 +119,14 @@ def best_of(seen: Interactions, models: Iterable[tuple[Baseline, W]]) -> tuple[B
     return best
 
 
+def hidden_rows(case: Case) -> np.ndarray:
+    """Return the item rows that are not ranked: those of the history, or no rows if the target is one of them.
+
+    A repeated target alone among the hidden items of its history would be found by any scorer of the history.
+    """
+    return case.seen[:0] if case.upcoming[0] in case.seen else case.seen
+
+
 def validation_cases(data: Data, users: np.ndarray) -> list[Case]:
     """Return a case for each validation user: the first event after the training events."""
     lengths = data.split.train_lengths[users]
@@ -136,7 +144,7 @@ def tuning_cases(data: Data) -> list[Case]:
 def baseline_ranks(
     baseline: Baseline, cases: Sequence[Case], rows: int, *, listed: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank the first upcoming item of each case among all items of `rows` that are new to the user.
+    """Rank the first upcoming item of each case among all items of `rows` without `hidden_rows`.
 
     Returns ranks (n,), 0 for the best, and the item rows of the best lists (n, 10), 0 beyond a list's end; the
     lists are empty unless `listed`. Items with
@@ -151,7 +159,7 @@ def baseline_ranks(
         targets = np.array([case.upcoming[0] for case in chunk])
         scores[:, :FIRST_ITEM] = -np.inf
         for row, case in enumerate(chunk):
-            scores[row, case.seen[case.seen != case.upcoming[0]]] = -np.inf
+            scores[row, hidden_rows(case)] = -np.inf
         ranks.append(ranks_of(scores, targets))
         if listed:
             lists.append(top_rows(scores))

@@ -65,7 +65,7 @@ def repeated_targets(data: Data) -> Check:
         "repeated_targets",
         found,
         f"repeated targets: the item of {share(found, len(users))} test events is in the user's history.",
-        "These items stay among the candidates, so a ranker that repeats the past is rewarded.",
+        "For these events no item of the history is removed from the candidates.",
     )
 
 

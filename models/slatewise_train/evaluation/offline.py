@@ -1,7 +1,7 @@
 """Measure the ranking quality of a variant through its exported graphs. The results are the tables of `report.json`:
 
-(a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user. This table
-    needs a head of kind `next`.
+(a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user, or among
+    all items if it is not new itself. This table needs a head of kind `next`.
 (b) slates: the ranking of the next events of held-out users. This table needs a head of kind `label`.
 (c) the difference between the exits `set` and `point`, paired by user.
 
@@ -26,7 +26,7 @@ from slatewise_train.data import Data
 from slatewise_train.evaluation.baselines import Baselines, make_baselines
 from slatewise_train.evaluation.calibration import LEAST_EXAMPLES
 from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, slate_cases
-from slatewise_train.evaluation.interactions import baseline_ranks, baseline_slates
+from slatewise_train.evaluation.interactions import baseline_ranks, baseline_slates, hidden_rows
 from slatewise_train.evaluation.metrics import (
     DEPTH,
     auc,
@@ -69,7 +69,7 @@ def leave_one_out(
     def rank_case(case: Case) -> dict[str, tuple[int, np.ndarray]]:
         state = engine.extend(engine.start, case.history)
         catalogue = Candidates(vectors, numeric, request_context(case.time)[None])
-        hidden = case.seen[case.seen != case.upcoming[0]] - FIRST_ITEM  # a repeated item stays in the catalogue
+        hidden = hidden_rows(case) - FIRST_ITEM
         target = int(case.upcoming[0]) - FIRST_ITEM
         scores = {
             "dot": engine.dot(catalogue, state)[:, head].copy(),

@@ -21,7 +21,7 @@ from slatewise_train.batches import make_batch, served_window_start
 from slatewise_train.data import Data
 from slatewise_train.evaluation.baselines import make_baselines
 from slatewise_train.evaluation.cases import Case
-from slatewise_train.evaluation.interactions import baseline_ranks, validation_cases
+from slatewise_train.evaluation.interactions import baseline_ranks, hidden_rows, validation_cases
 from slatewise_train.evaluation.metrics import gains, hits, ranks_of
 from slatewise_train.evaluation.report import BASELINES_FILE
 from slatewise_train.evaluation.sampling import sample_users
@@ -35,7 +35,7 @@ BATCH_SCORES = 20_000_000
 def dot_ranks(model: RankerModel, data: Data, cases: Sequence[Case], head: int) -> np.ndarray:
     """Rank the first upcoming item of each case by the exit `dot`: (n,), 0 for the best.
 
-    Items of the history are not ranked, but the item itself is. Equal scores are ranked in the order of the catalogue.
+    Items of the history are not ranked, see `hidden_rows`. Equal scores are ranked in the order of the catalogue.
     """
     ranks = np.zeros(len(cases), np.int64)
     longest = data.config.history_length
@@ -51,7 +51,7 @@ def dot_ranks(model: RankerModel, data: Data, cases: Sequence[Case], head: int) 
             scores = (now @ vectors).numpy()
             targets = np.array([cases[row].upcoming[0] for row in rows])
             for mine, row in zip(scores, rows, strict=True):
-                mine[cases[row].seen[cases[row].seen != cases[row].upcoming[0]] - FIRST_ITEM] = -np.inf
+                mine[hidden_rows(cases[row]) - FIRST_ITEM] = -np.inf
             ranks[rows] = ranks_of(scores, targets - FIRST_ITEM)
     return ranks
 
