@@ -165,6 +165,7 @@ TRAINING_LEVELS = (
     "tables",
     "exposures",
     "data",
+    "new_model",
     "losses",
     "listwise",
     "checkpoint",

@@ -56,7 +56,7 @@ def describe(config: Config) -> Iterator[str]:
     for reason, count in bad_items.items():
         yield f"           {reason}: {count:,}"
     catalogue, sequences, exposures = assemble(events, history, items, config.data)
-    chosen = choose_split(config.data, config.stated, sequences)
+    chosen = choose_split(config.data, config.stated, sequences, exposures is not None)
     split = split_sequences(sequences, chosen)
     data = Data(chosen, catalogue, sequences, split, bad, exposures)
     yield from lengths(data)
@@ -65,7 +65,8 @@ def describe(config: Config) -> Iterator[str]:
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     yield from split_lines(data)
-    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items))  # prints the values that it chooses
+    shown = exposures is not None
+    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items), shown)  # prints the chosen values
 
 
 def files_of(place: str) -> str:

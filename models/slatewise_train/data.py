@@ -246,7 +246,7 @@ def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] |
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
     catalogue, sequences, exposures = assemble(events, is_history, items, config)
-    config = choose_split(config, stated, sequences)
+    config = choose_split(config, stated, sequences, exposures is not None)
     split = split_sequences(sequences, config)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")

@@ -36,13 +36,18 @@ MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
 EMBEDDING_STD = 0.0127
 
 
-def choose_split(config: DataConfig, stated: frozenset[str] | None, sequences: Histories) -> DataConfig:
-    """Return the config with the keys of `[split]` that the TOML leaves out. stated: as in `Config`; None: all."""
+def choose_split(
+    config: DataConfig, stated: frozenset[str] | None, sequences: Histories, shown: bool = False
+) -> DataConfig:
+    """Return the config with the keys of `[split]` that the TOML leaves out.
+
+    stated: as in `Config`; None: all. shown: whether the tables have slates that users were shown.
+    """
     known, lengths = known_events(sequences, config)
     able = int((known >= LEAST_TO_VALIDATE).sum())
     chosen: Chosen = {}
     if stated is not None:
-        labels = any(head.kind == "label" for head in config.heads)
+        labels = shown or any(head.kind == "label" for head in config.heads)
         # The window holds 99 % of the histories; the rest are cut. Powers of two keep the cache's windows aligned.
         q99 = float(np.quantile(lengths, 0.99)) if len(lengths) else 1.0
         window = int(np.clip(2 ** np.ceil(np.log2(max(q99, 1.0))), SHORTEST_WINDOW, LONGEST_WINDOW))
@@ -68,10 +73,11 @@ def choose_split(config: DataConfig, stated: frozenset[str] | None, sequences: H
     return config
 
 
-def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
+def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool = False) -> Config:
     """Return the config with the keys of `[model]` and `[train]` that the TOML leaves out.
 
-    lengths: (U,) training events of each user; items: number of items.
+    lengths: (U,) training events of each user; items: number of items; shown: whether the tables have slates that users
+    were shown.
     """
     events = int(lengths.sum())
     median = float(np.median(lengths[lengths > 0]))
@@ -85,7 +91,10 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
         # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
         model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
-        model["set_blocks"] = (1 if labels else 0, "a head of kind label" if labels else "no head of kind label")
+        reason = (
+            "the slates that were shown" if shown else "a head of kind label" if labels else "no head of kind label"
+        )
+        model["set_blocks"] = (1 if labels or shown else 0, reason)
     shape = dict(config.model.shape)
     say("model", {k: v for k, v in model.items() if k not in shape})
     shape = {k: v for k, (v, _) in model.items()} | shape

@@ -1,7 +1,8 @@
 """Train a ranker: slatewise train models/movielens.toml
 
 You can stop the command at any time; the same command continues after the last whole epoch. It writes three files into
-`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log.
+`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log and
+the level of the baselines. At the end it says whether the ranker beats them.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
@@ -9,7 +10,7 @@ heads of kind `label`, and the next item among negatives, for heads of kind `nex
 users were shown, `shown.py` takes the place of the first, and adds to the second.
 
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/`.
+`batches.py`, `shown.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `new_model.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
-from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
-from slatewise_train.data import Catalogue, Data, load_data, training_events
+from slatewise_train.config import Config, ModelConfig, TrainConfig, read_config
+from slatewise_train.data import Data, load_data, training_events
 from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
+from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.report import plot_training
+from slatewise_train.evaluation.trained import TrainingReport
+from slatewise_train.evaluation.verdict import training_warnings
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
-from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import BCE, shown_slates, slate_loss
 from slatewise_train.slates import Slates, draw_slates, read_slates
@@ -44,34 +48,6 @@ from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
-
-
-def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> RankerModel:
-    """Build a new ranker for a catalogue. Raises ValueError if `[model]` is not a valid config of its family."""
-    known = np.ma.masked_invalid(catalogue.numeric[FIRST_ITEM:])
-    # A column without any number has no moments: mean 0, and the least standard deviation.
-    mean, std = (np.ma.filled(moment, 0.0) for moment in (known.mean(axis=0), known.std(axis=0)))
-    sized = model.sized(
-        items=len(catalogue.vocabulary.items) + FIRST_ITEM,
-        actions=len(catalogue.vocabulary.actions) + 1,
-        fields={name: len(values) + 1 for name, values in catalogue.vocabulary.fields.items()},
-        numeric=len(config.numeric),
-        heads=len(config.heads),
-    )
-    columns = families.ItemColumns(
-        {name: torch.from_numpy(values) for name, values in catalogue.field_values.items()},
-        torch.tensor(mean, dtype=torch.float32),
-        torch.tensor(np.maximum(std, 1e-3), dtype=torch.float32),
-    )
-    return families.build(model.family, sized, columns)
-
-
-@torch.no_grad()
-def scale_embeddings(model: RankerModel, std: float) -> None:
-    """Give new embeddings, which have a standard deviation of 1 / sqrt(width), another one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.mul_(std * module.embedding_dim**0.5)
 
 
 class Trainer:
@@ -275,7 +251,8 @@ class Trainer:
 def load_for_training(config: Config) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
     data = load_data(config.data, config.tables, config.stated)
-    return data, choose_training(config, data.split.train_lengths, len(data.catalogue.vocabulary.items))
+    items = len(data.catalogue.vocabulary.items)
+    return data, choose_training(config, data.split.train_lengths, items, data.exposures is not None)
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
@@ -345,4 +322,9 @@ def main(argv: Sequence[str]) -> None:
     data, config = load_for_training(config)
     vocabulary = data.catalogue.vocabulary
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
-    train(data, config.model, config.train, args.folder or Path("build/train") / config.data.name)
+    folder = args.folder or Path("build/train") / config.data.name
+    report = TrainingReport(data)
+    report.write_levels(folder)
+    trainer = train(data, config.model, config.train, folder)
+    verdict = report.verdict(trainer.model, training_warnings(config, folder / "log.csv", trainer.model))
+    print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)
