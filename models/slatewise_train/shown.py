@@ -56,19 +56,19 @@ def propensity_weights(positions: Tensor, power: float) -> Tensor:
 
 
 def slate_loss(kind: str, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return a list-wise loss, mean over the slates with both labels -> ().
+    """Return a list-wise loss -> (): the mean over the slates with both labels, or with weights over their labels of 1.
 
     kind: a key of `SLATE_LOSSES`; scores, labels: (N, C), NaN if unknown or padding; weights: (N, C) of labels of 1.
     """
     known = ~labels.isnan()
     liked = labels.nan_to_num()
-    count = has_order(liked, known).sum().clamp(min=1)
+    ordered = has_order(liked, known)
     if weights is None:
-        return SLATE_LOSSES[kind](scores, liked, known).sum() / count
+        return SLATE_LOSSES[kind](scores, liked, known).sum() / ordered.sum().clamp(min=1)
     gain = liked * weights
-    # The list-wise losses do not change with the scale of a slate's gains, so its mean weight multiplies its loss.
-    factor = gain.sum(1) / liked.sum(1).clamp(min=1)
-    return (factor * SLATE_LOSSES[kind](scores, gain, known)).sum() / count
+    # A list-wise loss does not change with the scale of a slate's gains, so the sum of the weights multiplies it.
+    losses = gain.sum(1) * SLATE_LOSSES[kind](scores, gain, known)
+    return losses.where(ordered, 0.0).sum() / liked[ordered].sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

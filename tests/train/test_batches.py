@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.features import request_context
 from slatewise.inference.arrays import CONTEXT_SIZE, START_ITEM
 from slatewise_train.batches import Batch, Window, epoch_windows, make_batch
-from slatewise_train.data import Sequences
+from slatewise_train.data import Sequences, request_times
 
 
 def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
@@ -24,14 +24,16 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
     labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
     contexts = np.zeros((*shape, CONTEXT_SIZE), np.float32)
     items[:, 0] = START_ITEM
+    spans = [slice(sequences.offsets[user] + first, sequences.offsets[user] + last) for user, first, last in windows]
+    times = request_times(np.concatenate([sequences.timestamps[span] for span in spans]))
     for row, (user, first, last) in enumerate(windows):
         n = last - first
         window = slice(1, n + 1)
         items[row, window], actions[row, window], gaps[row, window], labels[row, window] = sequences.of(
             user, first, last
         )
-        times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
-        contexts[row, 1 : n + 1] = request_context(times).T
+        contexts[row, 1 : n + 1] = request_context(times[:n]).T
+        times = times[n:]
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users, firsts = (np.array(column, np.int64) for column in list(zip(*windows, strict=True))[:2])
