@@ -321,7 +321,7 @@ def test_weights_are_cut_and_ones_where_unknown() -> None:
 
 
 def click_log(folder: Path, users: int = 300) -> Data:
-    """Eight items in slates that an older ranker puts in about the wrong order; item k is clicked with (k + 1) / 9 / rank.
+    """Eight items in slates that an older ranker puts in about the wrong order. Clicks of item k: (k + 1) / 9 / rank.
 
     Each user clicked one item before and one after the slates, so that all slates stand in the training events.
     """
