@@ -20,7 +20,7 @@ DAY = 86_400.0
 SHOWN = "impression"
 TAKEN = "taken"  # the action of an event without one
 LISTS = {"item_ids": pl.List(pl.String), "actions": pl.List(pl.String), "timestamps": pl.List(pl.Float64)}
-SCHEMA = {
+SCHEMA: dict[str, type[pl.String] | type[pl.Float64] | pl.Struct] = {
     "user": pl.String,
     "request_time": pl.Float64,
     "history": pl.Struct(LISTS),
