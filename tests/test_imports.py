@@ -163,6 +163,7 @@ TRAINING_LEVELS = (
     "tables",
     "data",
     "losses",
+    "listwise",
     "checkpoint",
     "new_toml",
     "check_data",
