@@ -8,19 +8,19 @@ Letters in shapes: B windows, T the longest window.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slatewise.bundle.features import request_context, window_start
-from slatewise.inference.arrays import CONTEXT_SIZE, START_ITEM
+from slatewise.bundle.features import gap_buckets, request_context, window_start
+from slatewise.inference.arrays import GAP_FIRST, START_ITEM
 from slatewise_train.data import Sequences, request_times
 
 Window = tuple[int, int, int]  # user, first event, one past the last event
+Windows = np.ndarray | Sequence[Window]  # (B, 3) int64
 
 
 def served_window_start(length: int, longest: int) -> int:
@@ -45,6 +45,7 @@ class Batch:
     """A batch of windows, padded on the right. Column 0 is the start token."""
 
     users: Tensor  # (B,) int64
+    firsts: Tensor  # (B,) int64, events of the user before the window
     lengths: Tensor  # (B,) int64, events without the start token
     items: Tensor  # (B, T + 1) int64
     actions: Tensor  # (B, T + 1) int64
@@ -56,55 +57,59 @@ class Batch:
         return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
 
-def make_batch(sequences: Sequences, windows: list[Window]) -> Batch:
-    """Build a batch from windows, at least one."""
-    longest = max(last - first for _, first, last in windows)
-    shape = (len(windows), longest + 1)
-    items = np.zeros(shape, np.int64)
-    actions = np.zeros(shape, np.int64)
-    gaps = np.zeros(shape, np.int64)
-    labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
-    contexts = np.zeros((*shape, CONTEXT_SIZE), np.float32)
+def make_batch(sequences: Sequences, windows: Windows) -> Batch:
+    """Build a batch from windows, at least one: (B, 3), as rows of an array or as a list of tuples."""
+    user, first, last = np.asarray(windows, np.int64).T
+    lengths = last - first
+    starts = sequences.offsets[user] + first
+    before = np.cumsum(lengths) - lengths  # events of the windows above
+    rows = np.arange(lengths.sum()) + np.repeat(
+        starts - before, lengths
+    )  # (events,) of the sequences, window by window
+    times = sequences.timestamps[rows]
+    gaps = gap_buckets(times)
+    gaps[before[lengths > 0]] = GAP_FIRST
+    longest = int(lengths.max())
+    real = np.zeros((len(lengths), longest + 1), bool)
+    real[:, 1:] = np.arange(longest) < lengths[:, None]
+
+    def padded(values: np.ndarray, padding: float) -> np.ndarray:
+        column = np.full((*real.shape, *values.shape[1:]), padding, values.dtype)
+        column[real] = values
+        return column
+
+    items = padded(sequences.items[rows], 0)
     items[:, 0] = START_ITEM
-    for row, (user, first, last) in enumerate(windows):
-        n = last - first
-        window = slice(1, n + 1)
-        items[row, window], actions[row, window], gaps[row, window], labels[row, window] = sequences.of(
-            user, first, last
-        )
-        times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
-        contexts[row, 1 : n + 1] = request_context(request_times(times)).T
-        contexts[row, 0] = contexts[row, min(1, n)]
-    lengths = np.array([last - first for _, first, last in windows], np.int64)
-    users = np.array([user for user, _, _ in windows], np.int64)
-    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts)))
+    contexts = padded(request_context(request_times(times)).T, 0)
+    contexts[:, 0] = contexts[:, min(1, longest)]
+    columns = padded(sequences.actions[rows], 0), padded(gaps, 0), padded(sequences.labels[rows], np.nan)
+    return Batch(*map(torch.from_numpy, (user.copy(), first.copy(), lengths, items, *columns, contexts)))
 
 
 def epoch_windows(
     train_lengths: np.ndarray, longest: int, batch_events: int, rng: np.random.Generator
-) -> Iterator[list[Window]]:
+) -> Iterator[np.ndarray]:
     """Split the training events of all users into windows of at most `longest` events, and yield batches of windows.
 
     train_lengths: (U,) events of each user. A user with more events than a window gets several windows with random
-    starts. A batch has at most `batch_events` events, padding included, or a single window.
+    starts. A batch is an array (B, 3) of windows. It has at most `batch_events` events, padding included, or a single
+    window.
     """
-    windows = []
-    for user in np.flatnonzero(train_lengths > 0):
-        n = int(train_lengths[user])
-        pieces = math.ceil(n / longest)
-        for _ in range(pieces):
-            first = int(rng.integers(0, n - longest + 1)) if n > longest else 0
-            windows.append((int(user), first, min(first + longest, n)))
-    lengths = np.array([last - first for _, first, last in windows]) * rng.uniform(0.9, 1.1, len(windows))
-    batches: list[list[Window]] = [[]]
-    width = 0
-    for k in np.argsort(lengths):
-        size = windows[k][2] - windows[k][1] + 1
-        width = max(width, size)
-        if width * (len(batches[-1]) + 1) > batch_events and batches[-1]:
-            batches.append([])
-            width = size
-        batches[-1].append(windows[k])
-    batches = [batch for batch in batches if batch]
-    for k in rng.permutation(len(batches)):
-        yield batches[k]
+    user = np.repeat(np.arange(len(train_lengths)), -(-train_lengths // longest))
+    length = train_lengths[user]
+    first = np.zeros(len(user), np.int64)
+    first[length > longest] = rng.integers(0, length[length > longest] - longest + 1)
+    windows = np.stack([user, first, np.minimum(first + longest, length)], axis=1)
+    lengths = windows[:, 2] - first
+    order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(windows)))
+    windows = windows[order]
+    sizes = lengths[order] + 1  # with the start token
+    edges = [0]
+    while edges[-1] < len(sizes):
+        begin = edges[-1]
+        most = batch_events // int(sizes[begin]) + 1  # one window more than the batch can have
+        widths = np.maximum.accumulate(sizes[begin : begin + most])
+        fitting = int(np.count_nonzero(widths * np.arange(1, len(widths) + 1) <= batch_events))
+        edges.append(begin + max(1, fitting))
+    for k in rng.permutation(len(edges) - 1):
+        yield windows[edges[k] : edges[k + 1]]

@@ -37,9 +37,9 @@ from slatewise_train.compression.quantize import FULL_BITS, SAFE_BITS
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import Recipe, measure_or_resume, rejections, remeasure_fp32
 from slatewise_train.config import read_config
-from slatewise_train.data import load_data
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
+from slatewise_train.train import load_for_training
 
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
@@ -180,4 +180,5 @@ def open_source(folder: Path, toml: Path | None) -> Source:
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
-    return Source(folder, load_data(config.data, config.tables), config.train)
+    data, config = load_for_training(config)
+    return Source(folder, data, config.train)

@@ -94,19 +94,30 @@ class ModelConfig:
 class TrainConfig:
     """Table `[train]`."""
 
-    epochs: int = number(60, least=1, most=100_000)
+    epochs: int = number(60, least=1, most=100_000)  # at most
     # the last epochs, which train the exits `point` and `set` too
     cascade_epochs: int = number(20, least=0, most=100_000)
+    # validations without a better NDCG@10 after which the last epochs begin; 0: all epochs, and the last weights
+    patience: int = number(0, least=0, most=10_000)
     batch_events: int = number(8192, least=1, most=MANY)  # in a batch, padding included
     learning_rate: float = number(0.001, least=1e-8, most=1)
     weight_decay: float = number(0.0, least=0, most=10)
-    warmup_steps: int = number(200, least=0, most=MANY)
+    warmup: float = number(0.05, least=0, most=0.5)  # share of the run in which the learning rate rises
+    warmup_steps: int | None = number(None, least=0, most=MANY)  # the same in steps; it replaces the share
+    embedding_std: float | None = number(None, least=1e-6, most=10)  # of new embeddings; None: 1 / sqrt(width)
     negatives: int = number(512, least=1, most=1_000_000)  # for the exit `dot`: uniform, shared by a batch
     # sequences of a batch that train the other exits; candidates cost more than events
     cascade_windows: int = number(64, least=1, most=1_000_000)
     cascade_positions: int = number(4, least=1, most=10_000)  # in each of these sequences
+    # positions of the cascade: every event of a history equally likely, or every doubling of its length
+    cascade_draw: str = choice("uniform", "uniform", "log")
     # at each position: half uniform, half by the softmax of the exit `dot`
     cascade_negatives: int = number(44, least=1, most=100_000)
+    # of slates with labels, for the exits `point` and `set`: a list-wise loss beside the binary cross-entropy
+    slate_loss: str = choice("bce", "bce", "softmax", "neural_ndcg", "lambda")
+    position_bias: bool = False  # a learned logit for each position of a shown slate, left out of the export
+    # a chosen item at position r of a shown slate counts r ** power times; 0: once
+    propensity_power: float = number(0.0, least=0, most=4)
     # share of items that are replaced by the unknown item, which trains its row
     id_dropout: float = number(0.02, least=0, most=0.9)
     bfloat16: bool = False  # matrix products in bfloat16: a quarter faster on processors that have them

@@ -11,6 +11,7 @@ Called by: every command that reads training data or a bundle's demo users. Call
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,10 @@ import polars as pl
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
+from slatewise_train.defaults import choose_split
+from slatewise_train.exposures import Exposures, for_training, group_slates, shown_rows
+from slatewise_train.split import Split as Split  # for the callers of this module
+from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
 from slatewise_train.tables.events import read_events
 from slatewise_train.tables.files import read_table as read_table
@@ -51,11 +56,16 @@ class Catalogue:
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
-def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
-    """Build the catalogue: the items of the item table, then those that occur in the events alone."""
+def with_unlisted(items: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
+    """Return the item table with a row for each item that occurs in the events alone."""
     seen = events.select(pl.col("item_id").unique(maintain_order=True).cast(pl.String))
     unlisted = seen.join(items, on="item_id", how="anti", maintain_order="left")
-    items = pl.concat([items, unlisted], how="diagonal")
+    return pl.concat([items, unlisted], how="diagonal")
+
+
+def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
+    """Build the catalogue: the items of the item table, then those that occur in the events alone."""
+    items = with_unlisted(items, events)
     vocabularies = {}
     columns = {}
     for name in config.categorical:
@@ -149,14 +159,7 @@ def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config
         if "action" in events.columns
         else np.full(len(events), UNKNOWN_ACTION, np.int64)
     )
-    labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
-    for k, head in enumerate(config.heads):
-        if head.kind == "label":
-            if f"label_{head.name}" not in events.columns:
-                labelled = [name.removeprefix("label_") for name in events.columns if name.startswith("label_")]
-                known = f"labels: {', '.join(labelled)}" if labelled else "the events have no column label_..."
-                raise ValueError(f"events: no column label_{head.name} for the head {head.name}; {known}")
-            labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
+    labels = head_labels(events, config)
     return Sequences(
         users=users.cast(pl.String).to_list(),
         offsets=np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(users)))]),
@@ -167,46 +170,70 @@ def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config
     )
 
 
-@dataclass(frozen=True)
-class Split:
-    """The number of training events of each user, the test events, and the users with further held-out events."""
+def head_labels(events: pl.DataFrame, config: DataConfig) -> np.ndarray:
+    """Return the labels of each event: (n, heads) float32, NaN if unknown; 1 for heads of kind `next`.
 
-    train_lengths: np.ndarray  # (U,) int64, a user's first train_lengths[u] events are for training
-    test_lengths: np.ndarray  # (U,) int64, events before the test event; 0 if the user has no test event
-    slate_users: np.ndarray  # (S,) int64, with a held-out slate after their training events, to evaluate
-    validation_users: np.ndarray  # (V,) int64, with a held-out slate before the test event, to validate and calibrate
-    held_out_users: np.ndarray  # (H,) int64, held out completely
-
-
-def split_sequences(sequences: Sequences, config: DataConfig) -> Split:
-    """Draw the held-out users with the config's seed, among users with five events before the held-out slate.
-
-    `leave-one-out`: the test event is a user's last event, the slate the last `slate_size` events.
-    `time`: training ends at `test_from`; the test event is a user's first event after that, the slate the first
-    `slate_size` events after that.
+    Raises ValueError if the label column of a head is missing.
     """
-    lengths = np.diff(sequences.offsets)
-    if config.kind == "time":
-        users = np.repeat(np.arange(len(sequences)), lengths)
-        known = np.bincount(users[sequences.timestamps < config.test_from], minlength=len(sequences))
-        test_lengths = np.where(known < lengths, known, 0)
-        slate_starts = known
-    else:
-        known = np.maximum(lengths - 1, 0)
-        test_lengths = known
-        slate_starts = lengths - config.slate_size
-    train_lengths = known.copy()
-    drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(known >= config.slate_size + 5))
-    slated = drawn[(lengths - slate_starts >= config.slate_size)[drawn]][: config.slate_users]
-    others = drawn[~np.isin(drawn, slated)]
-    last = config.validation_users + config.held_out_users
-    slate_users = np.sort(slated)
-    validation_users = np.sort(others[: config.validation_users])
-    held_out_users = np.sort(others[config.validation_users : last])
-    train_lengths[held_out_users] = 0
-    train_lengths[slate_users] = slate_starts[slate_users]
-    train_lengths[validation_users] = known[validation_users] - config.slate_size
-    return Split(train_lengths, test_lengths, slate_users, validation_users, held_out_users)
+    labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
+    for k, head in enumerate(config.heads):
+        if head.kind == "label":
+            if f"label_{head.name}" not in events.columns:
+                labelled = [name.removeprefix("label_") for name in events.columns if name.startswith("label_")]
+                known = f"labels: {', '.join(labelled)}" if labelled else "the events have no column label_..."
+                raise ValueError(f"events: no column label_{head.name} for the head {head.name}; {known}")
+            labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
+    return labels
+
+
+def build_exposures(
+    events: pl.DataFrame, history: np.ndarray, vocabulary: TrainingVocabulary, sequences: Sequences, config: DataConfig
+) -> Exposures | None:
+    """Return the slates in the clean events, or None if there are none. history: (n,) bool, rows that make history.
+
+    Users without history are left out: there is no event that training could hold out for them.
+    """
+    has_slate_id = "slate_id" in events.columns and events["slate_id"].null_count() < len(events)
+    if not has_slate_id and history.all():
+        return None
+    time = events["timestamp"].to_numpy()
+    order = np.arange(len(time)) if np.isnan(time).all() else np.unique(time, return_inverse=True)[1]
+    user = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
+    rows = pl.DataFrame(
+        {
+            "user": user,
+            "item": rows_in(events["item_id"], pl.Series(vocabulary.items, dtype=pl.String), FIRST_ITEM),
+            "order": order.astype(np.int64),
+            "timestamp": time,
+            "chosen": history,
+            "position": events["position"].fill_null(0) if "position" in events.columns else np.zeros(len(time), int),
+        }
+    )
+    for k, column in enumerate(head_labels(events, config).T):
+        label = history.astype(np.float32) if config.heads[k].kind == "next" else column
+        rows = rows.with_columns(pl.Series(f"label_{k}", label))
+    if has_slate_id:
+        rows = rows.with_columns(events["slate_id"]).filter(pl.col("slate_id").is_not_null())
+    items, left_out = shown_rows(rows.filter(pl.col("user") >= 0), has_slate_id)
+    if strangers := int((user < 0).sum()):
+        left_out["rows of users without history"] = strangers
+    if left_out:
+        print(f"slates that are left out or cut: {left_out}")
+    if not len(items):
+        return None
+    mine = np.flatnonzero(history & (user >= 0))
+    mine = mine[np.lexsort((order[mine], user[mine]))]
+    return group_slates(items, len(config.heads), user[mine], order[mine])
+
+
+def split_exposures(exposures: Exposures, split: Split, config: DataConfig) -> tuple[Exposures, Split]:
+    """Return the slates with those for training marked, and a split whose slate users have a held-out slate."""
+    latest = config.test_from if config.kind == "time" else None
+    exposures = for_training(exposures, split.train_lengths, split.held_out_users, latest)
+    able = np.unique(exposures.slate_users[~exposures.training])
+    validation = np.intersect1d(np.union1d(split.validation_users, split.next_users), able)
+    others = np.setdiff1d(able, np.concatenate([validation, split.held_out_users]))
+    return exposures, dataclasses.replace(split, slate_users=others, validation_users=validation)
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -239,25 +266,39 @@ class Data:
     sequences: Sequences
     split: Split
     bad_rows: dict[str, int]  # unusable rows, by reason
+    exposures: Exposures | None = None  # slates that users were shown, if the events have any
 
 
-def load_data(config: DataConfig, tables: TablesConfig) -> Data:
-    """Read the tables and split them. Raises OSError or ValueError for files that are not such tables."""
+def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
+    """Read the tables and split them. Raises OSError or ValueError for files that are not such tables.
+
+    stated: keys of the TOML, as in `Config.stated`; the others of `[split]` are chosen from the tables. None: no key is
+    chosen.
+    """
     events, bad_rows = read_events(tables, config.max_bad_share)
     items, bad_items = clean_items(read_items(tables), config)
     bad_rows |= bad_items
     if bad_rows:
         print(f"rows and values that are left out: {bad_rows}")
     history = history_rows(events, tables)
+    rows = events
     if shown := len(events) - int(history.sum()):
         print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
+        items = with_unlisted(items, events)
         events = events.filter(history)
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
     catalogue = build_catalogue(items, events, config)
     sequences = build_sequences(events, catalogue.vocabulary, config)
+    exposures = build_exposures(rows, history.to_numpy(), catalogue.vocabulary, sequences, config)
+    if exposures is not None:
+        # A held-out event holds the slate out that it was chosen from, so no further events are held out for slates.
+        config = dataclasses.replace(config, slate_size=1)
+    config = choose_split(config, stated, sequences)
     split = split_sequences(sequences, config)
+    if exposures is not None:
+        exposures, split = split_exposures(exposures, split, config)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     count_popularity(catalogue, sequences, split, config)
-    return Data(config, catalogue, sequences, split, bad_rows)
+    return Data(config, catalogue, sequences, split, bad_rows, exposures)

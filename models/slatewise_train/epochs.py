@@ -14,40 +14,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slatewise_train.batches import Window, epoch_windows
+from slatewise_train.batches import epoch_windows
 from slatewise_train.data import Data
 
 
-class Schedule(Protocol):
+class Batches(Protocol):
     """The fields of a config that `one_epoch` reads."""
 
     @property
-    def epochs(self) -> int: ...
-    @property
     def batch_events(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
 
-def learning_rate(config: Schedule, progress: float, step: int) -> float:
-    """Return the learning rate of a step: a linear warm-up, then half a cosine down to 0 over all epochs.
+Rate = Callable[[int, int], float]  # (step of the epoch from 0, steps of the epoch) -> learning rate
 
-    progress: from 0 to 1 over the training.
-    """
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+def cosine(progress: float) -> float:
+    """Return half a cosine from 1 down to 0. progress: from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warm_up(step: int, steps: float) -> float:
+    """Return the share of the learning rate that a step has (from 0), if it rises linearly over the first `steps`."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
 def one_epoch(
-    config: Schedule,
+    config: Batches,
     data: Data,
     epoch: int,
     optimizer: torch.optim.Optimizer,
     clipped: list[torch.nn.Parameter],
-    loss: Callable[[list[Window]], Tensor],
+    rate: Rate,
+    loss: Callable[[np.ndarray], Tensor],
 ) -> float:
     """Train for one pass over the training events and return the mean loss of the batches.
 
@@ -59,10 +59,8 @@ def one_epoch(
     batches = list(epoch_windows(data.split.train_lengths, data.config.history_length, config.batch_events, rng))
     total = 0.0
     for k, windows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, mininterval=2)):
-        progress = (epoch - 1 + k / len(batches)) / config.epochs
-        step = (epoch - 1) * len(batches) + k
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, progress, step)
+            group["lr"] = rate(k, len(batches))
         found = loss(windows)
         optimizer.zero_grad()
         found.backward()

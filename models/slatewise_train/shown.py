@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slatewise.bundle.features import request_context
 from slatewise.inference.arrays import UNKNOWN_ITEM
 from slatewise_train import listwise
 from slatewise_train.batches import Batch
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data, request_times
-from slatewise_train.rankers.base import RankerModel
-from slatewise_train.slates import MISSING_NUMERIC, Slates
+from slatewise_train.rankers.base import EncodedHistory, RankerModel
+from slatewise_train.slates import MISSING_NUMERIC, Slates, read_slates
 
 ListLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LIST_LOSSES: dict[str, ListLoss] = {
@@ -134,7 +135,8 @@ class ShownLosses(nn.Module):
         if not count.any():
             return None
         start = (torch.rand(len(count)).numpy() * count).astype(np.int64)
-        spread = (start[:, None] + np.arange(most) * np.maximum(count, most)[:, None] // most) % np.maximum(count, 1)[:, None]
+        step = np.arange(most) * np.maximum(count, most)[:, None] // most  # without repetition
+        spread = (start[:, None] + step) % np.maximum(count, 1)[:, None]
         rows, place = np.nonzero(np.arange(most) < count[:, None])
         slates = self.chosen_slates[low[rows] + spread[rows, place]]
         return self.padded(slates, rows, self.exposures.history[slates] - firsts[rows])
@@ -152,8 +154,6 @@ class ShownLosses(nn.Module):
         numeric = torch.from_numpy(self.numeric[items])[:, None]
         numeric = numeric.masked_fill(torch.rand(len(slates), 1, 1, 1) < MISSING_NUMERIC, torch.nan)
         times = self.times[slates]
-        from slatewise.bundle.features import request_context
-
         drawn = Slates(
             torch.from_numpy(read)[:, None],
             torch.from_numpy(items)[:, None],
@@ -183,9 +183,28 @@ class ShownLosses(nn.Module):
                 loss = loss + weighted_label_loss(logits, labels, shown.weights)
         return loss
 
-    def cascade_loss(self, shown: ShownSlates, exits: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of the other exits. exits: the logits (R, C, heads) of `point`, and of `set`."""
-        loss = exits[0].new_zeros(())
+    def cascade_loss(
+        self,
+        model: RankerModel,
+        shown: ShownSlates,
+        history: EncodedHistory,
+        users: Tensor,
+        vectors: Tensor,
+        meta: Tensor,
+    ) -> Tensor:
+        """Return the loss of the exits `point` and `set`.
+
+        history and users (B, T + 1, d): the encoded batch; vectors: (R, 1, C, d) of the candidates; meta: (R, 1, M) of
+        the users, which every other slate reads.
+        """
+        rows = shown.rows
+        meta = torch.where(torch.rand(len(rows), 1, 1) < 0.5, meta, model.default_meta)
+        mine = [(key[rows], value[rows]) for key, value in history]
+        dot, hidden = read_slates(model, shown.slates, mine, users[rows], vectors, meta)
+        exits = [dot.detach() + model.point_logits(hidden)]  # the exit `dot` has a loss of its own
+        if "set" in model.exits:
+            exits.append(exits[0] + model.set_logits(hidden, shown.slates.exists[:, None]))
+        loss = dot.new_zeros(())
         for logits in exits:
             for k, head in enumerate(self.heads):
                 scores = logits[..., k] + self.position_bias[shown.buckets, k]

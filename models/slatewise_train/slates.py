@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
+from slatewise.inference.arrays import UNKNOWN_ITEM
 from slatewise_train.batches import Batch
 from slatewise_train.config import TrainConfig
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
@@ -46,26 +46,45 @@ class Slates:
     log_rate: Tensor  # (B, S, K) float32, of `draw_negatives`
 
 
+def draw_positions(lengths: Tensor, count: int, draw: str) -> Tensor:
+    """Draw numbers of events that have happened, from 0 to the length less 1: lengths (B,) -> (B, count) int64.
+
+    draw: "uniform", or "log": then every doubling of the events, counted from 1, is about equally likely, so that
+    short histories are learned from as well as long ones.
+    """
+    share = torch.rand(len(lengths), count)
+    if draw == "log":
+        return torch.minimum(((lengths[:, None] + 1.0) ** share).long(), lengths[:, None]) - 1
+    return (share * lengths[:, None]).long()
+
+
 def draw_slates(
-    batch: Batch, users: Tensor, table: Tensor, numeric: Tensor, slate_size: int, config: TrainConfig
+    batch: Batch,
+    users: Tensor,
+    table: Tensor,
+    numeric: Tensor,
+    slate_size: int,
+    config: TrainConfig,
+    trained: Tensor,
 ) -> Slates:
     """Choose random positions of the windows, and build a slate at each.
 
     A slate has the items of the next `slate_size` events and drawn negatives.
 
-    users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F).
+    users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F); trained: (n,) item rows that may be
+    negatives.
     """
     b = len(batch.users)
     s = config.cascade_positions
     rows = torch.arange(b)[:, None]
-    read = (torch.rand(b, s) * batch.lengths[:, None]).long()
-    drawn, log_rate = draw_negatives(users[rows, read], table[FIRST_ITEM:], config.cascade_negatives)
+    read = draw_positions(batch.lengths, s, config.cascade_draw)
+    drawn, log_rate = draw_negatives(users[rows, read], table[trained], config.cascade_negatives)
     ahead = read[..., None] + 1 + torch.arange(slate_size)  # (B, S, slate) columns of the next events
     exists = ahead <= batch.lengths[:, None, None]
     ahead = ahead.clamp(max=batch.items.shape[1] - 1)
     upcoming = batch.items[rows[..., None], ahead].masked_fill(~exists, UNKNOWN_ITEM)
     labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)
-    candidates = torch.cat([upcoming, drawn + FIRST_ITEM], dim=2)
+    candidates = torch.cat([upcoming, trained[drawn]], dim=2)
     features = numeric[candidates].masked_fill(torch.rand(b, s, 1, 1) < MISSING_NUMERIC, torch.nan)
     return Slates(read, candidates, features, batch.contexts[rows, read], exists, labels, log_rate)
 

@@ -7,8 +7,8 @@ Every epoch trains the exit `dot` at all positions by sampled softmax. The last 
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `epochs.py`, `batches.py`,
-`losses.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/` (metrics and plots of the log).
+Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
+`batches.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, Window, make_batch, served_window_start
+from slatewise_train.batches import Batch, make_batch
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
-from slatewise_train.data import Catalogue, Data, load_data
+from slatewise_train.data import Catalogue, Data, load_data, training_events
+from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
-from slatewise_train.evaluation.metrics import gains, hits
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.progress import Progress
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
+from slatewise_train.shown import ShownLosses
 from slatewise_train.slates import Slates, draw_slates, read_slates
+from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
@@ -61,8 +64,19 @@ def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) ->
     return families.build(model.family, sized, columns)
 
 
+@torch.no_grad()
+def scale_embeddings(model: RankerModel, std: float) -> None:
+    """Give new embeddings, which have a standard deviation of 1 / sqrt(width), another one."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.mul_(std * module.embedding_dim**0.5)
+
+
 class Trainer:
-    """Trains a ranker. A checkpoint has model, meta-embeddings of the training users, optimizer and epoch.
+    """Trains a ranker. A checkpoint has model, meta-embeddings of the training users, optimizer and progress.
+
+    The id row of an item without training events is that of the unknown item, and no loss has it as a negative. Its
+    vector therefore follows from its fields alone.
 
     model: the config of a new ranker, or a ranker to continue with. Letters in shapes are those of `batches.py`.
     """
@@ -74,8 +88,12 @@ class Trainer:
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
+        if config.embedding_std is not None and not isinstance(model, RankerModel):
+            scale_embeddings(self.model, config.embedding_std)
+        self.shown = None if data.exposures is None else ShownLosses(data, config)
+        shown = [] if self.shown is None else self.shown.parameters()
         self.optimizer = torch.optim.AdamW(
-            [*self.model.parameters(), *self.meta.parameters()],
+            [*self.model.parameters(), *self.meta.parameters(), *shown],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.98),
@@ -84,7 +102,18 @@ class Trainer:
         self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
-        self.epoch = 0
+        known = np.unique(training_events(data.sequences, data.split)[1])
+        if self.shown:  # an item that was shown and never chosen is learned from, as a negative
+            known = np.union1d(known, self.shown.trained_items())
+        self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
+        rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
+        self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
+        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.progress.epoch
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
@@ -99,7 +128,7 @@ class Trainer:
         u = users[:, :-1].flatten(0, 1).index_select(0, rows)  # (P, d)
         target = batch.items[:, 1:][real]  # (P,)
         labels = batch.labels[:, 1:][real]  # (P, heads)
-        negatives = torch.randint(FIRST_ITEM, len(table), (self.config.negatives,))
+        negatives = self.trained[torch.randint(len(self.trained), (self.config.negatives,))]
         positive = (u * F.embedding(target, table)).sum(-1)  # (P,)
         sampled = F.embedding(negatives, table)  # (negatives, d)
         same = target[:, None] == negatives  # (P, negatives)
@@ -110,14 +139,14 @@ class Trainer:
             loss = loss + uniform_softmax(positive * scale, others)
         if self.next_heads:  # these heads train the vectors; a label head then trains scale and bias alone
             positive = positive.detach()
-        for k in self.label_heads:
+        for k in self.label_heads if self.shown is None else ():  # shown slates have the labels
             logits = positive * self.model.dot_scale[k] + self.model.dot_bias[k]
             loss = loss + label_loss(logits, labels[:, k])
         return loss
 
     def draw_slates(self, batch: Batch, users: Tensor, table: Tensor) -> Slates:
-        """Call `batches.draw_slates` with this training's data and config."""
-        return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config)
+        """Call `slates.draw_slates` with this training's data and config."""
+        return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config, self.trained)
 
     def cascade_loss(
         self, batch: Batch, history: EncodedHistory, users: Tensor, table: Tensor, cold_item_vectors: Tensor
@@ -148,7 +177,7 @@ class Trainer:
             for h in self.next_heads:
                 loss = loss - log_likelihood(logits[..., h], offset).mean()
         for logits in (point[:, :slate], set_rated, set_among[:, :1]):
-            for h in self.label_heads:
+            for h in self.label_heads if self.shown is None else ():
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
         return loss
 
@@ -159,65 +188,39 @@ class Trainer:
         vectors = self.id_dropout(batch.items, table, cold_item_vectors)
         history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
         loss = self.dot_loss(batch, users, table)
+        shown = None if self.shown is None else self.shown.draw(batch)
+        if self.shown is not None and shown is not None:
+            loss = loss + self.shown.dot_loss(self.model, shown, users, table)
         if cascade:
             rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
-            loss = loss + self.cascade_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
+            part = batch.take(rows)
+            loss = loss + self.cascade_loss(part, some, users[rows], table, cold_item_vectors)
+            if self.shown is not None and shown is not None and (kept := shown.of(rows)) is not None:
+                candidates = self.id_dropout(kept.slates.candidates, table, cold_item_vectors)
+                meta = self.meta(part.users[kept.rows])[:, None]
+                loss = loss + self.shown.cascade_loss(self.model, kept, some, users[rows], candidates, meta)
         return loss
 
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
 
-        def loss(windows: list[Window]) -> Tensor:
+        def loss(windows: np.ndarray) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
                 return self.loss(make_batch(self.data.sequences, windows), cascade)
 
-        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, list(self.model.parameters()), loss)
-        self.epoch += 1
+        parameters = list(self.model.parameters())
+        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
+        with torch.no_grad():
+            ids = self.model.get_parameter("item.weight")
+            ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
+        self.progress.epoch += 1
         return mean
 
-    @torch.no_grad()
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
-        """Return HR@10 and NDCG@10 of the validation users' first held-out event, in the full catalogue.
-
-        exits: `dot`, or `dot` and `point`. Other items of the user's training events are not ranked. The
-        result is empty without validation users or without a head of kind `next`.
-        """
-        if not self.next_heads or not len(self.data.split.validation_users):
-            return {}
-        self.model.eval()
-        table = self.model.item_table()
-        sequences = self.data.sequences
-        ranks: dict[str, list[int]] = {name: [] for name in exits}
-        for user in self.data.split.validation_users:
-            length = int(self.data.split.train_lengths[user])
-            target = int(sequences.items[sequences.offsets[user] + length])
-            seen = sequences.items[sequences.offsets[user] :][:length]
-            first = served_window_start(length, self.data.config.history_length)
-            logits = self.catalogue_logits(table, (int(user), first, length), exits)
-            for name in exits:
-                scores = logits[name][:, self.next_heads[0]].clone()
-                mine = scores[target - FIRST_ITEM].clone()
-                scores[torch.from_numpy(seen[seen != target]) - FIRST_ITEM] = -torch.inf
-                ranks[name].append(int((scores > mine).sum()))
-        result = {}
-        for name, found in ranks.items():
-            result[f"{name}_hr10"] = float(hits(np.array(found)).mean())
-            result[f"{name}_ndcg10"] = float(gains(np.array(found)).mean())
-        return result
-
-    def catalogue_logits(self, table: Tensor, window: Window, exits: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return logits (catalogue, heads) of `dot`, and of `point` if `exits` names it, after a window of events."""
-        batch = make_batch(self.data.sequences, [window])
-        history, users = self.model.encode(self.model.tokens(table[batch.items], batch.actions, batch.gaps))
-        vectors = table[None, FIRST_ITEM:]
-        dot = self.model.dot_logits(users[:, -1:], vectors)
-        if "point" not in exits:
-            return {"dot": dot[0]}
-        fused = self.model.fuse(self.numeric[None, FIRST_ITEM:], self.model.default_meta, batch.contexts[:, -1:])
-        hidden = self.model.hidden(vectors, history, torch.tensor([batch.items.shape[1]]), None, fused)
-        return {"dot": dot[0], "point": (dot + self.model.point_logits(hidden))[0]}
+        """Call `validation.validate` with the first head of kind `next`; empty without such a head."""
+        return validate(self.model, self.data, self.next_heads[0], exits) if self.next_heads else {}
 
     def identity(self) -> str:
         """Return a digest of the vocabulary, the split, the heads and the shape of the model."""
@@ -234,18 +237,26 @@ class Trainer:
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """Return the parts of a checkpoint, without the epoch."""
-        return {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
+        parts: dict[str, checkpoint.Stateful] = {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
+        return parts if self.shown is None else parts | {"shown": self.shown}
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self.identity(), self.parts(), epoch=self.epoch)
+        checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())
 
     def load(self, path: Path) -> None:
-        """Restore a checkpoint.
+        """Restore a checkpoint: the last weights of a training that continues, the best ones of a finished training.
 
         Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`.
         """
-        progress = checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
-        self.epoch = progress["epoch"]
+        self.progress.load(
+            checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
+        )
+
+
+def load_for_training(config: Config) -> tuple[Data, Config]:
+    """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
+    data = load_data(config.data, config.tables, config.stated)
+    return data, choose_training(config, data.split.train_lengths, len(data.catalogue.vocabulary.items))
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
@@ -255,9 +266,10 @@ def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path
     """
     config = read_config(toml)
     folder = folder or Path("build/train") / config.data.name
-    trainer = Trainer(load_data(config.data, config.tables), config.model, config.train)
+    data, config = load_for_training(config)
+    trainer = Trainer(data, config.model, config.train)
     trainer.load(folder / CHECKPOINT)
-    if trainer.epoch < trainer.config.epochs:
+    if not trainer.progress.finished:
         raise ValueError(
             f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `slatewise train {toml}` continues"
         )
@@ -265,7 +277,10 @@ def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path
 
 
 def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> Trainer:
-    """Train up to the last epoch, starting from the checkpoint in the folder if there is one."""
+    """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
+
+    The trainer has the best weights if the config has `patience`, otherwise the last ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(data, model, config)
     path = folder / CHECKPOINT
@@ -273,13 +288,19 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
     if path.exists():
         trainer.load(path)
         print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
-    while trainer.epoch < config.epochs:
+    progress = trainer.progress
+    progress.join()
+    while not progress.finished:
         begin = time.perf_counter()
-        cascade = trainer.epoch >= config.epochs - config.cascade_epochs
+        cascade = progress.joined is not None
         loss = trainer.run_epoch(cascade)
         row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
-        if trainer.epoch % config.validate_every == 0 or trainer.epoch == config.epochs:
-            row |= {k: round(v, 4) for k, v in trainer.validate(("dot", "point") if cascade else ("dot",)).items()}
+        if trainer.epoch % config.validate_every == 0 or progress.finished:
+            found = trainer.validate(("dot", "point") if cascade else ("dot",))
+            row |= {k: round(v, 4) for k, v in found.items()}
+            if found:
+                progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
+        progress.join()
         trainer.save(path)
         new = not log.exists()
         with log.open("a", newline="") as file:
@@ -289,6 +310,7 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
             writer.writerow(row)
         print(row, flush=True)
         plot_training(log)
+    progress.restore_best()
     return trainer
 
 
@@ -301,7 +323,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
     args = parser.parse_args(argv)
     config = read_config(args.toml)
-    data = load_data(config.data, config.tables)
+    data, config = load_for_training(config)
     vocabulary = data.catalogue.vocabulary
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
     train(data, config.model, config.train, args.folder or Path("build/train") / config.data.name)

@@ -137,7 +137,7 @@ def test_epoch_windows_cover_users_within_batch_size(
             assert last - first == min(longest, lengths[user])
             pieces[user] = pieces.get(user, 0) + 1
     assert pieces == {user: -(-n // longest) for user, n in enumerate(lengths) if n}
-    assert all(batches), "no batch is empty"
+    assert all(len(windows) for windows in batches), "no batch is empty"
 
 
 def test_window_of_a_long_history_can_start_at_any_event() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
-from slatewise_train.epochs import one_epoch
+from slatewise_train.epochs import cosine, one_epoch, warm_up
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import read_slates
@@ -63,7 +63,7 @@ class Distiller:
         self.epoch = 0
         self.identity = self.digest()
 
-    def loss(self, windows: list[tuple[int, int, int]]) -> Tensor:
+    def loss(self, windows: np.ndarray) -> Tensor:
         """Return the sum of the losses of all exits on a batch of windows.
 
         The loss of `dot` uses random positions of all windows, the other exits use slates from a random part of them.
@@ -114,7 +114,13 @@ class Distiller:
     def run_epoch(self) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.student.eval()  # no dropout, because the teacher labels every input
-        mean = one_epoch(self.config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, self.loss)
+        config = self.config
+
+        def rate(step: int, steps: int) -> float:
+            warm = warm_up(self.epoch * steps + step, config.warmup_steps)
+            return config.learning_rate * warm * cosine((self.epoch + step / steps) / config.epochs)
+
+        mean = one_epoch(config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, rate, self.loss)
         self.epoch += 1
         return mean
 

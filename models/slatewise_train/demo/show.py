@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(args.toml)
     folder = bundle_folder(args.bundle or Path("models/bundles") / config.data.name)
     ranker = load_bundle(folder, 1)
-    data = load_data(config.data, config.tables)
+    data = load_data(config.data, config.tables, config.stated)
     source = config.demo or config.tables
     events, _ = clean_events(read_table(Path(source.events)), config.data.max_bad_share)
     sequences = build_sequences(events, data.catalogue.vocabulary, config.data)

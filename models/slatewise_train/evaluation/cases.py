@@ -5,6 +5,7 @@ Called by: `offline.py`, `calibration.py`, `compression/`. Calls: `data.py`, `ba
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
     ahead = slice(start + length, start + length + upcoming)
     history = make_history(s.items[read], s.actions[read], s.timestamps[read])
     seen = s.items[start : start + length]
-    time = float(request_times(s.timestamps[start : start + length])[-1])
+    times = request_times(s.timestamps[start : start + max(1, length)])  # without a history, that of the first event
+    time = float(times[-1])
     return Case(user, history, seen, time, s.items[ahead], s.labels[ahead])
 
 
@@ -53,8 +55,24 @@ def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
 
 
 def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
-    """Return a case for each user. The slate to predict is the held-out one, right after the training events."""
-    return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
+    """Return a case for each user. The slate to predict is the held-out one, right after the training events.
+
+    It is the slate that the user was shown, if the data have such slates; users without a held-out one have no case.
+    """
+    if data.exposures is None:
+        return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
+    slates = data.exposures.first_held_out(users)
+    return [shown_case(data, int(slate)) for slate in slates[slates >= 0]]
+
+
+def shown_case(data: Data, slate: int) -> Case:
+    """Return the case of a slate that a user was shown, after the events of the history that are older."""
+    exposures = data.exposures
+    assert exposures is not None
+    case = make_case(data, int(exposures.slate_users[slate]), int(exposures.history[slate]), 0)
+    rows = exposures.rows(slate)
+    time = float(request_times(exposures.times[slate : slate + 1])[0])
+    return dataclasses.replace(case, time=time, upcoming=exposures.items[rows], labels=exposures.labels[rows])
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:

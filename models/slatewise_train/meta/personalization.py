@@ -40,14 +40,14 @@ from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.store.codec import pack_many, unpack
 from slatewise_train.batches import make_batch, newest_window_start
 from slatewise_train.config import Config, read_config
-from slatewise_train.data import Data, load_data
+from slatewise_train.data import Data
 from slatewise_train.evaluation.metrics import gains, interval, ndcg
 from slatewise_train.evaluation.report import personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
 from slatewise_train.rankers.base import RankerModel
 from slatewise_train.slates import Slates, read_slates
-from slatewise_train.train import train
+from slatewise_train.train import load_for_training, train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last one stands for that many and more
 BATCH = 32  # users
@@ -262,7 +262,8 @@ def compare(values: np.ndarray, default: np.ndarray | None) -> dict[str, Any]:
 def experiment(config: Config, folder: Path) -> dict[str, Any]:
     """Train without the held-out users, compare the arms on them, and return the report."""
     own = config.personalization
-    data = load_data(dataclasses.replace(config.data, held_out_users=own.held_out_users), config.tables)
+    held_out = dataclasses.replace(config.data, held_out_users=own.held_out_users)
+    data, config = load_for_training(dataclasses.replace(config, data=held_out))
     learning = dataclasses.replace(config.train, epochs=own.epochs, cascade_epochs=own.cascade_epochs)
     ranker = train(data, config.model, learning, folder).model
     comparison = Comparison(data, ranker, MetaTrainer(ranker, data, config.meta).train(folder))

@@ -162,6 +162,8 @@ class Ligr(RankerModel):
         self.gap = nn.Embedding(GAP_BUCKETS, d)
         for name, rows in field_values.items():
             self.register_buffer(f"values_{name}", rows)  # (items, V)
+            self.register_buffer(f"flat_{name}", rows[rows > 0], persistent=False)  # without the padding
+            self.register_buffer(f"count_{name}", (rows > 0).sum(1), persistent=False)  # (items,)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.user_norm = nn.LayerNorm(d)
         self.dot_scale = nn.Parameter(torch.ones(config.heads))
@@ -194,20 +196,20 @@ class Ligr(RankerModel):
     def field_table(self, name: str) -> Tensor:
         return self.field[name].get_parameter("weight")
 
-    def field_vectors(self, name: str, values: Tensor) -> Tensor:
-        """Return the mean vector of a field's values, or row 0 of the field if there are no values: (..., d).
+    def field_vectors(self, name: str) -> Tensor:
+        """Return the mean vector of each item's values of a field, or row 0 of the field without values: (items, d).
 
-        values: (..., V) rows of the field, 0 for padding.
+        The time follows the number of values of all items, not the most values of one item.
         """
         table = self.field_table(name)
-        known = (values > 0).unsqueeze(-1)
-        mean = (F.embedding(values, table) * known).sum(-2) / known.sum(-2).clamp(min=1)
-        return torch.where(known.any(-2), mean, table[0])
+        count = self.get_buffer(f"count_{name}")
+        sums = F.embedding_bag(self.get_buffer(f"flat_{name}"), table, count.cumsum(0) - count, mode="sum")
+        return torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
 
     def item_table(self) -> Tensor:
         folded = self.item.weight  # (items, d)
         for name in self.config.fields:
-            rows = self.field_vectors(name, getattr(self, f"values_{name}"))
+            rows = self.field_vectors(name)
             rows = rows.index_fill(0, torch.tensor([START_ITEM]), 0.0)  # the start token has no fields
             folded = folded + rows
         return folded

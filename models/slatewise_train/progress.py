@@ -1,0 +1,101 @@
+"""The progress of a training: its learning rate, when its last epochs begin, its end, and its best weights.
+
+Without `patience`, a training has all its epochs, a learning rate that falls to 0 as half a cosine, and its last
+weights are the result. With `patience`, the learning rate is constant until the validation NDCG@10 has not improved for
+`patience` validations. Then the last epochs begin, from the best weights and with a learning rate that falls to 0.
+
+Called by: `train.py`. Calls: `config.py`, `epochs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slatewise_train.checkpoint import Stateful
+from slatewise_train.config import TrainConfig
+from slatewise_train.epochs import cosine, warm_up
+
+
+class Progress:
+    """Counts the epochs of a training, and keeps the best weights.
+
+    parts: model and meta-embeddings. labels: whether the ranker has heads of kind `label`, which only the last epochs
+    train.
+    """
+
+    def __init__(self, config: TrainConfig, parts: Mapping[str, Stateful], labels: bool) -> None:
+        self.config = config
+        self.parts = parts
+        self.labels = labels
+        self.epoch = 0
+        self.joined: int | None = None  # the epoch after which the exits `point` and `set` are trained too
+        self.stale = 0  # validations since the best one
+        self.best: dict[str, Any] | None = None  # score, epoch and weights of the best validation
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step of the current epoch, which has `steps` steps."""
+        config = self.config
+        warm = config.warmup * config.epochs * steps if config.warmup_steps is None else config.warmup_steps
+        rate = config.learning_rate * warm_up(self.epoch * steps + step, warm)
+        if not config.patience:
+            return rate * cosine((self.epoch + step / steps) / config.epochs)
+        if self.joined is None:
+            return rate
+        return rate * cosine((self.epoch - self.joined + step / steps) / config.cascade_epochs)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the validation has not improved for long enough."""
+        return bool(self.config.patience) and self.stale >= self.config.patience
+
+    @property
+    def finished(self) -> bool:
+        config = self.config
+        if self.joined is not None:
+            return self.epoch >= min(config.epochs, self.joined + config.cascade_epochs)
+        return self.epoch >= config.epochs or (self.stopped and not config.cascade_epochs)
+
+    def join(self) -> None:
+        """Begin the last epochs, which train all exits, if they are due."""
+        config = self.config
+        due = self.stopped or self.epoch >= config.epochs - config.cascade_epochs
+        if self.joined is not None or not due or not config.cascade_epochs:
+            return
+        self.joined = self.epoch
+        self.stale = 0
+        if self.best is not None:
+            self.restore_best()
+            print(f"the last {config.cascade_epochs} epochs begin, with the weights of epoch {self.best['epoch']}")
+            # Until now `point` gives the logits of `dot`: these weights compete, unless labels are yet to be learned.
+            self.best = None if self.labels else self.best
+
+    def compare(self, score: float) -> None:
+        """Keep the weights if their validation score is the best so far. Does nothing without `patience`."""
+        if not self.config.patience:
+            return
+        if self.best is not None and score <= self.best["score"]:
+            self.stale += 1
+            return
+        weights = {
+            name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in self.parts.items()
+        }
+        self.best = {"score": score, "epoch": self.epoch, **weights}
+        self.stale = 0
+
+    def restore_best(self) -> None:
+        """Set the parts to the best weights, if there are any."""
+        if self.best is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.best[name])
+
+    def state(self) -> dict[str, Any]:
+        """Return the values of a checkpoint."""
+        return {"epoch": self.epoch, "joined": self.joined, "stale": self.stale, "best": self.best}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from the values of a checkpoint; a finished training gets its best weights."""
+        self.epoch, self.joined = state["epoch"], state["joined"]
+        self.stale, self.best = state["stale"], state["best"]
+        if self.finished:
+            self.restore_best()
