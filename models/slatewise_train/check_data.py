@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from slatewise_train.config import Config, read_config
-from slatewise_train.data import Data, build_catalogue, build_sequences, count_popularity, split_sequences
+from slatewise_train.data import Data, assemble, count_popularity, split_sequences
 from slatewise_train.tables.events import DUPLICATE, LABEL, read_events
 from slatewise_train.tables.files import find_files, names_of
 from slatewise_train.tables.history import history_rows
@@ -49,16 +49,14 @@ def describe(config: Config) -> Iterator[str]:
     history = history_rows(events, config.tables)
     if shown := len(events) - int(history.sum()):
         yield f"history    {len(events) - shown:,} rows; {shown:,} rows ({share(shown, len(events))}) were only shown"
-        events = events.filter(history)
     if config.data.kind == "time" and config.tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
     items, bad_items = clean_items(read_items(config.tables), config.data)
     for reason, count in bad_items.items():
         yield f"           {reason}: {count:,}"
-    catalogue = build_catalogue(items, events, config.data)
-    sequences = build_sequences(events, catalogue.vocabulary, config.data)
+    catalogue, sequences, exposures = assemble(events, history, items, config.data)
     split = split_sequences(sequences, config.data)
-    data = Data(config.data, catalogue, sequences, split, bad)
+    data = Data(config.data, catalogue, sequences, split, bad, exposures)
     yield from lengths(data)
     yield from coverage(data, len(items), config)
     yield from fields_of(data)

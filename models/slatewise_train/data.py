@@ -1,17 +1,16 @@
 """Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
-    events: user_id, item_id, timestamp, action?, label_<head>?        one row per event, in any order
+    events: user_id, item_id, timestamp, action?, label_<head>?, slate_id?, position?    one row per event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
 
 A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
 and which events and users are held out for validation, calibration and evaluation.
 
-Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`.
+Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`, `exposures.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
 from slatewise_train.defaults import choose_split
-from slatewise_train.exposures import Exposures, for_training, group_slates, shown_rows
+from slatewise_train.exposures import Exposures, add_action_labels, build_exposures
 from slatewise_train.split import Split as Split  # for the callers of this module
 from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
@@ -56,16 +55,11 @@ class Catalogue:
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
-def with_unlisted(items: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
-    """Return the item table with a row for each item that occurs in the events alone."""
-    seen = events.select(pl.col("item_id").unique(maintain_order=True).cast(pl.String))
-    unlisted = seen.join(items, on="item_id", how="anti", maintain_order="left")
-    return pl.concat([items, unlisted], how="diagonal")
-
-
 def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
     """Build the catalogue: the items of the item table, then those that occur in the events alone."""
-    items = with_unlisted(items, events)
+    seen = events.select(pl.col("item_id").unique(maintain_order=True).cast(pl.String))
+    unlisted = seen.join(items, on="item_id", how="anti", maintain_order="left")
+    items = pl.concat([items, unlisted], how="diagonal")
     vocabularies = {}
     columns = {}
     for name in config.categorical:
@@ -159,22 +153,6 @@ def build_sequences(events: pl.DataFrame, vocabulary: TrainingVocabulary, config
         if "action" in events.columns
         else np.full(len(events), UNKNOWN_ACTION, np.int64)
     )
-    labels = head_labels(events, config)
-    return Sequences(
-        users=users.cast(pl.String).to_list(),
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(users)))]),
-        items=rows_in(events["item_id"], pl.Series(vocabulary.items, dtype=pl.String), FIRST_ITEM)[order],
-        actions=actions[order],
-        timestamps=events["timestamp"].to_numpy()[order],
-        labels=labels[order],
-    )
-
-
-def head_labels(events: pl.DataFrame, config: DataConfig) -> np.ndarray:
-    """Return the labels of each event: (n, heads) float32, NaN if unknown; 1 for heads of kind `next`.
-
-    Raises ValueError if the label column of a head is missing.
-    """
     labels = np.ones((len(events), len(config.heads)), dtype=np.float32)
     for k, head in enumerate(config.heads):
         if head.kind == "label":
@@ -183,57 +161,14 @@ def head_labels(events: pl.DataFrame, config: DataConfig) -> np.ndarray:
                 known = f"labels: {', '.join(labelled)}" if labelled else "the events have no column label_..."
                 raise ValueError(f"events: no column label_{head.name} for the head {head.name}; {known}")
             labels[:, k] = events[f"label_{head.name}"].fill_null(float("nan")).to_numpy()
-    return labels
-
-
-def build_exposures(
-    events: pl.DataFrame, history: np.ndarray, vocabulary: TrainingVocabulary, sequences: Sequences, config: DataConfig
-) -> Exposures | None:
-    """Return the slates in the clean events, or None if there are none. history: (n,) bool, rows that make history.
-
-    Users without history are left out: there is no event that training could hold out for them.
-    """
-    has_slate_id = "slate_id" in events.columns and events["slate_id"].null_count() < len(events)
-    if not has_slate_id and history.all():
-        return None
-    time = events["timestamp"].to_numpy()
-    order = np.arange(len(time)) if np.isnan(time).all() else np.unique(time, return_inverse=True)[1]
-    user = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
-    rows = pl.DataFrame(
-        {
-            "user": user,
-            "item": rows_in(events["item_id"], pl.Series(vocabulary.items, dtype=pl.String), FIRST_ITEM),
-            "order": order.astype(np.int64),
-            "timestamp": time,
-            "chosen": history,
-            "position": events["position"].fill_null(0) if "position" in events.columns else np.zeros(len(time), int),
-        }
+    return Sequences(
+        users=users.cast(pl.String).to_list(),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(users)))]),
+        items=rows_in(events["item_id"], pl.Series(vocabulary.items, dtype=pl.String), FIRST_ITEM)[order],
+        actions=actions[order],
+        timestamps=events["timestamp"].to_numpy()[order],
+        labels=labels[order],
     )
-    for k, column in enumerate(head_labels(events, config).T):
-        label = history.astype(np.float32) if config.heads[k].kind == "next" else column
-        rows = rows.with_columns(pl.Series(f"label_{k}", label))
-    if has_slate_id:
-        rows = rows.with_columns(events["slate_id"]).filter(pl.col("slate_id").is_not_null())
-    items, left_out = shown_rows(rows.filter(pl.col("user") >= 0), has_slate_id)
-    if strangers := int((user < 0).sum()):
-        left_out["rows of users without history"] = strangers
-    if left_out:
-        print(f"slates that are left out or cut: {left_out}")
-    if not len(items):
-        return None
-    mine = np.flatnonzero(history & (user >= 0))
-    mine = mine[np.lexsort((order[mine], user[mine]))]
-    return group_slates(items, len(config.heads), user[mine], order[mine])
-
-
-def split_exposures(exposures: Exposures, split: Split, config: DataConfig) -> tuple[Exposures, Split]:
-    """Return the slates with those for training marked, and a split whose slate users have a held-out slate."""
-    latest = config.test_from if config.kind == "time" else None
-    exposures = for_training(exposures, split.train_lengths, split.held_out_users, latest)
-    able = np.unique(exposures.slate_users[~exposures.training])
-    validation = np.intersect1d(np.union1d(split.validation_users, split.next_users), able)
-    others = np.setdiff1d(able, np.concatenate([validation, split.held_out_users]))
-    return exposures, dataclasses.replace(split, slate_users=others, validation_users=validation)
 
 
 def training_events(sequences: Sequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +201,32 @@ class Data:
     sequences: Sequences
     split: Split
     bad_rows: dict[str, int]  # unusable rows, by reason
-    exposures: Exposures | None = None  # slates that users were shown, if the events have any
+    exposures: Exposures | None = None  # the slates that users were shown, if the events have them
+
+
+def assemble(
+    events: pl.DataFrame, is_history: pl.Series, items: pl.DataFrame, config: DataConfig
+) -> tuple[Catalogue, Sequences, Exposures | None]:
+    """Build the catalogue, the sequences and the slates of clean tables, and print how many slates there are.
+
+    The catalogue has the items of all events; the actions and the sequences are those of the history.
+    """
+    events = add_action_labels(events, is_history, config.heads)
+    taken = events.filter(is_history)
+    if "action" in events.columns:
+        events = events.with_columns(pl.when(is_history).then(pl.col("action")).alias("action"))
+    catalogue = build_catalogue(items, events, config)
+    sequences = build_sequences(taken, catalogue.vocabulary, config)
+    users = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
+    others = rows_in(events["user_id"], events["user_id"].unique(maintain_order=True), 1)
+    users = np.where(users < 0, -others, users)  # one negative number for each user without history
+    rows = rows_in(events["item_id"], pl.Series(catalogue.vocabulary.items, dtype=pl.String), FIRST_ITEM)
+    exposures, counts = build_exposures(events, is_history, users, rows, config.heads)
+    if counts:
+        print(f"slates that are left out or cut: {counts}")
+    if exposures is not None:
+        print(f"{len(exposures)} slates were shown, with {len(exposures.items)} items")
+    return catalogue, sequences, exposures
 
 
 def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
@@ -280,24 +240,14 @@ def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] |
     bad_rows |= bad_items
     if bad_rows:
         print(f"rows and values that are left out: {bad_rows}")
-    history = history_rows(events, tables)
-    rows = events
-    if shown := len(events) - int(history.sum()):
+    is_history = history_rows(events, tables)
+    if shown := len(events) - int(is_history.sum()):
         print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
-        items = with_unlisted(items, events)
-        events = events.filter(history)
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
-    catalogue = build_catalogue(items, events, config)
-    sequences = build_sequences(events, catalogue.vocabulary, config)
-    exposures = build_exposures(rows, history.to_numpy(), catalogue.vocabulary, sequences, config)
-    if exposures is not None:
-        # A held-out event holds the slate out that it was chosen from, so no further events are held out for slates.
-        config = dataclasses.replace(config, slate_size=1)
+    catalogue, sequences, exposures = assemble(events, is_history, items, config)
     config = choose_split(config, stated, sequences)
     split = split_sequences(sequences, config)
-    if exposures is not None:
-        exposures, split = split_exposures(exposures, split, config)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     count_popularity(catalogue, sequences, split, config)

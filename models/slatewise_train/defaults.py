@@ -30,7 +30,7 @@ MANY_ITEMS = 2_000
 STEPS = 175  # of an epoch. Fewer, larger batches need more epochs; embeddings move once in a step
 SMALLEST_BATCH = 512  # events
 LARGEST_BATCH = 8_192
-RATE = 0.002  # learning rate of Adam for batches of RATE_BATCH events
+RATE = 0.001  # learning rate of Adam for batches of RATE_BATCH events
 RATE_BATCH = 1_024
 MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
 EMBEDDING_STD = 0.0127
@@ -101,7 +101,7 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
         "batch_events": (batch, f"about {max(1, round(events / batch))} steps in an epoch"),
         "learning_rate": (round(RATE * (batch / RATE_BATCH) ** 0.5, 5), "by the root of the batch"),
         "warmup": (round(min(0.05, 2 / epochs), 4), "share of the run"),
-        "negatives": (256, "shared by a batch"),
+        "negatives": (1_024, "shared by a batch"),
         # Large random embeddings hide for many epochs that similar items are similar, most of all on sparse tables.
         "embedding_std": (EMBEDDING_STD, "small vectors learn faster"),
         "cascade_draw": ("log", "short histories as well as long ones"),

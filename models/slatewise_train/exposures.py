@@ -1,132 +1,211 @@
-"""Group the rows of the events that were shown together, and decide which of these slates training may use.
+"""Build the slates that users were shown from the rows of the events, and split them.
 
-A slate is the rows of one user with one `slate_id`. Without that column it is the rows of one user with one timestamp,
-if one of them was only shown. Rows of one slate with the same item are one item: a log has a row for its impression,
-and later one for its click. A slate is shown after the events of the user's history that are older than its first row.
+A row of the events that makes no history was only shown (`tables/history.py` has the rule). It is a negative of its
+slate and never an event of the user. A slate has the rows of one user with one `slate_id`. Without that column, it has
+the rows of one user with one timestamp, if one of them was only shown.
 
-Called by: `data.py`, which builds the columns; `shown.py` and `evaluation/cases.py` read the slates. Calls: polars.
+    user_id  item_id  timestamp  action      slate_id  position
+    u        a        100        impression  r1        1           the slate r1 shows a and b
+    u        b        100        impression  r1        2
+    u        b        130        click       r1                    the user took b: rows of one item become one
+
+Called by: `data.py`, `shown.py`, `evaluation/cases.py`. Calls: `config.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-SHORTEST = 2  # items of a slate; one item alone has no neighbour to compare with
-LONGEST = 300  # items of a slate; of a longer one, the chosen items and the first of the others stay
+from slatewise_train.config import Head
+
+LONGEST = 300  # items of a slate
+SINGLE = "slates of one item"
+CUT = f"slates cut to {LONGEST} items"
+NO_HISTORY = "slates of users without history"
+KEY = ["user", "slate"]
 
 
 @dataclass(frozen=True)
 class Exposures:
-    """Slates that users were shown. Slate s has the rows offsets[s] : offsets[s + 1], in order of position.
+    """Slates that users were shown, by user and time. Slate s has the rows `offsets[s] : offsets[s + 1]`.
 
-    Slates are sorted by user, then by time. Items without a position are in the order of their rows.
+    The rows of a slate are in order of position, then of input. An item is in a slate once.
     """
 
-    slate_users: np.ndarray  # (S,) int64, index in `Sequences.users`
+    slate_users: np.ndarray  # (S,) int64, index in Sequences.users
     history: np.ndarray  # (S,) int64, events of the user's history before the slate
-    until: np.ndarray  # (S,) int64, events of the user's history up to the slate's last row, that time included
+    ends: np.ndarray  # (S,) int64, events of the user's history up to the last row of the slate
     times: np.ndarray  # (S,) float64 unix seconds of the first row, NaN if missing
     offsets: np.ndarray  # (S + 1,) int64
     items: np.ndarray  # (R,) int64, rows of the catalogue
-    positions: np.ndarray  # (R,) int64, 1 for the first, 0 if unknown
-    labels: np.ndarray  # (R, heads) float32, NaN if unknown; for heads of kind `next` 1 if the item was chosen, else 0
-    training: np.ndarray  # (S,) bool, slates that training may use
+    positions: np.ndarray  # (R,) int64, 1 for the first; 0 unknown
+    labels: np.ndarray  # (R, heads) float32, NaN if unknown; heads of kind `next`: 1 if the item was taken, else 0
 
-    def rows(self, slate: int) -> slice:
-        return slice(int(self.offsets[slate]), int(self.offsets[slate + 1]))
-
-    def first_held_out(self, users: np.ndarray) -> np.ndarray:
-        """Return each user's first slate that training does not use, -1 without one: (n,) -> (n,)."""
-        slates = np.flatnonzero(~self.training)
-        places = np.searchsorted(self.slate_users[slates], users)
-        found = np.append(slates, -1)[places]
-        return np.where((found >= 0) & (self.slate_users[found] == users), found, -1)
+    def __len__(self) -> int:
+        return len(self.slate_users)
 
 
-def shown_rows(rows: pl.DataFrame, has_slate_id: bool) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Return one row for each item of each slate, sorted by slate and position, and counts of what is left out.
+def add_action_labels(events: pl.DataFrame, is_history: pl.Series, heads: tuple[Head, ...]) -> pl.DataFrame:
+    """Add label columns that logs of actions leave out. A head `click` learns from the action `click`.
 
-    rows: user, item (int64 rows), order (int64, of the rows in time), timestamp, chosen (bool), position (int64, 0 if
-    unknown), label_0, label_1, ... (float32, NaN if unknown), and slate_id if the table has it; without it the rows of
-    one user with one order are a slate. The result has the columns slate (int64, numbered by user and time), user,
-    item, chosen, position, labels, start and end (first and last order of the slate) and time (of the first row).
+    The label is 1 for rows of that action, 0 for rows that were only shown, and unknown for other rows. A table without
+    shown rows is returned as it is.
     """
-    key = ["user", "slate_id" if has_slate_id else "order"]
-    labels = [name for name in rows.columns if name.startswith("label_")]
-    known = [pl.col(name).fill_nan(None).max().alias(name) for name in labels]
-    slates = rows.group_by(key).agg(
-        pl.col("order").min().alias("start"),
-        pl.col("order").max().alias("end"),
-        pl.col("timestamp").min().alias("time"),
-        pl.col("item").n_unique().alias("count"),
-        (~pl.col("chosen")).any().alias("shown"),
+    if "action" not in events.columns or is_history.all():
+        return events
+    action = pl.col("action").cast(pl.String)
+    names = set(events["action"].drop_nulls().unique().cast(pl.String))
+    missing = [h.name for h in heads if h.kind == "label" and f"label_{h.name}" not in events.columns]
+    return events.with_columns(
+        pl.when(action == name)
+        .then(pl.lit(1.0, pl.Float32))
+        .when(~is_history)
+        .then(pl.lit(0.0, pl.Float32))
+        .alias(f"label_{name}")
+        for name in missing
+        if name in names
     )
-    wanted = pl.col("count") >= SHORTEST
-    if not has_slate_id:
-        wanted = wanted & pl.col("shown")
-    short = slates.filter((pl.col("count") < SHORTEST) & pl.col("shown")).height
-    long = slates.filter(wanted & (pl.col("count") > LONGEST)).height
-    slates = slates.filter(wanted).sort("user", "start", "end", *key[1:]).with_row_index("slate")
-    items = (
-        rows.join(slates.select(*key, "slate", "start", "end", "time"), on=key, how="inner", maintain_order="left")
-        .group_by("slate", "item", maintain_order=True)
-        .agg(
-            pl.col("user", "start", "end", "time").first(),
-            pl.col("chosen").any(),
-            pl.col("position").filter(pl.col("position") > 0).min().fill_null(0),
-            *known,
+
+
+def build_exposures(
+    events: pl.DataFrame, is_history: pl.Series, users: np.ndarray, items: np.ndarray, heads: tuple[Head, ...]
+) -> tuple[Exposures | None, dict[str, int]]:
+    """Build the slates of clean events (in time order), and count those that are left out or cut, by reason.
+
+    users: (n,) index of each row's user, a negative number of its own for a user without history; items: (n,) row in
+    the catalogue. Of a slate with more than 300 items, those stay that were taken or have a label of 1, then the first
+    ones. Returns None if there are no slates. Raises ValueError for a position below 1, and for slates of which no item
+    was ever taken.
+    """
+    rows = slate_rows(events, is_history, users, items, heads)
+    if rows is None:
+        return None, {}
+    labels = [f"label_{head.name}" for head in heads if head.kind == "label"]
+    rows = rows.group_by([*KEY, "item"], maintain_order=True).agg(
+        pl.col("rank").min().alias("first"),
+        pl.col("rank").max().alias("last"),
+        pl.col("time", "position", "row").min(),
+        pl.col("taken", *labels).max(),
+    )
+    length = pl.len().over(KEY)
+    counts = {
+        SINGLE: rows.select((length == 1).sum()).item(),
+        NO_HISTORY: rows.filter((length > 1) & (pl.col("user") < 0)).select(KEY).n_unique(),
+        CUT: rows.filter((length > LONGEST) & (pl.col("user") >= 0)).select(KEY).n_unique(),
+    }
+    rows = rows.filter((length > 1) & (pl.col("user") >= 0))
+    counts = {reason: count for reason, count in counts.items() if count}
+    if not len(rows):
+        return None, counts
+    liked = pl.any_horizontal("taken", *((pl.col(name) == 1).fill_null(False) for name in labels))
+    if not rows.select(liked.any()).item():
+        raise ValueError(
+            "events: no item of a slate was ever taken; rows of history_actions need the slate_id of the slate that "
+            "they were taken from (without slate_id: its timestamp)"
         )
-    )
-    place = pl.when(pl.col("position") > 0).then(pl.col("position")).otherwise(2**62)
-    if long:
-        kept = (pl.col("chosen").not_(), place, pl.int_range(pl.len()))
-        items = items.with_columns(pl.struct(*kept).rank("ordinal").over("slate").alias("rank"))
-        items = items.filter(pl.col("rank") <= LONGEST).drop("rank")
-    items = items.sort("slate", place, maintain_order=True).with_columns(pl.col("slate").cast(pl.Int64))
-    left_out = {"slates of a single item": short, f"slates cut to {LONGEST} items": long}
-    return items, {reason: n for reason, n in left_out.items() if n}
+    place = pl.struct(~liked, pl.col("position").fill_null(LONGEST), "row").rank("ordinal").over(KEY)
+    rows = rows.filter((length <= LONGEST) | (place <= LONGEST))
+    return arrange(rows, events, is_history, users, heads), counts
 
 
-def group_slates(items: pl.DataFrame, heads: int, event_users: np.ndarray, event_orders: np.ndarray) -> Exposures:
-    """Build `Exposures` from the result of `shown_rows`, all for training.
+def slate_rows(
+    events: pl.DataFrame, is_history: pl.Series, users: np.ndarray, items: np.ndarray, heads: tuple[Head, ...]
+) -> pl.DataFrame | None:
+    """Return the rows of slates, an item maybe more than once, or None if the events have no slates.
 
-    heads: number of labels; event_users, event_orders: (E,) user and order of the history's events, sorted by both.
+    Columns: user, slate, item, rank (of the time, or of the row where times are missing), time, position, taken, row,
+    and the labels of the heads. Raises ValueError for a position below 1.
     """
-    slate = items["slate"].to_numpy()
-    firsts = np.flatnonzero(np.diff(slate, prepend=-1))
-    users = items["user"].to_numpy()[firsts]
-    # one sorted key for all users, so that a single search counts the older events of every slate
-    span = 2 + max(int(event_orders.max(initial=0)), int(items["end"].max() or 0))  # type: ignore[arg-type]
-    keys = event_users * span + event_orders
-    begin = np.searchsorted(keys, users * span)
-    labels = [items[f"label_{k}"].cast(pl.Float32).fill_null(float("nan")).to_numpy() for k in range(heads)]
-    return Exposures(
-        slate_users=users,
-        history=np.searchsorted(keys, users * span + items["start"].to_numpy()[firsts]) - begin,
-        until=np.searchsorted(keys, users * span + items["end"].to_numpy()[firsts], side="right") - begin,
-        times=items["time"].to_numpy()[firsts],
-        offsets=np.append(firsts, len(items)),
-        items=items["item"].to_numpy(),
-        positions=items["position"].to_numpy(),
-        labels=np.stack(labels, axis=1) if heads else np.zeros((len(items), 0), np.float32),
-        training=np.ones(len(firsts), bool),
+    labels = [f"label_{head.name}" for head in heads if head.kind == "label"]
+    named = "slate_id" in events.columns and events["slate_id"].null_count() < len(events)
+    if not named and is_history.all():
+        return None
+    if not named and events["timestamp"].is_nan().any():
+        raise ValueError('events: shown rows without times need a slate_id; [data] time_unit = "row" has no times')
+    position = (
+        events["position"] if "position" in events.columns else pl.repeat(None, len(events), dtype=pl.Int64, eager=True)
     )
+    if len(wrong := position.filter(position < 1)):
+        raise ValueError(
+            f"events: {len(wrong)} rows have a position below 1, for example {wrong[0]}; positions count from 1, "
+            "and an unknown position is left empty"
+        )
+    rows = events.select(
+        user=pl.lit(pl.Series(users, dtype=pl.Int64)),
+        slate=pl.col("slate_id") if named else pl.col("timestamp"),
+        item=pl.lit(pl.Series(items, dtype=pl.Int64)),
+        rank=pl.lit(time_ranks(events)),
+        time="timestamp",
+        position=pl.lit(position),
+        taken=pl.lit(is_history),
+        row=pl.int_range(pl.len(), dtype=pl.Int64),
+        **{name: pl.col(name) for name in labels},
+    )
+    return rows.filter(pl.col("slate").is_not_null() if named else (~pl.col("taken")).any().over(KEY))
 
 
-def for_training(
-    exposures: Exposures, train_lengths: np.ndarray, held_out_users: np.ndarray, latest: float | None
+def time_ranks(events: pl.DataFrame) -> pl.Series:
+    """Return the rank of each row's time (n,) int64, equal for equal times. Missing times: the number of the row."""
+    if events["timestamp"].is_nan().any():
+        return pl.int_range(len(events), dtype=pl.Int64, eager=True)
+    return events["timestamp"].rank("dense").cast(pl.Int64)
+
+
+def arrange(
+    rows: pl.DataFrame, events: pl.DataFrame, is_history: pl.Series, users: np.ndarray, heads: tuple[Head, ...]
 ) -> Exposures:
-    """Mark the slates that training may use: those without any event that is held out, at or before their last row.
+    """Sort the rows into slates, and count the events of the history before each slate and up to its end."""
+    slates = (
+        rows.group_by(KEY, maintain_order=True)
+        .agg(pl.col("first", "time", "row").min(), pl.col("last").max(), pl.len().alias("length"))
+        .sort("user", "first", "row")
+        .with_row_index("number")
+    )
+    rows = rows.join(slates.select(*KEY, "number"), on=KEY).sort("number", "position", "row", nulls_last=True)
+    owners = slates["user"].to_numpy()
+    past = is_history.to_numpy()
+    ranks = time_ranks(events).to_numpy()
+    step = int(ranks.max()) + 1  # user * step + rank: sorted by user, then by time
+    happened = np.sort(users[past] * step + ranks[past])
+    begin = np.searchsorted(happened, owners * step)
+    labels = np.empty((len(rows), len(heads)), np.float32)
+    for k, head in enumerate(heads):
+        column = rows["taken"] if head.kind == "next" else rows[f"label_{head.name}"].fill_null(float("nan"))
+        labels[:, k] = column.cast(pl.Float32).to_numpy()
+    return Exposures(
+        slate_users=owners,
+        history=np.searchsorted(happened, owners * step + slates["first"].to_numpy()) - begin,
+        ends=np.searchsorted(happened, owners * step + slates["last"].to_numpy(), side="right") - begin,
+        times=slates["time"].to_numpy(),
+        offsets=np.concatenate([[0], np.cumsum(slates["length"].to_numpy().astype(np.int64))]),
+        items=rows["item"].to_numpy(),
+        positions=rows["position"].fill_null(0).to_numpy(),
+        labels=labels,
+    )
 
-    train_lengths: (U,) events of each user that training uses; held_out_users: users without any training; latest: unix
-    seconds from which on nothing is for training, None without such a time.
+
+def training_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarray:
+    """Return the slates that training may use (n,) int64, ascending. train_lengths: (U,) of the split.
+
+    Such a slate was shown before the user's last training event, and no event up to its end is held out. So it has
+    neither the item of a test event as an item that was taken, nor a label of a held-out slate.
     """
-    users = exposures.slate_users
-    training = (exposures.until <= train_lengths[users]) & ~np.isin(users, held_out_users)
-    if latest is not None:
-        training &= exposures.times < latest
-    return dataclasses.replace(exposures, training=training)
+    limit = train_lengths[exposures.slate_users]
+    return np.flatnonzero((exposures.history < limit) & (exposures.ends <= limit))
+
+
+def held_out_slates(
+    exposures: Exposures, users: np.ndarray, train_lengths: np.ndarray, before: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the slates of some users (n,) after their training events, in order.
+
+    before: (U,) events before the test event of each user, or 0. Slates that end after these events are left out.
+    """
+    after = exposures.history >= train_lengths[exposures.slate_users]
+    if before is not None:
+        limit = before[exposures.slate_users]
+        after &= (limit == 0) | (exposures.ends <= limit)
+    return np.flatnonzero(after & np.isin(exposures.slate_users, users))

@@ -104,6 +104,8 @@ def time_lines(sample: pl.DataFrame, column: str | None) -> Iterator[str]:
         yield f"# {plain(column)} has the type {values.dtype}, so it needs no time_unit"
     elif times.is_iso(values):
         yield f"# {plain(column)} has ISO 8601 times such as {shown(values)}; times without a zone are UTC"
+    elif values.dtype.is_nested() or values.dtype.is_temporal():
+        yield f"# {plain(column)} has the type {values.dtype}, which is no time: write unix seconds before you train"
     else:
         numbers = values.cast(pl.String, strict=False).str.strip_chars().cast(pl.Float64, strict=False)
         unit = times.other_unit(numbers, None)
@@ -117,15 +119,15 @@ def time_lines(sample: pl.DataFrame, column: str | None) -> Iterator[str]:
 
 def shown(values: pl.Series) -> str:
     """Return the first value of a column, for a comment of one line."""
-    known = values.drop_nulls()
-    return plain(str(known[0])) if len(known) else "(none)"
+    known = values.drop_nulls().head(1)
+    return plain(str(known.cast(pl.String, strict=False)[0])) if len(known) else "(none)"
 
 
 def label_columns(sample: pl.DataFrame, taken: set[str]) -> Iterator[tuple[str, str]]:
     """Yield name and column of each label: a column whose values are 0 and 1."""
     for column in sample.columns:
         values = sample[column].drop_nulls()
-        if column in taken or values.dtype.is_nested() or not len(values):
+        if column in taken or values.dtype.is_nested() or values.dtype.is_temporal() or not len(values):
             continue
         known = set(values.cast(pl.String, strict=False).str.to_lowercase().unique().drop_nulls())
         if known <= {"0", "1", "0.0", "1.0", "true", "false"} and len(known) == 2:

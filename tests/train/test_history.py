@@ -78,7 +78,7 @@ def test_shown_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("stated", "message"),
     [
         (
-            "bought",
+            "buyy",
             r"history_actions in \[data\] names buyy, which no event has; did you mean buy\? known: buy, view",
         ),
         ("label:like", r"names label:like: no column label_like"),
