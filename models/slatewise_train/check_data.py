@@ -18,7 +18,8 @@ import numpy as np
 import polars as pl
 
 from slatewise_train.config import Config, read_config
-from slatewise_train.data import Data, assemble, count_popularity, split_sequences
+from slatewise_train.data import Data, assemble, split_sequences
+from slatewise_train.defaults import choose_split, choose_training
 from slatewise_train.tables.events import DUPLICATE, LABEL, read_events
 from slatewise_train.tables.files import find_files, names_of
 from slatewise_train.tables.history import history_rows
@@ -55,15 +56,16 @@ def describe(config: Config) -> Iterator[str]:
     for reason, count in bad_items.items():
         yield f"           {reason}: {count:,}"
     catalogue, sequences, exposures = assemble(events, history, items, config.data)
-    split = split_sequences(sequences, config.data)
-    data = Data(config.data, catalogue, sequences, split, bad, exposures)
+    chosen = choose_split(config.data, config.stated, sequences)
+    split = split_sequences(sequences, chosen)
+    data = Data(chosen, catalogue, sequences, split, bad, exposures)
     yield from lengths(data)
     yield from coverage(data, len(items), config)
     yield from fields_of(data)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
-    count_popularity(catalogue, sequences, split, config.data)
     yield from split_lines(data)
+    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items))  # prints the values that it chooses
 
 
 def files_of(place: str) -> str:
@@ -209,14 +211,18 @@ def split_lines(data: Data) -> Iterator[str]:
     split, config = data.split, data.config
     trained = int((split.train_lengths > 0).sum())
     yield f"split      {config.kind}: {int(split.train_lengths.sum()):,} events of {trained:,} users train"
-    yield f"           test: {int((split.test_lengths > 0).sum()):,} users"
+    tested = int((split.test_lengths > 0).sum())
+    yield f"           test: {tested:,} users; {len(split.next_users):,} users validate the next event"
+    if data.exposures is not None:
+        sizes = np.diff(data.exposures.offsets)
+        yield f"slates     {len(sizes):,} were shown, of {sizes.min()} to {sizes.max()} items"
     found = {"slate_users": len(split.slate_users), "validation_users": len(split.validation_users)}
     for name, count in found.items():
         wanted = getattr(config, name)
         yield f"           {name}: {count:,} of the {wanted:,} wanted"
         if count < wanted:
             yield f"warning: {name} finds {count:,} users with a history before a slate of {config.slate_size}"
-    if not found["validation_users"]:
+    if not len(split.next_users):
         yield "warning: no validation users, so nothing is watched during training and nothing is calibrated"
 
 

@@ -30,7 +30,7 @@ MANY_ITEMS = 2_000
 STEPS = 175  # of an epoch. Fewer, larger batches need more epochs; embeddings move once in a step
 SMALLEST_BATCH = 512  # events
 LARGEST_BATCH = 8_192
-RATE = 0.001  # learning rate of Adam for batches of RATE_BATCH events
+RATE = 0.002  # learning rate of Adam for batches of RATE_BATCH events
 RATE_BATCH = 1_024
 MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
 EMBEDDING_STD = 0.0127
@@ -82,7 +82,8 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
         model["width"] = (64 if items >= MANY_ITEMS else 32, f"{items} items")
         model["blocks"] = (2 if long else 1, f"the median history has {median:.0f} events")
         model["feed_forward"] = (4 if long else 1, f"the median history has {median:.0f} events")
-        model["dropout"] = (0.2, "published rankers of this kind use .1 to .3")
+        # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
+        model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
         model["set_blocks"] = (1 if labels else 0, "a head of kind label" if labels else "no head of kind label")
     shape = dict(config.model.shape)

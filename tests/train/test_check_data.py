@@ -92,7 +92,7 @@ def frame(**columns: Any) -> pl.DataFrame:
         ),
         ({"item_id": ["i1"] * 40}, "", "of the events have the item of the event before"),
         ({"action": ["view"] * 40, "label_buy": [1] * 40}, "", "label_buy has one value alone"),
-        ({}, '[items]\ncategorical = ["kind"]', "no validation users"),
+        ({}, "[split]\nvalidation_users = 0", "no validation users"),
         ({}, '[items]\nnumeric = ["colour"]', "no item has a number in colour"),
     ],
 )

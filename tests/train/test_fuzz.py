@@ -63,14 +63,15 @@ EVENTS = "user_id,item_id,timestamp,action,label_buy\n" + "".join(
 )
 ITEMS = "item_id,title,genres,price\n" + "".join(f'i{k},"Item, {k}",a|b{k},{k}.5\n' for k in range(7))
 VALUES = (
-    "0", "-1", "nan", "inf", "-inf", "true", '""', '"x"', "[]", "[1]", '["a", "a"]', "{}", "{a = 1}", "2024-01-01", "1e400",
-    "99999999999999999999999", "10:00:00", '"../x"', "'''a\nb'''", '"\\u0000"', '"\t"', "[[]]", '["*"]', '"time"', '"row"', '"ms"',
-    "0.5", "3", '"s3://b/e"', '"/"', '"é"', '"~"', '"*"', '"["', '"label"', '"next"',
+    "0", "-1", "nan", "inf", "-inf", "true", '""', '"x"', "[]", "[1]", '["a", "a"]', "{}", "{a = 1}", "2024-01-01",
+    "1e400", "99999999999999999999999", "10:00:00", '"../x"', "'''a\nb'''", '"\\u0000"', '"\t"', "[[]]", '["*"]',
+    '"time"', '"row"', '"ms"', "0.5", "3", '"s3://b/e"', '"/"', '"é"', '"~"', '"*"', '"["', '"label"', '"next"',
 )  # fmt: skip
 FIELDS = (
-    "", " ", "0", "-1", "1.0", "1e16", "nan", "inf", "1e999", "NULL", "null", '"', '""', '"a', 'a"b', "é", "\ufeff", "\x00", "\r", "\n",
-    ",", ";", "\t", "2024-01-01", "2024-13-45", "2024-01-01T25:00:00Z", "2024-01-01 10:00:00+99:99", "1700000000000", "x" * 300, "1,2",
-    "true", "'", "[1]", "9" * 40, "-", "--", "1_000", "0x10", "\u202e", "\U0001d7d9",
+    "", " ", "0", "-1", "1.0", "1e16", "nan", "inf", "1e999", "NULL", "null", '"', '""', '"a', 'a"b', "é",
+    "\ufeff", "\x00", "\r", "\n", ",", ";", "\t", "2024-01-01", "2024-13-45", "2024-01-01T25:00:00Z",
+    "2024-01-01 10:00:00+99:99", "1700000000000", "x" * 300, "1,2", "true", "'", "[1]", "9" * 40, "-", "--", "1_000",
+    "0x10", "\u202e", "\U0001d7d9",
 )  # fmt: skip
 
 
@@ -138,8 +139,8 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
 
 DTYPES: tuple[Any, ...] = (
     pl.Int8, pl.UInt64, pl.Float32, pl.Float64, pl.String, pl.Categorical, pl.Boolean, pl.Date,
-    pl.Datetime("ns", "UTC"), pl.Datetime("ms"), pl.Time, pl.Duration("us"), pl.Binary, pl.List(pl.String), pl.List(pl.Int64), pl.Decimal(20, 2),
-    pl.Null, pl.Struct({"a": pl.Int64}),
+    pl.Datetime("ns", "UTC"), pl.Datetime("ms"), pl.Time, pl.Duration("us"), pl.Binary, pl.List(pl.String),
+    pl.List(pl.Int64), pl.Decimal(20, 2), pl.Null, pl.Struct({"a": pl.Int64}),
 )  # fmt: skip
 
 
