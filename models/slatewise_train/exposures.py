@@ -187,6 +187,22 @@ def arrange(
     )
 
 
+def whole_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarray:
+    """Return lengths (U,) of training events that cut no slate: each has all of its chosen items, or none.
+
+    An event that was chosen from the slate of a held-out event is held out with it. Its slate could not be measured
+    otherwise, because training would know one of its items. A user who would keep no event keeps all, and such a slate
+    is then in no set.
+    """
+    lengths = train_lengths.copy()
+    while True:
+        limit = lengths[exposures.slate_users]
+        cut = (exposures.history < limit) & (exposures.ends > limit)
+        if not cut.any():
+            return np.where(lengths > 0, lengths, train_lengths)
+        np.minimum.at(lengths, exposures.slate_users[cut], exposures.history[cut])
+
+
 def training_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarray:
     """Return the slates that training may use (n,) int64, ascending. train_lengths: (U,) of the split.
 
@@ -197,15 +213,8 @@ def training_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarr
     return np.flatnonzero((exposures.history < limit) & (exposures.ends <= limit))
 
 
-def held_out_slates(
-    exposures: Exposures, users: np.ndarray, train_lengths: np.ndarray, before: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the slates of some users (n,) after their training events, in order.
-
-    before: (U,) events before the test event of each user, or 0. Slates that end after these events are left out.
-    """
-    after = exposures.history >= train_lengths[exposures.slate_users]
-    if before is not None:
-        limit = before[exposures.slate_users]
-        after &= (limit == 0) | (exposures.ends <= limit)
-    return np.flatnonzero(after & np.isin(exposures.slate_users, users))
+def first_held_out(exposures: Exposures, users: np.ndarray, train_lengths: np.ndarray) -> np.ndarray:
+    """Return the first slate of each user after the training events: (n,), -1 without one. train_lengths: (U,)."""
+    slates = np.flatnonzero(exposures.history >= train_lengths[exposures.slate_users])
+    found = np.append(slates, -1)[np.searchsorted(exposures.slate_users[slates], users)]
+    return np.where((found >= 0) & (exposures.slate_users[found] == users), found, -1)

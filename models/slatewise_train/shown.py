@@ -30,6 +30,7 @@ from slatewise_train import listwise
 from slatewise_train.batches import Batch
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data, request_times
+from slatewise_train.exposures import training_slates
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import MISSING_NUMERIC, Slates, read_slates
 
@@ -109,17 +110,18 @@ class ShownLosses(nn.Module):
         self.exposures = exposures
         self.heads = data.config.heads
         self.numeric = data.catalogue.numeric
-        self.chosen_slates = np.flatnonzero(exposures.training)
+        self.slates = training_slates(exposures, data.split.train_lengths)
         self.span = 1 + int(exposures.history.max(initial=0)) + int(data.split.train_lengths.max(initial=0))
-        self.keys = exposures.slate_users[self.chosen_slates] * self.span + exposures.history[self.chosen_slates]
+        self.keys = exposures.slate_users[self.slates] * self.span + exposures.history[self.slates]
         self.times = request_times(exposures.times)
         self.position_bias = nn.Parameter(torch.zeros(BUCKETS, len(self.heads)))
         self.position_bias.requires_grad_(config.position_bias)
 
     def trained_items(self) -> np.ndarray:
         """Return the item rows of the training slates, ascending."""
-        sizes = np.diff(self.exposures.offsets)
-        return np.unique(self.exposures.items[np.repeat(self.exposures.training, sizes)])
+        used = np.zeros(len(self.exposures), bool)
+        used[self.slates] = True
+        return np.unique(self.exposures.items[np.repeat(used, np.diff(self.exposures.offsets))])
 
     def draw(self, batch: Batch) -> ShownSlates | None:
         """Return up to `cascade_positions` slates of each window that were shown within it; None without any.
@@ -138,7 +140,7 @@ class ShownLosses(nn.Module):
         step = np.arange(most) * np.maximum(count, most)[:, None] // most  # without repetition
         spread = (start[:, None] + step) % np.maximum(count, 1)[:, None]
         rows, place = np.nonzero(np.arange(most) < count[:, None])
-        slates = self.chosen_slates[low[rows] + spread[rows, place]]
+        slates = self.slates[low[rows] + spread[rows, place]]
         return self.padded(slates, rows, self.exposures.history[slates] - firsts[rows])
 
     def padded(self, slates: np.ndarray, rows: np.ndarray, read: np.ndarray) -> ShownSlates:

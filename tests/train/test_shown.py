@@ -1,4 +1,4 @@
-"""Slates that users were shown: their rows, the split, and a ranker that learns from them."""
+"""A ranker that learns from the slates that users were shown, and the split that holds some of them out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from slatewise_train.batches import make_batch, served_window_start
 from slatewise_train.config import DataConfig, Head, ModelConfig, TablesConfig, TrainConfig
 from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.cases import slate_cases
+from slatewise_train.exposures import first_held_out, training_slates
 from slatewise_train.shown import ShownLosses, position_buckets, weighted_label_loss
 from slatewise_train.train import Trainer
 
@@ -38,22 +39,6 @@ def row(user: str, item: str, time: int, action: str, slate: str | None, positio
     }
 
 
-def slates_of(data: Data) -> list[tuple[str, str, int, bool]]:
-    """The user, the items, the events before, and the use of each slate."""
-    e = data.exposures
-    assert e is not None
-    names = [None, None, *data.catalogue.vocabulary.items]
-    return [
-        (
-            data.sequences.users[e.slate_users[s]],
-            "".join(names[i] for i in e.items[e.rows(s)]),
-            int(e.history[s]),
-            bool(e.training[s]),
-        )
-        for s in range(len(e.history))
-    ]
-
-
 EVENTS = pl.DataFrame(
     [
         row("u", "a", 1, "buy", None),
@@ -74,45 +59,6 @@ EVENTS = pl.DataFrame(
 )
 
 
-def test_slates_merge_rows_of_one_item_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = load(tmp_path, EVENTS)
-    assert slates_of(data) == [("u", "bcd", 1, True), ("u", "ea", 2, False), ("v", "cd", 2, False)]
-    e = data.exposures
-    assert e is not None
-    assert e.positions.tolist() == [1, 2, 3, 1, 2, 0, 0]
-    np.testing.assert_array_equal(e.labels, [[0, 0], [0, 0], [1, 1], [1, 1], [0, 0], [0, 0], [0, 0]])
-    assert e.times.tolist() == [2, 7, 6]
-    said = capsys.readouterr().out
-    assert "'slates of a single item': 1" in said and "'rows of users without history': 2" in said
-
-
-def test_only_shown_items_are_no_history_but_are_items(tmp_path: Path) -> None:
-    data = load(tmp_path, EVENTS)
-    names = [None, None, *data.catalogue.vocabulary.items]
-    offsets = data.sequences.offsets
-    history = {
-        user: "".join(names[i] for i in data.sequences.items[offsets[k] : offsets[k + 1]])
-        for k, user in enumerate(data.sequences.users)
-    }
-    assert history == {"u": "ade", "v": "ab"}
-    assert "f" in data.catalogue.vocabulary.items, "an item that was only shown can be a candidate"
-
-
-def test_rows_of_one_time_are_a_slate_without_slate_id(tmp_path: Path) -> None:
-    events = EVENTS.drop("slate_id").filter(pl.col("user_id") != "w")
-    assert slates_of(load(tmp_path, events)) == [("u", "bcd", 1, True), ("u", "ea", 2, False), ("v", "cd", 2, False)]
-
-
-@pytest.mark.parametrize("size", [2, 300, 301])
-def test_long_slate_keeps_its_chosen_items(tmp_path: Path, size: int) -> None:
-    rows = [row("u", "first", 1, "buy", None), row("u", "second", 2, "buy", None)]
-    rows += [row("u", f"i{k}", 3, "buy" if k == size - 1 else "shown", "s", k + 1) for k in range(size)]
-    e = load(tmp_path, pl.DataFrame(rows)).exposures
-    assert e is not None and e.offsets.tolist() == [0, min(size, 300)]
-    assert e.labels[:, 1].sum() == 1 and e.labels[-1, 1] == 1
-    assert e.positions.tolist() == [*range(1, min(size, 300)), size]
-
-
 def random_events(seed: int, users: int = 30) -> pl.DataFrame:
     rng = np.random.default_rng(seed)
     rows = []
@@ -130,30 +76,29 @@ def random_events(seed: int, users: int = 30) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_counts_and_split_equal_slow_reference(tmp_path: Path, seed: int) -> None:
-    """No slate of the training has a row at or after the time of a held-out event of its user."""
-    events = random_events(seed)
-    data = load(tmp_path, events, DataConfig("shop", HEADS, validation_users=4, seed=seed))
+def test_no_slate_is_cut_by_the_split(tmp_path: Path, seed: int) -> None:
+    """Training has a whole slate or none of it, and each held-out slate is after all training events."""
+    data = load(tmp_path, random_events(seed), DataConfig("shop", HEADS, validation_users=4, seed=seed))
     e = data.exposures
     assert e is not None
-    slates = events.group_by("user_id", "slate_id").agg(
-        pl.col("timestamp").min().alias("a"), pl.col("timestamp").max().alias("b")
-    )
-    times = {(r["user_id"], r["a"], r["b"]) for r in slates.iter_rows(named=True)}
-    for s, u in enumerate(e.slate_users):
-        user = data.sequences.users[u]
-        mine = np.sort(events.filter((pl.col("user_id") == user) & (pl.col("action") == "buy"))["timestamp"].to_numpy())
-        ends = {b for name, a, b in times if name == user and a == e.times[s]}
-        assert e.history[s] == (mine < e.times[s]).sum()
-        assert e.until[s] in {(mine <= b).sum() for b in ends}
-        held = mine[data.split.train_lengths[u] :]
-        assert e.training[s] == (len(held) == 0 or e.until[s] <= data.split.train_lengths[u])
-        if e.training[s] and len(held):
-            assert any(b < held.min() for b in ends)
-    held_out = e.first_held_out(np.arange(len(data.sequences)))
-    for u, slate in enumerate(held_out):
-        mine = [s for s in range(len(e.history)) if e.slate_users[s] == u and not e.training[s]]
-        assert slate == (mine[0] if mine else -1)
+    trained = set(training_slates(e, data.split.train_lengths).tolist())
+    lengths = data.split.train_lengths
+    held_out = first_held_out(e, np.arange(len(data.sequences)), lengths)
+    chained = set()  # users whose slates overlap down to their first event
+    for user, length in enumerate(lengths):
+        mine = [(e.history[s], e.ends[s]) for s in range(len(e)) if e.slate_users[s] == user]
+        while cuts := [first for first, end in mine if first < length < end]:
+            length = min(cuts)
+        chained |= {user} if length == 0 else set()
+    assert len(chained) < len(lengths)
+    for s, user in enumerate(e.slate_users):
+        assert e.ends[s] <= lengths[user] or e.history[s] >= lengths[user] or user in chained
+        assert (s in trained) == (e.history[s] < lengths[user] and e.ends[s] <= lengths[user])
+    for user, slate in enumerate(held_out):
+        after = [s for s in range(len(e)) if e.slate_users[s] == user and e.history[s] >= lengths[user]]
+        assert slate == (after[0] if after else -1)
+    assert not set(data.split.slate_users) & set(data.split.validation_users)
+    assert set(data.split.slate_users) | set(data.split.validation_users) <= set(np.flatnonzero(held_out >= 0))
 
 
 def test_case_is_the_held_out_slate_with_older_history(tmp_path: Path) -> None:
@@ -186,10 +131,10 @@ def test_drawn_slates_of_windows_equal_slow_reference(tmp_path: Path, seed: int)
     columns = zip(shown.rows, kept.read[:, 0], kept.candidates[:, 0], kept.exists[:, 0], strict=True)
     found = {(int(r), int(read), tuple(c[x].tolist())) for r, read, c, x in columns}
     wanted = {
-        (r, int(e.history[s]) - f, tuple(e.items[e.rows(s)].tolist()))
-        for r, (u, f, end) in enumerate(windows)
-        for s in np.flatnonzero((e.slate_users == u) & e.training)
-        if f + (f > 0) <= e.history[s] <= end
+        (r, int(e.history[s]) - first, tuple(e.items[e.offsets[s] : e.offsets[s + 1]].tolist()))
+        for r, (u, first, end) in enumerate(windows)
+        for s in np.intersect1d(np.flatnonzero(e.slate_users == u), training_slates(e, data.split.train_lengths))
+        if first + (first > 0) <= e.history[s] <= end
     }
     assert found == wanted and len(shown.rows) >= len(wanted) > 0
     part = shown.of(torch.tensor([2, 0]))

@@ -16,6 +16,7 @@ from slatewise.inference.arrays import Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
 from slatewise_train.data import Data, request_times
+from slatewise_train.exposures import first_held_out
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
     """
     if data.exposures is None:
         return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
-    slates = data.exposures.first_held_out(users)
+    slates = first_held_out(data.exposures, users, data.split.train_lengths)
     return [shown_case(data, int(slate)) for slate in slates[slates >= 0]]
 
 
@@ -70,7 +71,7 @@ def shown_case(data: Data, slate: int) -> Case:
     exposures = data.exposures
     assert exposures is not None
     case = make_case(data, int(exposures.slate_users[slate]), int(exposures.history[slate]), 0)
-    rows = exposures.rows(slate)
+    rows = slice(int(exposures.offsets[slate]), int(exposures.offsets[slate + 1]))
     time = float(request_times(exposures.times[slate : slate + 1])[0])
     return dataclasses.replace(case, time=time, upcoming=exposures.items[rows], labels=exposures.labels[rows])
 
