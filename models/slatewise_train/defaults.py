@@ -96,7 +96,7 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
     every = max(1, min(4, epochs // 10))
     train: Chosen = {
         "epochs": (epochs, f"at most; {events} training events"),
-        "patience": (3, "validations without a better NDCG@10"),
+        "patience": (5, "validations without a better NDCG@10"),
         "validate_every": (every, "epochs"),
         "cascade_epochs": (max(1, min(8, epochs // 5)), "at the end, with a falling learning rate"),
         "batch_events": (batch, f"about {max(1, round(events / batch))} steps in an epoch"),
