@@ -1,4 +1,4 @@
-"""The examples run against a real server, and the example tables are what training reads."""
+"""The examples of clients run against a real server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from slatewise_train.config import read_config
-from slatewise_train.data import clean_events, clean_items, read_table
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -67,12 +64,3 @@ def test_variant_example_compares_with_fp32(url: str) -> None:
     lines = run(sys.executable, EXAMPLES / "compare_variants.py", url)
     assert lines[0].startswith("fp32 ") and lines[0].endswith("largest difference 0.0000")
     assert len(lines) >= 2
-
-
-def test_own_data_is_what_training_reads(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, EXAMPLES / "own_data" / "make_events.py"], cwd=tmp_path, check=True, timeout=60)
-    config = read_config(EXAMPLES / "own_data" / "shop.toml")
-    events, bad_events = clean_events(read_table(tmp_path / config.tables.events), config.data.max_bad_share)
-    items, bad_items = clean_items(read_table(tmp_path / config.tables.items), config.data)
-    assert (len(events), len(items)) == (12_000, 200)
-    assert not bad_events and not any(bad_items.values())

@@ -57,7 +57,10 @@ class RequestModel(BaseModel):
 
 
 class History(RequestModel):
-    """The user's past events, oldest first. A null time or action means that it is missing."""
+    """The user's past events, oldest first. A null time or action means that it is missing.
+
+    With timestamps, events in another order are read in time order.
+    """
 
     item_ids: Ids = Field(default_factory=list)
     actions: Column[Text | None] | None = None
@@ -68,7 +71,10 @@ class History(RequestModel):
 
 
 class Candidates(RequestModel):
-    """The items to rank, in first-stage order. A null feature is a missing one. `fields` describe unknown items."""
+    """The items to rank, in first-stage order. A null feature is a missing one.
+
+    `fields` describe unknown items. Several values are a list, or one text separated by `|`, as in a table of items.
+    """
 
     item_ids: SomeIds
     features: dict[Text, Column[Number | None]] = Field(default_factory=dict)
@@ -107,11 +113,15 @@ class Results(TypedDict):
 @with_config(CLOSED)
 @dataclass(frozen=True)
 class HistoryUse:
-    """Numbers of events: read by the model, skipped by the model, and read with an unknown item."""
+    """Numbers of events: read by the model, skipped by the model, read with an unknown item, and sent in wrong order.
+
+    `reordered` counts the events that the request has behind a later one. The model reads all events oldest first.
+    """
 
     used: int
     dropped: int
     unknown: int
+    reordered: int
     cache: CacheResult
 
 
@@ -134,6 +144,12 @@ class RankResponse(TypedDict):
     ]
     unknown_candidates: Annotated[
         list[int], Field(description="Positions of candidates whose id the ranker does not know; they are ranked too.")
+    ]
+    unknown_fields: Annotated[
+        dict[str, int],
+        Field(
+            description="For each field: the number of values, of unknown candidates, that the ranker does not know."
+        ),
     ]
     history: HistoryUse
     meta_embedding: MetaEmbeddingUse

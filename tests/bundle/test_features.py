@@ -21,6 +21,7 @@ from slatewise.bundle.features import (
     numeric_matrix,
     request_context,
     rows_of,
+    time_order,
     unknown_positions,
     window_start,
 )
@@ -279,5 +280,54 @@ def test_field_change_averages_known_values_and_replaces_none() -> None:
     vectors = np.array([[1, 1], [5, 1], [3, 7]], np.float32)  # "none", "x", "y"
     values = {"x": 1, "y": 2}
     column = ["x", None, ["x", "y"], ["x", "unknown"], "unknown", []]
-    change = field_change(column, np.array([0, 1, 2, 3, 5]), values, vectors, 0)
+    change, unknown = field_change(column, np.array([0, 1, 2, 3, 5]), values, vectors, 0)
     np.testing.assert_array_equal(change, [[4, 0], [0, 0], [3, 3], [4, 0], [0, 0]])
+    assert unknown == 1, "the candidate at position 4 is not described"
+
+
+def test_field_text_is_split_as_a_cell_of_a_table_is() -> None:
+    """Unless the whole text is a value that training has seen, which a list column of Parquet may hold."""
+    vectors = np.array([[1, 1], [5, 1], [3, 7], [9, 9]], np.float32)
+    values = {"x": 1, "y": 2, "x|z": 3}
+    column = ["x|y", ["x|y"], "x|z", "|x||y|", "|", "x|?|y|?", ["z", "z|z"]]
+    change, unknown = field_change(column, np.arange(7), values, vectors, 0)
+    np.testing.assert_array_equal(change, [[3, 3], [3, 3], [8, 8], [3, 3], [0, 0], [3, 3], [0, 0]])
+    assert unknown == 5
+
+
+def test_equal_unknown_values_are_counted_for_each_candidate() -> None:
+    change, unknown = field_change(["?", None, "?"], np.arange(3), {"x": 1}, np.eye(2, dtype=np.float32), 0)
+    assert unknown == 2 and not change.any()
+
+
+def slow_order(timestamps: Sequence[float | None]) -> tuple[list[int], int]:
+    """Insert each event behind the last event that is not later. An event without a time follows the event before."""
+    times: list[float] = []
+    late = 0
+    for time in timestamps:
+        late += time is not None and any(time < before for before in times)
+        times.append(time if time is not None else times[-1] if times else -math.inf)
+    known = [time for time in timestamps if time is not None]
+    if late and known == sorted(known, reverse=True):
+        return list(range(len(times)))[::-1], late
+    order: list[int] = []
+    for k, time in enumerate(times):
+        place = len(order)
+        while place and times[order[place - 1]] > time:
+            place -= 1
+        order.insert(place, k)
+    return order, late
+
+
+@given(st.lists(st.none() | st.integers(0, 9), max_size=20))
+def test_time_order_of_random_times_equals_the_reference(timestamps: list[float | None]) -> None:
+    order, late = time_order(np.array(timestamps, np.float64))
+    expected, expected_late = slow_order(timestamps)
+    assert late == expected_late
+    assert (list(range(len(timestamps))) if order is None else order.tolist()) == expected
+    assert (order is None) == (late == 0)
+
+
+def test_newest_first_is_reversed_with_its_ties() -> None:
+    order, late = time_order(np.array([9.0, 9.0, 5.0, np.nan, 5.0, 1.0]))
+    assert order is not None and order.tolist() == [5, 4, 3, 2, 1, 0] and late == 3

@@ -641,7 +641,11 @@ def test_integer_id_ranks_like_its_decimal_string(ranker: Ranker, data: st.DataO
     assert as_numbers == as_strings
     (one, unknown), (other, also) = (ranker.candidates(request, 0.0) for request in (as_numbers, as_strings))
     np.testing.assert_array_equal(one.vectors, other.vectors)
-    assert unknown.tolist() == also.tolist() == [k for k, i in enumerate(ids) if str(i) not in ranker.vocabulary.items]
+    assert (
+        unknown.positions.tolist()
+        == also.positions.tolist()
+        == [k for k, i in enumerate(ids) if str(i) not in ranker.vocabulary.items]
+    )
     np.testing.assert_array_equal(ranker.history(as_numbers).items, ranker.history(as_strings).items)
 
 
@@ -683,6 +687,7 @@ def slow_vector(ranker: Ranker, fields: dict[str, Any], position: int) -> np.nda
     for column, field in ranker.manifest.fields.items():
         given = fields.get(column, [None] * (position + 1))[position]
         given = [given] if isinstance(given, str) else given or []
+        given = [part for value in given for part in ([value] if value in field.values else value.split("|"))]
         known = [
             ranker.field_vectors[field.offset + 1 + field.values.index(value)].astype(np.float64)
             for value in given
@@ -702,17 +707,27 @@ def test_unknown_item_is_embedded_from_its_fields(ranker: Ranker, data: st.DataO
     )
     fields: dict[str, Any] = {}
     for column, field in ranker.manifest.fields.items():
-        value = st.sampled_from([*field.values, "no such value"])
+        value = st.sampled_from([*field.values, "no such value", f"{field.values[0]}|{field.values[-1]}|no such value"])
         if data.draw(st.booleans()):
             fields[column] = data.draw(
                 st.lists(st.none() | value | st.lists(value, max_size=4), min_size=n, max_size=n)
             )
     candidates, unknown = ranker.candidates(request_of({"item_ids": ids, "fields": fields}), 0.0)
-    assert unknown.tolist() == [k for k, item in enumerate(ids) if item.startswith("new")]
+    assert unknown.positions.tolist() == [k for k, item in enumerate(ids) if item.startswith("new")]
     for k, item in enumerate(ids):
-        expected = slow_vector(ranker, fields, k) if k in unknown else ranker.items[ranker.vocabulary.items[item]]
+        expected = (
+            slow_vector(ranker, fields, k) if k in unknown.positions else ranker.items[ranker.vocabulary.items[item]]
+        )
         np.testing.assert_allclose(candidates.vectors[k], expected, atol=1e-5)
     assert candidates.vectors.dtype == np.float32
+
+
+def test_unknown_field_values_are_counted_by_field(ranker: Ranker) -> None:
+    known = next(iter(ranker.vocabulary.items))
+    genres = ["Drama|never", ["never", "heard"], "never", None]
+    sent = {"item_ids": ["new", "newer", known, "new"], "fields": {"genres": genres, "decade": ["1990s"] * 4}}
+    unknown = ranker.candidates(request_of(sent), 0.0)[1]
+    assert unknown.positions.tolist() == [0, 1, 3] and unknown.field_values == {"genres": 3}
 
 
 def test_unknown_item_with_fields_leaves_table_unchanged(ranker: Ranker) -> None:
@@ -748,6 +763,30 @@ def test_unknown_or_missing_history_values_keep_their_position(ranker: Ranker) -
         [GAP_FIRST, GAP_MISSING, GAP_MISSING],
         0,
     )
+
+
+@pytest.mark.parametrize("events", [1, 12, 300])
+def test_newest_first_history_is_read_oldest_first(ranker: Ranker, events: int) -> None:
+    """300 events are more than the ranker reads, so the newest ones must be chosen too."""
+    ids, actions = list(ranker.vocabulary.items), ranker.manifest.actions
+    sent: dict[str, list[Any]] = {
+        "item_ids": [ids[k % len(ids)] for k in range(events)],
+        "actions": [actions[k % len(actions)] for k in range(events)],
+        "timestamps": [1_000 + k // 2 for k in range(events)],  # two events at each time
+    }
+    right = ranker.history(request_of({"item_ids": ["1"]}, history=sent))
+    backwards = {name: column[::-1] for name, column in sent.items()}
+    history, late = ranker.read_history(request_of({"item_ids": ["1"]}, history=backwards))
+    assert history.equals(right)
+    assert late == (events - 2 if events > 1 else 0), "the two newest events are behind no later one"
+
+
+def test_two_exchanged_events_are_read_in_time_order(ranker: Ranker) -> None:
+    ids = list(ranker.vocabulary.items)[:4]
+    sent = {"item_ids": ids, "timestamps": [10, 20, 30, 40]}
+    exchanged = {"item_ids": [ids[k] for k in (0, 2, 1, 3)], "timestamps": [10, 30, 20, 40]}
+    history, late = ranker.read_history(request_of({"item_ids": ["1"]}, history=exchanged))
+    assert late == 1 and history.equals(ranker.history(request_of({"item_ids": ["1"]}, history=sent)))
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

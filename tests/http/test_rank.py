@@ -89,6 +89,29 @@ def test_unknown_items_are_flagged_and_ranked_by_their_fields(client: httpx.Clie
     assert described["results"]["scores"][4] == pytest.approx(plain["results"]["scores"][4], abs=BOUND)
 
 
+def test_field_text_with_separators_equals_a_list(client: httpx.Client, example: dict[str, Any]) -> None:
+    ids = [*example["candidates"]["item_ids"][:2], "new", "newer"]
+    answers = []
+    for genres in (["Comedy", "Drama", "never heard of"], "Comedy|Drama|never heard of"):
+        candidates = {"item_ids": ids, "fields": {"genres": ["never heard of", None, genres, None]}}
+        answers.append(ask(client, example, candidates=candidates))
+        assert answers[-1]["unknown_fields"] == {"genres": 1}, "fields of known items are not read"
+    assert answers[0]["results"]["scores"] == pytest.approx(answers[1]["results"]["scores"], abs=BOUND)
+    assert ask(client, example)["unknown_fields"] == {}
+
+
+def test_newest_first_history_scores_as_oldest_first(client: httpx.Client, example: dict[str, Any]) -> None:
+    history = example["history"]
+    base = ask(client, example, user="oldest-first")
+    assert base["history"]["reordered"] == 0
+    backwards = {name: column[::-1] for name, column in history.items()}
+    other = ask(client, example, history=backwards, user="newest-first")
+    assert other["history"]["reordered"] > 0
+    assert by_item(other) == pytest.approx(by_item(base), abs=BOUND)
+    again = ask(client, example, user="newest-first")
+    assert again["history"]["cache"] == "hit", "the cached events are those that are read"
+
+
 def test_every_member_of_the_request_changes_scores(client: httpx.Client, example: dict[str, Any]) -> None:
     base = by_item(ask(client, example, user="fresh-0"))
     history = example["history"]

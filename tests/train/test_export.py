@@ -212,7 +212,7 @@ def test_unknown_item_has_the_vector_of_training(ranker: Ranker, tiny: Tiny) -> 
     with torch.no_grad():
         expected = model.cold_item_vectors(model.item_table())[rows].numpy()
     np.testing.assert_allclose(candidates.vectors, expected, rtol=0, atol=1e-6)
-    assert unknown.tolist() == [0, 1, 2]
+    assert unknown.positions.tolist() == [0, 1, 2]
 
 
 def test_example_is_valid_and_has_titles(ranker: Ranker, tiny: Tiny) -> None:
@@ -237,7 +237,7 @@ def test_golden_scores_are_reproduced(ranker: Ranker) -> None:
     assert first == 0, "so all events that are sent are read"
     history = ranker.history(request)
     candidates, unknown = ranker.candidates(request, request.request_time or 0.0)
-    assert not len(unknown)
+    assert not len(unknown.positions)
     np.testing.assert_array_equal(candidates.context[0], request_context(request.request_time or 0.0))
     probabilities = ranker.engines["fp32"].score(
         history, candidates, ranker.embedded_meta[ranker.embedded_users[str(request.user)]], manifest.default_exit

@@ -2,7 +2,7 @@
 
 The functions take plain columns: lists of a request, or arrays of a table. The steps for a history:
 
-    window_start -> rows_of (items, actions) -> gap_buckets -> History
+    time_order -> window_start -> rows_of (items, actions) -> gap_buckets -> History
 
 Called by: `ranker.py`, `ranking/pipeline.py`, and the package slatewise_train. Calls: `inference/arrays.py` for the
 array types and the special rows.
@@ -10,7 +10,7 @@ array types and the special rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -32,6 +32,7 @@ from slatewise.inference.item_table import ItemTable
 GAP_EDGES = np.append(2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf)  # seconds at which buckets 3, 4, ... begin
 GAP_OF_EDGES = np.append(np.arange(2, GAP_BUCKETS), GAP_MISSING)  # by number of edges passed; NaN sorts behind infinity
 LARGEST_FEATURE = 3e38  # just below the maximum of float32
+VALUE_SEPARATOR = "|"  # between the values of one categorical cell, in tables as in requests
 
 
 def rows_of(vocabulary: dict[str, int], names: Sequence[Any]) -> Int64:
@@ -61,11 +62,32 @@ def window_start(offset: int, length: int, longest: int) -> int:
         step //= 2
 
 
+def time_order(timestamps: Float64) -> tuple[Int64 | None, int]:
+    """Return the order in which events are read, and the number of events that were sent behind a later one.
+
+    timestamps: (L,) float64 unix seconds as sent; NaN if missing. The order is `None` for events that are oldest first
+    already. A list that is newest first throughout is reversed, so that events of equal times are reversed too. Any
+    other list is sorted as training sorts its events: events of equal times stay in the order sent. An event without a
+    time stays behind the event before it.
+    """
+    late = timestamps < np.fmax.accumulate(timestamps)  # a comparison with NaN is false
+    count = int(np.count_nonzero(late))
+    if not count:
+        return None, 0
+    missing = np.isnan(timestamps)
+    known = timestamps[~missing]
+    if (known[1:] <= known[:-1]).all():
+        return np.arange(len(timestamps))[::-1], count
+    before = np.maximum.accumulate(np.where(missing, -1, np.arange(len(timestamps))))
+    times = np.where(before < 0, -np.inf, timestamps[before])
+    return times.argsort(kind="stable"), count
+
+
 def gap_buckets(timestamps: Float64) -> Int64:
     """Return the (L,) int64 buckets of the seconds since the previous event: 2 + floor(log2(gap + 1)), clamped.
 
     timestamps: (L,) float64 unix seconds of the events that are *read*, oldest first; NaN if missing. The first event
-    has bucket 1, and a gap with a missing time has bucket 0. A negative gap (from a wrong clock) counts as 0.
+    has bucket 1, and a gap with a missing time has bucket 0. A negative gap counts as 0.
     """
     buckets = np.empty(len(timestamps), np.int64)
     buckets[:1] = GAP_FIRST
@@ -99,20 +121,33 @@ def make_candidates(items: ItemTable, rows: Int64, numeric: Float32, request_tim
 
 def field_change(
     column: Sequence[Any], positions: Int64, values: dict[str, int], vectors: Float32, none_row: int
-) -> Float32:
+) -> tuple[Float32, int]:
     """Return the (P, d) vectors to add to the unknown row for one metadata column of the candidates at `positions`.
 
     For every column, the unknown row already contains row `none_row` of `vectors`, which stands for "no value". So the
     vector to add is the mean of the vectors of the candidate's known values, as in training, minus row `none_row`, or 0
-    without known values. Equal values are computed once.
+    without known values. Equal values are computed once. The second result is the number of unknown values.
 
     column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`.
     """
     none = vectors[none_row]
     numbers: dict[Any, int] = {}
     given = [tuple(v) if isinstance(v, list) else (v,) for v in map(column.__getitem__, positions.tolist())]
-    number_of = [numbers.setdefault(v, len(numbers)) for v in given]
-    rows = [[values[v] for v in distinct if v in values] for distinct in numbers]
-    means = np.stack([vectors[r].mean(axis=0) - none if r else np.zeros_like(none) for r in rows])
+    number_of = np.array([numbers.setdefault(v, len(numbers)) for v in given], np.int64)
+    rows = [[values.get(v) for v in split_values(distinct, values)] for distinct in numbers]
+    known = [[row for row in found if row is not None] for found in rows]
+    means = np.stack([vectors[r].mean(axis=0) - none if r else np.zeros_like(none) for r in known])
+    unknown = np.array([len(found) - len(r) for found, r in zip(rows, known, strict=True)])
     change: Float32 = means[number_of]
-    return change
+    return change, int(unknown[number_of].sum())
+
+
+def split_values(given: Sequence[str | None], known: Container[str]) -> list[str]:
+    """Return the single values of one candidate. A text such as `Drama|Comedy` is split, unless it is a known value."""
+    result: list[str] = []
+    for value in filter(None, given):
+        if VALUE_SEPARATOR in value and value not in known:
+            result += filter(None, value.split(VALUE_SEPARATOR))
+        else:
+            result.append(value)
+    return result

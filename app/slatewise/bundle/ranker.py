@@ -7,16 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from slatewise.bundle.features import field_change, make_candidates, make_history, numeric_matrix, rows_of, window_start
+from slatewise.bundle.features import (
+    field_change,
+    make_candidates,
+    make_history,
+    numeric_matrix,
+    rows_of,
+    time_order,
+    window_start,
+)
 from slatewise.bundle.manifest import Manifest
 from slatewise.inference.arrays import UNKNOWN_ACTION, UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
 from slatewise.schemas import RankRequest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,14 @@ class Vocabulary:
     items: dict[str, int]
     actions: dict[str, int]
     fields: dict[str, dict[str, int]]  # column -> value -> row of `field_vectors`; row 0 of a column is "none"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The parts of a request's candidates that the ranker does not know."""
+
+    positions: Int64  # (P,) of the candidates whose id is unknown
+    field_values: dict[str, int]  # column -> number of unknown values that describe these candidates, if above 0
 
 
 @dataclass(frozen=True)
@@ -68,41 +86,47 @@ class Ranker:
         return window_start(sent.offset, len(sent.item_ids), self.manifest.limits.history_used)
 
     def history(self, request: RankRequest) -> History:
-        """Return the events that the model reads."""
+        """Return the events that the model reads, oldest first."""
+        return self.read_history(request)[0]
+
+    def read_history(self, request: RankRequest) -> tuple[History, int]:
+        """Return the events that the model reads, oldest first, and the number of events sent behind a later one."""
         sent = request.history
         first = self.window_start(request)
-        items = rows_of(self.vocabulary.items, sent.item_ids[first:])
+        times = (
+            np.full(len(sent.item_ids), np.nan) if sent.timestamps is None else np.array(sent.timestamps, np.float64)
+        )
+        order, late = time_order(times)
+        items = rows_of(self.vocabulary.items, events_read(sent.item_ids, first, order))
         actions = (
             np.full(len(items), UNKNOWN_ACTION, np.int64)
             if sent.actions is None
-            else rows_of(self.vocabulary.actions, sent.actions[first:])
+            else rows_of(self.vocabulary.actions, events_read(sent.actions, first, order))
         )
-        times = (
-            np.full(len(items), np.nan) if sent.timestamps is None else np.array(sent.timestamps[first:], np.float64)
-        )
-        return make_history(items, actions, times)
+        return make_history(items, actions, times[first:] if order is None else times[order[first:]]), late
 
     def candidates(
         self, request: RankRequest, request_time: float, items: ItemTable | None = None
-    ) -> tuple[Candidates, Int64]:
-        """Return the candidates, and the positions of unknown ids. `items`: a variant's table; default: float32."""
+    ) -> tuple[Candidates, Unknown]:
+        """Return the candidates, and the unknown parts of them. `items`: a variant's table; default: float32."""
         sent = request.candidates
         rows = rows_of(self.vocabulary.items, sent.item_ids)
         numeric = numeric_matrix(sent.features, self.manifest.features, len(rows))
         result = make_candidates(self.items if items is None else items, rows, numeric, request_time)
-        unknown = np.flatnonzero(rows == UNKNOWN_ITEM)
-        if sent.fields and len(unknown):
-            result.vectors[unknown] += self.field_change(sent.fields, unknown)
+        unknown = Unknown(np.flatnonzero(rows == UNKNOWN_ITEM), {})
+        if len(unknown.positions):
+            for name, column in sent.fields.items():
+                change, count = field_change(
+                    column,
+                    unknown.positions,
+                    self.vocabulary.fields[name],
+                    self.field_vectors,
+                    self.field_offsets[name],
+                )
+                result.vectors[unknown.positions] += change
+                if count:
+                    unknown.field_values[name] = count
         return result, unknown
-
-    def field_change(self, fields: dict[str, Any], positions: Int64) -> Float32:
-        """Return the (P, d) vectors to add to the unknown row for all `fields` of the candidates at `positions`."""
-        change = np.zeros((len(positions), self.items.shape[1]), np.float32)
-        for name, column in fields.items():
-            change += field_change(
-                column, positions, self.vocabulary.fields[name], self.field_vectors, self.field_offsets[name]
-            )
-        return change
 
     def score_weights(self, head_weights: dict[str, float] | None) -> Float64:
         """Return the (heads,) weights: the given ones (0 for heads without one), or with `None` the manifest's."""
@@ -113,3 +137,8 @@ class Ranker:
         """Return the (M,) vector of a user in the embedded store, or the default vector."""
         row = self.embedded_users.get(user or "")
         return self.default_meta if row is None else self.embedded_meta[row]
+
+
+def events_read(column: list[T], first: int, order: Int64 | None) -> list[T]:
+    """Return a column of the events from `first` on, in the given order; `None`: the order sent."""
+    return column[first:] if order is None else list(map(column.__getitem__, order[first:].tolist()))

@@ -217,6 +217,7 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
             else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
         },
         "unknown_candidates": list(ranking.unknown),
+        "unknown_fields": ranking.unknown_fields,
         "history": ranking.history,
         "meta_embedding": {"status": meta.status, "version": meta.version, "age_seconds": meta.age_seconds},
         "degraded": sorted(ranking.degraded),

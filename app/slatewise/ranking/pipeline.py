@@ -7,7 +7,7 @@ and `inference/engine.py` in chunks on the threads of `inference/workers.py`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -55,6 +55,7 @@ class Ranking:
     candidates: int  # number of candidates
     scored: Scored | None  # `None`: no model scored the request, and the exit is `input_order`
     unknown: tuple[int, ...]  # positions of candidates whose id the ranker does not know
+    unknown_fields: dict[str, int]  # field -> number of unknown values that describe these candidates
     history: HistoryUse
     meta: MetaEmbedding
     degraded: frozenset[DegradedReason]
@@ -138,14 +139,15 @@ class Pipeline:
         ranker = trace.ranker = self.registry.resolve(request.ranker)
         plan = self.plan(request, ranker, trace.timings.entered)
         n = len(request.candidates.item_ids)
-        progress = Progress(HistoryUse(0, plan.dropped, 0, "none"))
+        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, "none"))
         degraded = set(plan.admitted.degraded)
         if plan.admitted.exit == "input_order":
             unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
-            return Ranking(ranker, n, None, unknown_ids, progress.history, plan.default_meta, frozenset(degraded))
+            return Ranking(ranker, n, None, unknown_ids, {}, progress.history, plan.default_meta, frozenset(degraded))
 
-        history = ranker.history(request)
+        history, late = ranker.read_history(request)
+        progress.history = replace(progress.history, reordered=late)
         request_time = time.time() if request.request_time is None else request.request_time
         candidates, unknown = ranker.candidates(request, request_time, plan.engine.items)
         trace.timings.lap("features")
@@ -171,7 +173,8 @@ class Pipeline:
         if meta.status == "error":
             degraded.add("store_error")
         scored = None if best is None else weigh(plan, best)
-        return Ranking(ranker, n, scored, tuple(unknown.tolist()), progress.history, meta, frozenset(degraded))
+        ids, values = tuple(unknown.positions.tolist()), unknown.field_values
+        return Ranking(ranker, n, scored, ids, values, progress.history, meta, frozenset(degraded))
 
     def plan(self, request: RankRequest, ranker: Ranker, entered: float) -> Plan:
         """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
@@ -195,10 +198,10 @@ class Pipeline:
                 user = plan.meta_user
                 look_up = None if user is None else self.store.look_up(plan.ranker, user)  # the look-up starts here
                 reuse = self.find_cached(plan, history)
-                progress.history = HistoryUse(0, plan.dropped, 0, reuse.result)
+                progress.history = replace(progress.history, cache=reuse.result)
                 state = await self.encode(plan, history, reuse, timings)
                 unknown = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
-                progress.history = HistoryUse(len(history), plan.dropped, unknown, reuse.result)
+                progress.history = replace(progress.history, used=len(history), unknown=unknown)
                 meta = plan.default_meta if look_up is None else await look_up
                 progress.meta = meta
                 timings.lap("embed")  # the rest of the look-up, after the encoding

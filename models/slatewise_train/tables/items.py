@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import polars as pl
 
+from slatewise.bundle.features import VALUE_SEPARATOR
 from slatewise.schemas import MAX_ID
 from slatewise_train.config import DataConfig, TablesConfig
 from slatewise_train.tables import columns, ids
 from slatewise_train.tables.files import find_files, read_table
 
 COUNTED = {"popularity"}  # numeric columns that are counted from the events if the items do not have them
-MULTI_VALUE_SEPARATOR = "|"
 LARGEST = 3e38  # just below the maximum of float32
 
 
@@ -98,7 +98,7 @@ def value_lists(column: pl.Series) -> pl.Series:
     elif column.dtype.is_nested():
         raise ValueError(f"items: column {column.name} has the type {column.dtype}; write text, or lists of text")
     else:
-        lists = column.cast(pl.String).str.split(MULTI_VALUE_SEPARATOR)
+        lists = column.cast(pl.String).str.split(VALUE_SEPARATOR)
     known = (pl.element() != "") & (pl.element().str.len_chars() <= MAX_ID)
     return lists.to_frame("v").select(pl.col("v").list.eval(pl.element().filter(known)).fill_null([])).to_series()
 
