@@ -50,10 +50,10 @@ movielens: test-environment
 train: movielens
 	$(TEST)/bin/python -m slatewise train models/movielens.toml
 	$(TEST)/bin/python -m slatewise limaml models/movielens.toml
-	$(TEST)/bin/python -m slatewise export models/movielens.toml
+	$(TEST)/bin/python -m slatewise export models/movielens.toml --all-users
 
 compress: movielens
-	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32
+	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32 --all-users
 
 reference-bundle: test-environment
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference

@@ -56,10 +56,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Trained once a session on a part of MovieLens latest-small (tests/data)."""
     import torch
 
-    from slatewise_train.config import read_config
+    from slatewise_train.config import DemoConfig, read_config
     from slatewise_train.data import load_data
     from slatewise_train.demo.movielens import read_movielens
-    from slatewise_train.export import export
+    from slatewise_train.export import ExportOptions, export
     from slatewise_train.meta.limaml import MetaTrainer
     from slatewise_train.train import train
 
@@ -70,10 +70,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     items.write_parquet(base / "items.parquet")
     config = read_config(HERE / "tiny.toml")
     tables = replace(config.tables, events=str(base / config.tables.events), items=str(base / config.tables.items))
-    config = replace(config, tables=tables)
+    demo = DemoConfig(tables.events, tables.items)  # the store's tests need the vectors of many users
+    config = replace(config, tables=tables, demo=demo)
     trainer = train(load_data(config.data, tables), config.model, config.train, base / "train")
     learner = MetaTrainer(trainer.model, trainer.data, config.meta).train(base / "meta")
-    export(trainer, learner, config, base / "bundles", 1)
+    export(trainer, learner, config, base / "bundles", 1, ExportOptions(force=True))
     return Tiny(base / "bundles", base / "train", config, trainer, learner)
 
 

@@ -175,10 +175,32 @@ class Problem(BaseModel):
     errors: list[FaultBody] = []
 
 
+class Verdict(BaseModel):
+    """Whether the ranker beats simple baselines on held-out data, as export measured it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    beats_baselines: bool | None = Field(
+        description="Whether NDCG@10 minus that of the best baseline is above 0 with 95 % confidence; "
+        "null: not measured."
+    )
+    grade: Literal["better", "unclear", "worse", "unknown"] = Field(
+        description="The 95 % interval of the difference is above 0, holds 0, or is below 0; unknown: not measured."
+    )
+    line: str = Field(description="The verdict as a sentence.")
+    exit: str | None = Field(default=None, description="The exit that was compared.")
+    baseline: str | None = Field(default=None, description="The best baseline.")
+    difference: list[float] | None = Field(
+        default=None, description="NDCG@10 of the ranker minus the baseline's, paired: mean, low and high end."
+    )
+    warnings: list[str] = Field(default=[], description="Signs of an unsuccessful training.")
+
+
 class ModelName(BaseModel):
     name: str
     version: int
     variants: list[str]
+    verdict: Verdict | None
 
 
 class Models(BaseModel):
@@ -209,6 +231,7 @@ class ModelCard(BaseModel):
     limits: Limits
     variants: dict[str, dict[str, Any]]
     refused_variants: dict[str, str]
+    verdict: Verdict | None
     report: dict[str, Any]
     example: dict[str, Any]
 

@@ -39,6 +39,7 @@ from slatewise_train.compression.variants import Recipe, measure_or_resume, reje
 from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
+from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.train import load_for_training
 
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
@@ -154,6 +155,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="publish also variants that fail the gate or are dominated"
     )
+    sampled = f"evaluate all users; default: the same sample of {SAMPLED_USERS:,} for each variant"
+    parser.add_argument("--all-users", action="store_true", help=sampled)
     return parser
 
 
@@ -171,14 +174,14 @@ def main(argv: Sequence[str]) -> None:
         distill=DistillConfig(epochs=args.epochs) if args.epochs else None,
         bits=args.bits,
     )
-    source = open_source(folder, args.toml)
+    source = open_source(folder, args.toml, None if args.all_users else SAMPLED_USERS)
     print(compress(source, folder.parents[1], names, options, args.force))
 
 
-def open_source(folder: Path, toml: Path | None) -> Source:
-    """Open the bundle in a folder, together with the data of a TOML if one is given."""
+def open_source(folder: Path, toml: Path | None, most_users: int | None) -> Source:
+    """Open the bundle in a folder, together with the data of a TOML if one is given. most_users: see `Source`."""
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
     data, config = load_for_training(config)
-    return Source(folder, data, config.train)
+    return Source(folder, data, config.train, most_users)

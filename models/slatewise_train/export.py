@@ -1,8 +1,8 @@
 """Export a trained ranker as a bundle: slatewise export models/movielens.toml
 
-The command writes the graphs, fits the calibrations, and measures parity, quality and latency. It publishes the bundle
-if every measured difference is within its bound. A meta block is optional: without one (`slatewise limaml`) the ranker
-is exported without meta-embeddings.
+The command writes the graphs, fits the calibrations, and measures quality, parity and latency. It publishes the bundle
+if every measured difference is within its bound and the ranker is not worse than a simple baseline. A meta block is
+optional: without one (`slatewise limaml`) the ranker is exported without meta-embeddings.
 
 Called by: the command line. Reads: the checkpoint of `train.py`, the meta block of `meta/limaml.py`.
 Calls: `bundle_writer.py`, `evaluation/`, `demo/content.py`. The server loads `models/bundles/<name>/<version>/`.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,25 @@ from slatewise_train.bundle_writer import (
 from slatewise_train.config import Config
 from slatewise_train.data import Data
 from slatewise_train.demo.content import demo_data, example_request, warmup_requests
-from slatewise_train.evaluation.calibration import fit_calibrations
-from slatewise_train.evaluation.offline import evaluate
-from slatewise_train.evaluation.report import plot_quality, quality_table
+from slatewise_train.evaluation.calibration import fit_calibrations, uncalibrated_heads
+from slatewise_train.evaluation.leakage import check_leakage
+from slatewise_train.evaluation.offline import run_cases, tabulate
+from slatewise_train.evaluation.report import plot_quality, report_text
+from slatewise_train.evaluation.sampling import SAMPLED_USERS
+from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 from slatewise_train.train import Trainer, load_trainer
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export`."""
+
+    most_users: int | None = SAMPLED_USERS  # evaluated in each table; None: all users
+    force: bool = False  # publish a ranker that is worse than a baseline
+    training: Path | None = None  # folder of log.csv and log.png, for warnings and the picture of the bundle
 
 
 def export(
@@ -51,14 +65,17 @@ def export(
     config: Config,
     root: Path,
     version: int,
-    most_users: int | None = None,
+    options: ExportOptions = ExportOptions(),
 ) -> Path:
     """Publish a bundle and return its folder, `root/<name>/<version>`.
 
-    learner: the meta block, or `None` for a ranker without meta-embeddings. most_users limits leave-one-out.
-    Raises ValueError when a measured difference is above its bound or the version exists.
+    learner: the meta block, or `None` for a ranker without meta-embeddings. Raises ValueError when a measured
+    difference is above its bound, the version exists, the weights are not finite, or the ranker is worse than a
+    baseline and `force` is not set.
     """
     data = trainer.data
+    if not all(bool(value.isfinite().all()) for value in trainer.model.parameters()):
+        raise ValueError("the training diverged, weights are not finite: train again with a smaller learning_rate")
     content = make_content(trainer, learner, config)
     meta = content.model.default_meta.detach().numpy()
     with staging(root / content.ranker, version) as stage:
@@ -67,11 +84,19 @@ def export(
             save_learner(stage / META_BLOCK, learner, [head.kind for head in data.config.heads])
         calibrations = calibrate(stage, content, data, meta)
         manifest = write_fp32(stage, manifest, content, calibrations)
-        invariance = check_parity(stage, manifest, content, calibrations)
-        report = evaluate(open_fp32(stage, manifest), data, meta, most_users) | {"bad_rows": data.bad_rows}
-        write_report(stage, report)
+        outcome = run_cases(open_fp32(stage, manifest), data, meta, options.most_users)
+        report = tabulate(outcome)
+        report["not_measured"] |= uncalibrated_heads(calibrations, list(content.heads))
         default_exit = config.export.default_exit or best_exit(report, content.exits)
-        manifest = manifest.model_copy(update={"default_exit": default_exit})
+        log = (options.training or stage) / "log.csv"
+        verdict = judge(compare_tables(outcome, default_exit), training_warnings(config, log, trainer.model))
+        write_report(stage, {"verdict": verdict.model_dump()} | report, data)
+        if verdict.grade == "worse" and not options.force:
+            raise ValueError(f"{verdict.line}: `--force` exports it nevertheless")
+        if options.training is not None and (options.training / "log.png").exists():
+            shutil.copyfile(options.training / "log.png", stage / "training.png")
+        invariance = check_parity(stage, manifest, content, calibrations)
+        manifest = manifest.model_copy(update={"default_exit": default_exit, "verdict": verdict})
         variant = measure_fp32(stage, manifest, invariance, report)
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return root / content.ranker / str(version)
@@ -114,10 +139,15 @@ def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray)
     return calibrations
 
 
-def write_report(stage: Path, report: dict[str, Any]) -> None:
+def write_report(stage: Path, report: dict[str, Any], data: Data) -> None:
+    """Write report.json, report.md and report.png, and print the text. The first line is the verdict."""
+    checks = {check.name: {"found": check.found, "line": check.line} for check in check_leakage(data)}
+    report = report | {"leakage": checks, "bad_rows": data.bad_rows}
     write_json(stage / "report.json", report)
+    text = report_text(report)
+    (stage / "report.md").write_text(text, encoding="utf-8")
     plot_quality(report, stage / "report.png")
-    print(quality_table(report))
+    print(text, flush=True)
 
 
 def best_exit(report: dict[str, Any], exits: list[str]) -> str:
@@ -134,7 +164,8 @@ def load_block(folder: Path, toml: Path) -> MetaLearner | None:
     if (folder / META_BLOCK).exists():
         learner, _ = load_learner(folder / META_BLOCK)
         return learner
-    print(f"{folder} has no {META_BLOCK} (`slatewise limaml {toml}` makes it): exported without meta-embeddings")
+    hint = f"{folder} has no {META_BLOCK} (`slatewise limaml {toml}` makes it): exported without meta-embeddings"
+    print(hint, file=sys.stderr)  # the first line of the output is the verdict
     return None
 
 
@@ -146,8 +177,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
     parser.add_argument("--root", type=Path, default=Path("models/bundles"), help="default: %(default)s")
     parser.add_argument("--version", type=int, help="default: one more than the newest")
+    sampled = f"evaluate all users; default: a sample of {SAMPLED_USERS:,} for each table"
+    parser.add_argument("--all-users", action="store_true", help=sampled)
+    parser.add_argument("--force", action="store_true", help="publish a ranker that is worse than a baseline")
     args = parser.parse_args(argv)
     trainer, config, folder = load_trainer(args.toml, args.folder)
     newest = max(versions(args.root / config.data.name), default=0)
     version = newest + 1 if args.version is None else args.version
-    print(export(trainer, load_block(folder, args.toml), config, args.root, version))
+    options = ExportOptions(None if args.all_users else SAMPLED_USERS, args.force, folder)
+    print(export(trainer, load_block(folder, args.toml), config, args.root, version, options))

@@ -1,7 +1,8 @@
 """Train a ranker: slatewise train models/movielens.toml
 
 You can stop the command at any time; the same command continues after the last whole epoch. It writes three files into
-`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log.
+`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log and
+the level of the baselines. At the end it says whether the ranker beats them.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
@@ -31,7 +32,10 @@ from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig,
 from slatewise_train.data import Catalogue, Data, load_data, training_events
 from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
+from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.report import plot_training
+from slatewise_train.evaluation.trained import TrainingReport
+from slatewise_train.evaluation.verdict import training_warnings
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
 from slatewise_train.progress import Progress
 from slatewise_train.rankers import families
@@ -326,4 +330,9 @@ def main(argv: Sequence[str]) -> None:
     data, config = load_for_training(config)
     vocabulary = data.catalogue.vocabulary
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
-    train(data, config.model, config.train, args.folder or Path("build/train") / config.data.name)
+    folder = args.folder or Path("build/train") / config.data.name
+    report = TrainingReport(data)
+    report.write_levels(folder)
+    trainer = train(data, config.model, config.train, folder)
+    verdict = report.verdict(trainer.model, training_warnings(config, folder / "log.csv", trainer.model))
+    print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)

@@ -39,7 +39,7 @@ def test_compress_takes_a_version_or_a_ranker(
 ) -> None:
     monkeypatch.chdir(home.parent)
     given = []
-    monkeypatch.setattr(compress, "open_source", lambda folder, _: folder)
+    monkeypatch.setattr(compress, "open_source", lambda folder, *_: folder)
     monkeypatch.setattr(compress, "compress", lambda source, root, *_: given.append((source, root)))
     compress.main([path])
     assert given == [(home / version, home.parent)]

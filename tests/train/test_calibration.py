@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slatewise.bundle.manifest import read_manifest
+from slatewise_train import bundle_writer
+from slatewise_train.config import DataConfig
+from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import LEAST_SLOPE, fit_calibration
-from slatewise_train.evaluation.offline import calibration_error
+from slatewise_train.evaluation.metrics import calibration_error
+from slatewise_train.export import ExportOptions, export
 from slatewise_train.rankers.base import Calibration
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.rankers.onnx_builder import GraphBuilder
+from tests.train.test_export import BUY, HELD_OUT, NEXT, train_shop
 
 torch.set_num_threads(1)
 
@@ -115,3 +122,22 @@ def test_calibration_in_graph_equals_numpy(tmp_path: Path) -> None:
         logits = np.random.default_rng(n).normal(0, 6, (1, n, 3)).astype(np.float32)
         expected = np.stack([sigmoid(c(logits[0, :, k])) for k, c in enumerate(calibrations)], axis=1)
         np.testing.assert_allclose(session.run(None, {"logits": logits})[0][0], expected, rtol=0, atol=1e-13)
+
+
+def test_head_with_few_labels_exports_as_not_measurable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels of the held-out slates are empty, and those of other events are not."""
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0})
+    trainer, config = train_shop(tmp_path, DataConfig("shop", (NEXT, BUY), **HELD_OUT), items=90)
+    data = trainer.data
+    for user in (*data.split.slate_users, *data.split.validation_users):
+        last = data.sequences.offsets[user + 1]
+        data.sequences.labels[last - 6 : last, 1] = np.nan
+    folder = export(trainer, None, config, tmp_path, 1, ExportOptions(force=True))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["slates"] == {}
+    assert report["not_measured"]["slates"] == "none of 3 held-out slates has both labels of `buy`"
+    assert report["not_measured"]["buy"].startswith("calibration of `buy`: fewer than 50 labels")
+    text = (folder / "report.md").read_text()
+    assert "Not measured: none of 3 held-out slates has both labels of `buy`." in text
+    assert read_manifest(folder).variants["fp32"].quality["set"].keys() == {"leave_one_out"}

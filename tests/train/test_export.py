@@ -40,13 +40,16 @@ from slatewise_train.data import load_data, read_table
 from slatewise_train.demo.content import demo_data, make_request
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
-from slatewise_train.export import export, load_block
+from slatewise_train.export import ExportOptions, export, load_block
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Trainer, build_model, train
 from tests.conftest import Tiny
 from tests.support.application import serve
+
+FORCED = ExportOptions(force=True)  # a ranker that is trained for a moment beats no baseline
+FEW = ExportOptions(most_users=2, force=True)
 
 
 def test_bundle_files_are_those_of_the_manifest(tiny: Tiny) -> None:
@@ -85,7 +88,7 @@ def test_export_above_bound_publishes_nothing(
 ) -> None:
     monkeypatch.setattr(parity, "measure_parity", lambda *_: {"permutation": 0.0, "padding": measured})
     with pytest.raises(ValueError, match=r"above the bound.*padding"):
-        export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1)
+        export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW)
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
         load_rankers(tmp_path, 1)
@@ -97,7 +100,7 @@ def test_export_publishes_optional_settings_above_bound(
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
-    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, most_users=2), 1)
+    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
 
 
@@ -121,7 +124,7 @@ def test_export_second_version_is_served(tiny: Tiny, tmp_path: Path, monkeypatch
     (tmp_path / "tiny" / ".staging-2").mkdir()  # of an export that was killed
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
-    assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, most_users=2) == tmp_path / "tiny" / "2"
+    assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, FEW) == tmp_path / "tiny" / "2"
     assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
     for name in ("items.npy", "ids.json", "display.json"):
@@ -412,7 +415,7 @@ def bring_your_own(folder: Path, config: DataConfig, items: int) -> Ranker:
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
     )
-    return load_bundle(export(trainer, learner, whole, folder, 1), 1)
+    return load_bundle(export(trainer, learner, whole, folder, 1, FORCED), 1)
 
 
 NEXT = Head("next", "next", 1.0)
@@ -455,7 +458,7 @@ def test_export_without_meta_block_serves_with_status_off(tmp_path: Path, monkey
     trainer, whole = train_shop(tmp_path, config, items=90, length=8)
     with pytest.raises(ValueError, match="no user has 15 training events"):
         MetaTrainer(trainer.model, trainer.data, MetaConfig())
-    folder = export(trainer, None, whole, tmp_path / "bundles", 1)
+    folder = export(trainer, None, whole, tmp_path / "bundles", 1, FORCED)
     manifest = read_manifest(folder)
     assert manifest.meta_size == 0 and manifest.model is not None and manifest.model.config["meta_size"] == 0
     assert not {"default_meta.npy", "meta_embeddings.npy", "users.json", "meta_block.npz"} & manifest.files.keys()
@@ -479,4 +482,4 @@ def test_without_meta_gives_the_scores_of_the_default_vector(tiny: Tiny, ranker:
 
 def test_load_block_without_file_explains_and_returns_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_block(tmp_path, Path("my.toml")) is None
-    assert "`slatewise limaml my.toml` makes it" in capsys.readouterr().out
+    assert "`slatewise limaml my.toml` makes it" in capsys.readouterr().err

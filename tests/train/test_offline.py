@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.features import gap_buckets, request_context, window_start
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, History, PointScores
+from slatewise.inference.engine import Engine
 from slatewise_train.config import DataConfig, Head
 from slatewise_train.data import (
     Data,
@@ -25,10 +27,14 @@ from slatewise_train.data import (
     split_sequences,
     training_events,
 )
-from slatewise_train.evaluation.cases import next_cases, slate_cases
+from slatewise_train.evaluation import offline
+from slatewise_train.evaluation.baselines import make_baselines, popularity
+from slatewise_train.evaluation.cases import candidates_of, next_cases, slate_cases
+from slatewise_train.evaluation.interactions import Interactions
 from slatewise_train.evaluation.metrics import BINS, auc, calibration_error, interval, ndcg, rank_of
-from slatewise_train.evaluation.offline import evaluate, item_knn, leave_one_out, make_baselines, popularity, slates
+from slatewise_train.evaluation.offline import evaluate, leave_one_out, run_cases, slates, tabulate
 from slatewise_train.evaluation.report import quality_table
+from slatewise_train.evaluation.sampling import in_parallel, sample_users
 from tests.conftest import Tiny
 
 SCORES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=30)  # few values, so many ties
@@ -71,11 +77,11 @@ class FakeEngine:
     def extend(self, state: None, history: History) -> History:
         return history
 
-    def point(self, candidates: Candidates, meta: np.ndarray, state: History) -> PointScores:
+    def point(self, candidates: Candidates, meta: np.ndarray, state: History, rows: slice = slice(None)) -> PointScores:
         self.asked.append((state, candidates))
-        rows = candidates.vectors[:, 0].astype(int)
+        rows = candidates.vectors[rows, 0].astype(int)
         probabilities = np.repeat(self.worth[rows][:, None], 2, axis=1)
-        return PointScores(probabilities, probabilities, candidates.vectors)
+        return PointScores(probabilities, probabilities, probabilities)
 
     def dot(self, candidates: Candidates, state: History) -> np.ndarray:
         return self.point(candidates, np.zeros(0), state).probabilities
@@ -171,7 +177,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
     worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
     worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # the best two; i9 is in the history of u only
     engine = FakeEngine(worth)
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
     # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
     expected = [144 - 1, 148]
     for exit in ("dot", "point", "set"):
@@ -182,9 +188,19 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
 def test_reranking_a_small_catalogue_excludes_the_history() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [0]
     assert ranks["set"].tolist() == [0]
+
+
+def test_repeated_target_is_ranked_among_the_whole_history() -> None:
+    """The history a b with target b: a stays among the candidates, so a scorer of the history gains no advantage."""
+    data = make_data({"u": ["a", "b", "b"], "v": ["a", "b", "c"]}, list("abcde"))
+    engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    ranks, best = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    for exit in ("dot", "point", "set"):
+        assert ranks[exit].tolist() == [1, 0] and best[exit][0, :5].tolist() == [2, 3, 4, 5, 6]
+    assert ranks["popularity"].tolist() == [1, 0]
 
 
 def test_set_reranks_only_the_best_items_of_point() -> None:
@@ -193,7 +209,7 @@ def test_set_reranks_only_the_best_items_of_point() -> None:
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
     reverse = lambda point: -point.probabilities  # noqa: E731
     engine.set = reverse  # type: ignore[method-assign]
-    ranks = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [48, 293]
     assert ranks["set"].tolist() == [99 - 48, 293]
 
@@ -257,7 +273,7 @@ def test_slates_exclude_events_without_label() -> None:
     data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
     engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
     found = slates(engine, data, 1, np.zeros(0), make_baselines(data))  # type: ignore[arg-type]
-    for name in ("dot", "point", "set", "popularity", "item-kNN"):
+    for name in ("dot", "point", "set", "popularity", "item-kNN", "EASE"):
         assert [len(scores) for scores, _ in found[name]] == [len(labels) for _, labels in found[name]] == [3, 4, 4]
         assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
 
@@ -268,23 +284,14 @@ def test_training_events_exclude_held_out_events() -> None:
     assert users.tolist() == [0, 0, 1, 1]
     assert [data.catalogue.vocabulary.items[i - FIRST_ITEM] for i in items] == ["a", "b", "b", "b"]
     (case, *_) = next_cases(data, np.array([0]))
-    assert popularity(data)(case).tolist() == [0, 0, 1, 3, 0, 0]
-
-
-def test_item_knn_equals_hand_computed_scores() -> None:
-    """Users u: a b, v: a b c, w: c (training events); cosine(a, b) = 1, cosine(a, c) = cosine(b, c) = 1/2."""
-    data = make_data({"u": ["a", "b", "x"], "v": ["a", "b", "c", "x"], "w": ["c", "x"]}, list("abcx"))
-    u, _, w = next_cases(data, np.arange(3))
-    np.testing.assert_allclose(item_knn(data)(u), [0, 0, 1, 1, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(item_knn(data)(w), [0, 0, 0.5, 0.5, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(item_knn(data, neighbours=1)(u), [0, 0, 1, 1, 0, 0], atol=1e-6)
+    assert popularity(Interactions(data)).score([case.seen]).tolist() == [[0, 0, 1, 3, 0, 0]]
 
 
 def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tiny: Tiny) -> None:
-    report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta, most_users=6)
-    names = {"dot", "point", "set", "popularity", "item-kNN"}
+    report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta)
+    names = {"dot", "point", "set", "popularity", "item-kNN", "EASE"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names
-    assert {row["users"] for row in report["leave_one_out"].values()} == {6}
+    assert {row["users"] for row in report["leave_one_out"].values()} == {60}
     assert set(report["set_against_point"]) == {
         "leave_one_out_hr10",
         "leave_one_out_ndcg10",
@@ -297,3 +304,102 @@ def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tin
     assert {name for name, row in report["slates"].items() if "calibration_error" in row} == {"dot", "point", "set"}
     text = quality_table(report)
     assert all(text.count(f"| {name} |") == 2 for name in names)
+
+
+def slow_leave_one_out(engine: Engine, data: Data, meta: np.ndarray, users: np.ndarray) -> dict[str, list[int]]:
+    """One user after another, the whole catalogue in one call of each exit, and a full sort."""
+    rows = np.arange(FIRST_ITEM, len(engine.items))
+    ranks: dict[str, list[int]] = {"dot": [], "point": [], "set": []}
+    for case in next_cases(data, users):
+        catalogue = candidates_of(engine, data, rows, case.time)
+        target = int(case.upcoming[0])
+        hidden = set() if target in case.seen else set(case.seen.tolist())
+        orders = {}
+        for exit in ("dot", "point"):
+            scores = engine.score(case.history, catalogue, meta, exit)[:, 0]
+            orders[exit] = [int(rows[k]) for k in np.argsort(-scores, kind="stable") if rows[k] not in hidden]
+        best = np.array(orders["point"][:100])
+        scores = engine.score(case.history, candidates_of(engine, data, best, case.time), meta, "set")[:, 0]
+        orders["set"] = [*best[np.argsort(-scores, kind="stable")].tolist(), *orders["point"][100:]]
+        for exit, order in orders.items():
+            ranks[exit].append(order.index(target))
+    return ranks
+
+
+def test_leave_one_out_equals_one_user_at_a_time(ranker: Ranker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "CATALOGUE_CHUNK", 300)
+    data = tiny.trainer.data
+    users = np.arange(12)
+    engine = ranker.engines["fp32"]
+    expected = slow_leave_one_out(engine, data, ranker.default_meta, users)
+    runs = [leave_one_out(engine, data, 0, ranker.default_meta, users, {}) for _ in range(2)]
+    for ranks, best in runs:
+        assert {exit: found.tolist() for exit, found in ranks.items()} == expected
+        for exit, found in ranks.items():
+            for case, rank, rows in zip(next_cases(data, users), found, best[exit], strict=True):
+                assert len(set(rows.tolist())) == 10 and (rows >= FIRST_ITEM).all()
+                assert rows.tolist().index(case.upcoming[0]) == rank if rank < 10 else case.upcoming[0] not in rows
+                assert not set(rows.tolist()) & (set(case.seen.tolist()) - {int(case.upcoming[0])})
+
+
+def test_evaluated_users_are_a_fixed_sample(ranker: Ranker, tiny: Tiny) -> None:
+    users = np.arange(100, 200)
+    sample = sample_users(users, 30)
+    assert len(sample) == 30 and (np.diff(sample) > 0).all() and set(sample) <= set(users)
+    assert sample.tolist() == sample_users(users, 30).tolist() != users[:30].tolist()
+    assert sample_users(users, None) is users and sample_users(users, 100) is users
+    engine = ranker.engines["fp32"]
+    data = tiny.trainer.data
+    one, other = (run_cases(engine, data, ranker.default_meta, 7, baselines=False) for _ in range(2))
+    assert (one.users, len(one.ranks["dot"]), len(one.slates["dot"])) == (60, 7, 7)
+    assert all((one.ranks[exit] == other.ranks[exit]).all() for exit in one.ranks)
+    assert tabulate(one)["sample"] == {"users": 7, "of": 60, "seed": 0}
+    whole = run_cases(engine, data, ranker.default_meta, None, baselines=False)
+    chosen = np.isin(np.flatnonzero(data.split.test_lengths), sample_users(np.flatnonzero(data.split.test_lengths), 7))
+    assert (whole.ranks["set"][chosen] == one.ranks["set"]).all(), "the same users have the same ranks"
+
+
+def test_an_error_of_one_case_ends_the_evaluation() -> None:
+    called = []
+
+    def fail(case: int) -> int:
+        called.append(case)
+        time.sleep(0.002)
+        raise ValueError(f"case {case}")
+
+    with pytest.raises(ValueError, match="case 0"):
+        in_parallel(fail, range(10_000), "cases")
+    assert len(called) < 10_000
+    assert in_parallel(lambda x: x * x, range(50), "cases") == [x * x for x in range(50)]
+    assert in_parallel(str, [], "cases") == []
+
+
+@pytest.mark.parametrize("scores", [np.zeros(12), np.arange(12) // 4])
+def test_ties_are_ranked_in_the_order_of_the_catalogue(scores: np.ndarray) -> None:
+    data = make_data({"u": ["i0", "i5"], "v": ["i3", "i9"]}, [f"i{k}" for k in range(12)])
+    engine = FakeEngine(np.concatenate([np.zeros(FIRST_ITEM), scores]))
+    ranks, best = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), {})  # type: ignore[arg-type]
+    for row, (seen, target) in enumerate(((0, 5), (3, 9))):
+        order = [k for k in sorted(range(12), key=lambda k: (-scores[k], k)) if k != seen]
+        for exit in ("dot", "point", "set"):
+            assert ranks[exit][row] == order.index(target)
+            assert best[exit][row].tolist() == [k + FIRST_ITEM for k in order[:10]]
+
+
+@pytest.mark.parametrize(("histories", "label"), [({"u": ["a"]}, 1.0), ({"u": ["a"], "v": ["b"]}, math.nan)])
+def test_evaluation_without_any_case_has_no_result(histories: dict[str, list[str]], label: float) -> None:
+    data = make_data(histories, list("abc"))
+    data.sequences.labels[:, 1] = label
+    outcome = run_cases(FakeEngine(np.zeros(5)), data, np.zeros(0))  # type: ignore[arg-type]
+    report = tabulate(outcome)
+    assert report["leave_one_out"] == report["slates"] == report["set_against_point"] == {}
+    assert report["sample"] == {"users": 0, "of": 0, "seed": 0}
+
+
+def test_evaluation_of_slates_without_known_labels_has_no_table() -> None:
+    data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
+    data.sequences.labels[:, 1] = np.nan
+    report = tabulate(run_cases(FakeEngine(np.arange(38.0)), data, np.zeros(0)))  # type: ignore[arg-type]
+    assert report["slates"] == {} and set(report["leave_one_out"]) >= {"dot", "point", "set", "item-kNN"}
+    assert report["not_measured"]["slates"] == "none of 3 held-out slates has both labels of `like`"
+    assert set(report["set_against_point"]) == {"leave_one_out_hr10", "leave_one_out_ndcg10"}

@@ -11,7 +11,8 @@
       meta_block.npz                   the meta block, which the refresh job adapts to users (optional)
       display.json                     titles and fields of items, for display (optional)
       warmup.jsonl                     requests to warm up with (optional)
-      report.json report.png           quality by exit (optional)
+      report.json report.md report.png   quality by exit, beside baselines (optional)
+      training.png                     learning curves (optional)
       variants.md variants.png         size, latency and quality by variant (optional)
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+from slatewise.schemas import Verdict
 
 FORMAT = 2  # the format that is written
 KNOWN_FORMATS = (1, 2)  # the formats that are read
@@ -139,6 +142,7 @@ class Manifest(Member):
     graphs: dict[str, Io]
     variants: dict[str, Variant]
     files: dict[str, str] = Field(description="SHA-256 of every other file, by path inside the bundle.")
+    verdict: Verdict | None = Field(default=None, description="Comparison with baselines; null: not compared.")
     example: dict[str, Any] = Field(
         description="A request body that works as it stands; the golden request of every variant."
     )

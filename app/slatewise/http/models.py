@@ -21,7 +21,10 @@ async def list_models(request: Request) -> Models:
     """List the rankers that are served."""
     rankers = ready_pipeline(request.app).registry.serving()
     return Models(
-        models=[ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines)) for r in rankers]
+        models=[
+            ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines), verdict=r.manifest.verdict)
+            for r in rankers
+        ]
     )
 
 
@@ -54,6 +57,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         ),
         variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
         refused_variants=ranker.refused,
+        verdict=manifest.verdict,
         report=ranker.report,
         example=manifest.example,
     )

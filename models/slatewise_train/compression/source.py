@@ -60,9 +60,9 @@ class Sample:
 class Source:
     """A bundle of format 2, and the data on which the quality of its variants is measured.
 
-    data: `None` to measure size and latency only; then models are not trained and quality is unknown. most_users: a
-    limit for leave-one-out. Raises ManifestError for a bundle of format 1, and ValueError for data that the bundle was
-    not trained on.
+    data: `None` to measure size and latency only; then models are not trained and quality is unknown. most_users: the
+    most users of each table, the same for every variant; `None`: all users. Raises ManifestError for a bundle of format
+    1, and ValueError for data that the bundle was not trained on.
     """
 
     def __init__(

@@ -187,7 +187,7 @@ def measure_variant(source: Source, stage: Path, name: str, options: Options, ba
 
 
 def remeasure_fp32(source: Source, stage: Path) -> Variant:
-    """Return the source's row of fp32, with size and score differences measured on this machine.
+    """Return the source's row of fp32, with size, score differences and quality measured on this machine.
 
     Raises ValueError when a difference is above half of FP32_BOUND.
     """
@@ -200,6 +200,8 @@ def remeasure_fp32(source: Source, stage: Path) -> Variant:
         "invariance": parity.rounded(measured),
         "resident_bytes": resident_bytes(folder, stage / "items.npy", manifest.exits),
     }
+    if source.outcome is not None:  # on the users of the other variants, which may not be those of the export
+        changes["quality"] = quality_rows(tabulate(source.outcome), manifest.exits)
     return manifest.variants["fp32"].model_copy(update=changes)
 
 
@@ -256,7 +258,7 @@ def within_gate(exit: str, outcome: Outcome, exact: Outcome) -> bool:
     kept = []
     if exit in outcome.ranks:
         kept.append((outcome.gains(exit).mean(), exact.gains(exit).mean()))
-    if exit in outcome.slates:
+    if exit in outcome.slates and outcome.measurable():
         kept.append((np.nanmean(outcome.per_slate(exit)[:, 0]), np.nanmean(exact.per_slate(exit)[:, 0])))
     return bool(all(found >= GATE * wanted for found, wanted in kept))
 

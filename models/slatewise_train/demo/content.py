@@ -1,6 +1,7 @@
 """Build the content that a bundle shows and tests with.
 
-It consists of users with their vectors, titles of items, an example request, and requests to warm up a server.
+It consists of users with their vectors, titles of items, an example request, and requests to warm up a server. Users
+of the training data never become part of it: without a table `[demo]` the only user is made up.
 
 Called by: `export.py`, `demo/reference.py`. Calls: `data.py`; `meta/limaml.py` for the users' vectors.
 """
@@ -34,6 +35,10 @@ EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
 LONG_HISTORY = 100  # the example's user has at least this many events, if any user has
 POPULAR = 500  # the example's candidates are among this many most popular items
+MADE_UP_USER = "example-1"
+MADE_UP_START = 1_700_000_000  # unix seconds of the made-up user's first event
+MADE_UP_GAP = 40_000  # seconds between two events, at most
+MADE_UP_EVENTS = EXAMPLE_EVENTS + EXAMPLE_CANDIDATES // 2
 
 
 @dataclass(frozen=True)
@@ -47,22 +52,9 @@ class DemoData:
 
 
 def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, config: Config) -> DemoData:
-    """Read the data of the TOML's table `[demo]`, or the training data when there is no such table."""
+    """Read the users of the TOML's table `[demo]`, or make one up when there is no such table."""
     demo = config.demo
-    if demo is None:
-        items = read_items(config.tables)
-        sequences = data.sequences
-        users = sequences.users
-    else:
-        items = read_table(Path(demo.items))
-        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
-        sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
-        users = [demo.user_prefix + user for user in sequences.users]
-    if learner is None:
-        vectors = np.zeros((0, model.meta_size), np.float32)
-    else:
-        kinds = [head.kind for head in data.config.heads]
-        vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
+    items = read_items(config.tables) if demo is None else read_table(Path(demo.items))
     columns: dict[str, list[list[str]]] = {
         c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical
     }
@@ -72,7 +64,38 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
         for k, row in enumerate(items.iter_rows(named=True))
         if str(row["item_id"]) in known
     }
+    if demo is None:
+        sequences = made_up_sequences(data, np.random.default_rng(0))
+        users = sequences.users
+    else:
+        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
+        sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
+        users = [demo.user_prefix + user for user in sequences.users]
+    if learner is None:
+        vectors = np.zeros((0, model.meta_size), np.float32)
+    else:
+        kinds = [head.kind for head in data.config.heads]
+        vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
     return DemoData(sequences, users, vectors, titles)
+
+
+def made_up_sequences(data: Data, rng: np.random.Generator) -> Sequences:
+    """Make up the events of one user: distinct items by popularity, actions by frequency, invented times and labels.
+
+    Each item is drawn apart from the others, so the events are not those of any user.
+    """
+    s = data.sequences
+    counts = np.bincount(s.items, minlength=len(data.catalogue.numeric))[FIRST_ITEM:]
+    size = min(MADE_UP_EVENTS, int((counts > 0).sum()))
+    items = FIRST_ITEM + rng.choice(len(counts), size, replace=False, p=counts / counts.sum())
+    actions = np.bincount(s.actions, minlength=1)
+    times = MADE_UP_START + np.cumsum(rng.integers(60, MADE_UP_GAP, size)).astype(np.float64)
+    labels = np.ones((size, len(data.config.heads)), np.float32)
+    for k, head in enumerate(data.config.heads):
+        if head.kind == "label":
+            labels[:, k] = rng.integers(0, 2, size)
+    drawn = rng.choice(len(actions), size, p=actions / actions.sum())
+    return Sequences([MADE_UP_USER], np.array([0, size]), items, drawn, times, labels)
 
 
 def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> dict[str, Any]:

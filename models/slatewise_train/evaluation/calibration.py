@@ -3,23 +3,25 @@
 The method follows the isotonic layer of LiRank (arXiv 2402.06859). Calibrations are fitted on uncalibrated graphs and
 written into the final graphs. They are also stored as JSON beside the graphs.
 
-Called by: `export.py`, `bundle_writer.py`, `compression/`. Calls: `offline.py` for the validation users' slates.
+Called by: `export.py`, `bundle_writer.py`, `compression/`. Calls: `cases.py` for the validation users' slates,
+`sampling.py`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
 from slatewise_train.data import Data
-from slatewise_train.evaluation.cases import candidates_of, slate_cases
+from slatewise_train.evaluation.cases import Case, candidates_of, slate_cases
+from slatewise_train.evaluation.sampling import in_parallel, sample_users
 from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
 
 LEAST_SLOPE = 1e-3
@@ -27,6 +29,7 @@ MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probabilit
 MOST_BIAS = 10.0
 NEGATIVES = 99  # random items per positive, for heads of kind `next`
 LEAST_EXAMPLES = 50  # of either label
+LEAST_PROBABILITY = 1e-300  # a diverged ranker has probabilities of exactly 0 and 1, whose logits are infinite
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, steps: int = 300) -> Calibration:
@@ -76,29 +79,52 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
     """
     rng = np.random.default_rng(0)
     heads = data.config.heads
-    logits: dict[str, list[list[np.ndarray]]] = {exit: [[] for _ in heads] for exit in EXITS if exit in engine.sessions}
-    labels: list[list[np.ndarray]] = [[] for _ in heads]
-    for case in tqdm(slate_cases(data, data.split.validation_users), desc="calibration", mininterval=2):
-        unseen = np.setdiff1d(np.arange(FIRST_ITEM, len(engine.items)), np.concatenate([case.seen, case.upcoming]))
-        among = np.concatenate([case.upcoming[:1], rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)])
-        for rows, kind, target in (
-            (case.upcoming, "label", case.labels),
-            (among, "next", np.eye(len(among), 1).repeat(len(heads), axis=1)),
-        ):
-            candidates = candidates_of(engine, data, rows, case.time)
-            scores = {exit: engine.score(case.history, candidates, meta, exit) for exit in logits}
-            for k, head in enumerate(heads):
-                if head.kind == kind:
-                    known = ~np.isnan(target[:, k])
-                    labels[k].append(target[known, k])
-                    for exit, p in scores.items():
-                        logits[exit][k].append(np.log(p[known, k]) - np.log1p(-p[known, k]))
-    if not labels[0]:
-        return {exit: [Calibration.identity() for _ in heads] for exit in logits}
-    joined = [np.concatenate(column) for column in labels]
+    exits: list[str] = [exit for exit in EXITS if exit in engine.sessions]
+    slates: list[tuple[Case, np.ndarray]] = []  # with the item rows of the slate for heads of kind `next`
+    for case in slate_cases(data, sample_users(data.split.validation_users)):
+        if len(case.upcoming):
+            unmet = np.ones(len(engine.items), bool)
+            unmet[:FIRST_ITEM] = unmet[case.seen] = unmet[case.upcoming] = False
+            unseen = np.flatnonzero(unmet)
+            drawn = rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)
+            slates.append((case, np.concatenate([case.upcoming[:1], drawn])))
+
+    def examples(slate: tuple[Case, np.ndarray]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Return the labels (n,) of each head and its logits (n,) by exit."""
+        case, among = slate
+        found = {}
+        for kind, rows in (("label", case.upcoming), ("next", among)):
+            if any(head.kind == kind for head in heads):
+                candidates = candidates_of(engine, data, rows, case.time)
+                found[kind] = {exit: engine.score(case.history, candidates, meta, exit) for exit in exits}
+        result = []
+        for k, head in enumerate(heads):
+            target = case.labels[:, k] if head.kind == "label" else (np.arange(len(among)) == 0).astype(float)
+            known = ~np.isnan(target)
+            p = {exit: scores[known, k].clip(LEAST_PROBABILITY, 1 - 1e-15) for exit, scores in found[head.kind].items()}
+            result.append((target[known], {exit: np.log(value) - np.log1p(-value) for exit, value in p.items()}))
+        return result
+
+    scored = in_parallel(examples, slates, "calibration")
+    if not scored:
+        return {exit: [Calibration.identity() for _ in heads] for exit in exits}
+    labels = [np.concatenate([found[k][0] for found in scored]) for k in range(len(heads))]
     return {
-        exit: [fit_calibration(np.concatenate(columns[k]), joined[k]) for k in range(len(heads))]
-        for exit, columns in logits.items()
+        exit: [
+            fit_calibration(np.concatenate([found[k][1][exit] for found in scored]), labels[k])
+            for k in range(len(heads))
+        ]
+        for exit in exits
+    }
+
+
+def uncalibrated_heads(calibrations: Calibrations, heads: Sequence[str]) -> dict[str, str]:
+    """Return the reason for each head whose labels did not suffice, by name."""
+    first = next(iter(calibrations.values()))
+    return {
+        name: f"calibration of `{name}`: fewer than {LEAST_EXAMPLES} labels of 0 or of 1 in the validation slates"
+        for name, calibration in zip(heads, first, strict=True)
+        if not len(calibration.knots)
     }
 
 

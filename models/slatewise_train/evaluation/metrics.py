@@ -1,11 +1,12 @@
 """Metrics of ranked lists and of probabilities, and their confidence intervals.
 
-Called by: `train.py` to validate, `offline.py`, `meta/personalization.py`. Calls: numpy.
+Called by: `train.py` to validate, `offline.py`, `meta/personalization.py`. Calls: numpy, torch.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 DEPTH = 10  # of every NDCG and hit rate here
 BOOTSTRAPS = 1_000
@@ -15,6 +16,32 @@ BINS = 15
 def rank_of(scores: np.ndarray, target: int) -> int:
     """Return the rank of an element among scores (n,), 0 for the best. Ties are ranked in input order."""
     return int((scores > scores[target]).sum() + (scores[:target] == scores[target]).sum())
+
+
+def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return `rank_of` row by row: scores (n, m), targets (n,) columns -> (n,) int64."""
+    mine = scores[np.arange(len(scores)), targets][:, None]
+    earlier = (scores == mine) & (np.arange(scores.shape[1]) < targets[:, None])
+    found: np.ndarray = ((scores > mine).sum(axis=1) + earlier.sum(axis=1)).astype(np.int64)
+    return found
+
+
+def top_rows(scores: np.ndarray, depth: int = DEPTH) -> np.ndarray:
+    """Return the columns of the best scores of each row (n, m), best first, ties in input order: (n, depth) int64.
+
+    Scores of -inf are left out; places without a score are 0.
+    """
+    result = np.zeros((len(scores), depth), np.int64)
+    if not scores.size:
+        return result
+    floors = torch.topk(torch.from_numpy(scores), min(depth, scores.shape[1])).values[:, -1].numpy()
+    for row, floor in enumerate(floors):
+        above = np.flatnonzero(scores[row] > floor)
+        best = above[np.argsort(-scores[row, above], kind="stable")]
+        if floor > -np.inf:
+            best = np.concatenate([best, np.flatnonzero(scores[row] == floor)[: depth - len(best)]])
+        result[row, : len(best)] = best
+    return result
 
 
 def hits(ranks: np.ndarray) -> np.ndarray:

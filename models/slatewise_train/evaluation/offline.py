@@ -1,126 +1,141 @@
 """Measure the ranking quality of a variant through its exported graphs. The results are the tables of `report.json`:
 
-(a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user. This table
-    needs a head of kind `next`.
+(a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user, or among
+    all items if it is not new itself. This table needs a head of kind `next`.
 (b) slates: the ranking of the next events of held-out users. This table needs a head of kind `label`.
 (c) the difference between the exits `set` and `point`, paired by user.
 
+Users are a sample, drawn with a fixed seed, unless all are asked for. The order is exact: equal scores are ranked in
+the order of the catalogue in (a), and in the order of the slate in (b). Two runs give the same numbers.
+
 Called by: `export.py`, `compression/`, `calibration.py`, `demo/show.py`. Calls: `inference/engine.py`, `cases.py`,
-`metrics.py`.
+`baselines.py`, `sampling.py`, `metrics.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.bundle.features import request_context
+from slatewise.inference.arrays import FIRST_ITEM, Candidates
 from slatewise.inference.engine import Engine
-from slatewise_train.data import Data, training_events
+from slatewise_train.data import Data
+from slatewise_train.evaluation.baselines import Baselines, make_baselines
+from slatewise_train.evaluation.calibration import LEAST_EXAMPLES
 from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, slate_cases
-from slatewise_train.evaluation.metrics import auc, calibration_error, gains, hits, interval, ndcg, rank_of
+from slatewise_train.evaluation.interactions import baseline_ranks, baseline_slates, hidden_rows
+from slatewise_train.evaluation.metrics import (
+    DEPTH,
+    auc,
+    calibration_error,
+    gains,
+    hits,
+    interval,
+    ndcg,
+    rank_of,
+    top_rows,
+)
+from slatewise_train.evaluation.sampling import SAMPLED_USERS, SEED, in_parallel, sample_users
 from slatewise_train.rankers.base import EXITS
 
 RERANKED = 100  # in (a) the exit `set` orders the best of `point`, because a catalogue is too large for one slate
-NEIGHBOURS = 100  # of an item, for item-kNN
-DENSE_LIMIT = 1_000_000_000  # numbers in the dense matrices of item-kNN
-
-Baseline = Callable[["Case"], np.ndarray]  # a case -> scores (rows of the item table,)
-Baselines = dict[str, Baseline]
+CATALOGUE_CHUNK = 1_024  # candidates in one call of `point`: its intermediate arrays stay in the processor's cache
 
 
 def exits_of(engine: Engine) -> list[str]:
     return [exit for exit in EXITS if exit in engine.sessions]
 
 
-def make_baselines(data: Data) -> Baselines:
-    """Build the baselines: popularity, and item-kNN if its dense matrices are small enough for memory."""
-    rows = len(data.sequences)
-    columns = len(data.catalogue.numeric)
-    if (rows + columns) * columns > DENSE_LIMIT:
-        print(f"item-kNN is left out: {rows} users and {columns} items are too many for its dense matrices")
-        return {"popularity": popularity(data)}
-    return {"popularity": popularity(data), "item-kNN": item_knn(data)}
-
-
-def popularity(data: Data) -> Baseline:
-    """Build a baseline that scores each item by its number of training events."""
-    items = training_events(data.sequences, data.split)[1]
-    counts = np.bincount(items, minlength=len(data.catalogue.numeric)).astype(np.float64)
-    return lambda case: counts
-
-
-def item_knn(data: Data, neighbours: int = NEIGHBOURS) -> Baseline:
-    """Build a baseline that scores an item by the sum of its similarities to the items of the history.
-
-    The similarity of two items is the cosine of their users in the training events. It is 0 beyond the nearest
-    neighbours.
-    """
-    users, items = training_events(data.sequences, data.split)
-    matrix = np.zeros((len(data.sequences), len(data.catalogue.numeric)), np.float32)
-    matrix[users, items] = 1
-    norms = np.sqrt(matrix.sum(axis=0)).clip(min=1)
-    similar = (matrix.T @ matrix) / norms[:, None] / norms
-    np.fill_diagonal(similar, 0)
-    if len(similar) > neighbours:
-        floor = np.partition(similar, -neighbours, axis=1)[:, -neighbours]
-        similar[similar < floor[:, None]] = 0
-    return lambda case: similar[case.seen].sum(axis=0)
+Ranked = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # ranks (users,) and best lists (users, 10), by name
 
 
 def leave_one_out(
     engine: Engine, data: Data, head: int, meta: np.ndarray, users: np.ndarray, baselines: Baselines
-) -> dict[str, np.ndarray]:
-    """Rank each user's last event. Returns ranks (users,), 0 for the best, by exit and baseline.
+) -> Ranked:
+    """Rank the last event of each user who has one after another.
+
+    Returns, by exit and baseline, ranks (users,), 0 for the best, and the item rows of the ten best (users, 10).
 
     head: the output to rank by; meta: (M,) the meta-embedding of every request.
     """
-    catalogue = np.arange(FIRST_ITEM, len(engine.items))
+    rows = np.arange(FIRST_ITEM, len(engine.items))
+    vectors = engine.items.take(rows, axis=0)
+    numeric = data.catalogue.numeric[rows]
     exits = exits_of(engine)
-    ranks: dict[str, list[int]] = {name: [] for name in (*exits, *baselines)}
-    for case in tqdm(list(next_cases(data, users)), desc="leave-one-out", mininterval=2):
-        target = int(case.upcoming[0]) - FIRST_ITEM
+
+    def rank_case(case: Case) -> dict[str, tuple[int, np.ndarray]]:
         state = engine.extend(engine.start, case.history)
-        candidates = candidates_of(engine, data, catalogue, case.time)
-        seen = case.seen[case.seen != case.upcoming[0]] - FIRST_ITEM  # a repeated item stays in the catalogue
-        scores = {"dot": engine.dot(candidates, state)[:, head].copy()}
-        scores["point"] = engine.point(candidates, meta, state).probabilities[:, head].copy()
-        for name, baseline in baselines.items():
-            scores[name] = baseline(case)[FIRST_ITEM:].copy()
-        for name, values in scores.items():
-            values[seen] = -np.inf
-            ranks[name].append(rank_of(values, target))
+        catalogue = Candidates(vectors, numeric, request_context(case.time)[None])
+        hidden = hidden_rows(case) - FIRST_ITEM
+        target = int(case.upcoming[0]) - FIRST_ITEM
+        scores = {
+            "dot": engine.dot(catalogue, state)[:, head].copy(),
+            "point": np.concatenate(
+                [
+                    engine.point(catalogue, meta, state, slice(k, k + CATALOGUE_CHUNK)).probabilities[:, head]
+                    for k in range(0, len(rows), CATALOGUE_CHUNK)
+                ]
+            ),
+        }
+        found = {}
+        for exit, values in scores.items():
+            values[hidden] = -np.inf
+            best = top_rows(values[None], RERANKED)[0][: np.count_nonzero(values > -np.inf)]
+            found[exit] = rank_of(values, target), best
         if "set" in exits:
-            best = np.argsort(-scores["point"], kind="stable")[:RERANKED]
-            best = best[~np.isin(best, seen)]
-            place = np.flatnonzero(best == target)
-            if not len(place):
-                ranks["set"].append(ranks["point"][-1])
-                continue
+            rank, best = found["point"]
             slate = engine.point(candidates_of(engine, data, best + FIRST_ITEM, case.time), meta, state)
-            ranks["set"].append(rank_of(engine.set(slate)[:, head], int(place[0])))
-    return {name: np.array(found) for name, found in ranks.items()}
+            ordered = np.argsort(-engine.set(slate)[:, head], kind="stable")
+            if rank < len(best):
+                rank = int(np.flatnonzero(best[ordered] == target)[0])
+            found["set"] = rank, best[ordered]
+        return {exit: (rank, padded(best[:DEPTH] + FIRST_ITEM)) for exit, (rank, best) in found.items()}
+
+    cases = list(next_cases(data, users))
+    results = in_parallel(rank_case, cases, "leave-one-out")
+    ranks = {exit: np.array([found[exit][0] for found in results], np.int64) for exit in exits}
+    best = {exit: np.array([found[exit][1] for found in results], np.int64).reshape(-1, DEPTH) for exit in exits}
+    for name, baseline in baselines.items():
+        ranks[name], best[name] = baseline_ranks(baseline, cases, len(engine.items))
+    return ranks, best
+
+
+def padded(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of a best list with 0 for its missing places: (10,)."""
+    return np.pad(rows, (0, DEPTH - len(rows)))
 
 
 ScoredSlates = list[tuple[np.ndarray, np.ndarray]]  # scores and labels, (n,) each
 
 
-def slates(engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: Baselines) -> dict[str, ScoredSlates]:
-    """Return scores and known labels of every held-out slate, by exit and baseline. head, meta: see `leave_one_out`."""
+def slates(
+    engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: Baselines, most: int | None = None
+) -> dict[str, ScoredSlates]:
+    """Return scores and known labels of the held-out slates, by exit and baseline. head, meta: see `leave_one_out`.
+
+    most: the most users, see `sample_users`.
+    """
     exits = exits_of(engine)
-    result: dict[str, ScoredSlates] = {name: [] for name in (*exits, *baselines)}
-    for case in tqdm(slate_cases(data, data.split.slate_users), desc="slates", mininterval=2):
+    cases = [case for case in slate_cases(data, sample_users(data.split.slate_users, most)) if len(case.upcoming)]
+
+    def score_case(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         labels = case.labels[:, head]
         known = ~np.isnan(labels)
         candidates = candidates_of(engine, data, case.upcoming, case.time)
-        for exit in exits:
-            result[exit].append((engine.score(case.history, candidates, meta, exit)[known, head], labels[known]))
-        for name, baseline in baselines.items():
-            result[name].append((baseline(case)[case.upcoming][known], labels[known]))
+        return {
+            exit: (engine.score(case.history, candidates, meta, exit)[known, head], labels[known]) for exit in exits
+        }
+
+    scored = in_parallel(score_case, cases, "slates")
+    result: dict[str, ScoredSlates] = {exit: [found[exit] for found in scored] for exit in exits}
+    for name, baseline in baselines.items():
+        result[name] = []
+        for case, scores in zip(cases, baseline_slates(baseline, cases, len(engine.items)), strict=True):
+            known = ~np.isnan(case.labels[:, head])
+            result[name].append((scores[known], case.labels[known, head]))
     return result
 
 
@@ -131,6 +146,9 @@ class Outcome:
     ranks: dict[str, np.ndarray]  # of `leave_one_out`; empty without a head of kind `next`
     slates: dict[str, ScoredSlates]  # of `slates`; empty without a head of kind `label`
     label: str | None  # the name of that head
+    best: dict[str, np.ndarray] = field(default_factory=dict)  # (users, 10) item rows of `leave_one_out`, best first
+    users: int = 0  # who have a case in leave-one-out, of which `ranks` has a sample
+    settings: dict[str, str] = field(default_factory=dict)  # of the baselines
 
     def gains(self, name: str) -> np.ndarray:
         """Return NDCG@10 of each user: (users,)."""
@@ -138,50 +156,79 @@ class Outcome:
 
     def per_slate(self, name: str) -> np.ndarray:
         """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
-        return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]])
+        return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]]).reshape(-1, 2)
+
+    def measurable(self) -> bool:
+        """Return whether a slate has both labels. Without one, no metric of the slates has a value."""
+        return any(0 < labels.sum() < len(labels) for _, labels in next(iter(self.slates.values()), []))
 
 
 def run_cases(
-    engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None, *, baselines: bool = True
+    engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = SAMPLED_USERS, *, baselines: bool = True
 ) -> Outcome:
-    """Run all cases of the data. most_users limits leave-one-out to the first users, for tests."""
+    """Run the cases of the data. most_users: the most users of each table, see `sample_users`."""
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
     others = make_baselines(data) if baselines else {}
-    users = np.arange(len(data.sequences))[:most_users]
+    ranked: Ranked = ({}, {})
+    scored = {}
+    users = np.flatnonzero(data.split.test_lengths)
+    if following is not None and len(users):
+        ranked = leave_one_out(engine, data, following, meta, sample_users(users, most_users), others)
+    if labelled is not None and len(data.split.slate_users):
+        scored = slates(engine, data, labelled, meta, others, most_users)
     return Outcome(
-        {} if following is None else leave_one_out(engine, data, following, meta, users, others),
-        slates(engine, data, labelled, meta, others) if labelled is not None and len(data.split.slate_users) else {},
-        None if labelled is None else heads[labelled].name,
+        ranks=ranked[0],
+        slates=scored,
+        label=None if labelled is None else heads[labelled].name,
+        best=ranked[1],
+        users=len(users),
+        settings={name: baseline.settings for name, baseline in others.items() if baseline.settings},
     )
 
 
 def tabulate(outcome: Outcome) -> dict[str, Any]:
-    """Return the tables (a), (b) and (c) of the report. Metrics are [mean, low, high] of `metrics.interval`."""
+    """Return the tables (a), (b) and (c) of the report. Metrics are [mean, low, high] of `metrics.interval`.
+
+    A table that cannot be measured is empty; `not_measured` then has the reason. Tables of other qualities of the best
+    lists, such as diversity, are computed from `outcome.best` and added here.
+    """
     report: dict[str, Any] = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": outcome.label}
+    report["not_measured"] = {}
     for name, ranks in outcome.ranks.items():
         report["leave_one_out"][name] = {
             "users": len(ranks),
             "hr10": interval(hits(ranks)),
             "ndcg10": interval(outcome.gains(name)),
         }
-    for name, cases in outcome.slates.items():
-        scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
-        per_slate = outcome.per_slate(name)
-        rated = ~np.isnan(per_slate[:, 0])
-        row = {
-            "slates": int(rated.sum()),
-            "ndcg10": interval(per_slate[rated, 0]),
-            "auc_in_slate": interval(per_slate[rated, 1]),
-            "auc": round(auc(scores, labels), 4),
-        }
-        if name in EXITS:
-            row["calibration_error"] = round(calibration_error(scores, labels), 4)
-        report["slates"][name] = row
+    if outcome.label is not None and not outcome.measurable():
+        count = len(next(iter(outcome.slates.values()), []))
+        report["not_measured"]["slates"] = f"none of {count} held-out slates has both labels of `{outcome.label}`"
+    else:
+        report["slates"] = {name: slate_row(outcome, name) for name in outcome.slates}
     if "set" in (*outcome.ranks, *outcome.slates):
         report["set_against_point"] = difference(outcome, outcome, "set", "point")
+    ranked = len(next(iter(outcome.ranks.values()), ()))
+    report["sample"] = {"users": ranked, "of": outcome.users, "seed": SEED}
+    report["baselines"] = outcome.settings
     return report
+
+
+def slate_row(outcome: Outcome, name: str) -> dict[str, Any]:
+    """Return the row of an exit or a baseline in table (b). There is a calibration error if labels suffice for one."""
+    scores, labels = (np.concatenate(column) for column in zip(*outcome.slates[name], strict=True))
+    per_slate = outcome.per_slate(name)
+    rated = ~np.isnan(per_slate[:, 0])
+    row = {
+        "slates": int(rated.sum()),
+        "ndcg10": interval(per_slate[rated, 0]),
+        "auc_in_slate": interval(per_slate[rated, 1]),
+        "auc": round(auc(scores, labels), 4),
+    }
+    if name in EXITS and min(labels.sum(), (1 - labels).sum()) >= LEAST_EXAMPLES:
+        row["calibration_error"] = round(calibration_error(scores, labels), 4)
+    return row
 
 
 def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None = None) -> dict[str, list[float]]:
@@ -194,13 +241,13 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
     if exit in one.ranks:
         found["leave_one_out_hr10"] = interval(hits(one.ranks[exit]) - hits(other.ranks[against]))
         found["leave_one_out_ndcg10"] = interval(one.gains(exit) - other.gains(against))
-    if exit in one.slates:
+    if exit in one.slates and one.measurable():
         per_slate = one.per_slate(exit) - other.per_slate(against)
         rated = ~np.isnan(per_slate[:, 0])
         found |= {"slate_ndcg10": interval(per_slate[rated, 0]), "slate_auc": interval(per_slate[rated, 1])}
     return found
 
 
-def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = None) -> dict[str, Any]:
+def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = SAMPLED_USERS) -> dict[str, Any]:
     """Return the tables of one variant and of the baselines."""
     return tabulate(run_cases(engine, data, meta, most_users))

@@ -7,6 +7,8 @@ Called by: `train.py`, `export.py`, `compress.py`, `compression/variants.py`, `m
 from __future__ import annotations
 
 import csv
+import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,52 +45,88 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
 # Training
 
 
+BASELINES_FILE = "baselines.json"  # beside log.csv: HR@10 and NDCG@10 of the baselines on the validation users
+
+
 def plot_training(log: Path) -> None:
-    """Plot a training's log.csv beside it, as log.png: the loss, and the quality on the validation users."""
+    """Plot a training's log.csv beside it, as log.png: the loss, and the quality on the validation users.
+
+    Vertical lines are the last epoch and the best validated one, horizontal lines the baselines.
+    """
     with log.open() as file:
         rows = list(csv.DictReader(file))
-    columns = [name for name in (rows[0] if rows else {}) if name.endswith(("hr10", "ndcg10"))]
-    figure = Figure(figsize=(11, 4))
-    left, right = figure.subplots(1, 2)
-    left.plot([int(row["epoch"]) for row in rows], [float(row["loss"]) for row in rows])
+    levels = log.with_name(BASELINES_FILE)
+    baselines = json.loads(levels.read_text()) if levels.exists() else {}
+    figure = Figure(figsize=(15, 4))
+    left, *panels = figure.subplots(1, 3)
+    left.plot([int(row["epoch"]) for row in rows], [float(row["loss"]) for row in rows], marker=".")
     left.set(xlabel="epoch", ylabel="training loss (rises when the exits point and set join)")
-    for name in columns:
-        points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=name)
-            right.legend()
-    right.set(xlabel="epoch", ylabel="validation users, full catalogue")
+    for axis, (metric, title) in zip(panels, (("hr10", "HR@10"), ("ndcg10", "NDCG@10")), strict=True):
+        for name in [name for name in (rows[0] if rows else {}) if name.endswith(metric)]:
+            points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=name.removesuffix(f"_{metric}"))
+                best = max(points, key=lambda point: point[1])[0]
+                axis.axvline(best, color=axis.lines[-1].get_color(), linestyle=":", label=f"best, epoch {best}")
+        for k, (name, level) in enumerate(baselines.items()):
+            axis.axhline(level[metric], color=f"C{5 + k}", linestyle="--", label=name)
+        if rows:
+            axis.axvline(int(rows[-1]["epoch"]), color="0.5", label=f"stopped, epoch {rows[-1]['epoch']}")
+            axis.legend(fontsize="small")
+        axis.set(xlabel="epoch", ylabel=f"{title}, validation users, full catalogue", ylim=(0, None))
     save_figure(figure, log.with_suffix(".png"), dpi=110)
 
 
 # Quality by exit (report.json of a bundle)
 
 
+def report_text(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown: the verdict in the first line, then the tables and the checks of the data."""
+    parts = [report["verdict"]["line"], sample_line(report["sample"]), quality_table(report)]
+    parts += [f"Not measured: {reason}." for reason in report["not_measured"].values()]
+    if report["baselines"]:
+        tuned = "; ".join(f"{name}: {settings}" for name, settings in report["baselines"].items())
+        parts.append(f"Baselines, tuned on the validation users: {tuned}.")
+    parts.append("\n".join(["Checks of the data:", *(f"- {check['line']}" for check in report["leakage"].values())]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def sample_line(sample: Mapping[str, int]) -> str:
+    """Return a sentence about the users that were evaluated."""
+    if sample["users"] == sample["of"]:
+        return f"All {sample['of']:,} users with a test event; intervals hold 95 %; ties in the order of the catalogue."
+    return (
+        f"A sample of {sample['users']:,} of {sample['of']:,} users (seed {sample['seed']}; `--all-users` takes all); "
+        "intervals hold 95 %; ties in the order of the catalogue."
+    )
+
+
 def quality_table(report: Mapping[str, Any]) -> str:
-    """Return Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`."""
+    """Return Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`.
+
+    A table without a result is left out.
+    """
     leave_one_out = [
         [name, str(row["users"]), interval_cell(row["hr10"]), interval_cell(row["ndcg10"])]
         for name, row in report["leave_one_out"].items()
     ]
     slates = []
     for name, row in report["slates"].items():
-        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else ""
+        unknown = "not measurable" if name in EXITS else ""
+        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else unknown
         cells = [interval_cell(row["ndcg10"]), interval_cell(row["auc_in_slate"]), f"{row['auc']:.4f}", error]
         slates.append([name, str(row["slates"]), *cells])
     differences = [[name, difference_cell(value)] for name, value in report["set_against_point"].items()]
-    title = f"held-out slates, `{report['label']}`"
-    return "\n".join(
-        [
-            *markdown_table(["leave-one-out, full catalogue", "users", "HR@10", "NDCG@10"], leave_one_out),
-            "",
-            *markdown_table(
-                [title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"],
-                slates,
-            ),
-            "",
-            *markdown_table(["`set` minus `point`, paired", "difference"], differences),
-        ]
-    )
+    tables = []
+    if leave_one_out:
+        tables.append(markdown_table(["leave-one-out, full catalogue", "users", "HR@10", "NDCG@10"], leave_one_out))
+    if slates:
+        title = f"held-out slates, `{report['label']}`"
+        columns = [title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"]
+        tables.append(markdown_table(columns, slates))
+    if differences:
+        tables.append(markdown_table(["`set` minus `point`, paired", "difference"], differences))
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
@@ -98,7 +136,9 @@ def plot_quality(report: Mapping[str, Any], path: Path) -> None:
         ("leave_one_out", "ndcg10", "NDCG@10, leave-one-out"),
         ("slates", "ndcg10", "NDCG@10, held-out slates"),
     )
-    figure = Figure(figsize=(13, 3.6))
+    figure = Figure(figsize=(13, 4))
+    if verdict := report.get("verdict"):
+        figure.suptitle(textwrap.fill(verdict["line"], 150), fontsize="small")
     for axis, (table, metric, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         rows = report[table]
         for k, (name, row) in enumerate(rows.items()):
