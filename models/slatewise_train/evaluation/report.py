@@ -60,7 +60,7 @@ def plot_training(log: Path) -> None:
     figure = Figure(figsize=(15, 4))
     left, *panels = figure.subplots(1, 3)
     left.plot([int(row["epoch"]) for row in rows], [float(row["loss"]) for row in rows], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss (rises when the exits point and set join)")
+    left.set(xlabel="epoch", ylabel="training loss", title="rises when the exits point and set join")
     for axis, (metric, title) in zip(panels, (("hr10", "HR@10"), ("ndcg10", "NDCG@10")), strict=True):
         for name in [name for name in (rows[0] if rows else {}) if name.endswith(metric)]:
             points = [(int(row["epoch"]), float(row[name])) for row in rows if row[name]]
