@@ -30,6 +30,7 @@ MANY_ITEMS = 2_000
 STEPS = 175  # of an epoch. Fewer, larger batches need more epochs; embeddings move once in a step
 SMALLEST_BATCH = 512  # events
 LARGEST_BATCH = 8_192
+LEAST_USERS = 16  # of a batch, for histories of the median length
 RATE = 0.002  # learning rate of Adam for batches of RATE_BATCH events
 RATE_BATCH = 1_024
 MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
@@ -89,7 +90,8 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
     shape = dict(config.model.shape)
     say("model", {k: v for k, v in model.items() if k not in shape})
     shape = {k: v for k, (v, _) in model.items()} | shape
-    batch = int(np.clip(2 ** round(np.log2(max(1, events) / STEPS)), SMALLEST_BATCH, LARGEST_BATCH))
+    least = max(SMALLEST_BATCH, 2 ** int(np.ceil(np.log2(LEAST_USERS * median))))
+    batch = min(max(2 ** round(np.log2(max(1, events) / STEPS)), least), LARGEST_BATCH)
     batch = config.train.batch_events if "train.batch_events" in config.stated else batch
     epochs = int(np.clip(MOST_SEEN // max(1, events), 10, 200))
     epochs = config.train.epochs if "train.epochs" in config.stated else epochs
