@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +27,13 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, Window, make_batch
+from slatewise_train.batches import Batch, make_batch
 from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Catalogue, Data, load_data, training_events
 from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
 from slatewise_train.evaluation.report import plot_training
-from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.progress import Progress
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
@@ -84,6 +85,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
+        self.device = torch.device("cpu")
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
@@ -112,26 +114,29 @@ class Trainer:
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
-        hidden = (torch.rand(items.shape) < self.config.id_dropout) & (items >= FIRST_ITEM)
-        return torch.where(hidden.unsqueeze(-1), F.embedding(items, cold_item_vectors), F.embedding(items, table))
+        hidden = (torch.rand(items.shape, device=self.device) < self.config.id_dropout) & (items >= FIRST_ITEM)
+        return F.embedding(items + hidden * len(table), torch.cat([table, cold_item_vectors]))
 
-    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` at all positions. users: (B, T + 1, d) user vectors; table: (items, d)."""
-        # (B, T): position t predicts event t + 1
-        real = torch.arange(1, batch.items.shape[1]) <= batch.lengths[:, None]
-        rows = real.flatten().nonzero()[:, 0]  # (P,) positions
-        u = users[:, :-1].flatten(0, 1).index_select(0, rows)  # (P, d)
-        target = batch.items[:, 1:][real]  # (P,)
-        labels = batch.labels[:, 1:][real]  # (P, heads)
-        negatives = self.trained[torch.randint(len(self.trained), (self.config.negatives,))]
+    def draw_uniform(self) -> Tensor:
+        """Draw the negatives of the exit `dot`: (negatives,) rows of the catalogue."""
+        return self.trained[torch.randint(len(self.trained), (self.config.negatives,), device=self.device)]
+
+    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor, negatives: Tensor) -> Tensor:
+        """Return the loss of the exit `dot` at all positions.
+
+        users: (B, T, d) user vectors, before each event; table: (n, d); negatives: (negatives,) rows of the table.
+        """
+        t = users.shape[1]
+        rows = (torch.arange(t, device=self.device) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+        u = users.flatten(0, 1).index_select(0, rows)  # (P, d); position t predicts event t + 1
+        target = batch.items[:, 1 : t + 1].flatten()[rows]  # (P,)
+        labels = batch.labels[:, 1 : t + 1].flatten(0, 1)[rows]  # (P, heads)
         positive = (u * F.embedding(target, table)).sum(-1)  # (P,)
         sampled = F.embedding(negatives, table)  # (negatives, d)
-        same = target[:, None] == negatives  # (P, negatives)
-        loss = torch.zeros(())
+        loss = u.new_zeros((), dtype=torch.float32)
         for k in self.next_heads:
             scale = self.model.dot_scale[k]
-            others = ((u * scale) @ sampled.T).masked_fill(same, -torch.inf)
-            loss = loss + uniform_softmax(positive * scale, others)
+            loss = loss + shared_softmax(u * scale, positive * scale, sampled, target, negatives)
         if self.next_heads:  # these heads train the vectors; a label head then trains scale and bias alone
             positive = positive.detach()
         for k in self.label_heads:
@@ -148,7 +153,7 @@ class Trainer:
     ) -> Tensor:
         """Return the loss of the exits `point` and `set` at S positions of each sequence.
 
-        history and users (B, T + 1, d): the encoded sequences; table and cold_item_vectors: (items, d).
+        history and users (B, T, d): the encoded sequences; table and cold_item_vectors: (items, d).
         """
         model = self.model
         slates = self.draw_slates(batch, users, table)
@@ -178,27 +183,45 @@ class Trainer:
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
         """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
-        table = self.model.item_table()
-        cold_item_vectors = self.model.cold_item_vectors(table)
-        vectors = self.id_dropout(batch.items, table, cold_item_vectors)
-        history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
-        loss = self.dot_loss(batch, users, table)
+        negatives = self.draw_uniform()
+        if cascade:
+            table = self.model.item_table()
+            cold_item_vectors = self.model.cold_item_vectors(table)
+        else:  # the batch has few items of a large catalogue: count the rows anew, the first two are the same
+            items = batch.items.flatten()
+            both = torch.cat([torch.full_like(items[:1], UNKNOWN_ITEM), items, negatives])
+            rows, places = both.unique(return_inverse=True)
+            batch = dataclasses.replace(batch, items=places[1 : len(items) + 1].view_as(batch.items))
+            negatives = places[len(items) + 1 :]
+            table, cold_item_vectors = self.model.item_vectors(rows)
+        before = (slice(None), slice(-1))  # the last event of a window is only predicted
+        vectors = self.id_dropout(batch.items[before], table, cold_item_vectors)
+        history, users = self.model.encode(self.model.tokens(vectors, batch.actions[before], batch.gaps[before]))
+        loss = self.dot_loss(batch, users, table, negatives)
         if cascade:
             rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
             loss = loss + self.cascade_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
         return loss
 
+    def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
+        """Return the `loss` of a batch of windows (B, 3), in the precision of the config."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            return self.loss(make_batch(self.data.sequences, windows), cascade)
+
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
-
-        def loss(windows: np.ndarray) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                return self.loss(make_batch(self.data.sequences, windows), cascade)
-
         parameters = list(self.model.parameters())
-        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
+        mean = one_epoch(
+            self.config,
+            self.data,
+            self.epoch + 1,
+            self.optimizer,
+            parameters,
+            self.progress.rate,
+            lambda w: self.step_loss(w, cascade),
+        )
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
