@@ -37,6 +37,8 @@ COMMANDS = {
     "push": Command("slatewise.store.push", "write a bundle's meta-embeddings, or your own, to Redis", "serve"),
     "store": Command("slatewise.store.admin", "status, roll-back, delete-user, merge, sweep of a Redis store", "serve"),
     "check-bundle": Command("slatewise.bundle.check", "load bundles and print what the server would serve", "serve"),
+    "init": Command("slatewise_train.new_toml", "write a TOML for your tables from what they contain", "train"),
+    "validate": Command("slatewise_train.check_data", "describe your tables, and refuse what training would", "train"),
     "train": Command("slatewise_train.train", "train a ranker on your events", "train"),
     "limaml": Command("slatewise_train.meta.limaml", "meta-learn user vectors for a trained ranker", "train"),
     "refresh": Command("slatewise_train.meta.refresh", "adapt user vectors to new events and publish them", "train"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slatewise.bundle.features import gap_buckets, request_context, window_start
 from slatewise.inference.arrays import GAP_FIRST, START_ITEM
-from slatewise_train.data import Sequences
+from slatewise_train.data import Sequences, request_times
 
 Window = tuple[int, int, int]  # user, first event, one past the last event
 Windows = np.ndarray | Sequence[Window]  # (B, 3) int64
@@ -79,7 +79,7 @@ def make_batch(sequences: Sequences, windows: Windows) -> Batch:
 
     items = padded(sequences.items[rows], 0)
     items[:, 0] = START_ITEM
-    contexts = padded(request_context(times).T, 0)
+    contexts = padded(request_context(request_times(times)).T, 0)
     contexts[:, 0] = contexts[:, min(1, longest)]
     columns = padded(sequences.actions[rows], 0), padded(gaps, 0), padded(sequences.labels[rows], np.nan)
     return Batch(*map(torch.from_numpy, (user.copy(), lengths, items, *columns, contexts)))

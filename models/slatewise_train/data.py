@@ -1,12 +1,12 @@
 """Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
-    events: user_id, item_id, timestamp, action?, label_<head>?        one row per event, in any order
+    events: user_id, item_id, timestamp, action?, label_<head>?, slate_id?, position?    one row per event, in any order
     items:  item_id, title?, then the columns that the TOML names as categorical or numeric
 
 A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
 and which events and users are held out for validation, calibration and evaluation.
 
-Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`.
+Called by: every command that reads training data or a bundle's demo users. Calls: `tables/`, `exposures.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
 from slatewise_train.defaults import choose_split
+from slatewise_train.exposures import Exposures, add_action_labels, build_exposures
 from slatewise_train.split import Split as Split  # for the callers of this module
 from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
@@ -28,6 +29,9 @@ from slatewise_train.tables.files import read_table as read_table
 from slatewise_train.tables.history import history_rows
 from slatewise_train.tables.items import clean_items, read_items, value_lists
 from slatewise_train.tables.items import values_of as values_of
+
+WEEK = 604_800.0
+ARBITRARY_STEP = 0.381966 * WEEK  # the golden section spreads any number of points evenly
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,16 @@ def rows_in(names: pl.Series, known: pl.Series, first: int) -> np.ndarray:
     return found["row"].to_numpy()
 
 
+def request_times(timestamps: np.ndarray) -> np.ndarray:
+    """Return times (n,) for the context of requests: those of the events, or arbitrary ones where they are missing.
+
+    Arbitrary times are spread over the week. A ranker that is trained with them learns that the time tells nothing, so
+    a request at any time gets the same order.
+    """
+    arbitrary = np.arange(len(timestamps)) * ARBITRARY_STEP % WEEK
+    return np.where(np.isnan(timestamps), arbitrary, timestamps)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """The events of all users, concatenated. User u has the rows `offsets[u] : offsets[u + 1]`, oldest first."""
@@ -114,7 +128,7 @@ class Sequences:
     offsets: np.ndarray  # (U + 1,) int64
     items: np.ndarray  # (E,) int64, rows of the catalogue
     actions: np.ndarray  # (E,) int64
-    timestamps: np.ndarray  # (E,) float64
+    timestamps: np.ndarray  # (E,) float64 unix seconds, NaN if missing
     labels: np.ndarray  # (E, heads) float32, NaN if unknown; 1 for heads of kind `next`
 
     def __len__(self) -> int:
@@ -187,6 +201,32 @@ class Data:
     sequences: Sequences
     split: Split
     bad_rows: dict[str, int]  # unusable rows, by reason
+    exposures: Exposures | None = None  # the slates that users were shown, if the events have them
+
+
+def assemble(
+    events: pl.DataFrame, is_history: pl.Series, items: pl.DataFrame, config: DataConfig
+) -> tuple[Catalogue, Sequences, Exposures | None]:
+    """Build the catalogue, the sequences and the slates of clean tables, and print how many slates there are.
+
+    The catalogue has the items of all events; the actions and the sequences are those of the history.
+    """
+    events = add_action_labels(events, is_history, config.heads)
+    taken = events.filter(is_history)
+    if "action" in events.columns:
+        events = events.with_columns(pl.when(is_history).then(pl.col("action")).alias("action"))
+    catalogue = build_catalogue(items, events, config)
+    sequences = build_sequences(taken, catalogue.vocabulary, config)
+    users = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
+    others = rows_in(events["user_id"], events["user_id"].unique(maintain_order=True), 1)
+    users = np.where(users < 0, -others, users)  # one negative number for each user without history
+    rows = rows_in(events["item_id"], pl.Series(catalogue.vocabulary.items, dtype=pl.String), FIRST_ITEM)
+    exposures, counts = build_exposures(events, is_history, users, rows, config.heads)
+    if counts:
+        print(f"slates that are left out or cut: {counts}")
+    if exposures is not None:
+        print(f"{len(exposures)} slates were shown, with {len(exposures.items)} items")
+    return catalogue, sequences, exposures
 
 
 def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
@@ -200,17 +240,15 @@ def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] |
     bad_rows |= bad_items
     if bad_rows:
         print(f"rows and values that are left out: {bad_rows}")
-    history = history_rows(events, tables)
-    if shown := len(events) - int(history.sum()):
+    is_history = history_rows(events, tables)
+    if shown := len(events) - int(is_history.sum()):
         print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
-        events = events.filter(history)
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
-    catalogue = build_catalogue(items, events, config)
-    sequences = build_sequences(events, catalogue.vocabulary, config)
+    catalogue, sequences, exposures = assemble(events, is_history, items, config)
     config = choose_split(config, stated, sequences)
     split = split_sequences(sequences, config)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     count_popularity(catalogue, sequences, split, config)
-    return Data(config, catalogue, sequences, split, bad_rows)
+    return Data(config, catalogue, sequences, split, bad_rows, exposures)

@@ -30,6 +30,7 @@ MANY_ITEMS = 2_000
 STEPS = 175  # of an epoch. Fewer, larger batches need more epochs; embeddings move once in a step
 SMALLEST_BATCH = 512  # events
 LARGEST_BATCH = 8_192
+LEAST_USERS = 16  # of a batch, for histories of the median length
 RATE = 0.002  # learning rate of Adam for batches of RATE_BATCH events
 RATE_BATCH = 1_024
 MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
@@ -82,26 +83,28 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
         model["width"] = (64 if items >= MANY_ITEMS else 32, f"{items} items")
         model["blocks"] = (2 if long else 1, f"the median history has {median:.0f} events")
         model["feed_forward"] = (4 if long else 1, f"the median history has {median:.0f} events")
-        model["dropout"] = (0.2, "published rankers of this kind use .1 to .3")
+        # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
+        model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
         model["set_blocks"] = (1 if labels else 0, "a head of kind label" if labels else "no head of kind label")
     shape = dict(config.model.shape)
     say("model", {k: v for k, v in model.items() if k not in shape})
     shape = {k: v for k, (v, _) in model.items()} | shape
-    batch = int(np.clip(2 ** round(np.log2(max(1, events) / STEPS)), SMALLEST_BATCH, LARGEST_BATCH))
+    least = max(SMALLEST_BATCH, 2 ** int(np.ceil(np.log2(LEAST_USERS * median))))
+    batch = min(max(2 ** round(np.log2(max(1, events) / STEPS)), least), LARGEST_BATCH)
     batch = config.train.batch_events if "train.batch_events" in config.stated else batch
     epochs = int(np.clip(MOST_SEEN // max(1, events), 10, 200))
     epochs = config.train.epochs if "train.epochs" in config.stated else epochs
     every = max(1, min(4, epochs // 10))
     train: Chosen = {
         "epochs": (epochs, f"at most; {events} training events"),
-        "patience": (3, "validations without a better NDCG@10"),
+        "patience": (5, "validations without a better NDCG@10"),
         "validate_every": (every, "epochs"),
         "cascade_epochs": (max(1, min(8, epochs // 5)), "at the end, with a falling learning rate"),
         "batch_events": (batch, f"about {max(1, round(events / batch))} steps in an epoch"),
         "learning_rate": (round(RATE * (batch / RATE_BATCH) ** 0.5, 5), "by the root of the batch"),
         "warmup": (round(min(0.05, 2 / epochs), 4), "share of the run"),
-        "negatives": (256, "shared by a batch"),
+        "negatives": (1_024, "shared by a batch"),
         # Large random embeddings hide for many epochs that similar items are similar, most of all on sparse tables.
         "embedding_std": (EMBEDDING_STD, "small vectors learn faster"),
         "cascade_draw": ("log", "short histories as well as long ones"),

@@ -284,14 +284,15 @@ def test_leave_one_out_split_excludes_held_out_events(
     slated = set(split.slate_users.tolist())
     validated = set(split.validation_users.tolist())
     assert not slated & validated
-    long_enough = sum(n >= size + 6 for n in lengths)
+    before = min(size, 5)
+    long_enough = sum(n >= size + before + 1 for n in lengths)
     assert len(slated) == min(slate_users, long_enough)
     assert len(validated) == min(validation_users, long_enough - len(slated))
     for user, n in enumerate(lengths):
-        held_out = size if user in slated else size + 1 if user in validated else 1
+        held_out = size if user in slated else size + 1 if user in validated else 1 + (user in split.next_users)
         assert split.train_lengths[user] == n - held_out
-        if held_out > 1:
-            assert split.train_lengths[user] >= 5, "a history is left before a held-out slate"
+        if user in slated | validated:
+            assert split.train_lengths[user] >= before, "a history is left before a held-out slate"
 
 
 @given(
@@ -311,7 +312,8 @@ def test_time_split_trains_before_and_tests_after_a_time(times: list[list[int]],
         mine = sequences.timestamps[sequences.offsets[user] : sequences.offsets[user + 1]]
         before = int((mine < split_at).sum())
         assert split.test_lengths[user] == (before if before < len(mine) else 0)
-        assert split.train_lengths[user] == before - (size if user in split.validation_users else 0) >= 0
+        single = int(user in split.next_users)
+        assert split.train_lengths[user] == before - (size if user in split.validation_users else single) >= 0
         if user in split.slate_users:
             assert len(mine) - before >= size, "a whole slate comes after"
 

@@ -257,3 +257,12 @@ def test_command_prints_summary_or_raises(
         command(str(files[0]), at="redis://127.0.0.1:1/0")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet"):
         command("nowhere.parquet")
+
+
+@pytest.mark.parametrize("dtype", [pl.Float64(), pl.Int64(), pl.Datetime("ns", "UTC"), pl.Datetime("ms"), pl.Date()])
+def test_times_of_a_refresh_may_have_a_type(tmp_path: Path, dtype: pl.DataType) -> None:
+    seconds = 86_400 * 365
+    time = pl.Series([seconds]).cast(dtype) if dtype.is_numeric() else pl.from_epoch(pl.Series([seconds])).cast(dtype)
+    table = {"user_id": [1], "item_id": ["a"], "timestamp": time}
+    pl.DataFrame(table).write_parquet(tmp_path / "e.parquet")
+    assert Events([tmp_path / "e.parquet"]).newest() == seconds

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 from slatewise.inference.arrays import FIRST_ITEM
+from slatewise_train.batches import make_batch
 from slatewise_train.config import DataConfig, Head, TablesConfig
 from slatewise_train.data import Data, build_catalogue, build_sequences, load_data
 from slatewise_train.tables.events import read_events
@@ -316,6 +317,9 @@ def test_order_of_the_rows_is_enough(tmp_path: Path) -> None:
     data = load(tmp_path / "e.csv", time_unit="row")
     assert [(u, i) for u, i, _ in events_of(data)] == [(u, i) for own in "uv" for u, i in zip(USERS, ITEMS) if u == own]
     assert np.isnan(data.sequences.timestamps).all()
+    batch = make_batch(data.sequences, [(0, 0, 3), (1, 0, 2)])
+    assert batch.gaps.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]], "a gap with a missing time has the bucket 0"
+    assert batch.contexts.isfinite().all()
     with pytest.raises(ValueError, match=r'kind = "time" needs times'):
         load(tmp_path / "e.csv", DataConfig("shop", NEXT, kind="time", test_from=5.0), time_unit="row")
 

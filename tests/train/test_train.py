@@ -18,7 +18,8 @@ from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, START_ITEM
 from slatewise_train.batches import epoch_windows, make_batch
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.data import Data
-from slatewise_train.epochs import learning_rate
+from slatewise_train.progress import Progress
+from slatewise_train.slates import draw_positions
 from slatewise_train.train import Trainer, build_model, train
 from tests.conftest import Tiny
 from tests.train.test_offline import make_data
@@ -242,10 +243,110 @@ def test_training_can_overfit_one_batch(few: Data, cascade: bool) -> None:
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(few: Data) -> None:
-    trainer = Trainer(few, MODEL, dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10))
-    assert [learning_rate(trainer.config, 0.0, step) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert learning_rate(trainer.config, 0.5, 50) == pytest.approx(0.5)
-    assert learning_rate(trainer.config, 1.0, 50) == pytest.approx(0.0)
+    progress = Progress(dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10, epochs=100), {}, False)
+    assert [progress.rate(step, 10**6) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    progress.epoch = 50
+    assert progress.rate(0, 10) == pytest.approx(0.5)
+    progress.epoch = 100
+    assert progress.rate(0, 10) == pytest.approx(0.0)
+
+
+def test_warm_up_is_a_share_of_the_run() -> None:
+    progress = Progress(TrainConfig(epochs=10, warmup=0.1, learning_rate=1.0, patience=3), {}, False)
+    assert [progress.rate(step, 20) for step in (0, 9, 19)] == pytest.approx([0.05, 0.5, 1.0])
+    progress.epoch = 3
+    assert progress.rate(5, 20) == 1.0, "constant until the last epochs begin"
+    progress.epoch, progress.joined = 6, 4
+    assert progress.rate(0, 20) == pytest.approx(0.5 * (1 + np.cos(np.pi * 2 / 20)))
+
+
+def test_training_stops_early_and_keeps_the_best_weights(few: Data) -> None:
+    part = torch.nn.Linear(1, 1)
+    progress = Progress(TrainConfig(epochs=99, cascade_epochs=3, patience=2), {"model": part}, True)
+    for score, weight in ((0.1, 1.0), (0.3, 2.0), (0.2, 3.0), (0.3, 4.0)):
+        assert progress.joined is None and not progress.finished
+        with torch.no_grad():
+            part.weight.fill_(weight)
+        progress.epoch += 1
+        progress.compare(score)
+        progress.join()
+    assert progress.joined == 4 and part.weight.item() == 2.0
+    resumed = Progress(progress.config, {"model": part}, True)
+    resumed.load(progress.state())
+    assert resumed.state() == progress.state() and not resumed.finished
+    progress.epoch = 7
+    assert progress.finished
+
+
+def test_training_with_patience_resumes_exactly(few: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SHORT, epochs=8, cascade_epochs=2, patience=1, validate_every=1, learning_rate=0.03)
+    through = train(few, MODEL, config, tmp_path / "through")
+    run_epoch = Trainer.run_epoch
+    for stop in range(1, through.epoch):
+
+        def stopping(trainer: Trainer, cascade: bool, stop: int = stop) -> float:
+            if trainer.epoch == stop:
+                raise KeyboardInterrupt
+            return run_epoch(trainer, cascade)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "run_epoch", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                train(few, MODEL, config, tmp_path / "stopped")
+    resumed = train(few, MODEL, config, tmp_path / "stopped")
+    assert resumed.progress.joined == through.progress.joined and resumed.epoch == through.epoch
+    again = Trainer(few, MODEL, config)
+    again.load(tmp_path / "through" / "checkpoint.pt")
+    for name, value in state_of(through).items():
+        torch.testing.assert_close(state_of(resumed)[name], value, rtol=0, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(state_of(again)[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_item_without_events_is_served_as_its_fields_twin() -> None:
+    """Listed items rank as unknown items of their fields do, and better than a random item of their group's users."""
+    rng = np.random.default_rng(0)
+    groups = {g: [f"{g}{k}" for k in range(12)] for g in "ab"}
+    users = {f"u{u}": [str(i) for i in rng.permutation(groups["ab"[u % 2]])[:8]] for u in range(60)}
+    listed = [*groups["a"], *groups["b"], "a_new", "b_new"]
+    data = make_data(users, listed, slate_size=1)
+    values = np.array([0, 0, *(1 + "ab".index(name[0]) for name in listed)])[:, None]
+    vocabulary = dataclasses.replace(data.catalogue.vocabulary, fields={"group": ["a", "b"]})
+    catalogue = dataclasses.replace(data.catalogue, vocabulary=vocabulary, field_values={"group": values})
+    data = dataclasses.replace(data, catalogue=catalogue)
+    config = dataclasses.replace(SHORT, epochs=12, cascade_epochs=0, batch_events=128, id_dropout=0.1)
+    trainer = Trainer(data, ModelConfig("ligr", SHAPE | {"width": 16, "blocks": 1}), config)
+    new = [data.catalogue.vocabulary.items.index(name) + FIRST_ITEM for name in ("a_new", "b_new")]
+    assert trainer.untrained.tolist() == new and not set(trainer.trained.tolist()) & set(new)
+    for _ in range(config.epochs):
+        trainer.run_epoch(False)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        table = model.item_table()
+        torch.testing.assert_close(table[new], model.cold_item_vectors(table)[new])
+        percentiles = []
+        for user in range(60):
+            batch = make_batch(data.sequences, [(user, 0, 7)])
+            _, encoded = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
+            scores = table[FIRST_ITEM:] @ encoded[0, -1]
+            mine = scores[new[user % 2] - FIRST_ITEM]
+            percentiles.append((scores < mine).float().mean().item())
+    assert np.mean(percentiles) > 0.5, np.mean(percentiles)
+
+
+@given(length=st.integers(1, 300), seed=st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_drawn_positions_are_before_an_event(length: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    for draw in ("uniform", "log"):
+        read = draw_positions(torch.tensor([length, 1]), 500, draw)
+        assert read.shape == (2, 500) and read.min() >= 0 and (read[0] < length).all() and not read[1].any()
+
+
+def test_log_draw_takes_each_doubling_alike() -> None:
+    torch.manual_seed(0)
+    read = draw_positions(torch.tensor([255]), 40_000, "log")[0] + 1
+    shares = [((read >= 2**k) & (read < 2 ** (k + 1))).float().mean().item() for k in range(8)]
+    assert shares == pytest.approx([1 / 8] * 8, abs=0.01)
 
 
 def test_validate_ranks_held_out_event_among_new_items() -> None:

@@ -17,7 +17,16 @@ from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise_train.bundle_writer import SET_WISE_LIMIT
 from slatewise_train.config import Config
-from slatewise_train.data import Data, Sequences, build_sequences, clean_events, read_items, read_table, values_of
+from slatewise_train.data import (
+    Data,
+    Sequences,
+    build_sequences,
+    clean_events,
+    read_items,
+    read_table,
+    request_times,
+    values_of,
+)
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
 from slatewise_train.rankers.base import RankerModel
 
@@ -92,7 +101,9 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
     history: dict[str, Any] = {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in s.items[read]]}
     if vocabulary.actions:
         history["actions"] = [actions[a] for a in s.actions[read]]
-    history["timestamps"] = [int(t) for t in s.timestamps[read]]
+    times = s.timestamps[read]
+    if not np.isnan(times).any():  # `time_unit = "row"`: the events have no times
+        history["timestamps"] = [int(t) for t in times]
     features = {
         f: [None if np.isnan(v) else round(float(v), 3) for v in numeric[:, k]]
         for k, f in enumerate(data.config.numeric)
@@ -101,7 +112,7 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
         "user": shown.users[user],
         "history": history,
         "candidates": {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in slate], "features": features},
-        "request_time": int(s.timestamps[read[-1]]),
+        "request_time": int(request_times(times)[-1]),
     }
 
 

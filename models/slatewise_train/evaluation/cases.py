@@ -14,7 +14,7 @@ from slatewise.bundle.features import make_candidates, make_history
 from slatewise.inference.arrays import Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
-from slatewise_train.data import Data
+from slatewise_train.data import Data, request_times
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
     ahead = slice(start + length, start + length + upcoming)
     history = make_history(s.items[read], s.actions[read], s.timestamps[read])
     seen = s.items[start : start + length]
-    return Case(user, history, seen, float(s.timestamps[start + length - 1]), s.items[ahead], s.labels[ahead])
+    time = float(request_times(s.timestamps[start : start + length])[-1])
+    return Case(user, history, seen, time, s.items[ahead], s.labels[ahead])
 
 
 def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:

@@ -43,6 +43,7 @@ from slatewise_train.config import DataConfig, Head
 from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from slatewise_train.rankers.weights import load_model
+from slatewise_train.tables.times import typed_seconds
 
 CLOCK_SKEW_S = 3_600.0  # the time of an event may be this far in the future
 CHUNK_USERS = 1_000  # about, in a chunk; a resumed job skips the chunks that are written
@@ -125,8 +126,8 @@ class Events:
     def table(self) -> pl.LazyFrame:
         """All files as one table. Ids become text, because they may be integers in some files and text in others."""
         frames = [pl.scan_parquet(path) for path in self.paths]
-        cast = [pl.col("user_id", "item_id").cast(pl.String), pl.col("timestamp").cast(pl.Float64, strict=False)]
-        return pl.concat([frame.with_columns(cast) for frame in frames], how="diagonal_relaxed")
+        ids = pl.col("user_id", "item_id").cast(pl.String)
+        return pl.concat([frame.with_columns(ids, seconds_in(frame)) for frame in frames], how="diagonal_relaxed")
 
     def newest(self) -> float:
         """Return the time of the newest event, in unix seconds; 0 without events.
@@ -141,6 +142,12 @@ class Events:
         """Return all users, or those with an event after a time in unix seconds."""
         table = self.table if after is None else self.table.filter(pl.col("timestamp") > after)
         return sorted(table.select(pl.col("user_id").drop_nulls().unique()).collect()["user_id"].to_list())
+
+
+def seconds_in(frame: pl.LazyFrame) -> pl.Expr:
+    """Return the column `timestamp` in unix seconds. It has numbers, or a type of date or time."""
+    typed = typed_seconds("timestamp", frame.collect_schema().get("timestamp", pl.Float64()))
+    return pl.col("timestamp").cast(pl.Float64, strict=False) if typed is None else typed.alias("timestamp")
 
 
 def chunk_of(user: str, chunks: int) -> int:

@@ -1,11 +1,13 @@
 """Find the columns of a table by the names that the TOML gives them, and say which are missing.
 
-Called by: `events.py`, `items.py`, `suggest.py`. Calls: no module of this package.
+Called by: `events.py`, `items.py`, `suggest.py`. Calls: `config_values.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+
+from slatewise_train.config_values import as_toml
 
 # Names that other tools give the columns, in lower case and without `_`, the most specific first.
 COMMON = {
@@ -17,6 +19,7 @@ COMMON = {
     "position": ("position", "rank", "slot"),
 }
 SHOWN = 20  # names of columns that a message lists
+LONGEST = 60  # characters of a name in a message
 
 
 def plain(name: str) -> str:
@@ -61,10 +64,15 @@ def require(columns: Mapping[str, str], wanted: Sequence[str], found: Sequence[s
         raise ValueError(f"{fault}; the first line must have the names of the columns")
     free = [name for name in found if name not in columns.values()]
     yours = guess(missing[0], free) or (free[0] if free else "your_column")
-    raise ValueError(f'{fault}; name yours in the table [columns], for example {missing[0]} = "{yours}"')
+    raise ValueError(f"{fault}; name yours in the table [columns], for example {missing[0]} = {as_toml(yours)}")
 
 
 def listed(names: Sequence[str]) -> str:
     """Return the columns of a file as the part of a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"found: {', '.join(map(repr, names[:SHOWN]))}{more}"
+    return f"found: {', '.join(map(as_shown, names[:SHOWN]))}{more}"
+
+
+def as_shown(name: str) -> str:
+    """Return a name in quotes, shortened to one line."""
+    return repr(name if len(name) <= LONGEST else name[: LONGEST - 3] + "...")

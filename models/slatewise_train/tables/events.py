@@ -28,6 +28,8 @@ from slatewise_train.tables.files import TableFile, collect, describe_separator,
 
 SAMPLE = 10_000  # rows that decide how times are written
 LABEL = "label_"
+NO_VALUE = "no value"
+LABELS = {NO_VALUE, "", "0", "1", "0.0", "1.0", "true", "false"}  # a column with another value has the fault
 NO_LABEL = 2.0  # stands for a label that is no number: neither 0 nor 1
 IDS = ("user_id", "item_id", "action", "slate_id")
 PLAIN = TablesConfig(events="events")
@@ -43,7 +45,7 @@ REMEDIES = {
     LONG_ACTION: ("action", f"an action has at most {MAX_ID} characters"),
     BAD_LABEL: (LABEL, "write 0 or 1, and nothing for unknown"),
 }
-BLANK = len(REMEDIES) + 1
+BLANK = len(REMEDIES) + 1  # an empty line of a CSV file, which is no row
 
 
 @dataclass(frozen=True)
@@ -87,34 +89,37 @@ def clean(sources: Sequence[Source], max_bad_share: float, tables: TablesConfig)
     frames = [canonical(*pair, tables, iso, spaces) for pair in zip(sources, located)]
     events = collect(pl.concat(frames, how="diagonal"), files)
     events = merge_floats(events, sources[0].place)
-    events = events.with_columns(fault_number(events, any(source.is_text for source in sources)).alias("fault"))
+    rows = len(events) - int(events["blank"].sum())
+    events = events.with_columns(pl.when("blank").then(BLANK).otherwise(fault_number(events, tables)).alias("fault"))
     found = dict(events["fault"].value_counts().iter_rows())
-    rows = len(events) - found.get(BLANK, 0)
     bad = {reason: found.get(k, 0) for k, reason in enumerate(REMEDIES, 1)}
-    count = sum(bad.values())
-    if count > max_bad_share * max(1, rows):
+    if sum(bad.values()) > max_bad_share * max(1, rows):
         first = int(events["fault"].is_between(1, len(REMEDIES)).arg_max() or 0)
         reason = list(REMEDIES)[int(events["fault"][first]) - 1]
         counts = ", ".join(f"{reason} {n}" for reason, n in bad.items() if n)
         example = describe(sources, located, first, reason)
         raise ValueError(
-            f"{place_of(sources)}: {count / max(1, rows):.1%} of {rows} rows cannot be used, limit {max_bad_share:.1%} "
-            f"(max_bad_share in [split]): {counts}; the first is {example}; {REMEDIES[reason][1]}"
+            f"{place_of(sources)}: {sum(bad.values()) / rows:.1%} of {rows} rows cannot be used, limit "
+            f"{max_bad_share:.1%} (max_bad_share in [split]): {counts}; the first is {example}; {REMEDIES[reason][1]}"
         )
-    if len(found) > 1 or 0 not in found:
+    if found.keys() - {0}:
         events = events.filter(pl.col("fault") == 0)
-    events = events.drop("fault")
-    if tables.time_unit != "row":
+    events = events.drop("fault", "blank")
+    if tables.time_unit != "row":  # without times, equal rows are not the same event
         events = events.sort("timestamp", maintain_order=True)
-    repeated = events.hash_rows().is_duplicated()
-    if tables.time_unit != "row" and repeated.any():  # without times, equal rows are not the same event
-        alike = events.with_row_index("row").filter(repeated)
-        first_rows = alike.unique(set(events.columns), keep="first")["row"].to_numpy()
-        single = ~repeated.to_numpy()
-        single[first_rows] = True
-        bad[DUPLICATE] = int((~single).sum())
-        events = events.filter(single)
+        events, bad[DUPLICATE] = without_duplicates(events)
     return events, {reason: n for reason, n in bad.items() if n}
+
+
+def without_duplicates(events: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Keep the first of equal rows. Returns the events and the number of rows that are left out."""
+    repeated = events.hash_rows().is_duplicated()
+    if not repeated.any():
+        return events, 0
+    alike = events.with_row_index("row").filter(repeated)
+    single = ~repeated.to_numpy()
+    single[alike.unique(set(events.columns), keep="first")["row"].to_numpy()] = True
+    return events.filter(single), int((~single).sum())
 
 
 def place_of(sources: Sequence[Source]) -> str:
@@ -142,6 +147,12 @@ def locate(source: Source, tables: TablesConfig) -> dict[str, str]:
                 '("row": the rows are in order and have no times)'
             )
     columns.require(located, wanted, found, source.place)
+    schema = source.frame.collect_schema()
+    for name, column in located.items():
+        dtype = schema[column]
+        moment = name == "timestamp" and times.typed_seconds(column, dtype) is not None
+        if name not in IDS and not moment and (dtype.is_nested() or dtype.is_temporal()):
+            raise ValueError(f"{source.place}: column {column} has the type {dtype}, which is no {name.split('_')[0]}")
     return located
 
 
@@ -188,7 +199,10 @@ def canonical(
             wanted.append(label(column, dtype).alias(name))
     if tables.time_unit == "row":
         wanted.append(pl.lit(float("nan"), pl.Float64).alias("timestamp"))
-    return source.frame.select(wanted)
+    # All columns are read: polars finds a line with too many fields only then.
+    own = pl.exclude(*source.file.partition) if source.file and source.file.partition else pl.all()
+    blank = pl.all_horizontal(own.is_null()) if source.is_text else pl.lit(False)
+    return source.frame.select(*wanted, blank.alias("blank"))
 
 
 def label(column: str, dtype: pl.DataType) -> pl.Expr:
@@ -213,31 +227,26 @@ def merge_floats(events: pl.DataFrame, place: str) -> pl.DataFrame:
     return events
 
 
-def fault_number(events: pl.DataFrame, is_text: bool) -> pl.Expr:
-    """Return for each row the place of its first fault in `REMEDIES`, counted from 1, or 0 for a usable row.
-
-    is_text: an empty line of a CSV file is no row and gets `BLANK`.
-    """
+def fault_number(events: pl.DataFrame, tables: TablesConfig) -> pl.Expr:
+    """Return for each row the place of its first fault in `REMEDIES`, counted from 1, or 0 for a usable row."""
     time = pl.col("timestamp")
-    given = [name for name in events.columns if name != "timestamp" or not events[name].is_nan().any()]
+    bad_time = pl.lit(False) if tables.time_unit == "row" else time.is_null() | ~time.is_between(0, LATEST_TIME)
     tests = {
         NO_USER: pl.col("user_id").is_null(),
         NO_ITEM: pl.col("item_id").is_null(),
         LONG_USER: too_long(events, "user_id"),
         LONG_ITEM: too_long(events, "item_id"),
-        BAD_TIME: time.is_null() | ~time.is_between(0, LATEST_TIME),
+        BAD_TIME: bad_time,
         LONG_ACTION: too_long(events, "action"),
         BAD_LABEL: pl.any_horizontal(
             pl.lit(False),
             *(~pl.col(c).is_in([0.0, 1.0]).fill_null(True) for c in events.columns if c.startswith(LABEL)),
         ),
     }
-    if events["timestamp"].is_nan().all():  # `time_unit = "row"`
-        tests[BAD_TIME] = pl.lit(False)
     result = pl.lit(0, pl.UInt8)
     for k, reason in reversed(list(enumerate(REMEDIES, 1))):
         result = pl.when(tests[reason]).then(pl.lit(k, pl.UInt8)).otherwise(result)
-    return pl.when(pl.all_horizontal(pl.col(given).is_null())).then(BLANK).otherwise(result) if is_text else result
+    return result
 
 
 def too_long(events: pl.DataFrame, name: str) -> pl.Expr:
@@ -254,17 +263,13 @@ def describe(sources: Sequence[Source], located: Sequence[dict[str, str]], row: 
     for source, own in zip(sources, located):
         size = int(source.frame.select(pl.len()).collect().item())
         if row < size:
-            values = source.frame.slice(row, 1).collect()
+            values = source.frame.select(own.values()).slice(row, 1).collect()
             names = [name for name in own if name.startswith(REMEDIES[reason][0])]
-            column = own[next((name for name in names if not usable_label(values[own[name]][0])), names[0])]
-            return f"{source.place}{line_of(source, row)}, column {column}: {shown(values[column][0])}"
+            texts = {own[name]: shown(values[own[name]]) for name in names}
+            column = next((column for column, text in texts.items() if text.strip("'") not in LABELS), own[names[0]])
+            return f"{source.place}{line_of(source, row)}, column {column}: {texts[column]}"
         row -= size
     raise AssertionError("the row is in one of the sources")
-
-
-def usable_label(value: object) -> bool:
-    """Whether a value is a label, so that another column has the fault."""
-    return value is None or str(value).strip().lower() in ("", "0", "1", "0.0", "1.0", "true", "false")
 
 
 def line_of(source: Source, row: int) -> str:
@@ -275,9 +280,12 @@ def line_of(source: Source, row: int) -> str:
     return f", row {row + 1}" if line is None else f", line {line}"
 
 
-def shown(value: object) -> str:
-    """Return a value of a table for a message."""
-    if value is None:
-        return "no value"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}... ({len(str(value))} characters)"
+def shown(cell: pl.Series) -> str:
+    """Return a value of a table (1,) for a message."""
+    if cell.null_count():
+        return NO_VALUE
+    if cell.dtype.is_temporal():  # Python has no dates after the year 9999
+        return f"{cell.to_physical()[0]} of the type {cell.dtype}"
+    text = str(cell.cast(pl.String, strict=False)[0])
+    text = repr(text) if cell.dtype == pl.String else " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}... ({cell.cast(pl.String).str.len_chars()[0]} characters)"

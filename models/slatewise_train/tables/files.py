@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import polars as pl
-from polars.exceptions import PolarsError
+from polars.exceptions import PanicException, PolarsError
 
 from slatewise_train.tables import faults
 
@@ -26,6 +26,7 @@ SUFFIX = re.compile(r"\.(parquet|pq|parq|csv|tsv|tab|txt)(\.gz|\.gzip|\.zst|\.zs
 PARQUET = ("parquet", "pq", "parq")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SEPARATORS = ",\t;|"
+FAULTS = (PolarsError, PanicException, OSError)
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the name of a partition without a value, in Hive and Spark
 
 
@@ -145,11 +146,11 @@ def explained(files: list[TableFile]) -> Iterator[None]:
     """Turn an error of reading files into a ValueError with file, line and remedy."""
     try:
         yield
-    except (PolarsError, OSError) as error:
+    except FAULTS as error:
         for file in files:
             try:
                 file.scan().select(pl.all().count()).collect(engine="streaming")
-            except (PolarsError, OSError) as own:
+            except FAULTS as own:
                 raise ValueError(faults.explain(file.path, file.separator, own)) from None
         raise ValueError(f"{', '.join(map(str, files[:3]))}: cannot be read: {faults.one_line(error)}") from None
 

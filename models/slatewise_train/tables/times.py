@@ -98,7 +98,7 @@ def other_unit(numbers: pl.Series, unit: str | None) -> str | None:
 
 def is_date_number(known: pl.Series) -> bool:
     """Whether all numbers are dates of eight digits; as seconds they would lie within one week of August 1970."""
-    whole = known.cast(pl.Int64)
+    whole = known.cast(pl.Int64, strict=False).fill_null(0)
     month = whole // 100 % 100
     day = whole % 100
     right = (whole >= 19_700_101) & (whole <= 21_001_231) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)

@@ -1,0 +1,128 @@
+"""`slatewise init` writes a TOML that training reads, and says why."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from slatewise.cli import main
+from slatewise_train.config import Head, read_config
+from slatewise_train.data import load_data
+
+SMALL = Path(__file__).parents[1] / "data" / "ml-latest-small"
+N = 60
+
+
+def table(**columns: Any) -> pl.DataFrame:
+    return pl.DataFrame(
+        {"user_id": [f"u{k % 5}" for k in range(N)], "item_id": [f"i{k % 40}" for k in range(N)]} | columns
+    )
+
+
+def write(folder: Path, events: pl.DataFrame, items: pl.DataFrame | None = None) -> tuple[int, Path]:
+    """Run the command; return its exit code and the TOML."""
+    events.write_parquet(folder / "events.parquet")
+    arguments = ["init", str(folder / "events.parquet"), "--out", str(folder / "my.toml"), "--name", "shop"]
+    if items is not None:
+        items.write_parquet(folder / "items.parquet")
+        arguments.insert(2, str(folder / "items.parquet"))
+    return main(arguments), folder / "my.toml"
+
+
+def test_init_recognises_common_names_and_units(tmp_path: Path) -> None:
+    events = pl.DataFrame(
+        {
+            "visitorId": [k % 5 for k in range(N)],
+            "Product ID": [f"i{k % 40}" for k in range(N)],
+            "event_time": [1_700_000_000_000 + 1000 * k for k in range(N)],
+            "event": [("view", "buy", "impression")[k % 3] for k in range(N)],
+            "impression_id": [f"s{k // 3}" for k in range(N)],
+            "rank": [k % 3 + 1 for k in range(N)],
+            "liked": [k % 2 for k in range(N)],
+            "rating": [k % 5 + 1 for k in range(N)],
+        }
+    )
+    items = pl.DataFrame(
+        {
+            "Product ID": [f"i{k}" for k in range(40)],
+            "name": [f"Thing {k}" for k in range(40)],
+            "genres": [["a", "b"] if k % 2 else ["c"] for k in range(40)],
+            "tags": ["x|y" if k % 2 else "z" for k in range(40)],
+            "price": [k + 0.5 for k in range(40)],
+            "year": [2000 + k % 3 for k in range(40)],
+            "story": [
+                "a very long text about this thing, longer than a name would ever be " + str(k) for k in range(40)
+            ],
+            "code": [f"code{k}" for k in range(40)],
+            "added": [datetime(2026, 1, 1)] * 40,
+        }
+    )
+    code, path = write(tmp_path, events, items)
+    assert code == 0
+    text = path.read_text(encoding="utf-8")
+    config = read_config(path)
+    assert config.tables.columns == {
+        "user_id": "visitorId",
+        "item_id": "Product ID",
+        "timestamp": "event_time",
+        "action": "event",
+        "slate_id": "impression_id",
+        "position": "rank",
+        "label_liked": "liked",
+    }
+    assert config.tables.time_unit == "ms" and sorted(config.tables.history_actions) == ["buy", "view"]
+    assert config.data.heads == (Head("next", "next", 1.0), Head("liked", "label", 0.5))
+    assert config.data.title == "name"
+    assert config.data.categorical == ("genres", "tags", "year") and config.data.numeric == ("popularity", "price")
+    assert "# rating is not read" in text and "# story: left out, since it has long text" in text
+    assert "# code: left out, since it has 40 different values in 40 items" in text
+    data = load_data(config.data, config.tables)
+    assert len(data.sequences.items) == 40 and data.catalogue.vocabulary.fields["tags"] == ["x", "y", "z"]
+
+
+def test_init_of_movielens_is_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(SMALL / "ratings.csv"), str(SMALL / "movies.csv")]) == 0
+    config = read_config(Path("ratings.toml"))
+    assert config.data.name == "ratings" and config.data.categorical == ("genres",)
+    data = load_data(config.data, config.tables)
+    assert len(data.sequences) == 60 and "Drama" in data.catalogue.vocabulary.fields["genres"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"date": ["2026-01-31"] * N}, "# date has ISO 8601 times such as 2026-01-31"),
+        ({"timestamp": [datetime(2026, 1, 1)] * N}, "# timestamp has the type Datetime"),
+        ({"timestamp": [1_700_000_000] * N}, "# timestamp has unix seconds such as 1700000000"),
+        ({"ts": [20260131] * N}, "# ts has dates such as 20260131: write them as 2026-01-31 before you train"),
+        ({}, 'time_unit = "row"  # no column of times was found'),
+        (
+            {"time": [5] * N, "label_buy": [0, 1] * (N // 2)},
+            'history_actions = ["label:buy"]  # rows with label_buy = 1',
+        ),
+        ({"time": [5] * N, "slate_id": [1] * N}, '# history_actions = ["*"]  # the rows have slates'),
+        ({"time": [5] * N, "action": ["view\n\u0001"] * N}, "# actions: view   100 %"),
+    ],
+)
+def test_init_gives_the_reason_of_a_choice(tmp_path: Path, columns: dict[str, Any], line: str) -> None:
+    code, path = write(tmp_path, table(**columns))
+    assert code == 0 and line in path.read_text(encoding="utf-8")
+    read_config(path)
+
+
+def test_init_keeps_a_file_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write(tmp_path, table())[0] == 0
+    assert write(tmp_path, table())[0] == 1
+    assert "my.toml exists; remove it, or give another name with --out" in capsys.readouterr().err
+
+
+def test_init_names_the_columns_that_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write(tmp_path, pl.DataFrame({"a": [1], "b": [2]}))[0] == 1
+    assert "no column user_id, item_id; found: 'a', 'b'" in capsys.readouterr().err
+    assert write(tmp_path, table(), pl.DataFrame({"sku": ["i1"]}))[0] == 1
+    assert "the ids stand in the column sku; name it item_id, as in the events" in capsys.readouterr().err
