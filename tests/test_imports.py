@@ -177,6 +177,7 @@ TRAINING_LEVELS = (
     "progress",
     "evaluation",
     "validation",
+    "new_model",
     "train",
     "graph_check",
     "bundle_writer",

@@ -124,7 +124,7 @@ class ShownLosses(nn.Module):
         return np.unique(self.exposures.items[np.repeat(used, np.diff(self.exposures.offsets))])
 
     def draw(self, batch: Batch) -> ShownSlates | None:
-        """Return up to `cascade_positions` slates of each window that were shown within it; None without any.
+        """Return up to `cascade_positions` slates of each window that were shown before its last event, or None.
 
         A slate reads the events of the window that are older. In a window that does not begin with the user's first
         event, it needs at least one of them.
@@ -133,7 +133,7 @@ class ShownLosses(nn.Module):
         user = batch.users.numpy() * self.span
         firsts = batch.firsts.numpy()
         low = np.searchsorted(self.keys, user + firsts + (firsts > 0))
-        count = np.searchsorted(self.keys, user + firsts + batch.lengths.numpy(), side="right") - low
+        count = np.searchsorted(self.keys, user + firsts + batch.lengths.numpy()) - low
         if not count.any():
             return None
         start = (torch.rand(len(count)).numpy() * count).astype(np.int64)

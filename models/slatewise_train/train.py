@@ -9,13 +9,15 @@ and `set` too, at a few positions of each sequence. There are two slates at each
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `rankers/families.py`, `evaluation/`.
+`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`, `checkpoint.py`,
+`evaluation/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +30,17 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
-from slatewise_train.config import Config, DataConfig, ModelConfig, TrainConfig, read_config
-from slatewise_train.data import Catalogue, Data, load_data, training_events
+from slatewise_train.config import Config, ModelConfig, TrainConfig, read_config
+from slatewise_train.data import Data, load_data, training_events
 from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.evaluation.trained import TrainingReport
 from slatewise_train.evaluation.verdict import training_warnings
-from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
+from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
-from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import ShownLosses
 from slatewise_train.slates import Slates, draw_slates, read_slates
@@ -46,34 +48,6 @@ from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
-
-
-def build_model(catalogue: Catalogue, config: DataConfig, model: ModelConfig) -> RankerModel:
-    """Build a new ranker for a catalogue. Raises ValueError if `[model]` is not a valid config of its family."""
-    known = np.ma.masked_invalid(catalogue.numeric[FIRST_ITEM:])
-    # A column without any number has no moments: mean 0, and the least standard deviation.
-    mean, std = (np.ma.filled(moment, 0.0) for moment in (known.mean(axis=0), known.std(axis=0)))
-    sized = model.sized(
-        items=len(catalogue.vocabulary.items) + FIRST_ITEM,
-        actions=len(catalogue.vocabulary.actions) + 1,
-        fields={name: len(values) + 1 for name, values in catalogue.vocabulary.fields.items()},
-        numeric=len(config.numeric),
-        heads=len(config.heads),
-    )
-    columns = families.ItemColumns(
-        {name: torch.from_numpy(values) for name, values in catalogue.field_values.items()},
-        torch.tensor(mean, dtype=torch.float32),
-        torch.tensor(np.maximum(std, 1e-3), dtype=torch.float32),
-    )
-    return families.build(model.family, sized, columns)
-
-
-@torch.no_grad()
-def scale_embeddings(model: RankerModel, std: float) -> None:
-    """Give new embeddings, which have a standard deviation of 1 / sqrt(width), another one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.mul_(std * module.embedding_dim**0.5)
 
 
 class Trainer:
@@ -89,6 +63,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
+        self.device = torch.device("cpu")
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
@@ -121,26 +96,29 @@ class Trainer:
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
-        hidden = (torch.rand(items.shape) < self.config.id_dropout) & (items >= FIRST_ITEM)
-        return torch.where(hidden.unsqueeze(-1), F.embedding(items, cold_item_vectors), F.embedding(items, table))
+        hidden = (torch.rand(items.shape, device=self.device) < self.config.id_dropout) & (items >= FIRST_ITEM)
+        return F.embedding(items + hidden * len(table), torch.cat([table, cold_item_vectors]))
 
-    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` at all positions. users: (B, T + 1, d) user vectors; table: (items, d)."""
-        # (B, T): position t predicts event t + 1
-        real = torch.arange(1, batch.items.shape[1]) <= batch.lengths[:, None]
-        rows = real.flatten().nonzero()[:, 0]  # (P,) positions
-        u = users[:, :-1].flatten(0, 1).index_select(0, rows)  # (P, d)
-        target = batch.items[:, 1:][real]  # (P,)
-        labels = batch.labels[:, 1:][real]  # (P, heads)
-        negatives = self.trained[torch.randint(len(self.trained), (self.config.negatives,))]
+    def draw_uniform(self) -> Tensor:
+        """Draw the negatives of the exit `dot`: (negatives,) rows of the catalogue."""
+        return self.trained[torch.randint(len(self.trained), (self.config.negatives,), device=self.device)]
+
+    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor, negatives: Tensor) -> Tensor:
+        """Return the loss of the exit `dot` at all positions.
+
+        users: (B, T, d) user vectors, before each event; table: (n, d); negatives: (negatives,) rows of the table.
+        """
+        t = users.shape[1]
+        rows = (torch.arange(t, device=self.device) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+        u = users.flatten(0, 1).index_select(0, rows)  # (P, d); position t predicts event t + 1
+        target = batch.items[:, 1 : t + 1].flatten()[rows]  # (P,)
+        labels = batch.labels[:, 1 : t + 1].flatten(0, 1)[rows]  # (P, heads)
         positive = (u * F.embedding(target, table)).sum(-1)  # (P,)
         sampled = F.embedding(negatives, table)  # (negatives, d)
-        same = target[:, None] == negatives  # (P, negatives)
-        loss = torch.zeros(())
+        loss = u.new_zeros((), dtype=torch.float32)
         for k in self.next_heads:
             scale = self.model.dot_scale[k]
-            others = ((u * scale) @ sampled.T).masked_fill(same, -torch.inf)
-            loss = loss + uniform_softmax(positive * scale, others)
+            loss = loss + shared_softmax(u * scale, positive * scale, sampled, target, negatives)
         if self.next_heads:  # these heads train the vectors; a label head then trains scale and bias alone
             positive = positive.detach()
         for k in self.label_heads if self.shown is None else ():  # shown slates have the labels
@@ -157,7 +135,7 @@ class Trainer:
     ) -> Tensor:
         """Return the loss of the exits `point` and `set` at S positions of each sequence.
 
-        history and users (B, T + 1, d): the encoded sequences; table and cold_item_vectors: (items, d).
+        history and users (B, T, d): the encoded sequences; table and cold_item_vectors: (items, d).
         """
         model = self.model
         slates = self.draw_slates(batch, users, table)
@@ -187,11 +165,21 @@ class Trainer:
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
         """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
-        table = self.model.item_table()
-        cold_item_vectors = self.model.cold_item_vectors(table)
-        vectors = self.id_dropout(batch.items, table, cold_item_vectors)
-        history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
-        loss = self.dot_loss(batch, users, table)
+        negatives = self.draw_uniform()
+        if cascade or self.shown is not None:
+            table = self.model.item_table()
+            cold_item_vectors = self.model.cold_item_vectors(table)
+        else:  # the batch has few items of a large catalogue: count the rows anew, the first two are the same
+            items = batch.items.flatten()
+            both = torch.cat([torch.full_like(items[:1], UNKNOWN_ITEM), items, negatives])
+            rows, places = both.unique(return_inverse=True)
+            batch = dataclasses.replace(batch, items=places[1 : len(items) + 1].view_as(batch.items))
+            negatives = places[len(items) + 1 :]
+            table, cold_item_vectors = self.model.item_vectors(rows)
+        before = (slice(None), slice(-1))  # the last event of a window is only predicted
+        vectors = self.id_dropout(batch.items[before], table, cold_item_vectors)
+        history, users = self.model.encode(self.model.tokens(vectors, batch.actions[before], batch.gaps[before]))
+        loss = self.dot_loss(batch, users, table, negatives)
         shown = None if self.shown is None else self.shown.draw(batch)
         if self.shown is not None and shown is not None:
             loss = loss + self.shown.dot_loss(self.model, shown, users, table)
@@ -206,16 +194,24 @@ class Trainer:
                 loss = loss + self.shown.cascade_loss(self.model, kept, some, users[rows], candidates, meta)
         return loss
 
+    def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
+        """Return the `loss` of a batch of windows (B, 3), in the precision of the config."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            return self.loss(make_batch(self.data.sequences, windows), cascade)
+
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
-
-        def loss(windows: np.ndarray) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                return self.loss(make_batch(self.data.sequences, windows), cascade)
-
         parameters = list(self.model.parameters())
-        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
+        mean = one_epoch(
+            self.config,
+            self.data,
+            self.epoch + 1,
+            self.optimizer,
+            parameters,
+            self.progress.rate,
+            lambda w: self.step_loss(w, cascade),
+        )
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM].clone()

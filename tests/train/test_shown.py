@@ -134,7 +134,7 @@ def test_drawn_slates_of_windows_equal_slow_reference(tmp_path: Path, seed: int)
         (r, int(e.history[s]) - first, tuple(e.items[e.offsets[s] : e.offsets[s + 1]].tolist()))
         for r, (u, first, end) in enumerate(windows)
         for s in np.intersect1d(np.flatnonzero(e.slate_users == u), training_slates(e, data.split.train_lengths))
-        if first + (first > 0) <= e.history[s] <= end
+        if first + (first > 0) <= e.history[s] < end
     }
     assert found == wanted and len(shown.rows) >= len(wanted) > 0
     part = shown.of(torch.tensor([2, 0]))
