@@ -102,7 +102,7 @@ def sample_line(sample: Mapping[str, int]) -> str:
 
 
 def quality_table(report: Mapping[str, Any]) -> str:
-    """Return Markdown of leave-one-out, held-out slates, and the difference between the exits `set` and `point`.
+    """Return Markdown of leave-one-out, held-out slates, the exits `set` minus `point`, and diversity.
 
     A table without a result is left out.
     """
@@ -126,6 +126,14 @@ def quality_table(report: Mapping[str, Any]) -> str:
         tables.append(markdown_table(columns, slates))
     if differences:
         tables.append(markdown_table(["`set` minus `point`, paired", "difference"], differences))
+    if diversity := report.get("diversity"):
+        lists = [
+            [name, interval_cell(row["ndcg10"]), interval_cell(row["distance"]), f"{row['coverage']:.1%}"]
+            for name, row in diversity.items()
+            if "distance" in row
+        ]
+        columns = ["the ten best of leave-one-out", "NDCG@10", "mean distance of two items", "share of the catalogue"]
+        tables.append(markdown_table(columns, lists))
     return "\n\n".join("\n".join(table) for table in tables)
 
 
