@@ -1,8 +1,9 @@
-"""Find the files of a table and scan them: Parquet and CSV; one file, a folder, or a pattern.
+"""Find the files of a table and scan them: Parquet, CSV and JSON lines; one file, a folder, or a pattern.
 
 Columns of CSV files are text. Nothing is converted here; `events.py` and `items.py` do that.
 
-Called by: `data.py`, `events.py`, `items.py`, `columns.py`. Calls: `faults.py`, for the line of a fault in a CSV file.
+Called by: `data.py`, `events.py`, `items.py`, `columns.py`. Calls: `faults.py`, for the line of a fault in a CSV file;
+`capture.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
 from slatewise_train.tables import faults
+from slatewise_train.tables.capture import read_json_lines
 
-SUPPORTED = "a table is .parquet, .csv or .tsv (the last two also as .gz or .zst)"
-SUFFIX = re.compile(r"\.(parquet|pq|parq|csv|tsv|tab|txt)(\.gz|\.gzip|\.zst|\.zstd)?$", re.IGNORECASE)
-PARQUET = ("parquet", "pq", "parq")
+SUPPORTED = "a table is .parquet, .csv or .tsv (the last two also as .gz or .zst), or .jsonl"
+SUFFIX = re.compile(r"\.(parquet|pq|parq|jsonl|csv|tsv|tab|txt)(\.gz|\.gzip|\.zst|\.zstd)?$", re.IGNORECASE)
+TYPED = ("parquet", "pq", "parq", "jsonl")
+JSON_LINES = ".jsonl"
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SEPARATORS = ",\t;|"
 FAULTS = (PolarsError, PanicException, OSError)
@@ -35,7 +38,7 @@ class TableFile:
     """One file of a table."""
 
     path: Path
-    separator: str | None  # of a CSV file; None: a Parquet file
+    separator: str | None  # of a CSV file; None: a file of another kind
     partition: dict[str, str | None]  # columns that the folders name, as in day=2026-01-31/part-0.parquet
 
     def __str__(self) -> str:
@@ -43,7 +46,9 @@ class TableFile:
 
     def scan(self) -> pl.LazyFrame:
         """Return all columns, those of the folders included."""
-        if self.separator is None:
+        if self.path.suffix.lower() == JSON_LINES:
+            frame = read_json_lines(self.path).lazy()
+        elif self.separator is None:
             frame = pl.scan_parquet(self.path, hive_partitioning=False, glob=False)
         else:
             frame = pl.scan_csv(self.path, infer_schema=False, separator=self.separator, glob=False)
@@ -77,10 +82,10 @@ def find_files(place: str, separator: str | None = None) -> list[TableFile]:
     kinds = {path: kind_of(path) for path in paths}
     if other := [path for path, kind in kinds.items() if kind is None]:
         raise ValueError(f"{other[0]}: not a known kind of file; {SUPPORTED}")
-    if len({kind == "parquet" for kind in kinds.values()}) > 1:
-        raise ValueError(f"{place}: has both Parquet and CSV files; keep one kind")
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"{place}: has files of several kinds, such as Parquet and CSV; keep one kind")
     return [
-        TableFile(path, None if kind == "parquet" else separator_of(path, separator), partition_of(path))
+        TableFile(path, separator_of(path, separator) if kind == "csv" else None, partition_of(path))
         for path, kind in kinds.items()
     ]
 
@@ -91,10 +96,12 @@ def is_data(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return "parquet", "csv", or None for another kind. Files without a suffix, as Hive writes them, tell by bytes."""
+    """Return "parquet", "csv", "jsonl", or None for another kind. Without a suffix, as Hive writes, the bytes tell."""
     if match := SUFFIX.search(path.name):
-        parquet = match[1].lower() in PARQUET
-        return "parquet" if parquet and not match[2] else None if parquet else "csv"
+        suffix = match[1].lower()
+        if suffix in TYPED:
+            return None if match[2] else "jsonl" if suffix == "jsonl" else "parquet"
+        return "csv"
     if path.suffix:
         return None
     with path.open("rb") as file:

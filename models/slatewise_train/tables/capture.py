@@ -1,0 +1,100 @@
+"""Read JSON lines: rows of a table, or requests that a server captured, whose histories and candidates become events.
+
+A capture has one request on each line, as `POST /rerank` takes it. It does not say what became of a slate. The later
+histories of the same user do: an event of one of its items within a day is taken from the latest such slate.
+
+Called by: `files.py`. Calls: `faults.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+from polars.exceptions import PanicException, PolarsError
+
+from slatewise_train.tables.faults import one_line
+
+DAY = 86_400.0
+SHOWN = "impression"
+TAKEN = "taken"  # the action of an event without one
+LISTS = {"item_ids": pl.List(pl.String), "actions": pl.List(pl.String), "timestamps": pl.List(pl.Float64)}
+SCHEMA = {
+    "user": pl.String,
+    "request_time": pl.Float64,
+    "history": pl.Struct(LISTS),
+    "candidates": pl.Struct({"item_ids": pl.List(pl.String)}),
+}
+
+
+def read_json_lines(path: Path) -> pl.DataFrame:
+    """Return the rows of a file. Raises ValueError for a line that is no JSON object, and for values of mixed types."""
+    try:
+        return capture_events(path) if is_capture(path) else pl.read_ndjson(path, infer_schema_length=None)
+    except (PolarsError, PanicException) as error:
+        with path.open("rb") as file:
+            for k, line in enumerate(file, 1):
+                try:
+                    wrong = bool(line.strip()) and not isinstance(json.loads(line), dict)
+                except (ValueError, RecursionError):
+                    wrong = True
+                if wrong:
+                    raise ValueError(f"{path}: line {k} is no JSON object; every line is one row") from None
+        raise ValueError(f"{path}: cannot be read as JSON lines: {one_line(error)}; give a column one type") from None
+
+
+def is_capture(path: Path) -> bool:
+    """Whether the first line of a file of JSON lines is a request, and not a row of a table."""
+    with path.open("rb") as file:
+        return b'"candidates"' in file.readline()
+
+
+def capture_events(path: Path) -> pl.DataFrame:
+    """Return user_id, item_id, timestamp, action and slate_id of captured requests, one row for each event once.
+
+    Candidates have the action `impression`. Requests without a user and events without a time are left out.
+    """
+    requests = pl.read_ndjson(path, schema=SCHEMA).with_row_index("line").filter(pl.col("user").is_not_null())
+    history = pl.col("history").struct
+    place = pl.int_ranges(history.field("item_ids").list.len())
+    events = (
+        requests.select(
+            "user",
+            place.alias("place"),
+            *(history.field(name) for name in LISTS),
+        )
+        .explode("place", empty_as_null=False)
+        .drop_nulls("place")
+        .select(
+            pl.col("user").alias("user_id"),
+            pl.col("item_ids").list.get(pl.col("place")).alias("item_id"),
+            pl.col("timestamps").list.get(pl.col("place"), null_on_oob=True).alias("timestamp"),
+            pl.col("actions").list.get(pl.col("place"), null_on_oob=True).fill_null(TAKEN).alias("action"),
+        )
+        .drop_nulls("timestamp")
+        .unique(maintain_order=True)
+        .sort("timestamp", maintain_order=True)
+    )
+    shown = (
+        requests.select(
+            pl.col("user").alias("user_id"),
+            pl.col("candidates").struct.field("item_ids").alias("item_id"),
+            pl.col("request_time").alias("timestamp"),
+            pl.lit(SHOWN).alias("action"),
+            pl.format("line-{}", pl.col("line") + 1).alias("slate_id"),
+        )
+        .explode("item_id", empty_as_null=False)
+        .drop_nulls(["item_id", "timestamp"])
+        .sort("timestamp", maintain_order=True)
+    )
+    events = events.join_asof(
+        shown.drop("action"),
+        on="timestamp",
+        by=["user_id", "item_id"],
+        strategy="backward",
+        tolerance=DAY,
+        allow_exact_matches=False,  # the request itself has events of its own time
+        check_sortedness=False,
+    )
+    return pl.concat([events, shown]).sort("timestamp", maintain_order=True)
