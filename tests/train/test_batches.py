@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.features import request_context
 from slatewise.inference.arrays import CONTEXT_SIZE, START_ITEM
 from slatewise_train.batches import Batch, Window, epoch_windows, make_batch
-from slatewise_train.data import Sequences
+from slatewise_train.data import Sequences, request_times
 
 
 def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
@@ -31,7 +31,7 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
             user, first, last
         )
         times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
-        contexts[row, 1 : n + 1] = request_context(times).T
+        contexts[row, 1 : n + 1] = request_context(request_times(times)).T
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users = np.array([user for user, _, _ in windows], np.int64)

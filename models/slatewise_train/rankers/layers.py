@@ -62,8 +62,8 @@ class Rotate(torch.autograd.Function):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x (B, H, T, D), cos and sin (T, D/2) or (B, 1, T, D/2) -> (B, H, T, D) float32."""
-    x = x.float()
+    """x (B, H, T, D), cos and sin (T, D/2) or (B, 1, T, D/2) -> (B, H, T, D), at least float32."""
+    x = x if x.dtype == torch.float64 else x.float()  # bfloat16 has too few digits for angles
     out = torch.empty_like(x)
     half = x.shape[-1] // 2
     left, right = x[..., :half], x[..., half:]
@@ -73,7 +73,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Apply rotary positions (RoFormer, arXiv 2104.09864): x (B, H, T, D) -> (B, H, T, D) float32.
+    """Apply rotary positions (RoFormer, arXiv 2104.09864): x (B, H, T, D) -> (B, H, T, D), at least float32.
 
     Rotates the pair (i, i + D/2) by the angle position * 10000^(-2i/D). positions: (T,) or (B, T).
     """

@@ -112,12 +112,13 @@ class Block(nn.Module):
             query, key = rotate(query, positions), rotate(key, positions)
         return self.update(x, query, key, value, mask, causal), (key, value)
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """Apply the block: x (B, N, d) attends to key and value of K positions of a sequence. Returns (B, N, d).
 
         mask: (B or 1, 1, N, K), True for the positions that may be read.
         """
-        query = rotate(self.split(self.query(self.attention_norm(x)), self.heads), positions)
+        query = self.split(self.query(self.attention_norm(x)), self.heads)
+        query = query if positions is None else rotate(query, positions)
         return self.update(x, query, key, value, mask, causal=False)
 
     def update(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
