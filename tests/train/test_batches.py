@@ -24,14 +24,18 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
     labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
     contexts = np.zeros((*shape, CONTEXT_SIZE), np.float32)
     items[:, 0] = START_ITEM
+    starts = [sequences.offsets[user] for user, _, _ in windows]
+    spans = zip(starts, windows, strict=True)
+    times = np.concatenate([sequences.timestamps[start + first : start + last] for start, (_, first, last) in spans])
+    times = request_times(times)  # missing times of a batch get times of their own
     for row, (user, first, last) in enumerate(windows):
         n = last - first
         window = slice(1, n + 1)
         items[row, window], actions[row, window], gaps[row, window], labels[row, window] = sequences.of(
             user, first, last
         )
-        times = sequences.timestamps[sequences.offsets[user] + first : sequences.offsets[user] + last]
-        contexts[row, 1 : n + 1] = request_context(request_times(times)).T
+        contexts[row, 1 : n + 1] = request_context(times[:n]).T
+        times = times[n:]
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users = np.array([user for user, _, _ in windows], np.int64)
