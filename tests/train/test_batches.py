@@ -39,7 +39,8 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users = np.array([user for user, _, _ in windows], np.int64)
-    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts)))
+    firsts = np.array([first for _, first, _ in windows], np.int64)
+    return Batch(*map(torch.from_numpy, (users, firsts, lengths, items, actions, gaps, labels, contexts)))
 
 
 def slow_windows(
