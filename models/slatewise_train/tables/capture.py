@@ -22,10 +22,10 @@ TAKEN = "taken"  # the action of an event without one
 LISTS = {"item_ids": pl.List(pl.String), "actions": pl.List(pl.String), "timestamps": pl.List(pl.Float64)}
 SCHEMA = pl.Schema(
     {
-        "user": pl.String,
-        "request_time": pl.Float64,
+        "user": pl.String(),
+        "request_time": pl.Float64(),
         "history": pl.Struct(LISTS),
-        "candidates": pl.Struct({"item_ids": pl.List(pl.String)}),
+        "candidates": pl.Struct({"item_ids": pl.List(pl.String())}),
     }
 )
 
