@@ -137,6 +137,8 @@ FAILURES_OF_COMMANDS = {
     "push": (str(BUNDLE), *UNREACHABLE),
     "store": ("status", str(BUNDLE), *UNREACHABLE),
     "check-bundle": ("missing",),
+    "init": ("missing.csv",),
+    "validate": ("missing.toml",),
     "train": ("missing.toml",),
     "limaml": ("missing.toml",),
     "refresh": (str(BUNDLE), "missing.parquet", *UNREACHABLE),

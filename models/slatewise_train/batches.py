@@ -45,13 +45,13 @@ class Batch:
     """A batch of windows, padded on the right. Column 0 is the start token."""
 
     users: Tensor  # (B,) int64
+    firsts: Tensor  # (B,) int64, events of the user before the window
     lengths: Tensor  # (B,) int64, events without the start token
     items: Tensor  # (B, T + 1) int64
     actions: Tensor  # (B, T + 1) int64
     gaps: Tensor  # (B, T + 1) int64
     labels: Tensor  # (B, T + 1, heads) float32, NaN if unknown or padding
     contexts: Tensor  # (B, T + 1, 4) float32, for a request right after this event
-    firsts: Tensor  # (B,) int64, the user's events before the window
 
     def take(self, rows: Tensor) -> Batch:
         return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
@@ -83,7 +83,7 @@ def make_batch(sequences: Sequences, windows: Windows) -> Batch:
     contexts = padded(request_context(request_times(times)).T, 0)
     contexts[:, 0] = contexts[:, min(1, longest)]
     columns = padded(sequences.actions[rows], 0), padded(gaps, 0), padded(sequences.labels[rows], np.nan)
-    return Batch(*map(torch.from_numpy, (user.copy(), lengths, items, *columns, contexts, first.copy())))
+    return Batch(*map(torch.from_numpy, (user.copy(), first.copy(), lengths, items, *columns, contexts)))
 
 
 def epoch_windows(

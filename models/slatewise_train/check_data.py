@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 
 from slatewise_train.config import Config, read_config
-from slatewise_train.data import Data, assemble, split_sequences
-from slatewise_train.defaults import choose_split, choose_training
+from slatewise_train.data import Data, assemble, split_data
+from slatewise_train.defaults import choose_training
 from slatewise_train.tables.events import DUPLICATE, LABEL, read_events
 from slatewise_train.tables.files import find_files, names_of
 from slatewise_train.tables.history import history_rows
@@ -56,8 +56,7 @@ def describe(config: Config) -> Iterator[str]:
     for reason, count in bad_items.items():
         yield f"           {reason}: {count:,}"
     catalogue, sequences, exposures = assemble(events, history, items, config.data)
-    chosen = choose_split(config.data, config.stated, sequences, exposures is not None)
-    split = split_sequences(sequences, chosen)
+    chosen, split = split_data(sequences, exposures, config.data, config.stated)
     data = Data(chosen, catalogue, sequences, split, bad, exposures)
     yield from lengths(data)
     yield from coverage(data, len(items), config)
@@ -65,8 +64,7 @@ def describe(config: Config) -> Iterator[str]:
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     yield from split_lines(data)
-    shown = exposures is not None
-    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items), shown)  # prints the chosen values
+    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items))  # prints the values that it chooses
 
 
 def files_of(place: str) -> str:

@@ -113,10 +113,10 @@ class TrainConfig:
     cascade_draw: str = choice("uniform", "uniform", "log")
     # at each position: half uniform, half by the softmax of the exit `dot`
     cascade_negatives: int = number(44, least=1, most=100_000)
-    # of slates, beside the cross-entropy of heads of kind `label`: for the exits `point` and `set`
+    # of slates with labels, for the exits `point` and `set`: a list-wise loss beside the binary cross-entropy
     slate_loss: str = choice("bce", "bce", "softmax", "neural_ndcg", "lambda")
-    position_bias: bool = False  # learn a term for the position in a shown slate, in training alone
-    # labels of 1 at rank r of a shown slate have the weight r ** power; 0: no weights
+    position_bias: bool = False  # a learned logit for each position of a shown slate, left out of the export
+    # a chosen item at position r of a shown slate counts r ** power times; 0: once
     propensity_power: float = number(0.0, least=0, most=4)
     # share of items that are replaced by the unknown item, which trains its row
     id_dropout: float = number(0.02, least=0, most=0.9)

@@ -11,6 +11,7 @@ Called by: every command that reads training data or a bundle's demo users. Call
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
 from slatewise_train.config import DataConfig, TablesConfig
 from slatewise_train.defaults import choose_split
-from slatewise_train.exposures import Exposures, add_action_labels, build_exposures
+from slatewise_train.exposures import Exposures, add_action_labels, build_exposures, first_held_out, whole_slates
 from slatewise_train.split import Split as Split  # for the callers of this module
 from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
@@ -229,6 +230,34 @@ def assemble(
     return catalogue, sequences, exposures
 
 
+def split_data(
+    sequences: Sequences, exposures: Exposures | None, config: DataConfig, stated: frozenset[str] | None
+) -> tuple[DataConfig, Split]:
+    """Choose what the TOML leaves out of `[split]`, and split the sequences.
+
+    With slates that users were shown, a held-out event holds out the slate that it was chosen from, and no further
+    events are held out for slates. The slate users are then all users with a held-out slate, but those who validate.
+    """
+    if exposures is None:
+        config = choose_split(config, stated, sequences)
+        return config, split_sequences(sequences, config)
+    config = choose_split(
+        dataclasses.replace(config, slate_size=1), stated and stated | {"split.slate_size"}, sequences
+    )
+    split = split_sequences(sequences, config)
+    lengths = whole_slates(exposures, split.train_lengths)
+    able = np.flatnonzero(first_held_out(exposures, np.arange(len(sequences)), lengths) >= 0)
+    validation = np.intersect1d(np.union1d(split.validation_users, split.next_users), able)
+    others = np.setdiff1d(able, np.concatenate([validation, split.held_out_users]))
+    return config, dataclasses.replace(
+        split,
+        train_lengths=lengths,
+        slate_users=others,
+        validation_users=validation,
+        next_users=split.next_users[lengths[split.next_users] > 0],
+    )
+
+
 def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
     """Read the tables and split them. Raises OSError or ValueError for files that are not such tables.
 
@@ -246,8 +275,7 @@ def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] |
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
     catalogue, sequences, exposures = assemble(events, is_history, items, config)
-    config = choose_split(config, stated, sequences, exposures is not None)
-    split = split_sequences(sequences, config)
+    config, split = split_data(sequences, exposures, config, stated)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     count_popularity(catalogue, sequences, split, config)

@@ -30,24 +30,20 @@ MANY_ITEMS = 2_000
 STEPS = 175  # of an epoch. Fewer, larger batches need more epochs; embeddings move once in a step
 SMALLEST_BATCH = 512  # events
 LARGEST_BATCH = 8_192
+LEAST_USERS = 16  # of a batch, for histories of the median length
 RATE = 0.002  # learning rate of Adam for batches of RATE_BATCH events
 RATE_BATCH = 1_024
 MOST_SEEN = 40_000_000  # events of a whole run: about an hour on two cores
 EMBEDDING_STD = 0.0127
 
 
-def choose_split(
-    config: DataConfig, stated: frozenset[str] | None, sequences: Histories, shown: bool = False
-) -> DataConfig:
-    """Return the config with the keys of `[split]` that the TOML leaves out.
-
-    stated: as in `Config`; None: all. shown: whether the tables have slates that users were shown.
-    """
+def choose_split(config: DataConfig, stated: frozenset[str] | None, sequences: Histories) -> DataConfig:
+    """Return the config with the keys of `[split]` that the TOML leaves out. stated: as in `Config`; None: all."""
     known, lengths = known_events(sequences, config)
     able = int((known >= LEAST_TO_VALIDATE).sum())
     chosen: Chosen = {}
     if stated is not None:
-        labels = shown or any(head.kind == "label" for head in config.heads)
+        labels = any(head.kind == "label" for head in config.heads)
         # The window holds 99 % of the histories; the rest are cut. Powers of two keep the cache's windows aligned.
         q99 = float(np.quantile(lengths, 0.99)) if len(lengths) else 1.0
         window = int(np.clip(2 ** np.ceil(np.log2(max(q99, 1.0))), SHORTEST_WINDOW, LONGEST_WINDOW))
@@ -73,11 +69,10 @@ def choose_split(
     return config
 
 
-def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool = False) -> Config:
+def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
     """Return the config with the keys of `[model]` and `[train]` that the TOML leaves out.
 
-    lengths: (U,) training events of each user; items: number of items; shown: whether the tables have slates that users
-    were shown.
+    lengths: (U,) training events of each user; items: number of items.
     """
     events = int(lengths.sum())
     median = float(np.median(lengths[lengths > 0]))
@@ -91,14 +86,12 @@ def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool
         # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
         model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
-        reason = (
-            "the slates that were shown" if shown else "a head of kind label" if labels else "no head of kind label"
-        )
-        model["set_blocks"] = (1 if labels or shown else 0, reason)
+        model["set_blocks"] = (1 if labels else 0, "a head of kind label" if labels else "no head of kind label")
     shape = dict(config.model.shape)
     say("model", {k: v for k, v in model.items() if k not in shape})
     shape = {k: v for k, (v, _) in model.items()} | shape
-    batch = int(np.clip(2 ** round(np.log2(max(1, events) / STEPS)), SMALLEST_BATCH, LARGEST_BATCH))
+    least = max(SMALLEST_BATCH, 2 ** int(np.ceil(np.log2(LEAST_USERS * median))))
+    batch = min(max(2 ** round(np.log2(max(1, events) / STEPS)), least), LARGEST_BATCH)
     batch = config.train.batch_events if "train.batch_events" in config.stated else batch
     epochs = int(np.clip(MOST_SEEN // max(1, events), 10, 200))
     epochs = config.train.epochs if "train.epochs" in config.stated else epochs

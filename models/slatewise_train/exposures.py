@@ -165,7 +165,7 @@ def arrange(
         .with_row_index("number")
     )
     rows = rows.join(slates.select(*KEY, "number"), on=KEY).sort("number", "position", "row", nulls_last=True)
-    owners = slates["user"].to_numpy(writable=True)
+    owners = slates["user"].to_numpy()
     past = is_history.to_numpy()
     ranks = time_ranks(events).to_numpy()
     step = int(ranks.max()) + 1  # user * step + rank: sorted by user, then by time
@@ -179,12 +179,28 @@ def arrange(
         slate_users=owners,
         history=np.searchsorted(happened, owners * step + slates["first"].to_numpy()) - begin,
         ends=np.searchsorted(happened, owners * step + slates["last"].to_numpy(), side="right") - begin,
-        times=slates["time"].to_numpy(writable=True),
+        times=slates["time"].to_numpy(),
         offsets=np.concatenate([[0], np.cumsum(slates["length"].to_numpy().astype(np.int64))]),
-        items=rows["item"].to_numpy(writable=True),
-        positions=rows["position"].fill_null(0).to_numpy(writable=True),
+        items=rows["item"].to_numpy(),
+        positions=rows["position"].fill_null(0).to_numpy(),
         labels=labels,
     )
+
+
+def whole_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarray:
+    """Return lengths (U,) of training events that cut no slate: each has all of its chosen items, or none.
+
+    An event that was chosen from the slate of a held-out event is held out with it. Its slate could not be measured
+    otherwise, because training would know one of its items. A user who would keep no event keeps all, and such a slate
+    is then in no set.
+    """
+    lengths = train_lengths.copy()
+    while True:
+        limit = lengths[exposures.slate_users]
+        cut = (exposures.history < limit) & (exposures.ends > limit)
+        if not cut.any():
+            return np.where(lengths > 0, lengths, train_lengths)
+        np.minimum.at(lengths, exposures.slate_users[cut], exposures.history[cut])
 
 
 def training_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarray:
@@ -197,15 +213,8 @@ def training_slates(exposures: Exposures, train_lengths: np.ndarray) -> np.ndarr
     return np.flatnonzero((exposures.history < limit) & (exposures.ends <= limit))
 
 
-def held_out_slates(
-    exposures: Exposures, users: np.ndarray, train_lengths: np.ndarray, before: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the slates of some users (n,) after their training events, in order.
-
-    before: (U,) events before the test event of each user, or 0. Slates that end after these events are left out.
-    """
-    after = exposures.history >= train_lengths[exposures.slate_users]
-    if before is not None:
-        limit = before[exposures.slate_users]
-        after &= (limit == 0) | (exposures.ends <= limit)
-    return np.flatnonzero(after & np.isin(exposures.slate_users, users))
+def first_held_out(exposures: Exposures, users: np.ndarray, train_lengths: np.ndarray) -> np.ndarray:
+    """Return the first slate of each user after the training events: (n,), -1 without one. train_lengths: (U,)."""
+    slates = np.flatnonzero(exposures.history >= train_lengths[exposures.slate_users])
+    found = np.append(slates, -1)[np.searchsorted(exposures.slate_users[slates], users)]
+    return np.where((found >= 0) & (exposures.slate_users[found] == users), found, -1)

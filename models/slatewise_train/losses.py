@@ -8,17 +8,65 @@ Called by: `train.py`, `meta/tasks.py`, `compression/distill.py`. Calls: torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CHUNK_LOGITS = 1 << 17  # half a megabyte, a part of a core's second-level cache
+LEAST_LOGIT = -1e30
+TINY = 1e-38
 
-def uniform_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
-    """Return the softmax cross-entropy with uniform negatives: positive (P,), negatives (P, K) -> (), mean over rows.
 
-    Set a negative that equals the positive item to -inf. Uniform sampling needs no correction: its rate is a constant.
+class SharedSoftmax(torch.autograd.Function):
+    """`shared_softmax` in chunks of positions that fit a core's cache, with the gradients in the same pass.
+
+    Three passes of exp and memory for all P * K logits become one; no tensor of that size outlives a chunk.
     """
-    return F.softplus(torch.logsumexp(negatives, dim=1) - positive).mean()
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, positive: Tensor, sampled: Tensor, target: Tensor, negatives: Tensor
+    ) -> Tensor:
+        total = positive.new_zeros((), dtype=torch.float32)
+        slopes = [torch.zeros_like(value, dtype=torch.float32) for value in (users, positive, sampled)]
+        chunk = max(1, CHUNK_LOGITS // len(negatives)) if users.device.type == "cpu" else max(1, len(users))
+        for first in range(0, len(users), chunk):
+            part = slice(first, first + chunk)
+            logits = (users[part] @ sampled.T).float()
+            logits.masked_fill_(target[part, None] == negatives, -torch.inf)
+            most = logits.amax(1, keepdim=True).clamp(min=LEAST_LOGIT)  # all of them may be the positive item
+            shares = logits.sub_(most).exp_()
+            sums = shares.sum(1)
+            excess = most[:, 0] + sums.log() - positive[part]  # (rows,)
+            total += F.softplus(excess).sum()
+            slope = torch.sigmoid(excess) / len(users)
+            shares.mul_((slope / sums.clamp(min=TINY))[:, None])
+            slopes[0][part] = shares @ sampled
+            slopes[1][part] = -slope
+            slopes[2] += shares.T @ users[part]
+        ctx.save_for_backward(*slopes)
+        ctx.dtypes = users.dtype, positive.dtype, sampled.dtype
+        return total / max(1, len(users))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*((slope * gradients[0]).to(dtype) for slope, dtype in slopes), None, None)
+
+
+def shared_softmax(users: Tensor, positive: Tensor, sampled: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
+    """Return the softmax cross-entropy of P positions with shared uniform negatives -> (), mean over positions.
+
+    Uniform sampling needs no correction: its rate is a constant. A negative that is the position's own item is left
+    out. A position without any other negative has the loss 0.
+
+    users: (P, d), multiplied by the head's scale; positive: (P,) logits of the next items; sampled: (K, d) vectors of
+    the negatives; target: (P,) and negatives: (K,), item rows.
+    """
+    loss: Tensor = SharedSoftmax.apply(users, positive, sampled, target, negatives)
+    return loss
 
 
 def sampling_offset(log_rate: Tensor, same: Tensor) -> Tensor:
@@ -49,7 +97,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean binary cross-entropy over the known labels, or 0 if all are NaN. Both tensors have one shape."""
     known = ~labels.isnan()
     if not known.any():
-        return torch.zeros(())
+        return logits.new_zeros(())
     return F.binary_cross_entropy_with_logits(logits[known], labels[known])
 
 

@@ -1,6 +1,6 @@
-"""Build a new ranker for a catalogue.
+"""Build a new ranker for a catalogue, with random weights.
 
-Called by: `train.py`. Calls: `config.py`, `rankers/families.py`.
+Called by: `train.py`, and the tests. Calls: `rankers/families.py`.
 """
 
 from __future__ import annotations

@@ -1,20 +1,17 @@
-"""Train on the slates that users were shown: find them in a batch, and compute their losses.
+"""Train on slates that users were shown: draw them for a batch, and compute their losses.
 
-A slate stands at the position of its window where the user had `Exposures.history` events. Its other items are true
-negatives. A head of kind `next` learns which item was taken from the softmax of the slate, beside the sampled negatives
-of `train.py`. A head of kind `label` learns from the slates alone: events of the history are mostly items that were
-taken, so their labels are not those of the items that are ranked.
+An item that was shown and not chosen is a negative of heads of kind `next`, and has the label 0 of these heads. Three
+things can be added to the losses of these slates; none of them is part of the ranker that is exported:
 
-Two corrections for the place of an item in its slate, both off by default and both absent from the exported ranker:
-
-- `position_bias`: a learned term per place is added to the logits while training, so that they need not explain it.
-- `propensity_power`: labels of 1 have the weight rank ** power, at most 20, over its mean. If an item at rank r is seen
-  with probability r ** -power, the weighted list-wise loss of the clicks is, up to a factor, the expected loss of the
-  labels that every seen item would get (Joachims et al., WSDM 2017). The weighted cross-entropy is not unbiased.
+- `slate_loss` in [train]: a list-wise loss of the exits `point` and `set`, beside the binary cross-entropy, which
+  keeps the probabilities calibrated.
+- `position_bias`: a learned logit for each position, the chance that users look there (Guo et al., PAL, RecSys 2019).
+- `propensity_power`: a positive label at position r counts r ** power times, the inverse of the chance that users look
+  there (Joachims et al., WSDM 2017). The binary cross-entropy then is that of Saito et al., WSDM 2020.
 
 Called by: `train.py`. Calls: `exposures.py`, `slates.py`, `losses.py`, `listwise.py`.
 
-Letters in shapes: B windows, T the longest window, S slates of a window, N slates, C items of the longest, d width.
+Letters in shapes: R slates of a batch, C items of the longest slate, d width.
 """
 
 from __future__ import annotations
@@ -24,256 +21,201 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slatewise.bundle.features import request_context
+from slatewise.inference.arrays import UNKNOWN_ITEM
+from slatewise_train import listwise
 from slatewise_train.batches import Batch
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data, request_times
-from slatewise_train.exposures import Exposures, training_slates
-from slatewise_train.listwise import SLATE_LOSSES, has_order
-from slatewise_train.losses import label_losses
+from slatewise_train.exposures import training_slates
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import MISSING_NUMERIC, Slates, read_slates
 
-BCE = "bce"
-SINGLE_PLACES = 16  # places with a term of their own; later ones share a term, four for every doubling
-PLACES = SINGLE_PLACES + 24  # terms: up to 1,024 places; 0 is the unknown place
-MOST_WEIGHT = 20.0
-MOST_ITEMS = 65_536  # of the slates of a batch, padding included, for each of the two losses
+ListLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LIST_LOSSES: dict[str, ListLoss] = {
+    "softmax": listwise.slate_softmax,
+    "neural_ndcg": listwise.neural_ndcg,
+    "lambda": listwise.lambda_loss,
+}
+OWN_POSITIONS = 16  # positions with a bias of their own; behind them, every quarter of a doubling has one
+BUCKETS = 40
+MOST_WEIGHT = 100.0  # of a positive label: a click at a rare place must not outweigh all others
 
 
-def place_buckets(positions: Tensor) -> Tensor:
-    """Return the term of each position, 0 for an unknown position: int64 of any shape -> the same shape."""
-    later = SINGLE_PLACES + 1 + (4 * torch.log2(positions.clamp(min=1) / SINGLE_PLACES)).floor().long()
-    return torch.where(positions <= SINGLE_PLACES, positions, later.clamp(max=PLACES - 1))
+def position_buckets(positions: Tensor) -> Tensor:
+    """Return buckets of positions from 1 on, of the same shape; 0 is unknown. 300 is in bucket 32."""
+    far = OWN_POSITIONS + (4 * torch.log2(positions.clamp(min=1) / OWN_POSITIONS)).floor().long()
+    return torch.where(positions <= OWN_POSITIONS, positions, far).clamp(max=BUCKETS - 1)
 
 
-def propensity_weights(positions: Tensor, power: float) -> Tensor:
-    """Return the weights rank ** power of labels of 1, at most 20: int64 of any shape -> float32, 1 if unknown."""
-    return positions.clamp(min=1).float().pow(power).clamp(max=MOST_WEIGHT)
+def list_loss(name: str, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean list-wise loss of slates: scores, labels, weights (R, C); labels NaN if unknown or padding -> ().
+
+    weights: of positive labels. A slate counts as much as its positive labels do on average.
+    """
+    mask = ~labels.isnan()
+    chosen = labels.nan_to_num()
+    slate_weight = (chosen * weights).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
+    return (LIST_LOSSES[name](scores, chosen * weights, mask) * slate_weight).mean()
 
 
-def slate_loss(kind: str, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return a list-wise loss -> (): the mean over the slates with both labels, or with weights over their labels of 1.
+def weighted_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the binary cross-entropy with labels that are weighted by their inverse propensity: all (R, C) -> ().
 
-    kind: a key of `SLATE_LOSSES`; scores, labels: (N, C), NaN if unknown or padding; weights: (N, C) of labels of 1.
+    The label of a chosen item is its weight, so that its mean is the probability after a look at the item (Saito et
+    al., equation 9). Unknown labels are NaN.
     """
     known = ~labels.isnan()
-    liked = labels.nan_to_num()
-    ordered = has_order(liked, known)
-    if weights is None:
-        return SLATE_LOSSES[kind](scores, liked, known).sum() / ordered.sum().clamp(min=1)
-    gain = liked * weights
-    # A list-wise loss does not change with the scale of a slate's gains, so the sum of the weights multiplies it.
-    losses = gain.sum(1) * SLATE_LOSSES[kind](scores, gain, known)
-    return losses.where(ordered, 0.0).sum() / liked[ordered].sum().clamp(min=1)
+    if not known.any():
+        return logits.new_zeros(())
+    return (F.softplus(logits[known]) - (labels * weights)[known] * logits[known]).mean()
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Slates of any shape (...), padded on the right."""
-
-    items: Tensor  # (..., C) int64, item rows; the unknown item for padding
-    exists: Tensor  # (..., C) bool, False for padding
-    labels: Tensor  # (..., C, heads) float32, NaN if unknown or padding
-    positions: Tensor  # (..., C) int64, 0 if unknown
-
-    def pick(self, rows: Tensor) -> Shown:
-        return Shown(self.items[rows], self.exists[rows], self.labels[rows], self.positions[rows])
-
-
 class ShownSlates:
-    """The slates of a data set that training may use, and their losses. See `shown_slates`."""
+    """R slates of a batch, padded to C items."""
 
-    def __init__(self, data: Data, exposures: Exposures, config: TrainConfig) -> None:
+    rows: Tensor  # (R,) int64, the row of the batch
+    slates: Slates  # candidates (R, 1, C) without drawn negatives
+    weights: Tensor  # (R, C) float32 of positive labels
+    buckets: Tensor  # (R, C) int64 of positions
+
+    @property
+    def labels(self) -> Tensor:
+        return self.slates.labels[:, 0]  # (R, C, heads), NaN if unknown or padding
+
+    def of(self, batch_rows: Tensor) -> ShownSlates | None:
+        """Return the slates of some rows of the batch (n,), numbered as in that selection; None without any."""
+        place = torch.full((int(max(self.rows.max(), batch_rows.max())) + 1,), -1)
+        place[batch_rows] = torch.arange(len(batch_rows))
+        kept = (place[self.rows] >= 0).nonzero()[:, 0]
+        if not len(kept):
+            return None
+        s = self.slates
+        part = Slates(*(x[kept] for x in (s.read, s.candidates, s.numeric, s.context, s.exists, s.labels, s.log_rate)))
+        return ShownSlates(place[self.rows[kept]], part, self.weights[kept], self.buckets[kept])
+
+
+class ShownLosses(nn.Module):
+    """The training slates of the data, and their losses. The position bias is its only weight."""
+
+    def __init__(self, data: Data, config: TrainConfig) -> None:
+        super().__init__()
+        exposures = data.exposures
+        assert exposures is not None
         self.config = config
+        self.exposures = exposures
+        self.heads = data.config.heads
+        self.numeric = data.catalogue.numeric
         self.slates = training_slates(exposures, data.split.train_lengths)
-        self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
-        self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
-        self.numeric = torch.from_numpy(data.catalogue.numeric)
-        self.users, self.history, self.offsets = (
-            torch.from_numpy(column) for column in (exposures.slate_users, exposures.history, exposures.offsets)
-        )
-        self.items, self.positions, self.labels = (
-            torch.from_numpy(column) for column in (exposures.items, exposures.positions, exposures.labels)
-        )
-        self.contexts = torch.from_numpy(request_context(request_times(exposures.times)).T.copy())
-        self.step = int(exposures.history.max(initial=0)) + 2
-        self.keys = torch.from_numpy(exposures.slate_users * self.step + exposures.history)[self.slates]  # ascending
-        self.rows = np.repeat(np.isin(np.arange(len(exposures)), self.slates), np.diff(exposures.offsets))
-        self.mean_weights = self.mean_weight_of_heads()
-        self.place: torch.nn.Embedding | None = None
-        if config.position_bias:
-            self.place = torch.nn.Embedding(PLACES, len(data.config.heads), padding_idx=0)
-            torch.nn.init.zeros_(self.place.weight)
-
-    def mean_weight_of_heads(self) -> Tensor:
-        """Return the mean propensity weight of the labels of 1 in the training slates: (heads,)."""
-        rows = torch.from_numpy(self.rows)
-        liked = self.labels[rows] == 1
-        weights = propensity_weights(self.positions[rows], self.config.propensity_power)[:, None]
-        return ((weights * liked).sum(0) / liked.sum(0).clamp(min=1)).where(liked.any(0), torch.ones(()))
+        self.span = 1 + int(exposures.history.max(initial=0)) + int(data.split.train_lengths.max(initial=0))
+        self.keys = exposures.slate_users[self.slates] * self.span + exposures.history[self.slates]
+        self.times = request_times(exposures.times)
+        self.position_bias = nn.Parameter(torch.zeros(BUCKETS, len(self.heads)))
+        self.position_bias.requires_grad_(config.position_bias)
 
     def trained_items(self) -> np.ndarray:
-        """Return the item rows of the training slates (n,), ascending."""
-        return np.unique(self.items.numpy()[self.rows])
+        """Return the item rows of the training slates, ascending."""
+        used = np.zeros(len(self.exposures), bool)
+        used[self.slates] = True
+        return np.unique(self.exposures.items[np.repeat(used, np.diff(self.exposures.offsets))])
 
-    def found_in(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return first and one past the last of the slates of each window, as places in `slates`: (B,), (B,)."""
-        begin = batch.users * self.step + batch.firsts
-        return torch.searchsorted(self.keys, begin), torch.searchsorted(self.keys, begin + batch.lengths, right=True)
+    def draw(self, batch: Batch) -> ShownSlates | None:
+        """Return up to `cascade_positions` slates of each window that were shown before its last event, or None.
 
-    def take(self, slates: Tensor) -> Shown:
-        """Look up slates by number: (...) -> padded to the longest of them."""
-        lengths = self.offsets[slates + 1] - self.offsets[slates]
-        column = torch.arange(int(lengths.max()))
-        exists = column < lengths[..., None]
-        rows = (self.offsets[slates][..., None] + column).masked_fill(~exists, 0)
-        return Shown(
-            self.items[rows].masked_fill(~exists, 0),
-            exists,
-            self.labels[rows].masked_fill(~exists[..., None], torch.nan),
-            self.positions[rows].masked_fill(~exists, 0),
-        )
-
-    def all_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return window and number (N,) of the slates in a batch, or of a random part if they are too many."""
-        first, last = self.found_in(batch)
-        count = last - first
-        windows = torch.arange(len(count)).repeat_interleave(count)
-        places = torch.arange(len(windows)) - (count.cumsum(0) - count)[windows] + first[windows]
-        slates = torch.from_numpy(self.slates)[places]
-        if not len(slates):
-            return windows, slates
-        longest = int((self.offsets[slates + 1] - self.offsets[slates]).max())
-        if len(slates) * longest > MOST_ITEMS:
-            some = torch.randperm(len(slates))[: max(1, MOST_ITEMS // longest)]
-            windows, slates = windows[some], slates[some]
-        return windows, slates
-
-    def draw(self, batch: Batch, count: int) -> Tensor:
-        """Draw slates of each window, spread over the window: (B, count), -1 where a window has fewer."""
-        first, last = self.found_in(batch)
-        n = (last - first)[:, None]
-        k = torch.arange(count)
-        spread = ((k + torch.rand(len(n), count)) * n / count).long().minimum(n - 1)
-        places = first[:, None] + torch.where(n > count, spread, k)
-        slates = torch.from_numpy(self.slates)[places.clamp(max=len(self.slates) - 1)]
-        return slates.masked_fill(k >= n, -1)
-
-    def loss(self, logits: Tensor, shown: Shown, heads: list[int], listwise: str) -> Tensor:
-        """Return the losses of some heads, summed -> (): logits (N, C, heads).
-
-        listwise: the list-wise loss of every head, or "bce" for that of heads of kind `next` alone, the softmax. Heads
-        of kind `label` have the cross-entropy too, which keeps their logits those of probabilities.
+        A slate reads the events of the window that are older. In a window that does not begin with the user's first
+        event, it needs at least one of them.
         """
-        if self.place is not None:
-            logits = logits + self.place(place_buckets(shown.positions))
-        total = logits.new_zeros(())
-        for h in heads:
-            labels = shown.labels[..., h]
-            weights = None
-            if self.config.propensity_power:
-                weights = propensity_weights(shown.positions, self.config.propensity_power) / self.mean_weights[h]
-                weights = weights.where(shown.positions > 0, 1.0)
-            if h in self.label_heads:
-                losses = label_losses(logits[..., h], labels)
-                losses = losses if weights is None else losses * weights.where(labels == 1, 1.0)
-                total = total + losses.sum() / (~labels.isnan()).sum().clamp(min=1)
-            kind = "softmax" if listwise == BCE else listwise
-            if listwise != BCE or h in self.next_heads:
-                total = total + slate_loss(kind, logits[..., h], labels, weights)
-        return total
+        most = self.config.cascade_positions
+        user = batch.users.numpy() * self.span
+        firsts = batch.firsts.numpy()
+        low = np.searchsorted(self.keys, user + firsts + (firsts > 0))
+        count = np.searchsorted(self.keys, user + firsts + batch.lengths.numpy()) - low
+        if not count.any():
+            return None
+        start = (torch.rand(len(count)).numpy() * count).astype(np.int64)
+        step = np.arange(most) * np.maximum(count, most)[:, None] // most  # without repetition
+        spread = (start[:, None] + step) % np.maximum(count, 1)[:, None]
+        rows, place = np.nonzero(np.arange(most) < count[:, None])
+        slates = self.slates[low[rows] + spread[rows, place]]
+        return self.padded(slates, rows, self.exposures.history[slates] - firsts[rows])
 
-    def dot_loss(self, model: RankerModel, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` on the slates of a batch. users: (B, T + 1, d); table: (items, d)."""
-        windows, slates = self.all_of(batch)
-        if not len(slates):
-            return table.new_zeros(())
-        read = self.history[slates] - batch.firsts[windows]
-        shown = self.with_next_event(self.take(slates), batch, windows, read)
-        vectors = F.embedding(shown.items, table)
-        now = users[windows, read][:, None]  # (N, 1, d)
-        total = table.new_zeros(())
-        if self.next_heads:
-            total = total + self.loss(model.dot_logits(now, vectors), shown, self.next_heads, BCE)
-            now, vectors = now.detach(), vectors.detach()  # heads of kind `label` then train scale and bias alone
-        if self.label_heads:
-            total = total + self.loss(model.dot_logits(now, vectors), shown, self.label_heads, BCE)
-        return total
-
-    def with_next_event(self, shown: Shown, batch: Batch, windows: Tensor, read: Tensor) -> Shown:
-        """Add the user's next event as a last column to slates (N, C) of which no item was taken.
-
-        Heads of kind `next` then learn that the user passed the shown items over.
-        """
-        if not self.next_heads:
-            return shown
-        taken = (shown.labels[..., self.next_heads[0]] == 1).any(1)
-        item = batch.items[windows, (read + 1).clamp(max=batch.items.shape[1] - 1)]
-        exists = ~taken & (read < batch.lengths[windows]) & (shown.items != item[:, None]).all(1)
-        labels = torch.full_like(shown.labels[:, :1], torch.nan)
-        labels[..., self.next_heads] = torch.where(exists, 1.0, torch.nan)[:, None, None]
-        return Shown(
-            torch.cat([shown.items, item.masked_fill(~exists, 0)[:, None]], 1),
-            torch.cat([shown.exists, exists[:, None]], 1),
-            torch.cat([shown.labels, labels], 1),
-            F.pad(shown.positions, (0, 1)),
+    def padded(self, slates: np.ndarray, rows: np.ndarray, read: np.ndarray) -> ShownSlates:
+        """Return slates (R,) of rows (R,) of a batch, with `read` (R,) events before each."""
+        e = self.exposures
+        sizes = np.diff(e.offsets)[slates]
+        place = e.offsets[slates][:, None] + np.arange(sizes.max())
+        exists = np.arange(sizes.max()) < sizes[:, None]  # (R, C)
+        place[~exists] = 0
+        items = np.where(exists, e.items[place], UNKNOWN_ITEM)
+        labels = np.where(exists[..., None], e.labels[place], np.float32(np.nan))
+        positions = torch.from_numpy(np.where(exists, e.positions[place], 0))
+        numeric = torch.from_numpy(self.numeric[items])[:, None]
+        numeric = numeric.masked_fill(torch.rand(len(slates), 1, 1, 1) < MISSING_NUMERIC, torch.nan)
+        times = self.times[slates]
+        drawn = Slates(
+            torch.from_numpy(read)[:, None],
+            torch.from_numpy(items)[:, None],
+            numeric,
+            torch.from_numpy(request_context(times).T.copy())[:, None],
+            torch.from_numpy(exists)[:, None],
+            torch.from_numpy(labels)[:, None],
+            torch.zeros(len(slates), 1, 0),
         )
+        weights = positions.clamp(min=1).float().pow(self.config.propensity_power).clamp(max=MOST_WEIGHT)
+        return ShownSlates(torch.from_numpy(rows), drawn, weights, position_buckets(positions))
+
+    def dot_loss(self, model: RankerModel, shown: ShownSlates, users: Tensor, table: Tensor) -> Tensor:
+        """Return the loss of the exit `dot`. users: (B, T + 1, d) user vectors of the batch; table: (items, d)."""
+        u = users[shown.rows, shown.slates.read[:, 0]]  # (R, d)
+        product = (F.embedding(shown.slates.candidates[:, 0], table) * u[:, None]).sum(-1)  # (R, C)
+        loss = product.new_zeros(())
+        learned = product.detach() if any(head.kind == "next" for head in self.heads) else product
+        for k, head in enumerate(self.heads):
+            bias = self.position_bias[shown.buckets, k]
+            labels = shown.labels[..., k]
+            if head.kind == "next":
+                scores = product * model.dot_scale[k] + bias
+                loss = loss + list_loss("softmax", scores, labels, shown.weights)
+            else:
+                logits = learned * model.dot_scale[k] + model.dot_bias[k] + bias
+                loss = loss + weighted_label_loss(logits, labels, shown.weights)
+        return loss
 
     def cascade_loss(
         self,
         model: RankerModel,
-        batch: Batch,
+        shown: ShownSlates,
         history: EncodedHistory,
         users: Tensor,
-        look_up: Callable[[Tensor], Tensor],
-        draw_meta: Callable[[Tensor, int], Tensor],
+        vectors: Tensor,
+        meta: Tensor,
     ) -> Tensor:
-        """Return the loss of the exits `point` and `set` on slates of a batch.
+        """Return the loss of the exits `point` and `set`.
 
-        history and users (B, T + 1, d): the encoded sequences; look_up: item rows (...) -> vectors (..., d); draw_meta:
-        users (B,) and S -> meta-embeddings (B, S, M).
+        history and users (B, T + 1, d): the encoded batch; vectors: (R, 1, C, d) of the candidates; meta: (R, 1, M) of
+        the users, which every other slate reads.
         """
-        drawn = self.draw(batch, self.config.cascade_positions)
-        rows = (drawn >= 0).any(1).nonzero()[:, 0]
-        if not len(rows):
-            return users.new_zeros(())
-        sizes = self.offsets[drawn[rows] + 1] - self.offsets[drawn[rows]]
-        rows = rows[: max(1, MOST_ITEMS // (drawn.shape[1] * int(sizes.max())))]
-        drawn, batch, users = drawn[rows], batch.take(rows), users[rows]
-        history = [(key[rows], value[rows]) for key, value in history]
-        real = (drawn >= 0).flatten().nonzero()[:, 0]
-        places = drawn.clamp(min=0)
-        shown = self.take(places)
-        read = (self.history[places] - batch.firsts[:, None]).masked_fill(drawn < 0, 0)
-        hide = torch.rand(*drawn.shape, 1, 1) < MISSING_NUMERIC
-        features = self.numeric[shown.items].masked_fill(hide, torch.nan)
-        no_rate = torch.zeros(*drawn.shape, 0)
-        slates = Slates(read, shown.items, features, self.contexts[places], shown.exists, shown.labels, no_rate)
-        meta = draw_meta(batch.users, drawn.shape[1])
-        dot, hidden = read_slates(model, slates, history, users, look_up(shown.items), meta)
-        flat = Shown(*(column.flatten(0, 1) for column in (shown.items, shown.exists, shown.labels, shown.positions)))
-        flat, hidden = flat.pick(real), hidden[real]
-        point = dot.detach()[real] + model.point_logits(hidden)
-        exits = [point]
+        rows = shown.rows
+        meta = torch.where(torch.rand(len(rows), 1, 1) < 0.5, meta, model.default_meta)
+        mine = [(key[rows], value[rows]) for key, value in history]
+        dot, hidden = read_slates(model, shown.slates, mine, users[rows], vectors, meta)
+        exits = [dot.detach() + model.point_logits(hidden)]  # the exit `dot` has a loss of its own
         if "set" in model.exits:
-            exits.append(point + model.set_logits(hidden, flat.exists[:, None, None]))
-        heads = [*self.next_heads, *self.label_heads]
-        return torch.stack([self.loss(logits, flat, heads, self.config.slate_loss) for logits in exits]).sum()
-
-
-def shown_slates(data: Data, config: TrainConfig) -> ShownSlates | None:
-    """Return the slates that training uses, or None if the data have no slates.
-
-    Raises ValueError for a correction of positions that the data or the other correction do not allow.
-    """
-    keys = [key for key in ("position_bias", "propensity_power") if getattr(config, key)]
-    if len(keys) > 1:
-        raise ValueError("[train] position_bias and propensity_power correct the same bias; use one of them")
-    exposures = data.exposures
-    if keys and (exposures is None or not exposures.positions.any()):
-        raise ValueError(f"[train] {keys[0]} needs slates with positions; the events have no column position of them")
-    return None if exposures is None else ShownSlates(data, exposures, config)
+            exits.append(exits[0] + model.set_logits(hidden, shown.slates.exists[:, None]))
+        loss = dot.new_zeros(())
+        for logits in exits:
+            for k, head in enumerate(self.heads):
+                scores = logits[..., k] + self.position_bias[shown.buckets, k]
+                labels = shown.labels[..., k]
+                if head.kind == "next":
+                    name = self.config.slate_loss if self.config.slate_loss in LIST_LOSSES else "softmax"
+                    loss = loss + list_loss(name, scores, labels, shown.weights)
+                    continue
+                loss = loss + weighted_label_loss(scores, labels, shown.weights)
+                if self.config.slate_loss in LIST_LOSSES:
+                    loss = loss + list_loss(self.config.slate_loss, scores, labels, shown.weights)
+        return loss

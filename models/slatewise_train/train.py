@@ -6,20 +6,20 @@ the level of the baselines. At the end it says whether the ranker beats them.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
-heads of kind `label`, and the next item among negatives, for heads of kind `next`. Where the data have slates that
-users were shown, `shown.py` takes the place of the first, and adds to the second.
+heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `shown.py`, `losses.py`, `progress.py`, `validation.py`, `checkpoint.py`, `new_model.py`, `evaluation/`.
+`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`, `checkpoint.py`,
+`evaluation/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,11 @@ from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.evaluation.trained import TrainingReport
 from slatewise_train.evaluation.verdict import training_warnings
-from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
-from slatewise_train.shown import BCE, shown_slates, slate_loss
+from slatewise_train.shown import ShownLosses
 from slatewise_train.slates import Slates, draw_slates, read_slates
 from slatewise_train.validation import validate
 
@@ -63,13 +63,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
+        self.device = torch.device("cpu")
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         if config.embedding_std is not None and not isinstance(model, RankerModel):
             scale_embeddings(self.model, config.embedding_std)
+        self.shown = None if data.exposures is None else ShownLosses(data, config)
+        shown = [] if self.shown is None else self.shown.parameters()
         self.optimizer = torch.optim.AdamW(
-            [*self.model.parameters(), *self.meta.parameters()],
+            [*self.model.parameters(), *self.meta.parameters(), *shown],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.98),
@@ -78,18 +81,13 @@ class Trainer:
         self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
-        self.shown = shown_slates(data, config)
         known = np.unique(training_events(data.sequences, data.split)[1])
-        if self.shown is not None:
+        if self.shown:  # an item that was shown and never chosen is learned from, as a negative
             known = np.union1d(known, self.shown.trained_items())
-            self.label_heads = []  # they learn from the slates alone
-            if self.shown.place is not None:
-                self.optimizer.add_param_group({"params": self.shown.place.parameters(), "weight_decay": 0.0})
         self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
         rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
-        slated = bool(self.label_heads) or self.shown is not None
-        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, slated)
+        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
 
     @property
     def epoch(self) -> int:
@@ -98,61 +96,53 @@ class Trainer:
 
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
-        hidden = (torch.rand(items.shape) < self.config.id_dropout) & (items >= FIRST_ITEM)
-        return torch.where(hidden.unsqueeze(-1), F.embedding(items, cold_item_vectors), F.embedding(items, table))
+        hidden = (torch.rand(items.shape, device=self.device) < self.config.id_dropout) & (items >= FIRST_ITEM)
+        return F.embedding(items + hidden * len(table), torch.cat([table, cold_item_vectors]))
 
-    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` at all positions. users: (B, T + 1, d) user vectors; table: (items, d)."""
-        # (B, T): position t predicts event t + 1
-        real = torch.arange(1, batch.items.shape[1]) <= batch.lengths[:, None]
-        rows = real.flatten().nonzero()[:, 0]  # (P,) positions
-        u = users[:, :-1].flatten(0, 1).index_select(0, rows)  # (P, d)
-        target = batch.items[:, 1:][real]  # (P,)
-        labels = batch.labels[:, 1:][real]  # (P, heads)
-        negatives = self.trained[torch.randint(len(self.trained), (self.config.negatives,))]
+    def draw_uniform(self) -> Tensor:
+        """Draw the negatives of the exit `dot`: (negatives,) rows of the catalogue."""
+        return self.trained[torch.randint(len(self.trained), (self.config.negatives,), device=self.device)]
+
+    def dot_loss(self, batch: Batch, users: Tensor, table: Tensor, negatives: Tensor) -> Tensor:
+        """Return the loss of the exit `dot` at all positions.
+
+        users: (B, T, d) user vectors, before each event; table: (n, d); negatives: (negatives,) rows of the table.
+        """
+        t = users.shape[1]
+        rows = (torch.arange(t, device=self.device) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+        u = users.flatten(0, 1).index_select(0, rows)  # (P, d); position t predicts event t + 1
+        target = batch.items[:, 1 : t + 1].flatten()[rows]  # (P,)
+        labels = batch.labels[:, 1 : t + 1].flatten(0, 1)[rows]  # (P, heads)
         positive = (u * F.embedding(target, table)).sum(-1)  # (P,)
         sampled = F.embedding(negatives, table)  # (negatives, d)
-        same = target[:, None] == negatives  # (P, negatives)
-        loss = torch.zeros(())
+        loss = u.new_zeros((), dtype=torch.float32)
         for k in self.next_heads:
             scale = self.model.dot_scale[k]
-            others = ((u * scale) @ sampled.T).masked_fill(same, -torch.inf)
-            loss = loss + uniform_softmax(positive * scale, others)
+            loss = loss + shared_softmax(u * scale, positive * scale, sampled, target, negatives)
         if self.next_heads:  # these heads train the vectors; a label head then trains scale and bias alone
             positive = positive.detach()
-        for k in self.label_heads:
+        for k in self.label_heads if self.shown is None else ():  # shown slates have the labels
             logits = positive * self.model.dot_scale[k] + self.model.dot_bias[k]
             loss = loss + label_loss(logits, labels[:, k])
         return loss
 
-    def draw_slates(self, batch: Batch, users: Tensor, table: Tensor, size: int | None = None) -> Slates:
-        """Call `slates.draw_slates` with this training's data and config. size: None: that of the config."""
-        size = size or self.data.config.slate_size
-        return draw_slates(batch, users, table, self.numeric, size, self.config, self.trained)
-
-    def draw_meta(self, users: Tensor, count: int) -> Tensor:
-        """Draw the user's meta-embedding or the default one, equally likely: users (B,) -> (B, count, M)."""
-        own = self.meta(users)[:, None].expand(len(users), count, -1)
-        return torch.where(torch.rand(len(users), count, 1) < 0.5, own, self.model.default_meta)
+    def draw_slates(self, batch: Batch, users: Tensor, table: Tensor) -> Slates:
+        """Call `slates.draw_slates` with this training's data and config."""
+        return draw_slates(batch, users, table, self.numeric, self.data.config.slate_size, self.config, self.trained)
 
     def cascade_loss(
         self, batch: Batch, history: EncodedHistory, users: Tensor, table: Tensor, cold_item_vectors: Tensor
     ) -> Tensor:
         """Return the loss of the exits `point` and `set` at S positions of each sequence.
 
-        history and users (B, T + 1, d): the encoded sequences; table and cold_item_vectors: (items, d).
+        history and users (B, T, d): the encoded sequences; table and cold_item_vectors: (items, d).
         """
         model = self.model
-        loss = torch.zeros(())
-        if self.shown is not None:
-            look_up = partial(self.id_dropout, table=table, cold_item_vectors=cold_item_vectors)
-            loss = self.shown.cascade_loss(model, batch, history, users, look_up, self.draw_meta)
-            if not self.next_heads:
-                return loss
-        slates = self.draw_slates(batch, users, table, 1 if self.shown is not None else None)
+        slates = self.draw_slates(batch, users, table)
         b, s, c = slates.candidates.shape
         slate = slates.exists.shape[2]
-        meta = self.draw_meta(batch.users, s)
+        meta = self.meta(batch.users)[:, None].expand(b, s, -1)
+        meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
         point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
@@ -163,44 +153,65 @@ class Trainer:
         same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
         offset = sampling_offset(slates.log_rate.view(b * s, c - slate), same)
         labels = slates.labels.view(b * s, slate, -1)
+        loss = torch.zeros(())
         # a second concatenation: one tensor for both uses would change the order in which gradients are summed
         for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
             for h in self.next_heads:
                 loss = loss - log_likelihood(logits[..., h], offset).mean()
         for logits in (point[:, :slate], set_rated, set_among[:, :1]):
-            for h in self.label_heads:
+            for h in self.label_heads if self.shown is None else ():
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
-        if self.config.slate_loss != BCE:
-            for logits in (point[:, :slate], set_rated):
-                for h in self.label_heads:
-                    loss = loss + slate_loss(self.config.slate_loss, logits[..., h], labels[..., h])
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
         """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
-        table = self.model.item_table()
-        cold_item_vectors = self.model.cold_item_vectors(table)
-        vectors = self.id_dropout(batch.items, table, cold_item_vectors)
-        history, users = self.model.encode(self.model.tokens(vectors, batch.actions, batch.gaps))
-        loss = self.dot_loss(batch, users, table)
-        if self.shown is not None:
-            loss = loss + self.shown.dot_loss(self.model, batch, users, table)
+        negatives = self.draw_uniform()
+        if cascade or self.shown is not None:
+            table = self.model.item_table()
+            cold_item_vectors = self.model.cold_item_vectors(table)
+        else:  # the batch has few items of a large catalogue: count the rows anew, the first two are the same
+            items = batch.items.flatten()
+            both = torch.cat([torch.full_like(items[:1], UNKNOWN_ITEM), items, negatives])
+            rows, places = both.unique(return_inverse=True)
+            batch = dataclasses.replace(batch, items=places[1 : len(items) + 1].view_as(batch.items))
+            negatives = places[len(items) + 1 :]
+            table, cold_item_vectors = self.model.item_vectors(rows)
+        before = (slice(None), slice(-1))  # the last event of a window is only predicted
+        vectors = self.id_dropout(batch.items[before], table, cold_item_vectors)
+        history, users = self.model.encode(self.model.tokens(vectors, batch.actions[before], batch.gaps[before]))
+        loss = self.dot_loss(batch, users, table, negatives)
+        shown = None if self.shown is None else self.shown.draw(batch)
+        if self.shown is not None and shown is not None:
+            loss = loss + self.shown.dot_loss(self.model, shown, users, table)
         if cascade:
             rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
-            loss = loss + self.cascade_loss(batch.take(rows), some, users[rows], table, cold_item_vectors)
+            part = batch.take(rows)
+            loss = loss + self.cascade_loss(part, some, users[rows], table, cold_item_vectors)
+            if self.shown is not None and shown is not None and (kept := shown.of(rows)) is not None:
+                candidates = self.id_dropout(kept.slates.candidates, table, cold_item_vectors)
+                meta = self.meta(part.users[kept.rows])[:, None]
+                loss = loss + self.shown.cascade_loss(self.model, kept, some, users[rows], candidates, meta)
         return loss
+
+    def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
+        """Return the `loss` of a batch of windows (B, 3), in the precision of the config."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            return self.loss(make_batch(self.data.sequences, windows), cascade)
 
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
-
-        def loss(windows: np.ndarray) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-                return self.loss(make_batch(self.data.sequences, windows), cascade)
-
         parameters = list(self.model.parameters())
-        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, self.progress.rate, loss)
+        mean = one_epoch(
+            self.config,
+            self.data,
+            self.epoch + 1,
+            self.optimizer,
+            parameters,
+            self.progress.rate,
+            lambda w: self.step_loss(w, cascade),
+        )
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
@@ -226,14 +237,8 @@ class Trainer:
 
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """Return the parts of a checkpoint, without the epoch."""
-        parts: dict[str, checkpoint.Stateful] = {
-            "model": self.model,
-            "meta": self.meta,
-            "optimizer": self.optimizer,
-        }
-        if self.shown is not None and self.shown.place is not None:
-            parts["place"] = self.shown.place
-        return parts
+        parts: dict[str, checkpoint.Stateful] = {"model": self.model, "meta": self.meta, "optimizer": self.optimizer}
+        return parts if self.shown is None else parts | {"shown": self.shown}
 
     def save(self, path: Path) -> None:
         checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())
@@ -251,8 +256,7 @@ class Trainer:
 def load_for_training(config: Config) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
     data = load_data(config.data, config.tables, config.stated)
-    items = len(data.catalogue.vocabulary.items)
-    return data, choose_training(config, data.split.train_lengths, items, data.exposures is not None)
+    return data, choose_training(config, data.split.train_lengths, len(data.catalogue.vocabulary.items))
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:

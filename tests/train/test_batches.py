@@ -24,8 +24,10 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
     labels = np.full((*shape, sequences.labels.shape[1]), np.nan, np.float32)
     contexts = np.zeros((*shape, CONTEXT_SIZE), np.float32)
     items[:, 0] = START_ITEM
-    spans = [slice(sequences.offsets[user] + first, sequences.offsets[user] + last) for user, first, last in windows]
-    times = request_times(np.concatenate([sequences.timestamps[span] for span in spans]))
+    starts = [sequences.offsets[user] for user, _, _ in windows]
+    spans = zip(starts, windows, strict=True)
+    times = np.concatenate([sequences.timestamps[start + first : start + last] for start, (_, first, last) in spans])
+    times = request_times(times)  # missing times of a batch get times of their own
     for row, (user, first, last) in enumerate(windows):
         n = last - first
         window = slice(1, n + 1)
@@ -36,8 +38,9 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
         times = times[n:]
         contexts[row, 0] = contexts[row, min(1, n)]
     lengths = np.array([last - first for _, first, last in windows], np.int64)
-    users, firsts = (np.array(column, np.int64) for column in list(zip(*windows, strict=True))[:2])
-    return Batch(*map(torch.from_numpy, (users, lengths, items, actions, gaps, labels, contexts, firsts)))
+    users = np.array([user for user, _, _ in windows], np.int64)
+    firsts = np.array([first for _, first, _ in windows], np.int64)
+    return Batch(*map(torch.from_numpy, (users, firsts, lengths, items, actions, gaps, labels, contexts)))
 
 
 def slow_windows(

@@ -420,5 +420,5 @@ def test_compress_publishes_nothing_if_a_name_is_wrong(
 ) -> None:
     monkeypatch.setattr(making, "quantize", lambda graph, *_: graph)
     with pytest.raises(ValueError, match="named int8, and"):
-        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"))
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"), force=True)
     assert not (tmp_path / "tiny/2").exists()

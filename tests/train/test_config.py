@@ -197,5 +197,5 @@ def test_model_config_unknown_name_raises() -> None:
 def test_default_of_every_key_lies_in_its_range() -> None:
     for kind in (DataConfig, TrainConfig):
         for declared in dataclasses.fields(kind):
-            if "least" in declared.metadata and declared.default is not dataclasses.MISSING:
+            if "least" in declared.metadata and declared.default not in (dataclasses.MISSING, None):
                 assert declared.metadata["least"] <= declared.default <= declared.metadata["most"], declared.name

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from slatewise_train.evaluation import diversity
-from slatewise_train.evaluation.diversity import coverage, list_distance, mmr, similarity
+from slatewise_train.evaluation.diversity import (
+    TRADES,
+    coverage,
+    list_distance,
+    measure_lists,
+    mmr,
+    mmr_lists,
+    similarity,
+)
 
 GENRES = np.array([[0, 0, 0], [1, 2, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0], [0, 0, 0], [3, 0, 0]])
 DECADE = np.array([[0], [1], [1], [2], [0], [2], [3]])
@@ -78,3 +86,37 @@ def test_mmr_at_one_keeps_the_order_of_scores() -> None:
     rows = np.tile(np.arange(1, 7), (10, 1))
     assert (mmr(scores, rows, FIELDS, 1.0, 6) == np.argsort(-scores, axis=1, kind="stable")).all()
     assert (mmr(np.ones((1, 6)), rows[:1], FIELDS, 1.0, 6) == np.arange(6)).all(), "equal scores"
+
+
+def test_mmr_leaves_missing_candidates_out() -> None:
+    rows = np.array([[1, 2, 0, 0], [0, 0, 0, 0], [6, 3, 2, 0]])
+    scores = np.array([[0.2, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-3.0, -2.0, -1.0, 0.0]])
+    assert mmr(scores, rows, FIELDS, 1.0, 3).tolist() == [[1, 0, -1], [-1, -1, -1], [2, 1, 0]]
+    assert mmr(scores[:, :3], rows[:, :3], FIELDS, 0.5, 3).tolist() == mmr(scores, rows, FIELDS, 0.5, 3).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000])
+def test_mmr_lists_do_not_depend_on_the_chunk(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.array([rng.permutation(np.arange(7)) for _ in range(20)])
+    scores = rng.random(rows.shape)
+    monkeypatch.setattr(diversity, "LISTS", size)
+    found = mmr_lists(scores, rows, FIELDS)
+    assert list(found) == [f"point, MMR {trade}" for trade in TRADES]
+    for trade, lists in zip(TRADES, found.values(), strict=True):
+        assert lists.shape == (20, 10) and (lists[:, 6:] == 0).all()
+        for best, s, r in zip(lists, scores, rows, strict=True):
+            known = r > 0
+            places = slow_mmr(list(s[known]), list(r[known]), trade, 6)
+            assert best[:6].tolist() == [r[known][k] for k in places]
+
+
+def test_measured_lists_have_distance_coverage_and_gain() -> None:
+    best = {"point": np.array([[1, 3, 2], [2, 6, 0]]), "set": np.array([[2, 1, 3], [6, 2, 0]])}
+    found = measure_lists(best, np.array([2, 6]), FIELDS, items=5)
+    np.testing.assert_allclose(found["point"].distance, list_distance(best["point"], FIELDS))
+    assert found["point"].gains.tolist() == pytest.approx([1 / np.log2(4), 1 / np.log2(3)])
+    assert found["set"].gains.tolist() == [1, 1]
+    assert found["set"].row()["coverage"] == 0.8 and found["set"].row()["ndcg10"] == [1, 1, 1]
+    lonely = measure_lists({"dot": np.array([[5, 0]])}, np.array([2]), FIELDS, items=5)["dot"].row()
+    assert "distance" not in lonely, "a list of one item has no pairs"

@@ -42,9 +42,10 @@ from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
 from slatewise_train.export import ExportOptions, export, load_block
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
+from slatewise_train.new_model import build_model
 from slatewise_train.rankers.base import EXITS, Calibration
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
-from slatewise_train.train import Trainer, build_model, train
+from slatewise_train.train import Trainer, train
 from tests.conftest import Tiny
 from tests.support.application import serve
 

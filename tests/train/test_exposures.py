@@ -20,7 +20,6 @@ from slatewise_train.exposures import (
     NO_HISTORY,
     SINGLE,
     build_exposures,
-    held_out_slates,
     training_slates,
 )
 
@@ -294,27 +293,6 @@ def test_training_slates_hold_nothing_that_is_held_out(tmp_path: Path, seed: int
         assert e.times[s] not in times_of_held_out, f"no slate in which {held_out} was taken"
 
 
-def test_held_out_slates_follow_training_and_leave_the_test_event_out(tmp_path: Path) -> None:
-    data = shop(tmp_path, 0, slate_size=3, slate_users=4, validation_users=4)
-    e, split = data.exposures, data.split
-    assert e is not None
-    trained = training_slates(e, split.train_lengths)
-    tested = held_out_slates(e, split.slate_users, split.train_lengths)
-    validated = held_out_slates(e, split.validation_users, split.train_lengths, split.test_lengths)
-    assert not np.isin(tested, trained).any() and not np.isin(validated, trained).any()
-    assert set(e.slate_users[tested]) == set(split.slate_users)
-    assert set(e.slate_users[validated]) == set(split.validation_users)
-    taken = np.add.reduceat(e.labels[:, 0], e.offsets[:-1])
-    for user in split.slate_users:
-        mine = tested[e.slate_users[tested] == user]
-        assert taken[mine].sum() == 3, "the user's last three events, of which the last is the test event"
-    for user in split.validation_users:
-        mine = validated[e.slate_users[validated] == user]
-        assert taken[mine].sum() == 3, "the three events before the test event"
-        test_time = data.sequences.timestamps[data.sequences.offsets[user + 1] - 1]
-        assert (e.times[mine] < test_time).all()
-
-
 def test_slate_at_the_time_of_a_held_out_event_is_not_trained(tmp_path: Path) -> None:
     """Dates without hours: the slate of the test event has other rows of the same day."""
     rows = {
@@ -326,5 +304,5 @@ def test_slate_at_the_time_of_a_held_out_event_is_not_trained(tmp_path: Path) ->
     }
     data = load(tmp_path, rows, "label:buy")
     assert data.exposures is not None
-    assert data.split.train_lengths.tolist() == [3]
+    assert data.split.train_lengths.tolist() == [2]
     assert training_slates(data.exposures, data.split.train_lengths).tolist() == [0, 1]

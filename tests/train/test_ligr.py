@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
-from slatewise_train.rankers.ligr import Block, Ligr, LigrConfig, rotate
+from slatewise_train.rankers.layers import rotate
+from slatewise_train.rankers.ligr import Block, Ligr, LigrConfig
 
 torch.set_num_threads(1)
 
@@ -258,6 +259,15 @@ def test_cold_item_vector_is_unknown_id_plus_fields() -> None:
     torch.testing.assert_close(cold_item_vectors[7], ids[UNKNOWN_ITEM] + field[1:].mean(0))
     torch.testing.assert_close(cold_item_vectors[4], ids[UNKNOWN_ITEM] + field[0])
     torch.testing.assert_close(cold_item_vectors[UNKNOWN_ITEM], MODEL.item_table()[UNKNOWN_ITEM])
+
+
+def test_vectors_of_some_items_are_rows_of_the_tables() -> None:
+    table = MODEL.item_table()
+    cold = MODEL.cold_item_vectors(table)
+    count = len(table)
+    for rows in (torch.tensor([UNKNOWN_ITEM]), torch.tensor([UNKNOWN_ITEM, START_ITEM, 6, 4, 7]), torch.arange(count)):
+        for found, expected in zip(MODEL.item_vectors(rows), (table, cold), strict=True):
+            torch.testing.assert_close(found, expected[rows])
 
 
 def test_missing_number_differs_from_zero_and_from_mean() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from slatewise_train.losses import label_loss, label_losses, log_likelihood, sampling_offset, uniform_softmax
+from slatewise_train.losses import label_loss, label_losses, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.slates import draw_negatives
 
 
@@ -28,14 +28,30 @@ def test_label_loss_without_known_label_is_zero() -> None:
     assert label_loss(torch.ones(0), torch.ones(0)).item() == 0
 
 
-def test_uniform_softmax_equals_cross_entropy() -> None:
+@pytest.mark.parametrize(("positions", "count"), [(1, 1), (5, 7), (600, 300)])
+def test_shared_softmax_and_gradients_equal_cross_entropy(positions: int, count: int) -> None:
     torch.manual_seed(0)
-    positive = torch.randn(5)
-    negatives = torch.randn(5, 7)
-    negatives[2, 3] = -torch.inf  # the positive item itself
-    logits = torch.cat([positive[:, None], negatives], dim=1)
-    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.int64))
-    torch.testing.assert_close(uniform_softmax(positive, negatives), expected)
+    users, sampled = torch.randn(positions, 4), torch.randn(count, 4)
+    positive = torch.randn(positions)
+    target, negatives = torch.randint(0, 50, (positions,)), torch.randint(0, 50, (count,))
+    sides = [[value.clone().requires_grad_() for value in (users, positive, sampled)] for _ in range(2)]
+    found = shared_softmax(*sides[0], target, negatives)
+    others = (sides[1][0] @ sides[1][2].T).masked_fill(target[:, None] == negatives, -torch.inf)
+    logits = torch.cat([sides[1][1][:, None], others], dim=1)
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(positions, dtype=torch.int64))
+    torch.testing.assert_close(found, expected)
+    (3 * found).backward()
+    (3 * expected).backward()
+    for one, other in zip(*sides, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_shared_softmax_without_another_item_is_zero() -> None:
+    users, positive, sampled = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3), (2,), (1, 3)))
+    loss = shared_softmax(users, positive, sampled, torch.tensor([8, 8]), torch.tensor([8]))
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(value.grad.any() for value in (users, positive, sampled))
 
 
 def test_sampled_softmax_estimates_full_softmax() -> None:

@@ -303,7 +303,13 @@ def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tin
         assert report["set_against_point"][metric][0] == pytest.approx(difference, abs=2e-4)
     assert {name for name, row in report["slates"].items() if "calibration_error" in row} == {"dot", "point", "set"}
     text = quality_table(report)
-    assert all(text.count(f"| {name} |") == 2 for name in names)
+    assert all(text.count(f"| {name} |") == 3 for name in names)
+    assert set(report["diversity"]) == names | {f"point, MMR {trade}" for trade in (0.9, 0.7, 0.5)}
+    for name in names:
+        assert report["diversity"][name]["ndcg10"] == report["leave_one_out"][name]["ndcg10"], "the same ten best"
+    distances = [report["diversity"][name]["distance"][0] for name in report["diversity"] if name.startswith("point")]
+    assert distances == sorted(distances), "MMR spreads the ten best, the more the less it looks at scores"
+    assert 0 < report["diversity"]["popularity"]["coverage"] < report["diversity"]["point"]["coverage"] < 1
 
 
 def slow_leave_one_out(engine: Engine, data: Data, meta: np.ndarray, users: np.ndarray) -> dict[str, list[int]]:

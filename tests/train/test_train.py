@@ -18,9 +18,10 @@ from slatewise.inference.arrays import FIRST_ITEM, GAP_FIRST, START_ITEM
 from slatewise_train.batches import epoch_windows, make_batch
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.data import Data
+from slatewise_train.new_model import build_model
 from slatewise_train.progress import Progress
 from slatewise_train.slates import draw_positions
-from slatewise_train.train import Trainer, build_model, train
+from slatewise_train.train import Trainer, train
 from tests.conftest import Tiny
 from tests.train.test_offline import make_data
 
@@ -186,9 +187,31 @@ def test_dot_loss_does_not_depend_on_padding(few: Data) -> None:
         _, users = trainer.model.encode(trainer.model.tokens(table[batch.items], batch.actions, batch.gaps))
         torch.manual_seed(0)  # the same negatives
         trainer.label_heads = []
-        return trainer.dot_loss(batch, users, table).item()
+        return trainer.dot_loss(batch, users[:, :-1], table, trainer.draw_uniform()).item()
 
     assert loss([short, long]) == pytest.approx((5 * loss([short]) + 20 * loss([long])) / 25, rel=1e-5)
+
+
+def test_loss_from_rows_of_the_batch_equals_the_whole_table(few: Data) -> None:
+    trainer = Trainer(few, ModelConfig("ligr", SHAPE | {"dropout": 0.0}), dataclasses.replace(SHORT, id_dropout=0.3))
+    batch = make_batch(few.sequences, [(0, 0, 5), (1, 2, 20), (3, 0, 1)])
+    model = trainer.model
+    torch.manual_seed(0)
+    loss = trainer.loss(batch, cascade=False)
+    torch.manual_seed(0)
+    negatives = trainer.draw_uniform()
+    hidden = torch.rand(batch.items[:, :-1].shape) < 0.3
+    table = model.item_table()
+    cold = model.cold_item_vectors(table)
+    items = batch.items[:, :-1]
+    vectors = torch.where((hidden & (items >= FIRST_ITEM))[..., None], cold[items], table[items])
+    _, users = model.encode(model.tokens(vectors, batch.actions[:, :-1], batch.gaps[:, :-1]))
+    expected = trainer.dot_loss(batch, users, table, negatives)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, list(model.parameters()), allow_unused=True) for value in (loss, expected)]
+    for found, wanted in zip(*gradients, strict=True):
+        if wanted is not None and found is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("cascade", [False, True])
@@ -209,7 +232,7 @@ def test_training_can_overfit_one_batch(few: Data, cascade: bool) -> None:
         loss = (
             trainer.cascade_loss(batch, state, users, table, table)
             if cascade
-            else trainer.dot_loss(batch, users, table)
+            else trainer.dot_loss(batch, users[:, :-1], table, trainer.draw_uniform())
         )
         trainer.optimizer.zero_grad()
         loss.backward()

@@ -75,22 +75,22 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
 
     engine: has uncalibrated graphs; meta: (M,). A head of kind `label` is fitted on the rated items of the slate. A
     head of kind `next` is fitted on slates of the next item and 99 items that the user never met, so it gives the
-    probability of the next item in such a slate. Where the data have slates that were shown, it is fitted on these, and
-    gives the probability that a shown item is taken. Returns identities when there are no validation users.
+    probability of the next item in such a slate. Returns identities when there are no validation users.
     """
     rng = np.random.default_rng(0)
     heads = data.config.heads
     exits: list[str] = [exit for exit in EXITS if exit in engine.sessions]
+    first_next = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     slates: list[tuple[Case, np.ndarray]] = []  # with the item rows of the slate for heads of kind `next`
     for case in slate_cases(data, sample_users(data.split.validation_users)):
-        if data.exposures is not None:
-            slates.append((case, case.upcoming))
-        elif len(case.upcoming):
+        if len(case.upcoming):
+            # Of a slate that was shown, the next item is the first that was chosen; there may be none.
+            chosen = case.upcoming if first_next is None else case.upcoming[case.labels[:, first_next] == 1]
             unmet = np.ones(len(engine.items), bool)
             unmet[:FIRST_ITEM] = unmet[case.seen] = unmet[case.upcoming] = False
             unseen = np.flatnonzero(unmet)
             drawn = rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)
-            slates.append((case, np.concatenate([case.upcoming[:1], drawn])))
+            slates.append((case, np.concatenate([chosen[:1], drawn])))
 
     def examples(slate: tuple[Case, np.ndarray]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Return the labels (n,) of each head and its logits (n,) by exit."""
@@ -102,8 +102,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
                 found[kind] = {exit: engine.score(case.history, candidates, meta, exit) for exit in exits}
         result = []
         for k, head in enumerate(heads):
-            rated = head.kind == "label" or data.exposures is not None
-            target = case.labels[:, k] if rated else (np.arange(len(among)) == 0).astype(float)
+            target = case.labels[:, k] if head.kind == "label" else np.isin(among, case.upcoming).astype(float)
             known = ~np.isnan(target)
             p = {exit: scores[known, k].clip(LEAST_PROBABILITY, 1 - 1e-15) for exit, scores in found[head.kind].items()}
             result.append((target[known], {exit: np.log(value) - np.log1p(-value) for exit, value in p.items()}))

@@ -1,11 +1,11 @@
 """Build the requests of the evaluation: a history, and the events or the slate that followed it.
 
-Called by: `offline.py`, `calibration.py`, `compression/`. Calls: `data.py`, `exposures.py`, `batches.py`,
-`slatewise.bundle.features`.
+Called by: `offline.py`, `calibration.py`, `compression/`. Calls: `data.py`, `batches.py`, `slatewise.bundle.features`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from slatewise.inference.arrays import Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
 from slatewise_train.data import Data, request_times
-from slatewise_train.exposures import Exposures, held_out_slates
+from slatewise_train.exposures import first_held_out
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Case:
     user: int
     history: History  # the events that a request would read
     seen: np.ndarray  # (n,) item rows of all events before
-    time: float  # unix seconds of the last event before, or of the slate that was shown
-    upcoming: np.ndarray  # (m,) item rows of the events to predict, or of the slate that was shown
+    time: float  # unix seconds of the last event before
+    upcoming: np.ndarray  # (m,) item rows of the events to predict
     labels: np.ndarray  # (m, heads)
 
 
@@ -38,18 +38,14 @@ def make_case(data: Data, user: int, length: int, upcoming: int) -> Case:
     """
     s = data.sequences
     start = int(s.offsets[user])
-    ahead = slice(start + length, start + length + upcoming)
-    time = float(request_times(s.timestamps[start : start + length])[-1])
-    return Case(user, *past(data, user, length), time, s.items[ahead], s.labels[ahead])
-
-
-def past(data: Data, user: int, length: int) -> tuple[History, np.ndarray]:
-    """Return the window that the server would read after a user's first events, and the item rows of all of them."""
-    s = data.sequences
-    start = int(s.offsets[user])
     first = start + served_window_start(length, data.config.history_length)
     read = slice(first, start + length)
-    return make_history(s.items[read], s.actions[read], s.timestamps[read]), s.items[start : start + length]
+    ahead = slice(start + length, start + length + upcoming)
+    history = make_history(s.items[read], s.actions[read], s.timestamps[read])
+    seen = s.items[start : start + length]
+    times = request_times(s.timestamps[start : start + max(1, length)])  # without a history, that of the first event
+    time = float(times[-1])
+    return Case(user, history, seen, time, s.items[ahead], s.labels[ahead])
 
 
 def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
@@ -60,29 +56,24 @@ def next_cases(data: Data, users: np.ndarray) -> Iterator[Case]:
 
 
 def slate_cases(data: Data, users: np.ndarray) -> list[Case]:
-    """Return the held-out slates of users with a held-out slate.
+    """Return a case for each user. The slate to predict is the held-out one, right after the training events.
 
-    Where the data have slates that were shown, these are all slates of the users after their training events, so a user
-    may have several or none. The slates of validation users end before their test event. Without such slates, each user
-    has one case: the events right after the training events.
+    It is the slate that the user was shown, if the data have such slates; users without a held-out one have no case.
     """
-    if data.exposures is not None:
-        return shown_cases(data, data.exposures, users)
-    return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
+    if data.exposures is None:
+        return [make_case(data, int(u), int(data.split.train_lengths[u]), data.config.slate_size) for u in users]
+    slates = first_held_out(data.exposures, users, data.split.train_lengths)
+    return [shown_case(data, int(slate)) for slate in slates[slates >= 0]]
 
 
-def shown_cases(data: Data, exposures: Exposures, users: np.ndarray) -> list[Case]:
-    """Return a case for each held-out slate of the users that was shown, by user and time."""
-    before = data.split.test_lengths.copy()
-    before[data.split.slate_users] = 0  # their last slates have the test event
-    times = request_times(exposures.times)
-    cases = []
-    for s in held_out_slates(exposures, users, data.split.train_lengths, before):
-        rows = slice(exposures.offsets[s], exposures.offsets[s + 1])
-        user = int(exposures.slate_users[s])
-        history, seen = past(data, user, int(exposures.history[s]))
-        cases.append(Case(user, history, seen, float(times[s]), exposures.items[rows], exposures.labels[rows]))
-    return cases
+def shown_case(data: Data, slate: int) -> Case:
+    """Return the case of a slate that a user was shown, after the events of the history that are older."""
+    exposures = data.exposures
+    assert exposures is not None
+    case = make_case(data, int(exposures.slate_users[slate]), int(exposures.history[slate]), 0)
+    rows = slice(int(exposures.offsets[slate]), int(exposures.offsets[slate + 1]))
+    time = float(request_times(exposures.times[slate : slate + 1])[0])
+    return dataclasses.replace(case, time=time, upcoming=exposures.items[rows], labels=exposures.labels[rows])
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:

@@ -3,7 +3,7 @@
 The distance of two items is the Jaccard distance of their values in a categorical field (1 - shared / all values),
 averaged over the fields. MMR is the baseline: it reorders candidates so that near items do not follow each other.
 
-Called by: `offline.py`, `demo/simulated/`. Calls: numpy.
+Called by: `offline.py`, `demo/simulated/`. Calls: `metrics.py`.
 
 Letters in shapes: n lists, k items of a list, C candidates, V values of a field. A field is an array (items, V) of
 `Catalogue.field_values`: rows of values, 0 for padding.
@@ -12,10 +12,15 @@ Letters in shapes: n lists, k items of a list, C candidates, V values of a field
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from slatewise_train.evaluation.metrics import DEPTH, gains, interval
+
+TRADES = (0.9, 0.7, 0.5)  # of MMR in reports: from nearly the order of the scores to equal parts
 CHUNK = 2_000_000  # numbers in one comparison of all values of many pairs
+LISTS = 2_000  # that MMR orders at once: each step compares an item with all candidates
 
 
 def similarity(one: np.ndarray, other: np.ndarray, fields: Sequence[np.ndarray]) -> np.ndarray:
@@ -66,19 +71,60 @@ def mmr(scores: np.ndarray, rows: np.ndarray, fields: Sequence[np.ndarray], trad
     Each step picks the candidate with the largest `trade * score - (1 - trade) * similarity`, with the similarity to
     the nearest item picked before. Scores are scaled to 0..1 in each list; equal values keep their input order.
 
-    scores, rows: (n, C) of the candidates, at least `count`; trade: 1 is the order of the scores.
+    scores, rows: (n, C) of the candidates; row 0 is a missing candidate. trade: 1 is the order of the scores. A place
+    is -1 if no candidates are left.
     """
-    n, candidates = scores.shape
-    low = scores.min(axis=1, keepdims=True)
-    scaled = (scores - low) / np.maximum(scores.max(axis=1, keepdims=True) - low, 1e-12)
-    lists = np.arange(n)
-    nearest = np.zeros((n, candidates))
-    left = np.ones((n, candidates), bool)
-    picked = np.empty((n, count), np.int64)
+    lists = np.arange(len(scores))
+    left = rows > 0
+    low = np.where(left, scores, np.inf).min(axis=1, keepdims=True)
+    high = np.where(left, scores, -np.inf).max(axis=1, keepdims=True)
+    scaled = np.where(left, scores - low, 0.0) / np.where(high > low, high - low, 1.0)
+    nearest = np.zeros(scores.shape)
+    picked = np.empty((len(scores), count), np.int64)
     for place in range(count):
         value = np.where(left, trade * scaled - (1 - trade) * nearest, -np.inf)
         best = value.argmax(axis=1)
-        picked[:, place] = best
+        picked[:, place] = np.where(left[lists, best], best, -1)
         left[lists, best] = False
         nearest = np.maximum(nearest, similarity(rows[lists, best][:, None], rows, fields))
     return picked
+
+
+def mmr_lists(scores: np.ndarray, rows: np.ndarray, fields: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the ten best of MMR for each of `TRADES`, by name: item rows (n, 10), 0 missing. Arguments: see `mmr`."""
+    found = {}
+    for trade in TRADES:
+        lists = [np.zeros((0, DEPTH), np.int64)]
+        for first in range(0, len(rows), LISTS):
+            part = rows[first : first + LISTS]
+            places = mmr(scores[first : first + LISTS], part, fields, trade, DEPTH)
+            lists.append(np.where(places < 0, 0, np.take_along_axis(part, np.maximum(places, 0), axis=1)))
+        found[f"point, MMR {trade}"] = np.concatenate(lists)
+    return found
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Diversity and quality of the best lists of one exit, baseline or MMR."""
+
+    distance: np.ndarray  # (n,) of `list_distance`
+    coverage: float
+    gains: np.ndarray  # (n,) NDCG@10
+
+    def row(self) -> dict[str, float | list[float]]:
+        """Return a row of the report. Means are [mean, low, high] of `metrics.interval`."""
+        known = self.distance[~np.isnan(self.distance)]
+        row: dict[str, float | list[float]] = {"ndcg10": interval(self.gains), "coverage": round(self.coverage, 4)}
+        return row | ({"distance": interval(known)} if len(known) else {})
+
+
+def measure_lists(
+    best: dict[str, np.ndarray], targets: np.ndarray, fields: Sequence[np.ndarray], items: int
+) -> dict[str, Diversity]:
+    """Measure lists of item rows (n, 10) by name. targets: (n,) the item rows to find; items: of the catalogue."""
+    found = {}
+    for name, lists in best.items():
+        hit = lists == targets[:, None]
+        ranks = np.where(hit.any(axis=1), hit.argmax(axis=1), DEPTH)
+        found[name] = Diversity(list_distance(lists, fields), coverage(lists, items), gains(ranks))
+    return found

@@ -2,16 +2,16 @@
 
 (a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user, or among
     all items if it is not new itself. This table needs a head of kind `next`.
-(b) slates: the ranking of the next events of held-out users, or of the slates that they were shown. This table needs a
-    head of kind `label`. For a head of kind `next`, the table `choices` has the ranking of the items that were taken
-    among those that were shown; without a head of kind `label` it is the table (b).
+(b) slates: the ranking of the next events of held-out users. This table needs a head of kind `label`.
 (c) the difference between the exits `set` and `point`, paired by user.
+(d) the diversity of the ten best of (a), beside their quality, with MMR on `point` as a baseline. This table needs a
+    categorical column.
 
 Users are a sample, drawn with a fixed seed, unless all are asked for. The order is exact: equal scores are ranked in
 the order of the catalogue in (a), and in the order of the slate in (b). Two runs give the same numbers.
 
 Called by: `export.py`, `compression/`, `calibration.py`, `demo/show.py`. Calls: `inference/engine.py`, `cases.py`,
-`baselines.py`, `sampling.py`, `metrics.py`.
+`baselines.py`, `sampling.py`, `metrics.py`, `diversity.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from slatewise_train.data import Data
 from slatewise_train.evaluation.baselines import Baselines, make_baselines
 from slatewise_train.evaluation.calibration import LEAST_EXAMPLES
 from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, slate_cases
+from slatewise_train.evaluation.diversity import Diversity, measure_lists, mmr_lists
 from slatewise_train.evaluation.interactions import baseline_ranks, baseline_slates, hidden_rows
 from slatewise_train.evaluation.metrics import (
     DEPTH,
@@ -59,7 +60,8 @@ def leave_one_out(
 ) -> Ranked:
     """Rank the last event of each user who has one after another.
 
-    Returns, by exit and baseline, ranks (users,), 0 for the best, and the item rows of the ten best (users, 10).
+    Returns, by exit and baseline, ranks (users,), 0 for the best, and the item rows of the ten best (users, 10). With
+    baselines and categorical columns, the best lists include those of MMR on the exit `point`.
 
     head: the output to rank by; meta: (M,) the meta-embedding of every request.
     """
@@ -68,7 +70,7 @@ def leave_one_out(
     numeric = data.catalogue.numeric[rows]
     exits = exits_of(engine)
 
-    def rank_case(case: Case) -> dict[str, tuple[int, np.ndarray]]:
+    def rank_case(case: Case) -> tuple[dict[str, tuple[int, np.ndarray]], np.ndarray]:
         state = engine.extend(engine.start, case.history)
         catalogue = Candidates(vectors, numeric, request_context(case.time)[None])
         hidden = hidden_rows(case) - FIRST_ITEM
@@ -94,20 +96,25 @@ def leave_one_out(
             if rank < len(best):
                 rank = int(np.flatnonzero(best[ordered] == target)[0])
             found["set"] = rank, best[ordered]
-        return {exit: (rank, padded(best[:DEPTH] + FIRST_ITEM)) for exit, (rank, best) in found.items()}
+        best = found["point"][1]
+        first = np.stack([padded(best + FIRST_ITEM, RERANKED), padded(scores["point"][best], RERANKED)])
+        return {exit: (rank, padded(best[:DEPTH] + FIRST_ITEM, DEPTH)) for exit, (rank, best) in found.items()}, first
 
     cases = list(next_cases(data, users))
     results = in_parallel(rank_case, cases, "leave-one-out")
-    ranks = {exit: np.array([found[exit][0] for found in results], np.int64) for exit in exits}
-    best = {exit: np.array([found[exit][1] for found in results], np.int64).reshape(-1, DEPTH) for exit in exits}
+    ranks = {exit: np.array([found[exit][0] for found, _ in results], np.int64) for exit in exits}
+    best = {exit: np.array([found[exit][1] for found, _ in results], np.int64).reshape(-1, DEPTH) for exit in exits}
+    if baselines and data.catalogue.field_values and results:
+        rows_of_point, scores_of_point = np.stack([first for _, first in results], axis=1)
+        best |= mmr_lists(scores_of_point, rows_of_point.astype(np.int64), list(data.catalogue.field_values.values()))
     for name, baseline in baselines.items():
         ranks[name], best[name] = baseline_ranks(baseline, cases, len(engine.items))
     return ranks, best
 
 
-def padded(rows: np.ndarray) -> np.ndarray:
-    """Return the rows of a best list with 0 for its missing places: (10,)."""
-    return np.pad(rows, (0, DEPTH - len(rows)))
+def padded(values: np.ndarray, count: int) -> np.ndarray:
+    """Return the values of a best list with 0 for its missing places: (count,)."""
+    return np.pad(values, (0, count - len(values)))
 
 
 ScoredSlates = list[tuple[np.ndarray, np.ndarray]]  # scores and labels, (n,) each
@@ -148,12 +155,10 @@ class Outcome:
     ranks: dict[str, np.ndarray]  # of `leave_one_out`; empty without a head of kind `next`
     slates: dict[str, ScoredSlates]  # of `slates`; empty without a head of kind `label`
     label: str | None  # the name of that head
-    choices: dict[str, ScoredSlates] = field(
-        default_factory=dict
-    )  # of the head of kind `next` in slates that were shown
     best: dict[str, np.ndarray] = field(default_factory=dict)  # (users, 10) item rows of `leave_one_out`, best first
     users: int = 0  # who have a case in leave-one-out, of which `ranks` has a sample
     settings: dict[str, str] = field(default_factory=dict)  # of the baselines
+    diversity: dict[str, Diversity] = field(default_factory=dict)  # of `best`; empty without categorical columns
 
     def gains(self, name: str) -> np.ndarray:
         """Return NDCG@10 of each user: (users,)."""
@@ -161,21 +166,11 @@ class Outcome:
 
     def per_slate(self, name: str) -> np.ndarray:
         """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
-        return measures(self.slates[name])
+        return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]]).reshape(-1, 2)
 
     def measurable(self) -> bool:
         """Return whether a slate has both labels. Without one, no metric of the slates has a value."""
-        return measurable(self.slates)
-
-
-def measures(cases: ScoredSlates) -> np.ndarray:
-    """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
-    return np.array([[ndcg(*case), auc(*case)] for case in cases]).reshape(-1, 2)
-
-
-def measurable(scored: dict[str, ScoredSlates]) -> bool:
-    """Return whether a slate has both labels."""
-    return any(0 < labels.sum() < len(labels) for _, labels in next(iter(scored.values()), []))
+        return any(0 < labels.sum() < len(labels) for _, labels in next(iter(self.slates.values()), []))
 
 
 def run_cases(
@@ -185,36 +180,34 @@ def run_cases(
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
-    shown = following if data.exposures is not None and labelled is not None else None
-    if data.exposures is not None and labelled is None:
-        labelled = following
     others = make_baselines(data) if baselines else {}
     ranked: Ranked = ({}, {})
     scored = {}
-    choices = {}
+    diversity = {}
     users = np.flatnonzero(data.split.test_lengths)
     if following is not None and len(users):
-        ranked = leave_one_out(engine, data, following, meta, sample_users(users, most_users), others)
+        sample = sample_users(users, most_users)
+        ranked = leave_one_out(engine, data, following, meta, sample, others)
+        if fields := list(data.catalogue.field_values.values()):
+            targets = np.array([case.upcoming[0] for case in next_cases(data, sample)])
+            diversity = measure_lists(ranked[1], targets, fields, len(engine.items) - FIRST_ITEM)
     if labelled is not None and len(data.split.slate_users):
         scored = slates(engine, data, labelled, meta, others, most_users)
-    if shown is not None and len(data.split.slate_users):
-        choices = slates(engine, data, shown, meta, others, most_users)
     return Outcome(
         ranks=ranked[0],
         slates=scored,
         label=None if labelled is None else heads[labelled].name,
-        choices=choices,
         best=ranked[1],
         users=len(users),
         settings={name: baseline.settings for name, baseline in others.items() if baseline.settings},
+        diversity=diversity,
     )
 
 
 def tabulate(outcome: Outcome) -> dict[str, Any]:
-    """Return the tables (a), (b) and (c) of the report. Metrics are [mean, low, high] of `metrics.interval`.
+    """Return the tables of the report. Metrics are [mean, low, high] of `metrics.interval`.
 
-    A table that cannot be measured is empty; `not_measured` then has the reason. Tables of other qualities of the best
-    lists, such as diversity, are computed from `outcome.best` and added here.
+    A table that cannot be measured is empty; `not_measured` then has the reason.
     """
     report: dict[str, Any] = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": outcome.label}
     report["not_measured"] = {}
@@ -228,21 +221,20 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
         count = len(next(iter(outcome.slates.values()), []))
         report["not_measured"]["slates"] = f"none of {count} held-out slates has both labels of `{outcome.label}`"
     else:
-        report["slates"] = {name: slate_row(name, cases) for name, cases in outcome.slates.items()}
-    if measurable(outcome.choices):
-        report["choices"] = {name: slate_row(name, cases) for name, cases in outcome.choices.items()}
+        report["slates"] = {name: slate_row(outcome, name) for name in outcome.slates}
     if "set" in (*outcome.ranks, *outcome.slates):
         report["set_against_point"] = difference(outcome, outcome, "set", "point")
+    report["diversity"] = {name: lists.row() for name, lists in outcome.diversity.items()}
     ranked = len(next(iter(outcome.ranks.values()), ()))
     report["sample"] = {"users": ranked, "of": outcome.users, "seed": SEED}
     report["baselines"] = outcome.settings
     return report
 
 
-def slate_row(name: str, cases: ScoredSlates) -> dict[str, Any]:
+def slate_row(outcome: Outcome, name: str) -> dict[str, Any]:
     """Return the row of an exit or a baseline in table (b). There is a calibration error if labels suffice for one."""
-    scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
-    per_slate = measures(cases)
+    scores, labels = (np.concatenate(column) for column in zip(*outcome.slates[name], strict=True))
+    per_slate = outcome.per_slate(name)
     rated = ~np.isnan(per_slate[:, 0])
     row = {
         "slates": int(rated.sum()),

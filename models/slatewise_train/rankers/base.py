@@ -77,6 +77,13 @@ class RankerModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def item_vectors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the `item_table` and the `cold_item_vectors` of some items: (n, d) twice.
+
+        rows: (n,) of the items, the unknown item first. A batch of training has few items of a large catalogue.
+        """
+
+    @abstractmethod
     def field_table(self, name: str) -> Tensor:
         """Return the vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config_values import number
 from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
+from slatewise_train.rankers.layers import Dropout, apply_together, rotate
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,6 @@ class LigrConfig(RankerConfig):
         return (self.key_heads or self.attention_heads) * self.value_size
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Apply rotary positions (RoFormer, arXiv 2104.09864): x (B, H, T, D) -> (B, H, T, D).
-
-    Rotates the pair (i, i + D/2) by the angle position * 10000^(-2i/D). positions: (T,) or (B, T).
-    """
-    half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[..., None].float() * frequency  # (T, D/2) or (B, T, D/2)
-    if angle.ndim == 3:
-        angle = angle[:, None]
-    cos = angle.cos()
-    sin = angle.sin()
-    left = x[..., :half]
-    right = x[..., half:]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-
 class Block(nn.Module):
     """A gated block (LiGR, equation 1): x + F(LN(x)) * sigmoid(x W + b) for F = attention, then F = feed-forward."""
 
@@ -106,32 +90,39 @@ class Block(nn.Module):
         self.feed_forward_gate = nn.Linear(d, d)
         self.up = nn.Linear(d, config.feed_forward * d)
         self.down = nn.Linear(config.feed_forward * d, d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """Split into heads: (B, T, H * D) -> (B, H, T, D)."""
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return keys (B, H, T, key size) and values (B, H, T, value size) of H key heads, for x (B, T, d).
+    def attend_to_itself(
+        self, x: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Apply the block to a sequence x (B, T, d) that attends to itself.
 
-        Keys are rotated to their positions, (T,) or (B, T). positions is None in set-wise blocks, which have no
-        positions.
+        Returns (B, T, d), keys (B, H, T, key size) and values (B, H, T, value size) of H key heads. Keys are rotated to
+        their positions, (T,) or (B, T). positions is None in set-wise blocks, which have no positions. mask: (B or 1,
+        1, T, T), True for the positions that may be read.
         """
-        x = self.attention_norm(x)
-        key = self.split(self.key(x), self.key_heads)
-        value = self.split(self.value(x), self.key_heads)
-        return (key if positions is None else rotate(key, positions)), value
+        layers = apply_together(self.attention_norm(x), [self.query, self.key, self.value])
+        heads = (self.heads, self.key_heads, self.key_heads)
+        query, key, value = (self.split(part, count) for part, count in zip(layers, heads, strict=True))
+        if positions is not None:
+            query, key = rotate(query, positions), rotate(key, positions)
+        return self.update(x, query, key, value, mask, causal), (key, value)
 
-    def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None, causal: bool = False
-    ) -> Tensor:
-        """Apply the block: x (B, N, d) attends to key and value of K positions, see `keys_values`. Returns (B, N, d).
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Apply the block: x (B, N, d) attends to key and value of K positions of a sequence. Returns (B, N, d).
 
         mask: (B or 1, 1, N, K), True for the positions that may be read.
         """
         query = self.split(self.query(self.attention_norm(x)), self.heads)
         query = query if positions is None else rotate(query, positions)
+        return self.update(x, query, key, value, mask, causal=False)
+
+    def update(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Return x (B, N, d) after attention and feed-forward layer."""
         read = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
         )
@@ -179,7 +170,7 @@ class Ligr(RankerModel):
         self.set_blocks = nn.ModuleList(Block(config) for _ in range(config.set_blocks))
         self.set_norm = nn.LayerNorm(d)
         self.set_out = nn.Linear(d, config.heads)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=d**-0.5)
@@ -196,26 +187,39 @@ class Ligr(RankerModel):
     def field_table(self, name: str) -> Tensor:
         return self.field[name].get_parameter("weight")
 
-    def field_vectors(self, name: str) -> Tensor:
-        """Return the mean vector of each item's values of a field, or row 0 of the field without values: (items, d).
+    def field_vectors(self, name: str, rows: Tensor) -> Tensor:
+        """Return the mean vector of the items' values of a field, or row 0 of the field without values: (n, d).
 
-        The time follows the number of values of all items, not the most values of one item.
+        rows: (n,) of the items. The time follows the number of values of these items, not the most values of one item.
         """
         table = self.field_table(name)
-        count = self.get_buffer(f"count_{name}")
-        sums = F.embedding_bag(self.get_buffer(f"flat_{name}"), table, count.cumsum(0) - count, mode="sum")
-        return torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
+        counts = self.get_buffer(f"count_{name}")
+        count = counts[rows]  # (n,)
+        starts = count.cumsum(0) - count
+        shift = (counts.cumsum(0) - counts)[rows] - starts  # from a place in this result to its place in the buffer
+        places = torch.arange(int(count.sum()), device=rows.device) + shift.repeat_interleave(count)
+        sums = F.embedding_bag(self.get_buffer(f"flat_{name}")[places], table, starts, mode="sum")
+        vectors = torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
+        return vectors.masked_fill((rows == START_ITEM)[:, None], 0.0)  # the start token has no fields
 
     def item_table(self) -> Tensor:
         folded = self.item.weight  # (items, d)
+        rows = torch.arange(len(folded), device=folded.device)
         for name in self.config.fields:
-            rows = self.field_vectors(name)
-            rows = rows.index_fill(0, torch.tensor([START_ITEM]), 0.0)  # the start token has no fields
-            folded = folded + rows
+            folded = folded + self.field_vectors(name, rows)
         return folded
 
     def cold_item_vectors(self, table: Tensor) -> Tensor:
         return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
+
+    def item_vectors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        known = F.embedding(rows, self.item.weight)  # (n, d)
+        cold = known[:1].expand(len(rows), -1)
+        for name in self.config.fields:
+            vectors = self.field_vectors(name, rows)
+            known = known + vectors
+            cold = cold + vectors
+        return known, cold
 
     def dense_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of all blocks, by name. They take nearly all of the time."""
@@ -249,13 +253,12 @@ class Ligr(RankerModel):
         return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))  # (B, T, d)
 
     def encode(self, x: Tensor) -> tuple[EncodedHistory, Tensor]:
-        positions = torch.arange(x.shape[1])
+        positions = torch.arange(x.shape[1], device=x.device)
         state = []
         for block in self.blocks:
             assert isinstance(block, Block)
-            key, value = block.keys_values(x, positions)
-            state.append((key, value))
-            x = block(x, key, value, positions, None, causal=True)
+            x, keys_values = block.attend_to_itself(x, positions, None, causal=True)
+            state.append(keys_values)
         return state, self.user_norm(x)  # (B, T, d)
 
     def dot_logits(self, users: Tensor, vectors: Tensor) -> Tensor:
@@ -286,6 +289,5 @@ class Ligr(RankerModel):
         x = hidden
         for block in self.set_blocks:
             assert isinstance(block, Block)
-            key, value = block.keys_values(x, None)
-            x = block(x, key, value, None, mask)
+            x, _ = block.attend_to_itself(x, None, mask, causal=False)
         return self.set_out(self.set_norm(x))  # (B, N, heads)

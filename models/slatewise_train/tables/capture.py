@@ -20,12 +20,14 @@ DAY = 86_400.0
 SHOWN = "impression"
 TAKEN = "taken"  # the action of an event without one
 LISTS = {"item_ids": pl.List(pl.String), "actions": pl.List(pl.String), "timestamps": pl.List(pl.Float64)}
-SCHEMA: dict[str, type[pl.String] | type[pl.Float64] | pl.Struct] = {
-    "user": pl.String,
-    "request_time": pl.Float64,
-    "history": pl.Struct(LISTS),
-    "candidates": pl.Struct({"item_ids": pl.List(pl.String)}),
-}
+SCHEMA = pl.Schema(
+    {
+        "user": pl.String(),
+        "request_time": pl.Float64(),
+        "history": pl.Struct(LISTS),
+        "candidates": pl.Struct({"item_ids": pl.List(pl.String())}),
+    }
+)
 
 
 def read_json_lines(path: Path) -> pl.DataFrame:

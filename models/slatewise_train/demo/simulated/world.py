@@ -9,7 +9,8 @@ Items are films of MovieLens latest-small, with their titles and genres. All els
 - Each film of a slate is chosen with probability sigmoid(utility), independently of the others, if the user examines
   it. An older ranker puts the films in order, and position r is examined with probability 1 / r ** position_power.
 
-The probability of a choice after examination is the relevance: it is known exactly, so `oracle.py` knows the best order.
+The probability of a choice after examination is the relevance. It is known exactly, so `oracle.py` knows the best
+order.
 
 Called by: `oracle.py`, `tables.py`, `experiment.py`. Calls: numpy, polars.
 
