@@ -64,7 +64,8 @@ def describe(config: Config) -> Iterator[str]:
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")
     yield from split_lines(data)
-    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items))  # prints the values that it chooses
+    shown = exposures is not None
+    choose_training(config, split.train_lengths, len(catalogue.vocabulary.items), shown)  # prints the chosen values
 
 
 def files_of(place: str) -> str:

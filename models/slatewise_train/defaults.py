@@ -69,10 +69,11 @@ def choose_split(config: DataConfig, stated: frozenset[str] | None, sequences: H
     return config
 
 
-def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
+def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool = False) -> Config:
     """Return the config with the keys of `[model]` and `[train]` that the TOML leaves out.
 
-    lengths: (U,) training events of each user; items: number of items.
+    lengths: (U,) training events of each user; items: number of items; shown: whether the tables have slates that users
+    were shown.
     """
     events = int(lengths.sum())
     median = float(np.median(lengths[lengths > 0]))
@@ -86,7 +87,8 @@ def choose_training(config: Config, lengths: np.ndarray, items: int) -> Config:
         # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
         model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
-        model["set_blocks"] = (1 if labels else 0, "a head of kind label" if labels else "no head of kind label")
+        reason = "a head of kind label" if labels else "no head of kind label"
+        model["set_blocks"] = (1 if labels or shown else 0, "slates that were shown" if shown else reason)
     shape = dict(config.model.shape)
     say("model", {k: v for k, v in model.items() if k not in shape})
     shape = {k: v for k, (v, _) in model.items()} | shape

@@ -1,13 +1,17 @@
 """Train on slates that users were shown: draw them for a batch, and compute their losses.
 
-An item that was shown and not chosen is a negative of heads of kind `next`, and has the label 0 of these heads. Three
-things can be added to the losses of these slates; none of them is part of the ranker that is exported:
+An item that was shown and not chosen is a negative of heads of kind `next`, and has the label 0 of these heads. If no
+item of a slate was chosen, the exit `dot` learns that the user preferred the next event to the slate.
+
+Three things can be added to the losses of these slates; none of them is part of the ranker that is exported:
 
 - `slate_loss` in [train]: a list-wise loss of the exits `point` and `set`, beside the binary cross-entropy, which
   keeps the probabilities calibrated.
 - `position_bias`: a learned logit for each position, the chance that users look there (Guo et al., PAL, RecSys 2019).
-- `propensity_power`: a positive label at position r counts r ** power times, the inverse of the chance that users look
-  there (Joachims et al., WSDM 2017). The binary cross-entropy then is that of Saito et al., WSDM 2020.
+- `propensity_power`: a positive label at position r has the weight r ** power, the inverse of the chance that users
+  look there, over the mean weight. A list-wise loss of choices is then, up to a factor, that of users who look at all
+  positions alike (Joachims et al., WSDM 2017). The weighted binary cross-entropy is not unbiased: the unbiased one
+  (Saito et al., WSDM 2020) has labels above 1, so it has no minimum on the clicks of few slates, and training diverges.
 
 Called by: `train.py`. Calls: `exposures.py`, `slates.py`, `losses.py`, `listwise.py`.
 
@@ -31,6 +35,7 @@ from slatewise_train.batches import Batch
 from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data, request_times
 from slatewise_train.exposures import training_slates
+from slatewise_train.losses import label_losses
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import MISSING_NUMERIC, Slates, read_slates
 
@@ -42,7 +47,7 @@ LIST_LOSSES: dict[str, ListLoss] = {
 }
 OWN_POSITIONS = 16  # positions with a bias of their own; behind them, every quarter of a doubling has one
 BUCKETS = 40
-MOST_WEIGHT = 100.0  # of a positive label: a click at a rare place must not outweigh all others
+MOST_WEIGHT = 20.0  # of a positive label: a click at a rare place must not outweigh all others
 
 
 def position_buckets(positions: Tensor) -> Tensor:
@@ -52,26 +57,26 @@ def position_buckets(positions: Tensor) -> Tensor:
 
 
 def list_loss(name: str, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean list-wise loss of slates: scores, labels, weights (R, C); labels NaN if unknown or padding -> ().
+    """Return the list-wise loss of slates for each positive label: scores, labels, weights (R, C) -> ().
 
-    weights: of positive labels. A slate counts as much as its positive labels do on average.
+    labels: NaN if unknown or padding; weights: of positive labels. Slates with one kind of label do not count.
     """
     mask = ~labels.isnan()
     chosen = labels.nan_to_num()
-    slate_weight = (chosen * weights).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
-    return (LIST_LOSSES[name](scores, chosen * weights, mask) * slate_weight).mean()
+    gain = chosen * weights
+    ordered = listwise.has_order(chosen, mask)
+    # A list-wise loss does not change with the scale of a slate's gains, so the sum of the weights multiplies it.
+    losses = gain.sum(dim=1) * LIST_LOSSES[name](scores, gain, mask)
+    return losses.where(ordered, 0.0).sum() / chosen[ordered].sum().clamp(min=1)
 
 
 def weighted_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the binary cross-entropy with labels that are weighted by their inverse propensity: all (R, C) -> ().
+    """Return the mean binary cross-entropy, that of positive labels times their weight: all (R, C) -> ().
 
-    The label of a chosen item is its weight, so that its mean is the probability after a look at the item (Saito et
-    al., equation 9). Unknown labels are NaN.
+    Unknown labels are NaN.
     """
-    known = ~labels.isnan()
-    if not known.any():
-        return logits.new_zeros(())
-    return (F.softplus(logits[known]) - (labels * weights)[known] * logits[known]).mean()
+    losses = label_losses(logits, labels) * weights.where(labels == 1, 1.0)
+    return losses.sum() / (~labels.isnan()).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class ShownSlates:
 
     rows: Tensor  # (R,) int64, the row of the batch
     slates: Slates  # candidates (R, 1, C) without drawn negatives
-    weights: Tensor  # (R, C) float32 of positive labels
+    weights: Tensor  # (R, C, heads) float32 of positive labels
     buckets: Tensor  # (R, C) int64 of positions
 
     @property
@@ -114,6 +119,7 @@ class ShownLosses(nn.Module):
         self.span = 1 + int(exposures.history.max(initial=0)) + int(data.split.train_lengths.max(initial=0))
         self.keys = exposures.slate_users[self.slates] * self.span + exposures.history[self.slates]
         self.times = request_times(exposures.times)
+        self.mean_weights = self.mean_weight_of_heads()
         self.position_bias = nn.Parameter(torch.zeros(BUCKETS, len(self.heads)))
         self.position_bias.requires_grad_(config.position_bias)
 
@@ -122,6 +128,20 @@ class ShownLosses(nn.Module):
         used = np.zeros(len(self.exposures), bool)
         used[self.slates] = True
         return np.unique(self.exposures.items[np.repeat(used, np.diff(self.exposures.offsets))])
+
+    def propensity_weights(self, positions: Tensor) -> Tensor:
+        """Return the weights of positive labels, not yet over their mean: int64 -> float32 of the same shape."""
+        return positions.clamp(min=1).float().pow(self.config.propensity_power).clamp(max=MOST_WEIGHT)
+
+    def mean_weight_of_heads(self) -> Tensor:
+        """Return the mean weight of the positive labels of the training slates with a known position: (heads,)."""
+        used = np.zeros(len(self.exposures), bool)
+        used[self.slates] = True
+        rows = np.repeat(used, np.diff(self.exposures.offsets)) & (self.exposures.positions > 0)
+        weights = self.propensity_weights(torch.from_numpy(self.exposures.positions[rows]))
+        positive = torch.from_numpy(self.exposures.labels[rows] == 1)
+        mean = (weights[:, None] * positive).sum(0) / positive.sum(0).clamp(min=1)
+        return mean.where(positive.any(0), 1.0)
 
     def draw(self, batch: Batch) -> ShownSlates | None:
         """Return up to `cascade_positions` slates of each window that were shown before its last event, or None.
@@ -165,24 +185,33 @@ class ShownLosses(nn.Module):
             torch.from_numpy(labels)[:, None],
             torch.zeros(len(slates), 1, 0),
         )
-        weights = positions.clamp(min=1).float().pow(self.config.propensity_power).clamp(max=MOST_WEIGHT)
+        weights = self.propensity_weights(positions)[..., None] / self.mean_weights
+        weights = weights.where(positions[..., None] > 0, 1.0)
         return ShownSlates(torch.from_numpy(rows), drawn, weights, position_buckets(positions))
 
-    def dot_loss(self, model: RankerModel, shown: ShownSlates, users: Tensor, table: Tensor) -> Tensor:
-        """Return the loss of the exit `dot`. users: (B, T + 1, d) user vectors of the batch; table: (items, d)."""
-        u = users[shown.rows, shown.slates.read[:, 0]]  # (R, d)
-        product = (F.embedding(shown.slates.candidates[:, 0], table) * u[:, None]).sum(-1)  # (R, C)
+    def dot_loss(self, model: RankerModel, batch: Batch, shown: ShownSlates, users: Tensor, table: Tensor) -> Tensor:
+        """Return the loss of the exit `dot`. users: (B, T, d) user vectors of the batch; table: (items, d)."""
+        read = shown.slates.read[:, 0]
+        items = shown.slates.candidates[:, 0]
+        u = users[shown.rows, read]  # (R, d)
+        product = (F.embedding(items, table) * u[:, None]).sum(-1)  # (R, C)
+        following = batch.items[shown.rows, read + 1]  # (R,) the next event, which the window has
+        further = (F.embedding(following, table) * u).sum(-1)[:, None]  # (R, 1)
+        is_shown = (items == following[:, None]).any(1)
         loss = product.new_zeros(())
         learned = product.detach() if any(head.kind == "next" for head in self.heads) else product
         for k, head in enumerate(self.heads):
             bias = self.position_bias[shown.buckets, k]
             labels = shown.labels[..., k]
             if head.kind == "next":
-                scores = product * model.dot_scale[k] + bias
-                loss = loss + list_loss("softmax", scores, labels, shown.weights)
+                passed = ~(labels == 1).any(1) & ~is_shown
+                scores = torch.cat([product * model.dot_scale[k] + bias, further * model.dot_scale[k]], dim=1)
+                labels = torch.cat([labels, torch.where(passed, 1.0, torch.nan)[:, None]], dim=1)
+                weights = F.pad(shown.weights[..., k], (0, 1), value=1.0)
+                loss = loss + list_loss("softmax", scores, labels, weights)
             else:
                 logits = learned * model.dot_scale[k] + model.dot_bias[k] + bias
-                loss = loss + weighted_label_loss(logits, labels, shown.weights)
+                loss = loss + weighted_label_loss(logits, labels, shown.weights[..., k])
         return loss
 
     def cascade_loss(
@@ -213,9 +242,22 @@ class ShownLosses(nn.Module):
                 labels = shown.labels[..., k]
                 if head.kind == "next":
                     name = self.config.slate_loss if self.config.slate_loss in LIST_LOSSES else "softmax"
-                    loss = loss + list_loss(name, scores, labels, shown.weights)
+                    loss = loss + list_loss(name, scores, labels, shown.weights[..., k])
                     continue
-                loss = loss + weighted_label_loss(scores, labels, shown.weights)
+                loss = loss + weighted_label_loss(scores, labels, shown.weights[..., k])
                 if self.config.slate_loss in LIST_LOSSES:
-                    loss = loss + list_loss(self.config.slate_loss, scores, labels, shown.weights)
+                    loss = loss + list_loss(self.config.slate_loss, scores, labels, shown.weights[..., k])
         return loss
+
+
+def shown_losses(data: Data, config: TrainConfig) -> ShownLosses | None:
+    """Return the losses of the slates that users were shown, or None if the data have no slates.
+
+    Raises ValueError for a correction of positions that the data or the other correction do not allow.
+    """
+    keys = [key for key in ("position_bias", "propensity_power") if getattr(config, key)]
+    if len(keys) > 1:
+        raise ValueError("[train] position_bias and propensity_power correct the same bias; use one of them")
+    if keys and (data.exposures is None or not data.exposures.positions.any()):
+        raise ValueError(f"[train] {keys[0]} needs slates with positions; the events have no column position of them")
+    return None if data.exposures is None else ShownLosses(data, config)

@@ -42,7 +42,7 @@ from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, 
 from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
-from slatewise_train.shown import ShownLosses
+from slatewise_train.shown import LIST_LOSSES, list_loss, shown_losses
 from slatewise_train.slates import Slates, draw_slates, read_slates
 from slatewise_train.validation import validate
 
@@ -69,7 +69,7 @@ class Trainer:
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         if config.embedding_std is not None and not isinstance(model, RankerModel):
             scale_embeddings(self.model, config.embedding_std)
-        self.shown = None if data.exposures is None else ShownLosses(data, config)
+        self.shown = shown_losses(data, config)
         shown = [] if self.shown is None else self.shown.parameters()
         self.optimizer = torch.optim.AdamW(
             [*self.model.parameters(), *self.meta.parameters(), *shown],
@@ -161,6 +161,11 @@ class Trainer:
         for logits in (point[:, :slate], set_rated, set_among[:, :1]):
             for h in self.label_heads if self.shown is None else ():
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
+        if self.shown is None and self.config.slate_loss in LIST_LOSSES:
+            for logits in (point[:, :slate], set_rated):
+                for h in self.label_heads:
+                    ones = torch.ones_like(labels[..., h])
+                    loss = loss + list_loss(self.config.slate_loss, logits[..., h], labels[..., h], ones)
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
@@ -182,12 +187,13 @@ class Trainer:
         loss = self.dot_loss(batch, users, table, negatives)
         shown = None if self.shown is None else self.shown.draw(batch)
         if self.shown is not None and shown is not None:
-            loss = loss + self.shown.dot_loss(self.model, shown, users, table)
+            loss = loss + self.shown.dot_loss(self.model, batch, shown, users, table)
         if cascade:
             rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
             part = batch.take(rows)
-            loss = loss + self.cascade_loss(part, some, users[rows], table, cold_item_vectors)
+            if self.next_heads or self.shown is None:
+                loss = loss + self.cascade_loss(part, some, users[rows], table, cold_item_vectors)
             if self.shown is not None and shown is not None and (kept := shown.of(rows)) is not None:
                 candidates = self.id_dropout(kept.slates.candidates, table, cold_item_vectors)
                 meta = self.meta(part.users[kept.rows])[:, None]
@@ -256,7 +262,9 @@ class Trainer:
 def load_for_training(config: Config) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
     data = load_data(config.data, config.tables, config.stated)
-    return data, choose_training(config, data.split.train_lengths, len(data.catalogue.vocabulary.items))
+    return data, choose_training(
+        config, data.split.train_lengths, len(data.catalogue.vocabulary.items), data.exposures is not None
+    )
 
 
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:

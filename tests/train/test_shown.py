@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from slatewise_train.config import DataConfig, Head, ModelConfig, TablesConfig, 
 from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.cases import slate_cases
 from slatewise_train.exposures import first_held_out, training_slates
-from slatewise_train.shown import ShownLosses, position_buckets, weighted_label_loss
+from slatewise_train.shown import ShownLosses, list_loss, position_buckets, weighted_label_loss
 from slatewise_train.train import Trainer
 
 HEADS = (Head("next", "next", 1.0), Head("buy", "label", 1.0))
@@ -148,18 +150,51 @@ def test_position_buckets_grow() -> None:
     assert buckets[:17].tolist() == list(range(17)) and (buckets.diff() >= 0).all() and buckets[300] == 32
 
 
-def test_inverse_propensity_is_unbiased_over_all_outcomes() -> None:
-    """The mean of the weighted loss over looks and choices is the loss with the true relevance as its label."""
-    relevance, look = torch.tensor([0.7, 0.2, 0.5]), 1 / torch.tensor([1.0, 2.0, 3.0])
-    logits = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
-    total = 0.0
-    for outcome in range(8):
-        clicks = torch.tensor([[outcome >> k & 1 for k in range(3)]], dtype=torch.float64)
-        p = relevance * look
-        chance = torch.where(clicks[0] == 1, p, 1 - p).prod()
-        total = total + chance * weighted_label_loss(logits, clicks, 1 / look[None])
-    true = torch.nn.functional.binary_cross_entropy_with_logits(logits, relevance[None].double())
-    torch.testing.assert_close(total, true, check_dtype=False)
+def test_weighted_loss_of_choices_is_that_of_a_fair_log() -> None:
+    """Items of relevance 2, 3 and 4 in every order; at rank r, one is chosen with probability relevance / 10 / r."""
+    relevance = [2, 3, 4]
+    scores = torch.tensor([0.3, -0.5, 1.1])
+    fair: list[tuple[torch.Tensor, torch.Tensor]] = []
+    biased: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for order in itertools.permutations(range(3)):
+        for rank, item in enumerate(order, start=1):
+            outcome = (scores[list(order)], torch.eye(3)[rank - 1])
+            fair += [outcome] * (6 * relevance[item])
+            biased += [outcome] * (6 * relevance[item] // rank)
+    shown, labels = (torch.stack(column) for column in zip(*biased, strict=True))
+    weights = torch.tensor([1.0, 2.0, 3.0]).expand_as(labels)
+    weights = weights / weights[labels == 1].mean()
+    wanted, chosen = (torch.stack(column) for column in zip(*fair, strict=True))
+    expected = list_loss("softmax", wanted, chosen, torch.ones_like(chosen))
+    torch.testing.assert_close(list_loss("softmax", shown, labels, weights), expected)
+    one_order = (shown == scores).all(1)  # of an older ranker
+    naive = list_loss("softmax", shown[one_order], labels[one_order], torch.ones_like(labels[one_order]))
+    assert abs(naive - expected) > 0.02
+
+
+def test_list_loss_is_the_mean_over_choices() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4)
+    labels = torch.tensor([[0, 1, 0, 1.0], [1, 0, 0, torch.nan], [0, 0, torch.nan, torch.nan]])
+    logs = [torch.log_softmax(scores[0], 0), torch.log_softmax(scores[1, :3], 0)]
+    weights = torch.tensor([[1.0, 2, 3, 4]]).expand(3, 4)
+    expected = -(2 * logs[0][1] + 4 * logs[0][3] + 1 * logs[1][0]) / 3
+    torch.testing.assert_close(list_loss("softmax", scores, labels, weights), expected)
+
+
+def test_weighted_label_loss_has_a_minimum() -> None:
+    """A label of 1 with a large weight must not pay for logits without end."""
+    logits = torch.linspace(-40, 40, 81)[:, None]
+    losses = torch.stack(
+        [
+            weighted_label_loss(x.expand(1, 4), torch.tensor([[1.0, 0, 0, torch.nan]]), torch.full((1, 4), 9.0))
+            for x in logits
+        ]
+    )
+    assert losses.argmin() not in (0, 80)
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(torch.zeros(2), torch.tensor([1.0, 0]))
+    ones = torch.ones(1, 3)
+    torch.testing.assert_close(weighted_label_loss(torch.zeros(1, 3), torch.tensor([[1.0, 0, torch.nan]]), ones), plain)
 
 
 def shop(seed: int = 0) -> pl.DataFrame:
@@ -221,3 +256,102 @@ def test_position_bias_learns_and_stays_out_of_the_model(tmp_path: Path) -> None
     off = Trainer(data, model, TrainConfig(batch_events=2048, warmup_steps=0))
     off.run_epoch(cascade=True)
     assert off.shown is not None and not off.shown.position_bias.any()
+
+
+def test_corrections_of_positions_are_refused_without_positions(tmp_path: Path) -> None:
+    data = load(tmp_path, shop(), DataConfig("shop", HEADS, history_length=32), "label:buy")
+    with pytest.raises(ValueError, match="position_bias and propensity_power correct the same bias"):
+        Trainer(data, ModelConfig(), TrainConfig(position_bias=True, propensity_power=1.0))
+    for found in (data, dataclasses.replace(data, exposures=None)):
+        for key in ("position_bias", "propensity_power"):
+            with pytest.raises(ValueError, match=rf"\[train\] {key} needs slates with positions"):
+                Trainer(found, ModelConfig(), TrainConfig(**{key: 1}))
+
+
+def test_next_event_is_preferred_to_slates_without_a_choice(tmp_path: Path) -> None:
+    """Items n0 to n4 are shown without success in slates of their own; o0 to o4 are never shown nor bought."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(100):
+        for time in range(6):
+            rows += [row(f"u{user}", f"n{k}", 10 * time, "shown", f"a{time}") for k in rng.choice(5, 2, replace=False)]
+            slate = [row(f"u{user}", f"b{rng.integers(5)}", 10 * time + 5, "buy", f"b{time}")]
+            rows += [*slate, row(f"u{user}", f"o{rng.integers(5)}", 10 * time + 5, "shown", f"b{time}")]
+    config = DataConfig("shop", HEADS[:1], history_length=32)
+    data = load(tmp_path, pl.DataFrame(rows).drop("label_buy"), config, "buy")
+    trainer = Trainer(data, ModelConfig(shape={"width": 8, "blocks": 1, "set_blocks": 0}), TrainConfig())
+    assert trainer.shown is not None
+    batch = make_batch(data.sequences, [(0, 0, 5)])
+    users = torch.randn(1, 5, 8)
+    table = torch.randn(len(data.catalogue.numeric), 8, requires_grad=True)
+    shown = trainer.shown.draw(batch)
+    assert shown is not None
+    trainer.shown.dot_loss(trainer.model, batch, shown, users, table).backward()
+    names = data.catalogue.vocabulary.items
+    learned = {names[k - FIRST_ITEM][0] for k in table.grad.abs().sum(1).nonzero()[:, 0].tolist()}
+    assert "n" in learned, "an item of a slate without a choice is a negative"
+
+
+def click_log(folder: Path) -> Data:
+    """Eight items that an older ranker puts in about the wrong order. Clicks of item k: (k + 1) / 9 / rank.
+
+    Each user clicked one item before and one after the slates, so that all slates stand in the training events.
+    """
+    rng = np.random.default_rng(3)
+    rows = []
+    for user in range(300):
+        for slate in range(4):
+            order = np.argsort(np.arange(8) + rng.normal(0, 2.5, 8))
+            clicked = rng.random(8) < (order + 1) / 9 / np.arange(1, 9)
+            for rank, item in enumerate(order, start=1):
+                rows.append((f"u{user}", f"i{item}", 100 * slate + user, int(clicked[rank - 1]), f"s{slate}", rank))
+        rows += [(f"u{user}", f"i{rng.integers(8)}", time, 1, None, None) for time in (1, 9_000)]
+    columns = ["user_id", "item_id", "timestamp", "label_buy", "slate_id", "position"]
+    config = DataConfig("shop", HEADS[1:], history_length=32)
+    return load(folder, pl.DataFrame(rows, columns, orient="row"), config, "label:buy")
+
+
+def test_corrections_recover_the_order_of_a_click_log(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    data = click_log(tmp_path)
+    truth = np.array([int(name[1:]) for name in data.catalogue.vocabulary.items])
+    shape = {"width": 16, "blocks": 1, "set_blocks": 1, "meta_size": 4}
+
+    def correlation(**changes: float) -> float:
+        config = TrainConfig(
+            batch_events=256, learning_rate=0.02, warmup_steps=5, epochs=20, slate_loss="softmax", **changes
+        )
+        trainer = Trainer(data, ModelConfig(shape=shape), config)
+        losses = [trainer.run_epoch(cascade=True) for _ in range(config.epochs)]
+        assert 0 < losses[-1] < losses[0]
+        trainer.model.eval()
+        with torch.no_grad():
+            table = trainer.model.item_table()
+            batch = make_batch(data.sequences, [(user, 0, 1) for user in range(100)])
+            history, users = trainer.model.encode(trainer.model.tokens(table[batch.items], batch.actions, batch.gaps))
+            vectors = table[None, FIRST_ITEM:].expand(100, -1, -1)
+            fused = trainer.model.fuse(
+                trainer.numeric[None, FIRST_ITEM:].expand(100, -1, -1),
+                trainer.model.default_meta,
+                batch.contexts[:, -1:],
+            )
+            hidden = trainer.model.hidden(vectors, history, torch.tensor([2]), None, fused)
+            point = trainer.model.dot_logits(users[:, -1:], vectors) + trainer.model.point_logits(hidden)
+        ranks = point[..., 0].mean(0).argsort().argsort().numpy()
+        return float(np.corrcoef(ranks, truth)[0, 1])
+
+    assert correlation() < 0.6
+    assert correlation(propensity_power=1.0) > 0.9
+    assert correlation(position_bias=True) > 0.9
+
+
+def test_slate_loss_trains_rankers_without_shown_slates(tmp_path: Path) -> None:
+    rows = shop().filter(pl.col("item_id").is_in([f"i{k}" for k in range(20)])).head(400)
+    rows = rows.with_columns(label_buy=pl.Series([0, 1] * (len(rows) // 2)), action=pl.lit("view"))
+    data = load(tmp_path, rows, DataConfig("shop", HEADS, history_length=32, slate_size=4), "*")
+    assert data.exposures is None
+    found = {}
+    for kind in ("bce", "softmax", "neural_ndcg", "lambda"):
+        trainer = Trainer(data, ModelConfig(shape={"width": 8, "blocks": 1}), TrainConfig(slate_loss=kind))
+        found[kind] = trainer.run_epoch(cascade=True)
+    assert len(set(found.values())) == 4

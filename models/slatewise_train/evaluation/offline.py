@@ -2,7 +2,9 @@
 
 (a) leave-one-out: for each user, the rank of the last event's item among all items that are new to the user, or among
     all items if it is not new itself. This table needs a head of kind `next`.
-(b) slates: the ranking of the next events of held-out users. This table needs a head of kind `label`.
+(b) slates: the ranking of the next events of held-out users, or of the slate that they were shown. This table needs a
+    head of kind `label`. For a head of kind `next`, the table `choices` has the ranking of the items that were chosen
+    among those that were shown; without a head of kind `label` it is the table (b).
 (c) the difference between the exits `set` and `point`, paired by user.
 (d) the diversity of the ten best of (a), beside their quality, with MMR on `point` as a baseline. This table needs a
     categorical column.
@@ -155,6 +157,7 @@ class Outcome:
     ranks: dict[str, np.ndarray]  # of `leave_one_out`; empty without a head of kind `next`
     slates: dict[str, ScoredSlates]  # of `slates`; empty without a head of kind `label`
     label: str | None  # the name of that head
+    choices: dict[str, ScoredSlates] = field(default_factory=dict)  # of `next` in slates that were shown
     best: dict[str, np.ndarray] = field(default_factory=dict)  # (users, 10) item rows of `leave_one_out`, best first
     users: int = 0  # who have a case in leave-one-out, of which `ranks` has a sample
     settings: dict[str, str] = field(default_factory=dict)  # of the baselines
@@ -166,11 +169,21 @@ class Outcome:
 
     def per_slate(self, name: str) -> np.ndarray:
         """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
-        return np.array([[ndcg(*case), auc(*case)] for case in self.slates[name]]).reshape(-1, 2)
+        return measures(self.slates[name])
 
     def measurable(self) -> bool:
         """Return whether a slate has both labels. Without one, no metric of the slates has a value."""
-        return any(0 < labels.sum() < len(labels) for _, labels in next(iter(self.slates.values()), []))
+        return measurable(self.slates)
+
+
+def measures(cases: ScoredSlates) -> np.ndarray:
+    """Return NDCG@10 and AUC of each slate: (slates, 2). NaN if all labels of a slate are equal."""
+    return np.array([[ndcg(*case), auc(*case)] for case in cases]).reshape(-1, 2)
+
+
+def measurable(scored: dict[str, ScoredSlates]) -> bool:
+    """Return whether a slate has both labels."""
+    return any(0 < labels.sum() < len(labels) for _, labels in next(iter(scored.values()), []))
 
 
 def run_cases(
@@ -180,9 +193,13 @@ def run_cases(
     heads = data.config.heads
     following = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     labelled = next((k for k, head in enumerate(heads) if head.kind == "label"), None)
+    shown = following if data.exposures is not None and labelled is not None else None
+    if data.exposures is not None and labelled is None:
+        labelled = following
     others = make_baselines(data) if baselines else {}
     ranked: Ranked = ({}, {})
     scored = {}
+    choices = {}
     diversity = {}
     users = np.flatnonzero(data.split.test_lengths)
     if following is not None and len(users):
@@ -193,10 +210,13 @@ def run_cases(
             diversity = measure_lists(ranked[1], targets, fields, len(engine.items) - FIRST_ITEM)
     if labelled is not None and len(data.split.slate_users):
         scored = slates(engine, data, labelled, meta, others, most_users)
+    if shown is not None and len(data.split.slate_users):
+        choices = slates(engine, data, shown, meta, others, most_users)
     return Outcome(
         ranks=ranked[0],
         slates=scored,
         label=None if labelled is None else heads[labelled].name,
+        choices=choices,
         best=ranked[1],
         users=len(users),
         settings={name: baseline.settings for name, baseline in others.items() if baseline.settings},
@@ -221,7 +241,9 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
         count = len(next(iter(outcome.slates.values()), []))
         report["not_measured"]["slates"] = f"none of {count} held-out slates has both labels of `{outcome.label}`"
     else:
-        report["slates"] = {name: slate_row(outcome, name) for name in outcome.slates}
+        report["slates"] = {name: slate_row(name, cases) for name, cases in outcome.slates.items()}
+    if measurable(outcome.choices):
+        report["choices"] = {name: slate_row(name, cases) for name, cases in outcome.choices.items()}
     if "set" in (*outcome.ranks, *outcome.slates):
         report["set_against_point"] = difference(outcome, outcome, "set", "point")
     report["diversity"] = {name: lists.row() for name, lists in outcome.diversity.items()}
@@ -231,10 +253,10 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
     return report
 
 
-def slate_row(outcome: Outcome, name: str) -> dict[str, Any]:
+def slate_row(name: str, cases: ScoredSlates) -> dict[str, Any]:
     """Return the row of an exit or a baseline in table (b). There is a calibration error if labels suffice for one."""
-    scores, labels = (np.concatenate(column) for column in zip(*outcome.slates[name], strict=True))
-    per_slate = outcome.per_slate(name)
+    scores, labels = (np.concatenate(column) for column in zip(*cases, strict=True))
+    per_slate = measures(cases)
     rated = ~np.isnan(per_slate[:, 0])
     row = {
         "slates": int(rated.sum()),

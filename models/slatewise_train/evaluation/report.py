@@ -110,20 +110,14 @@ def quality_table(report: Mapping[str, Any]) -> str:
         [name, str(row["users"]), interval_cell(row["hr10"]), interval_cell(row["ndcg10"])]
         for name, row in report["leave_one_out"].items()
     ]
-    slates = []
-    for name, row in report["slates"].items():
-        unknown = "not measurable" if name in EXITS else ""
-        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else unknown
-        cells = [interval_cell(row["ndcg10"]), interval_cell(row["auc_in_slate"]), f"{row['auc']:.4f}", error]
-        slates.append([name, str(row["slates"]), *cells])
     differences = [[name, difference_cell(value)] for name, value in report["set_against_point"].items()]
     tables = []
     if leave_one_out:
         tables.append(markdown_table(["leave-one-out, full catalogue", "users", "HR@10", "NDCG@10"], leave_one_out))
-    if slates:
-        title = f"held-out slates, `{report['label']}`"
-        columns = [title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"]
-        tables.append(markdown_table(columns, slates))
+    if report["slates"]:
+        tables.append(slate_table(f"held-out slates, `{report['label']}`", report["slates"]))
+    if report.get("choices"):
+        tables.append(slate_table("held-out slates, taken among shown", report["choices"]))
     if differences:
         tables.append(markdown_table(["`set` minus `point`, paired", "difference"], differences))
     if diversity := report.get("diversity"):
@@ -135,6 +129,17 @@ def quality_table(report: Mapping[str, Any]) -> str:
         columns = ["the ten best of leave-one-out", "NDCG@10", "mean distance of two items", "share of the catalogue"]
         tables.append(markdown_table(columns, lists))
     return "\n\n".join("\n".join(table) for table in tables)
+
+
+def slate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table of slates, as Markdown."""
+    lines = []
+    for name, row in rows.items():
+        unknown = "not measurable" if name in EXITS else ""
+        error = f"{row['calibration_error']:.4f}" if "calibration_error" in row else unknown
+        cells = [interval_cell(row["ndcg10"]), interval_cell(row["auc_in_slate"]), f"{row['auc']:.4f}", error]
+        lines.append([name, str(row["slates"]), *cells])
+    return markdown_table([title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"], lines)
 
 
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
