@@ -13,6 +13,7 @@ import torch
 
 from slatewise import cli
 from slatewise.inference.arrays import FIRST_ITEM
+from slatewise_train.batches import make_batch
 from slatewise_train.config import Head
 from slatewise_train.evaluation import trained
 from slatewise_train.evaluation.interactions import validation_cases
@@ -34,13 +35,16 @@ def test_dot_ranks_equal_one_user_at_a_time(tiny: Tiny, monkeypatch: pytest.Monk
         table = tiny.trainer.model.item_table()
     for case, rank in zip(cases, found, strict=True):
         window = (case.user, len(case.seen) - len(case.history), len(case.seen))
+        batch = make_batch(data.sequences, [window])
         with torch.no_grad():
-            scores = tiny.trainer.catalogue_logits(table, window, ("dot",))["dot"][:, 0].numpy()
+            model = tiny.trainer.model
+            _, users = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
+            scores = model.dot_logits(users[:, -1:], table[None, FIRST_ITEM:])[0, :, 0].numpy()
         target = int(case.upcoming[0])
-        better = [
-            k for k in range(len(scores)) if k + FIRST_ITEM not in case.seen and scores[k] > scores[target - FIRST_ITEM]
-        ]
-        assert abs(rank - len(better)) <= 1, "another batch size rounds differently"
+        others = np.setdiff1d(np.arange(len(scores)), case.seen - FIRST_ITEM)
+        above = scores[others] - scores[target - FIRST_ITEM]
+        # another batch size rounds differently, and items without training events that share their fields are ties
+        assert (above > 1e-5).sum() <= rank <= (above > -1e-5).sum()
     assert float(gains(found).mean()) == pytest.approx(tiny.trainer.validate(("dot",))["dot_ndcg10"], abs=0.02)
 
 
@@ -108,6 +112,7 @@ def test_training_ends_with_the_verdict(
     assert error.startswith("slatewise export: error: DOES NOT BEAT its baselines") and "`--force`" in error
     assert cli.main([*argv, "--force", "--all-users"]) == 0
     out = capsys.readouterr().out.splitlines()
+    out = [line for line in out if not line.startswith("chosen from the tables")]
     assert out[0].startswith("DOES NOT BEAT its baselines") and out[2].startswith("All 120 users")
     assert Path(out[-1]) == Path("bundles/shop/1")
     assert (tmp_path / "bundles/shop/1/training.png").exists()
