@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,6 +59,7 @@ class BundleContent:
     titles: dict[str, dict[str, Any]]  # item id -> title and fields, for display
     example: dict[str, Any]
     warmup: list[dict[str, Any]]
+    history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
 
     @property
     def exits(self) -> list[str]:
@@ -114,6 +115,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
         default_exit=content.exits[-1],
         default_variant="fp32",
         actions=content.actions,
+        history_actions=list(content.history_actions),
         features=content.features,
         fields=fields,
         meta_size=model.meta_size,

@@ -217,8 +217,13 @@ def read_config(path: Path) -> Config:
     The message of a ValueError has one line: file, table and key, the value found, and the values or names that are
     possible.
     """
+    return parse_config(path.read_bytes(), path)
+
+
+def parse_config(content: bytes, path: Path) -> Config:
+    """Read the content of a TOML as `read_config` does. path: for messages."""
     try:
-        toml = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        toml = tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -12,6 +12,7 @@ Called by: every command that reads training data or a bundle's demo users. Call
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +20,16 @@ import polars as pl
 
 from slatewise.bundle.features import gap_buckets
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ACTION
-from slatewise_train.config import DataConfig, TablesConfig
+from slatewise_train.config import DataConfig, Head, TablesConfig
 from slatewise_train.defaults import choose_split
 from slatewise_train.exposures import Exposures, add_action_labels, build_exposures, first_held_out, whole_slates
 from slatewise_train.split import Split as Split  # for the callers of this module
 from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
-from slatewise_train.tables.events import read_events
+from slatewise_train.tables.events import read_events as read_events
 from slatewise_train.tables.files import read_table as read_table
-from slatewise_train.tables.history import history_rows
-from slatewise_train.tables.items import clean_items, read_items, value_lists
+from slatewise_train.tables.history import EVERY, history_rows, history_rule
+from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists
 from slatewise_train.tables.items import values_of as values_of
 
 WEEK = 604_800.0
@@ -212,7 +213,9 @@ def assemble(
 
     The catalogue has the items of all events; the actions and the sequences are those of the history.
     """
-    events = add_action_labels(events, is_history, config.heads)
+    items, events = join_ids(items, events)
+    if not is_history.all():  # without shown rows, such a label would have one value
+        events = add_action_labels(events, is_history, config.heads)
     taken = events.filter(is_history)
     if "action" in events.columns:
         events = events.with_columns(pl.when(is_history).then(pl.col("action")).alias("action"))
@@ -230,6 +233,18 @@ def assemble(
     return catalogue, sequences, exposures
 
 
+def taken_events(events: pl.DataFrame, stated: Sequence[str], heads: tuple[Head, ...], place: str) -> pl.DataFrame:
+    """Return the history in clean events of another table than that of the training: of a demo, or of a refresh.
+
+    stated: `history_actions` of the training. The rule and the labels are those of the training, but the table may be a
+    part without some of the actions. Raises ValueError for a missing column.
+    """
+    rows = events.with_columns(history_rule(stated, events.columns, place).alias("is_history"))["is_history"]
+    if stated and EVERY not in stated:
+        events = add_action_labels(events, rows, heads)
+    return events.filter(rows)
+
+
 def split_data(
     sequences: Sequences, exposures: Exposures | None, config: DataConfig, stated: frozenset[str] | None
 ) -> tuple[DataConfig, Split]:
@@ -242,7 +257,9 @@ def split_data(
         config = choose_split(config, stated, sequences)
         return config, split_sequences(sequences, config)
     config = choose_split(
-        dataclasses.replace(config, slate_size=1), stated and stated | {"split.slate_size"}, sequences
+        dataclasses.replace(config, slate_size=1),
+        None if stated is None else stated | {"split.slate_size"},
+        sequences,
     )
     split = split_sequences(sequences, config)
     lengths = whole_slates(exposures, split.train_lengths)

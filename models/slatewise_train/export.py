@@ -126,6 +126,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
         titles=shown.titles,
         example=example,
         warmup=warmup_requests(example, vocabulary.items, config.data.history_length, rng),
+        history_actions=config.tables.history_actions,
     )
 
 

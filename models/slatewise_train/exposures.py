@@ -51,10 +51,9 @@ class Exposures:
 def add_action_labels(events: pl.DataFrame, is_history: pl.Series, heads: tuple[Head, ...]) -> pl.DataFrame:
     """Add label columns that logs of actions leave out. A head `click` learns from the action `click`.
 
-    The label is 1 for rows of that action, 0 for rows that were only shown, and unknown for other rows. A table without
-    shown rows is returned as it is.
+    The label is 1 for rows of that action, 0 for rows that were only shown, and unknown for other rows.
     """
-    if "action" not in events.columns or is_history.all():
+    if "action" not in events.columns:
         return events
     action = pl.col("action").cast(pl.String)
     names = set(events["action"].drop_nulls().unique().cast(pl.String))

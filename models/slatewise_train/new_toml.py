@@ -18,7 +18,7 @@ from pathlib import Path
 
 import polars as pl
 
-from slatewise_train.config import NAME, read_config
+from slatewise_train.config import NAME, parse_config
 from slatewise_train.tables import columns, times
 from slatewise_train.tables.events import LABEL
 from slatewise_train.tables.files import TableFile, collect, describe_separator, find_files, names_of
@@ -239,6 +239,17 @@ def toml_of(events: str, items: str | None, name: str) -> str:
     return "\n".join([*lines, *toml.heads, ""])
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, or leave nothing. Raises OSError."""
+    with path.open("xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:  # a full disk
+            path.unlink()
+            raise
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slatewise init", description="Write a TOML for your tables from what they contain."
@@ -253,6 +264,7 @@ def main(argv: Sequence[str]) -> None:
     out = args.out or Path(f"{name}.toml")
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it, or give another name with --out")
-    out.write_text(toml_of(args.events, args.items, name), encoding="utf-8")
-    read_config(out)
+    content = toml_of(args.events, args.items, name).encode()
+    parse_config(content, out)
+    write_new(out, content)
     print(f"{out}: written. Check it, then run: slatewise validate {out}")

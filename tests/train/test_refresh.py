@@ -22,7 +22,8 @@ from slatewise.settings import Settings
 from slatewise.store.codec import unpack, user_key
 from slatewise_train.data import read_table
 from slatewise_train.meta import refresh as job
-from slatewise_train.meta.refresh import Adapter, Events, Options, Worker, chunk_of, refresh
+from slatewise_train.meta.changed_users import Events
+from slatewise_train.meta.refresh import Adapter, Options, Worker, chunk_of, refresh
 from tests.conftest import Tiny
 from tests.support.application import serve
 
@@ -71,7 +72,7 @@ def stored(client: redis.Redis, ranker: Ranker, user: str) -> dict[int, np.ndarr
 
 
 def run(tiny: Tiny, url: str, paths: list[Path], **options: Any) -> dict[str, Any]:
-    return refresh(tiny.folder, Events(paths), url, Options(**options))
+    return refresh(tiny.folder, paths, url, Options(**options))
 
 
 def test_second_refresh_adapts_only_changed_users(

@@ -135,6 +135,11 @@ class Manifest(Member):
     default_exit: str
     default_variant: str
     actions: list[str] = Field(description="Row k + 1 of the action table.")
+    history_actions: list[str] = Field(
+        default=[],
+        description="Which rows of a table of events make history: actions, `label:NAME`, or `*` for all. Empty: the "
+        "training stated nothing. For the refresh job; the server does not read it.",
+    )
     features: list[str] = Field(description="Numeric candidate features, in order.")
     fields: dict[str, Column]
     meta_size: int = Field(ge=0, description="Length of a meta-embedding; 0: the ranker reads no meta-embeddings.")

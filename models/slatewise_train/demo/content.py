@@ -3,33 +3,36 @@
 It consists of users with their vectors, titles of items, an example request, and requests to warm up a server. Users
 of the training data never become part of it: without a table `[demo]` the only user is made up.
 
-Called by: `export.py`, `demo/reference.py`. Calls: `data.py`; `meta/limaml.py` for the users' vectors.
+Called by: `export.py`, `demo/reference.py`, `demo/show.py`. Calls: `data.py`, `tables/`; `meta/limaml.py` for the
+users' vectors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise_train.bundle_writer import SET_WISE_LIMIT
-from slatewise_train.config import Config
+from slatewise_train.config import Config, TablesConfig
 from slatewise_train.data import (
     Data,
     Sequences,
     build_sequences,
-    clean_events,
+    read_events,
     read_items,
-    read_table,
     request_times,
+    taken_events,
     values_of,
 )
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
 from slatewise_train.rankers.base import RankerModel
+from slatewise_train.tables.items import join_ids, plain_ids
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
@@ -54,7 +57,7 @@ class DemoData:
 def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, config: Config) -> DemoData:
     """Read the users of the TOML's table `[demo]`, or make one up when there is no such table."""
     demo = config.demo
-    items = read_items(config.tables) if demo is None else read_table(Path(demo.items))
+    items, _ = join_ids(plain_ids(read_items(demo_tables(config))), id_frame(data.catalogue.vocabulary.items))
     columns: dict[str, list[list[str]]] = {
         c: values_of(items[c]) if c in items.columns else [[]] * len(items) for c in data.config.categorical
     }
@@ -68,8 +71,7 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
         sequences = made_up_sequences(data, np.random.default_rng(0))
         users = sequences.users
     else:
-        events, _ = clean_events(read_table(Path(demo.events)), data.config.max_bad_share)
-        sequences = build_sequences(events, data.catalogue.vocabulary, data.config)
+        sequences = demo_sequences(data, config)
         users = [demo.user_prefix + user for user in sequences.users]
     if learner is None:
         vectors = np.zeros((0, model.meta_size), np.float32)
@@ -77,6 +79,26 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
         kinds = [head.kind for head in data.config.heads]
         vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
     return DemoData(sequences, users, vectors, titles)
+
+
+def demo_tables(config: Config) -> TablesConfig:
+    """Return the tables of `[demo]`, or without it those of `[data]`. `[data]` and `[columns]` say how to read both."""
+    if config.demo is None:
+        return config.tables
+    return dataclasses.replace(config.tables, events=config.demo.events, items=config.demo.items)
+
+
+def demo_sequences(data: Data, config: Config) -> Sequences:
+    """Read the histories of the users in `demo_tables`. Rows that were only shown are left out, as in the training."""
+    tables = demo_tables(config)
+    events, _ = read_events(tables, data.config.max_bad_share)
+    _, events = join_ids(id_frame(data.catalogue.vocabulary.items), events)
+    taken = taken_events(events, tables.history_actions, data.config.heads, tables.events)
+    return build_sequences(taken, data.catalogue.vocabulary, data.config)
+
+
+def id_frame(ids: list[str]) -> pl.DataFrame:
+    return pl.DataFrame({"item_id": ids}, schema={"item_id": pl.String})
 
 
 def made_up_sequences(data: Data, rng: np.random.Generator) -> Sequences:

@@ -5,7 +5,8 @@
 Prints a user's last six items rated 4 or more, and the ten best new items. The exit `point` selects 100 items from the
 catalogue; the exit `set` reranks them.
 
-Called by: the command line. Calls: `bundle/loader.py`, `data.py`, `evaluation/`.
+Called by: the command line. Calls: `bundle/loader.py`, `content.py`, `data.py`,
+`evaluation/`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
 from slatewise_train.config import read_config
-from slatewise_train.data import Data, Sequences, build_sequences, clean_events, load_data, read_table
+from slatewise_train.data import Data, Sequences, load_data
+from slatewise_train.demo.content import demo_sequences
 from slatewise_train.evaluation.offline import RERANKED
 from slatewise_train.evaluation.report import markdown_table
 
@@ -113,9 +115,7 @@ def main(argv: Sequence[str]) -> None:
     folder = bundle_folder(args.bundle or Path("models/bundles") / config.data.name)
     ranker = load_bundle(folder, 1)
     data = load_data(config.data, config.tables, config.stated)
-    source = config.demo or config.tables
-    events, _ = clean_events(read_table(Path(source.events)), config.data.max_bad_share)
-    sequences = build_sequences(events, data.catalogue.vocabulary, config.data)
+    sequences = demo_sequences(data, config)
     prefix = config.demo.user_prefix if config.demo else ""
     display = read_json(folder / "display.json")
     for name in args.users:

@@ -4,10 +4,12 @@ The job adapts the users that have new events since the last refresh, or all use
 vectors as a new generation. The last step updates the pointer to the live generation, and only then do servers read the
 new vectors, without a restart. You can stop the job at any time; the same command continues.
 
-EVENTS are Parquet files with the columns of training (`data.py`). They must contain all events of a user, not only the
-new ones.
+EVENTS are tables of every kind that training reads, with the names of columns that it uses (`tables/`). They must
+contain all events of a user, not only the new ones. The manifest has the `history_actions` of the training: rows that
+were only shown are left out by the same rule.
 
-Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `store/generations.py`.
+Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `changed_users.py`;
+`store/generations.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ from slatewise.store.codec import DTYPES
 from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
 from slatewise_train.config import DataConfig, Head
-from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events
+from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events, taken_events
+from slatewise_train.meta.changed_users import Events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from slatewise_train.rankers.weights import load_model
-from slatewise_train.tables.times import typed_seconds
+from slatewise_train.tables.files import collect
+from slatewise_train.tables.items import join_ids
 
-CLOCK_SKEW_S = 3_600.0  # the time of an event may be this far in the future
 CHUNK_USERS = 1_000  # about, in a chunk; a resumed job skips the chunks that are written
 
 
@@ -59,15 +61,22 @@ class Adapter:
         self.learner, self.kinds = load_learner(folder / META_BLOCK)
         ids = json.loads((folder / "ids.json").read_text())
         self.vocabulary = TrainingVocabulary(ids, manifest.actions, {})
+        self.items = pl.DataFrame({"item_id": ids}, schema={"item_id": pl.String})
         heads = tuple(
             Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
         )
         self.config = DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used)
+        self.history_actions = manifest.history_actions
 
     def vectors_of(self, events: pl.DataFrame) -> tuple[list[str], np.ndarray]:
-        """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32."""
+        """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32.
+
+        events: the rows of a table, those that were only shown included.
+        """
         clean, _ = clean_events(events, max_bad_share=1.0)
-        known = known_events(build_sequences(clean, self.vocabulary, self.config))
+        _, clean = join_ids(self.items, clean)
+        taken = taken_events(clean, self.history_actions, self.config.heads, "events")
+        known = known_events(build_sequences(taken, self.vocabulary, self.config))
         vectors = user_vectors(self.learner, self.ranker, self.kinds, known, self.config.history_length)
         rows = np.flatnonzero(np.diff(known.offsets))
         return [known.users[row] for row in rows], vectors[rows]
@@ -116,40 +125,6 @@ class Worker:
         return {"chunk": chunk, "users": len(users), "bytes": size, "adapt_seconds": seconds}
 
 
-@dataclass(frozen=True)
-class Events:
-    """The events of a refresh, in Parquet files."""
-
-    paths: Sequence[Path]
-
-    @cached_property
-    def table(self) -> pl.LazyFrame:
-        """All files as one table. Ids become text, because they may be integers in some files and text in others."""
-        frames = [pl.scan_parquet(path) for path in self.paths]
-        ids = pl.col("user_id", "item_id").cast(pl.String)
-        return pl.concat([frame.with_columns(ids, seconds_in(frame)) for frame in frames], how="diagonal_relaxed")
-
-    def newest(self) -> float:
-        """Return the time of the newest event, in unix seconds; 0 without events.
-
-        Times in the future do not count: they would hide all later events from the next incremental refresh.
-        """
-        happened = pl.col("timestamp").is_finite() & (pl.col("timestamp") <= time.time() + CLOCK_SKEW_S)
-        found = self.table.filter(happened).select(pl.col("timestamp").max()).collect().item()
-        return float(found or 0.0)
-
-    def users(self, after: float | None) -> list[str]:
-        """Return all users, or those with an event after a time in unix seconds."""
-        table = self.table if after is None else self.table.filter(pl.col("timestamp") > after)
-        return sorted(table.select(pl.col("user_id").drop_nulls().unique()).collect()["user_id"].to_list())
-
-
-def seconds_in(frame: pl.LazyFrame) -> pl.Expr:
-    """Return the column `timestamp` in unix seconds. It has numbers, or a type of date or time."""
-    typed = typed_seconds("timestamp", frame.collect_schema().get("timestamp", pl.Float64()))
-    return pl.col("timestamp").cast(pl.Float64, strict=False) if typed is None else typed.alias("timestamp")
-
-
 def chunk_of(user: str, chunks: int) -> int:
     return zlib.crc32(user.encode()) % chunks
 
@@ -165,9 +140,8 @@ def run_here(
         {"user_id": users, "chunk": [chunk_of(user, chunks) for user in users]},
         schema={"user_id": pl.String, "chunk": pl.Int64},
     )
-    table = events.table.join(
-        chosen.filter(~pl.col("chunk").is_in(sorted(done))), on="user_id", maintain_order="left"
-    ).collect()
+    rows = events.table.join(chosen.filter(~pl.col("chunk").is_in(sorted(done))), on="user_id", maintain_order="left")
+    table = collect(rows, events.scanned[1])
     parts = {int(key[0]): part.drop("chunk") for key, part in table.partition_by("chunk", as_dict=True).items()}
     empty = table.clear().drop("chunk")
     todo = [chunk for chunk in range(chunks) if chunk not in done]
@@ -231,9 +205,7 @@ def run_on_ray(
         keep = [chunk >= 0 and chunk not in done for chunk in column]
         return table.append_column("chunk", pa.array(column, pa.int64())).filter(pa.array(keep, pa.bool_()))
 
-    rows = ray.data.read_parquet([str(path.resolve()) for path in events.paths]).map_batches(
-        with_chunk, batch_format="pyarrow"
-    )
+    rows = ray.data.read_parquet(events.parquet()).map_batches(with_chunk, batch_format="pyarrow")
     results = rows.groupby("chunk").map_groups(
         RayWorker, fn_constructor_args=(work,), batch_format="pyarrow", concurrency=processes
     )
@@ -252,8 +224,10 @@ def plan_of(folder: Path, options: Options, *state: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def refresh(folder: Path, events: Events, redis_url: str, options: Options) -> dict[str, Any]:
+def refresh(folder: Path, paths: Sequence[Path], redis_url: str, options: Options) -> dict[str, Any]:
     """Publish a new generation of vectors, and return a summary of the work.
+
+    paths: files, folders or patterns of events.
 
     The first generation of a space is always full. Raises StoreError, RedisError, ManifestError, OSError or ValueError.
     """
@@ -262,6 +236,8 @@ def refresh(folder: Path, events: Events, redis_url: str, options: Options) -> d
     store = Generations(connect(redis_url), manifest.ranker, manifest.space, options.ttl_days)
     status = store.status()
     options = dataclasses.replace(options, full=options.full or not status["live"])
+    events = Events(paths, manifest.history_actions)
+    events.check()
     newest = events.newest()
     users = events.users(None if options.full else status["watermark"])
     if not users:
@@ -308,7 +284,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "bundle", type=Path, help="<root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>"
     )
-    parser.add_argument("events", type=Path, nargs="+", help="Parquet files with all events of the users")
+    parser.add_argument("events", type=Path, nargs="+", help="files, folders or patterns with all events of the users")
     add_redis_url(parser)
     parser.add_argument("--full", action="store_true", help="all users of the files, not only those with new events")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -321,4 +297,4 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     options = Options(args.full, args.processes, args.ray, args.dtype, args.ttl_days)
-    print(json.dumps(refresh(bundle_folder(args.bundle), Events(args.events), args.redis_url, options)))
+    print(json.dumps(refresh(bundle_folder(args.bundle), args.events, args.redis_url, options)))

@@ -1,7 +1,8 @@
 """Read JSON lines: rows of a table, or requests that a server captured, whose histories and candidates become events.
 
 A capture has one request on each line, as `POST /rerank` takes it. It does not say what became of a slate. The later
-histories of the same user do: an event of one of its items within a day is taken from the latest such slate.
+histories of the same user do: an event of one of its items within a day is taken from the latest such slate. So all
+files of a capture are read together: a history in one file continues the slates of another one.
 
 Called by: `files.py`. Calls: `faults.py`.
 """
@@ -9,12 +10,14 @@ Called by: `files.py`. Calls: `faults.py`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
-from slatewise_train.tables.faults import one_line
+from slatewise_train.tables.faults import one_line, open_bytes
 
 DAY = 86_400.0
 SHOWN = "impression"
@@ -32,10 +35,19 @@ SCHEMA = pl.Schema(
 
 def read_json_lines(path: Path) -> pl.DataFrame:
     """Return the rows of a file. Raises ValueError for a line that is no JSON object, and for values of mixed types."""
+    with explained(path):
+        return pl.read_ndjson(path, infer_schema_length=None)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an error of polars into a ValueError: the line that is no JSON object, or the fault of the types."""
     try:
-        return capture_events(path) if is_capture(path) else pl.read_ndjson(path, infer_schema_length=None)
-    except (PolarsError, PanicException) as error:
-        with path.open("rb") as file:
+        yield
+    except (PolarsError, PanicException, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        with open_bytes(path) as file:
             for k, line in enumerate(file, 1):
                 try:
                     wrong = bool(line.strip()) and not isinstance(json.loads(line), dict)
@@ -48,16 +60,24 @@ def read_json_lines(path: Path) -> pl.DataFrame:
 
 def is_capture(path: Path) -> bool:
     """Whether the first line of a file of JSON lines is a request, and not a row of a table."""
-    with path.open("rb") as file:
-        return b'"candidates"' in file.readline()
+    try:
+        return "candidates" in pl.read_ndjson(path, n_rows=1, infer_schema_length=1).columns
+    except (PolarsError, PanicException, OSError):
+        return False  # `read_json_lines` says why
 
 
-def capture_events(path: Path) -> pl.DataFrame:
+def read_requests(path: Path) -> pl.DataFrame:
+    """Return the captured requests of a file. Raises ValueError as `read_json_lines` does."""
+    with explained(path):
+        return pl.read_ndjson(path, schema=SCHEMA)
+
+
+def capture_events(paths: Sequence[Path]) -> pl.DataFrame:
     """Return user_id, item_id, timestamp, action and slate_id of captured requests, one row for each event once.
 
     Candidates have the action `impression`. Requests without a user and events without a time are left out.
     """
-    requests = pl.read_ndjson(path, schema=SCHEMA).with_row_index("line").filter(pl.col("user").is_not_null())
+    requests = pl.concat(map(read_requests, paths)).with_row_index("line").filter(pl.col("user").is_not_null())
     history = pl.col("history").struct
     place = pl.int_ranges(history.field("item_ids").list.len())
     events = (
@@ -84,7 +104,7 @@ def capture_events(path: Path) -> pl.DataFrame:
             pl.col("candidates").struct.field("item_ids").alias("item_id"),
             pl.col("request_time").alias("timestamp"),
             pl.lit(SHOWN).alias("action"),
-            pl.format("line-{}", pl.col("line") + 1).alias("slate_id"),
+            pl.format("request-{}", pl.col("line") + 1).alias("slate_id"),
         )
         .explode("item_id", empty_as_null=False)
         .drop_nulls(["item_id", "timestamp"])

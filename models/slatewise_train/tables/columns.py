@@ -1,6 +1,6 @@
 """Find the columns of a table by the names that the TOML gives them, and say which are missing.
 
-Called by: `events.py`, `items.py`, `suggest.py`. Calls: `config_values.py`.
+Called by: `events.py`, `items.py`, `new_toml.py`. Calls: `config_values.py`.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@
 
 Files are scanned by the streaming engine, which keeps a number in place of each id.
 
-Called by: `data.py`, `validate.py`, `meta/refresh.py`. Calls: `files.py`, `columns.py`, `ids.py`, `times.py`,
-`faults.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/refresh.py`. Calls: `files.py`, `columns.py`, `ids.py`,
+`times.py`, `faults.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -24,7 +24,7 @@ from slatewise.schemas import MAX_ID
 from slatewise_train.config import EVENT_COLUMNS, TablesConfig
 from slatewise_train.config_values import LATEST_TIME
 from slatewise_train.tables import columns, faults, ids, times
-from slatewise_train.tables.files import TableFile, collect, describe_separator, find_files, names_of
+from slatewise_train.tables.files import TableFile, collect, describe_separator, find_files, names_of, together
 
 SAMPLE = 10_000  # rows that decide how times are written
 LABEL = "label_"
@@ -67,6 +67,22 @@ def read_events(tables: TablesConfig, max_bad_share: float) -> tuple[pl.DataFram
     for sentence in filter(None, map(describe_separator, files[:1])):
         print(sentence)
     return clean([Source(file.scan(), str(file), file) for file in files], max_bad_share, tables)
+
+
+def scan_events(places: Sequence[str]) -> tuple[pl.LazyFrame, list[TableFile]]:
+    """Return the rows of several tables in the types of the contract, with ids as text, and their files.
+
+    Nothing is read yet, and unusable rows are still among them: for tables of which a part is used. Raises OSError and
+    ValueError for files that are no such tables.
+    """
+    files = together(file for place in places for file in find_files(place))
+    sources = [Source(file.scan(), str(file), file) for file in files]
+    located = [locate(source, PLAIN) for source in sources]
+    text = {name: pl.String() for name in IDS}
+    frames = [
+        canonical(source, own, PLAIN, check_times(source, own, PLAIN), text) for source, own in zip(sources, located)
+    ]
+    return pl.concat(frames, how="diagonal").filter(~pl.col("blank")).drop("blank"), files
 
 
 def clean_events(
@@ -182,7 +198,7 @@ def check_times(source: Source, located: dict[str, str], tables: TablesConfig) -
 
 
 def canonical(
-    source: Source, located: dict[str, str], tables: TablesConfig, iso: bool, spaces: dict[str, pl.Categorical]
+    source: Source, located: dict[str, str], tables: TablesConfig, iso: bool, spaces: Mapping[str, pl.DataType]
 ) -> pl.LazyFrame:
     """Return the columns of the contract in their types; a value that cannot be converted is null or `NO_LABEL`."""
     schema = source.frame.collect_schema()
@@ -216,7 +232,7 @@ def label(column: str, dtype: pl.DataType) -> pl.Expr:
 
 def merge_floats(events: pl.DataFrame, place: str) -> pl.DataFrame:
     """Write ids that a tool made floats as integers again: `1` for `1.0`. See `ids.without_float_ends`."""
-    for name in ("user_id", "item_id", "action"):
+    for name in ("user_id", "item_id", "action", "slate_id"):
         if name not in events.columns:
             continue
         distinct = events[name].unique().drop_nulls()

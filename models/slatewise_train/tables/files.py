@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,12 @@ import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
 from slatewise_train.tables import faults
-from slatewise_train.tables.capture import read_json_lines
+from slatewise_train.tables.capture import capture_events, is_capture, read_json_lines
 
-SUPPORTED = "a table is .parquet, .csv or .tsv (the last two also as .gz or .zst), or .jsonl"
+SUPPORTED = "a table is .parquet, .csv or .tsv, or .jsonl; all but the first also as .gz or .zst"
 SUFFIX = re.compile(r"\.(parquet|pq|parq|jsonl|csv|tsv|tab|txt)(\.gz|\.gzip|\.zst|\.zstd)?$", re.IGNORECASE)
-TYPED = ("parquet", "pq", "parq", "jsonl")
-JSON_LINES = ".jsonl"
+ROTATED = re.compile(r"\.jsonl\.\d+$", re.IGNORECASE)  # the predecessor of a capture: requests.jsonl.1
+PARQUET = ("parquet", "pq", "parq")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SEPARATORS = ",\t;|"
 FAULTS = (PolarsError, PanicException, OSError)
@@ -40,13 +40,16 @@ class TableFile:
     path: Path
     separator: str | None  # of a CSV file; None: a file of another kind
     partition: dict[str, str | None]  # columns that the folders name, as in day=2026-01-31/part-0.parquet
+    captures: tuple[Path, ...] = ()  # all files of a capture of requests, which are one table
 
     def __str__(self) -> str:
         return str(self.path)
 
     def scan(self) -> pl.LazyFrame:
         """Return all columns, those of the folders included."""
-        if self.path.suffix.lower() == JSON_LINES:
+        if self.captures:
+            frame = capture_events(self.captures).lazy()
+        elif kind_of(self.path) == "jsonl":
             frame = read_json_lines(self.path).lazy()
         elif self.separator is None:
             frame = pl.scan_parquet(self.path, hive_partitioning=False, glob=False)
@@ -84,10 +87,23 @@ def find_files(place: str, separator: str | None = None) -> list[TableFile]:
         raise ValueError(f"{other[0]}: not a known kind of file; {SUPPORTED}")
     if len(set(kinds.values())) > 1:
         raise ValueError(f"{place}: has files of several kinds, such as Parquet and CSV; keep one kind")
-    return [
-        TableFile(path, separator_of(path, separator) if kind == "csv" else None, partition_of(path))
+    return together(
+        TableFile(
+            path,
+            separator_of(path, separator) if kind == "csv" else None,
+            partition_of(path),
+            (path,) if kind == "jsonl" and is_capture(path) else (),
+        )
         for path, kind in kinds.items()
-    ]
+    )
+
+
+def together(files: Iterable[TableFile]) -> list[TableFile]:
+    """Return the files, with those of a capture as one."""
+    files = list(files)
+    captures = tuple(path for file in files for path in file.captures)
+    others = [file for file in files if not file.captures]
+    return [*others, TableFile(captures[0], None, {}, captures)] if captures else others
 
 
 def is_data(path: Path) -> bool:
@@ -97,11 +113,13 @@ def is_data(path: Path) -> bool:
 
 def kind_of(path: Path) -> str | None:
     """Return "parquet", "csv", "jsonl", or None for another kind. Without a suffix, as Hive writes, the bytes tell."""
+    if ROTATED.search(path.name):
+        return "jsonl"
     if match := SUFFIX.search(path.name):
         suffix = match[1].lower()
-        if suffix in TYPED:
-            return None if match[2] else "jsonl" if suffix == "jsonl" else "parquet"
-        return "csv"
+        if suffix in PARQUET:
+            return None if match[2] else "parquet"
+        return "jsonl" if suffix == "jsonl" else "csv"
     if path.suffix:
         return None
     with path.open("rb") as file:

@@ -3,10 +3,12 @@
 A row that was shown and not taken must not be read as an event of the user: it would turn the ranker around. The TOML
 states the actions that make history, unless the table leaves no doubt.
 
-Called by: `data.py`, `validate.py`. Calls: `config_values.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/refresh.py`. Calls: `config_values.py`, `events.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -27,27 +29,36 @@ def history_rows(events: pl.DataFrame, tables: TablesConfig) -> pl.Series:
     names an action or label that the table lacks, or if no row is left.
     """
     stated = tables.history_actions
-    if EVERY in stated or (not stated and not (doubt := reason_to_ask(events))):
-        return pl.Series("is_history", [True], pl.Boolean).new_from_index(0, len(events))
-    if not stated:
+    if not stated and (doubt := reason_to_ask(events)):
         raise ValueError(f"{tables.events}: {doubt}; {remedy(events)}")
+    rule = history_rule(stated, events.columns, tables.events)
     actions = sorted(events["action"].drop_nulls().unique().cast(pl.String)) if "action" in events.columns else []
-    tests = []
     for name in stated:
-        if name.startswith(BY_LABEL):
-            column = LABEL + name.removeprefix(BY_LABEL)
-            if column not in events.columns:
-                raise ValueError(f"{tables.events}: history_actions in [data] names {name}: no column {column}")
-            tests.append((pl.col(column) == 1).fill_null(False))
-        elif name not in actions:
-            known = nearest(name, actions) if actions else "the events have no column action"
+        if name not in (EVERY, *actions) and not name.startswith(BY_LABEL) and EVERY not in stated:
+            known = nearest(name, actions) if actions else "the events have no action"
             raise ValueError(f"{tables.events}: history_actions in [data] names {name}, which no event has; {known}")
-        else:
-            tests.append((pl.col("action").cast(pl.String) == name).fill_null(False))
-    rows = events.select(pl.any_horizontal(tests).alias("is_history")).to_series()
+    rows = events.with_columns(rule.alias("is_history"))["is_history"]
     if len(rows) and not rows.any():
         raise ValueError(f"{tables.events}: history_actions in [data] leaves no event")
     return rows
+
+
+def history_rule(stated: Sequence[str], found: Sequence[str], place: str) -> pl.Expr:
+    """Return the rule for rows that make history. stated: `history_actions`; found: the columns of the events.
+
+    It holds for any part of the events: an action that no row has is allowed. Raises ValueError for a missing column.
+    """
+    if EVERY in stated or not stated:
+        return pl.lit(True)
+    tests = []
+    for name in stated:
+        column = LABEL + name.removeprefix(BY_LABEL) if name.startswith(BY_LABEL) else "action"
+        if column not in found:
+            missing = f"no column {column}" if column != "action" else "the events have no column action"
+            raise ValueError(f"{place}: history_actions in [data] names {name}: {missing}")
+        test = pl.col(column) == 1 if column != "action" else pl.col(column).cast(pl.String) == name
+        tests.append(test.fill_null(False))
+    return pl.any_horizontal(tests)
 
 
 def reason_to_ask(events: pl.DataFrame) -> str | None:

@@ -35,6 +35,22 @@ def as_text(name: str, dtype: pl.DataType, place: str, strip: bool) -> pl.Expr:
     return pl.when(text != "").then(text)
 
 
+def joined(own: pl.Series, other: pl.Series) -> pl.Series | None:
+    """Return distinct ids of one table as the other table writes them, or None if they need no change.
+
+    It removes the end `.0` of an id that the other table has only without it. Both columns hold text.
+    """
+    floats = own.str.contains(FLOAT).fill_null(False)
+    if not floats.any():
+        return None
+    plain = own.str.replace(FLOAT_END, "")
+    strange = floats & plain.is_in(other.implode()) & ~own.is_in(other.implode()) & ~plain.is_in(own.implode())
+    if not strange.any():
+        return None
+    pair = pl.DataFrame({"own": own, "plain": plain, "strange": strange})
+    return pair.select(pl.when("strange").then("plain").otherwise("own")).to_series()
+
+
 def without_float_ends(ids: pl.Series, name: str, place: str) -> pl.Series | None:
     """Return the distinct ids of a column as they should be, or None if they need no change.
 

@@ -1,6 +1,6 @@
 """Read the table of items: one row for each id, with numbers that are finite.
 
-Called by: `data.py`, `validate.py`, `demo/`. Calls: `files.py`, `columns.py`, `ids.py`.
+Called by: `data.py`, `check_data.py`, `demo/content.py`. Calls: `files.py`, `columns.py`, `ids.py`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
                 f"items: no column {', '.join(missing)}, which {key} in [items] names; {columns.listed(items.columns)}"
             )
     items = items.with_columns(ids.as_text("item_id", items.schema["item_id"], "items", strip=False).alias("item_id"))
-    changed = ids.without_float_ends(items["item_id"], "item_id", "items")
-    items = items if changed is None else items.with_columns(changed.alias("item_id"))
+    items = plain_ids(items)
     named = items.filter(pl.col("item_id").is_not_null())
     short = named.filter(pl.col("item_id").str.len_chars() <= MAX_ID)
     single = short.unique("item_id", keep="first", maintain_order=True)
@@ -65,6 +64,24 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
             bad[f"items: {name} is not a number"] = int((given(single[name]) & number.is_null()).sum())
             single = single.with_columns(number.alias(name))
     return single, {reason: count for reason, count in bad.items() if count}
+
+
+def plain_ids(items: pl.DataFrame) -> pl.DataFrame:
+    """Return the items with `1` in place of `1.0`, if a tool made their ids floats. See `ids.without_float_ends`."""
+    changed = ids.without_float_ends(items["item_id"], "item_id", "items")
+    return items if changed is None else items.with_columns(changed.alias("item_id"))
+
+
+def join_ids(items: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return clean items and events whose ids are written alike: `1`, if one table has `1` and the other `1.0`."""
+    distinct = events["item_id"].unique().drop_nulls()
+    text = distinct.cast(pl.String)
+    if (changed := ids.joined(text, items["item_id"])) is not None:
+        both = pl.col("item_id").replace_strict(distinct, changed.cast(distinct.dtype))
+        return items, events.with_columns(both)
+    if (changed := ids.joined(items["item_id"], text)) is not None:
+        items = items.with_columns(changed.alias("item_id"))
+    return items, events
 
 
 def finite(column: pl.Series, name: str) -> pl.Series:
