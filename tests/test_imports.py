@@ -168,6 +168,7 @@ TRAINING_LEVELS = (
     "losses",
     "listwise",
     "checkpoint",
+    "column_kinds",
     "new_toml",
     "check_data",
     "batches",

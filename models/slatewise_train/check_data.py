@@ -30,6 +30,7 @@ SHORT = 3  # events: one to read, one to train on, one to test
 MANY_TIES = 0.5
 MANY_UNLISTED = 0.1
 MANY_REPEATS = 0.3
+MISSING_WORDS = ["null", "nan", "none", "na", "n/a", "undefined", "unknown"]
 LISTED = 12  # names on a line
 
 
@@ -45,6 +46,7 @@ def describe(config: Config) -> Iterator[str]:
     if unusable > strict * max(1, rows - bad.get(DUPLICATE, 0)):
         read_events(config.tables, strict)  # raises, with an example
     yield from times(events, config)
+    yield from missing_words(events)
     yield from actions_and_labels(events)
     yield from ignored_columns(config)
     history = history_rows(events, config.tables)
@@ -102,6 +104,15 @@ def times(events: pl.DataFrame, config: Config) -> Iterator[str]:
     yield f"           {share(tied, len(events))} of the events share user and time with another; these keep row order"
     if tied > MANY_TIES * len(events):
         yield "warning: most events have the time of another event, so their order is that of the rows; is it right?"
+
+
+def missing_words(events: pl.DataFrame) -> Iterator[str]:
+    """Warn of ids that are probably the word of a tool for a missing value."""
+    for name in ("user_id", "item_id"):
+        counts = events[name].value_counts()
+        text = counts[name].cast(pl.String)
+        for word, count in counts.filter(text.str.to_lowercase().is_in(MISSING_WORDS)).iter_rows():
+            yield f"warning: {count:,} events have the {name} {word!r}; leave it empty if it means a missing value"
 
 
 def actions_and_labels(events: pl.DataFrame) -> Iterator[str]:

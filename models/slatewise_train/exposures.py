@@ -9,7 +9,7 @@ the rows of one user with one timestamp, if one of them was only shown.
     u        b        100        impression  r1        2
     u        b        130        click       r1                    the user took b: rows of one item become one
 
-Called by: `data.py`, `shown.py`, `evaluation/cases.py`. Calls: `config.py`.
+Called by: `data.py`, `shown.py`, `evaluation/cases.py`. Calls: `config.py`, `tables/events.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from slatewise_train.config import Head
+from slatewise_train.tables.events import NO_POSITION
 
 LONGEST = 300  # items of a slate
 SINGLE = "slates of one item"
@@ -128,8 +129,9 @@ def slate_rows(
         events["position"] if "position" in events.columns else pl.repeat(None, len(events), dtype=pl.Int64, eager=True)
     )
     if len(wrong := position.filter(position < 1)):
+        example = f"for example {wrong[0]}" if wrong[0] > NO_POSITION else "such as text or a fraction"
         raise ValueError(
-            f"events: {len(wrong)} rows have a position below 1, for example {wrong[0]}; positions count from 1, "
+            f"events: {len(wrong)} rows have a position below 1 or no whole number, {example}; positions count from 1, "
             "and an unknown position is left empty"
         )
     rows = events.select(

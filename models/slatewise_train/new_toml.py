@@ -4,7 +4,9 @@ The command recognises common names of columns, the unit of the times, labels, a
 that are categorical or numeric. A comment in the TOML gives the reason of each choice. Read it, change it, then run
 `slatewise validate`.
 
-Called by: the command line. Calls: `tables/`, `config.py`.
+The TOML is checked before it is written, and a file that exists is never replaced.
+
+Called by: the command line. Calls: `column_kinds.py`, `config.py`, `tables/`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from pathlib import Path
 
 import polars as pl
 
-from slatewise_train.config import NAME, parse_config
+from slatewise_train.column_kinds import kind_of, printable, shown
+from slatewise_train.config import NAME, Config, parse_config
 from slatewise_train.tables import columns, times
-from slatewise_train.tables.events import LABEL
+from slatewise_train.tables.events import LABEL, Source, locate
 from slatewise_train.tables.files import TableFile, collect, describe_separator, find_files, names_of
 from slatewise_train.tables.history import BY_LABEL, SHOWN
+from slatewise_train.tables.items import clean_items, read_items
 
 SAMPLE = 100_000  # rows that decide about columns
 MOST_ACTIONS = 100  # a column with more values is no action
-MOST_VALUES = 5_000  # of a categorical column
-FEW_NUMBERS = 20  # a numeric column with at most this many values is categorical
-LONG_TEXT = 40  # characters: the mean of a column of descriptions
+LISTED = 10  # actions of a comment
+CENTURY = (946_684_800.0, 2_145_916_800.0)  # unix seconds of the years 2000 and 2038
 RATINGS = ("rating", "score", "stars", "overall")
 TITLES = ("title", "name", "itemname", "productname", "itemtitle")
 
@@ -48,14 +51,12 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def plain(text: str) -> str:
-    """Return text for a comment: one line of at most 40 printable characters."""
-    return "".join(c if c.isprintable() else " " for c in text)[:40]
-
-
 def sample_of(files: Sequence[TableFile]) -> pl.DataFrame:
     """Return the first rows of a table. Columns of CSV files are text."""
-    return collect(files[0].scan().head(SAMPLE), list(files[:1]))
+    sample = collect(files[0].scan().head(SAMPLE), list(files[:1]))
+    if not len(sample):
+        raise ValueError(f"{files[0]}: the table has no rows")
+    return sample
 
 
 def events_part(place: str, toml: Toml) -> None:
@@ -69,29 +70,54 @@ def events_part(place: str, toml: Toml) -> None:
     for name in ("user_id", "item_id", "timestamp", "action", "slate_id", "position"):
         free = [column for column in found if column not in named.values()]
         column = columns.guess(name, free)
+        if column is None and name == "timestamp":
+            column = next((one for one in free if is_time(sample[one])), None)
         if column is not None and (name != "action" or is_action(sample[column])):
             named[name] = column
     columns.require(named, ["user_id", "item_id"], found, place)
     toml.columns.extend(f"{name} = {quoted(column)}" for name, column in named.items() if name != column)
     toml.data.extend(time_lines(sample, named.get("timestamp")))
+    actions = count_actions(files, named["action"]) if "action" in named else {}
     labels = dict(label_columns(sample, set(named.values())))
     for name, column in labels.items():
         if column != LABEL + name:
             toml.columns.append(f"{LABEL}{name} = {quoted(column)}")
         toml.heads.append(
-            f'[heads.{quoted(name)}]  # the column {plain(column)} has 0 and 1\nkind = "label"\nweight = 0.5'
+            f'[heads.{quoted(name)}]  # the column {printable(column)} has 0 and 1\nkind = "label"\nweight = 0.5'
         )
-    toml.data.extend(history_lines(sample, named, labels))
+    toml.data.extend(history_lines(sample, named, labels, actions))
     for column in found:
         if columns.plain(column) in RATINGS and column not in [*named.values(), *labels.values()]:
             toml.data.append(
-                f"# {plain(column)} is not read; for a head, add a column label_like with 1 for good ratings"
+                f"# {printable(column)} is not read; for a head, add a column label_like with 1 for good ratings"
             )
 
 
 def is_action(column: pl.Series) -> bool:
     """Whether a column has few different values of text."""
-    return not column.dtype.is_nested() and column.n_unique() <= MOST_ACTIONS and not column.dtype.is_temporal()
+    if column.dtype.is_nested() or column.dtype.is_temporal():
+        return False
+    return column.n_unique() <= MOST_ACTIONS and column.null_count() < len(column)
+
+
+def is_time(column: pl.Series) -> bool:
+    """Whether a column without a common name has a type of time, times as text, or unix times of this century."""
+    if times.typed_seconds("", column.dtype) is not None or times.is_iso(column):
+        return True
+    if column.dtype.is_nested() or column.dtype.is_temporal() or column.dtype == pl.Boolean:
+        return False
+    numbers = column.drop_nulls().cast(pl.String, strict=False).cast(pl.Float64, strict=False)
+    first, last = CENTURY
+    return any(bool(numbers.is_between(first * unit, last * unit).all()) for unit in times.PER_SECOND.values())
+
+
+def count_actions(files: Sequence[TableFile], column: str) -> dict[str, int]:
+    """Count the rows of each action in all files: the first rows of a log may lack one."""
+    scans = [file.scan().select(pl.col(column).cast(pl.String).fill_null("").alias("action")) for file in files]
+    counts = collect(
+        pl.concat(scans).group_by("action").len().sort("len", "action", descending=[True, False]), [*files]
+    )
+    return dict(counts.head(MOST_ACTIONS).iter_rows())
 
 
 def time_lines(sample: pl.DataFrame, column: str | None) -> Iterator[str]:
@@ -101,26 +127,23 @@ def time_lines(sample: pl.DataFrame, column: str | None) -> Iterator[str]:
         return
     values = sample[column]
     if times.typed_seconds(column, values.dtype) is not None:
-        yield f"# {plain(column)} has the type {values.dtype}, so it needs no time_unit"
+        yield f"# {printable(column)} has the type {values.dtype}, so it needs no time_unit"
     elif times.is_iso(values):
-        yield f"# {plain(column)} has ISO 8601 times such as {shown(values)}; times without a zone are UTC"
+        yield f"# {printable(column)} has ISO 8601 times such as {shown(values)}; times without a zone are UTC"
     elif values.dtype.is_nested() or values.dtype.is_temporal():
-        yield f"# {plain(column)} has the type {values.dtype}, which is no time: write unix seconds before you train"
+        yield f"# {printable(column)} has the type {values.dtype}, which is no time; write unix seconds"
     else:
         numbers = values.cast(pl.String, strict=False).str.strip_chars().cast(pl.Float64, strict=False)
         unit = times.other_unit(numbers, None)
         if unit in times.PER_SECOND:
-            yield f"time_unit = {quoted(unit)}  # {plain(column)} has values such as {shown(values)}"
+            yield f"time_unit = {quoted(unit)}  # {printable(column)} has values such as {shown(values)}"
         elif unit == "date":
-            yield f"# {plain(column)} has dates such as {shown(values)}: write them as 2026-01-31 before you train"
+            yield f"# {printable(column)} has dates such as {shown(values)}: write them as 2026-01-31 before you train"
+        elif numbers.null_count() > len(numbers) // 2:
+            yield f"# {printable(column)} has values such as {shown(values)}, which training does not read as times:"
+            yield "# write unix seconds, or ISO 8601 such as 2026-01-31T12:00:00Z, before you train"
         else:
-            yield f"# {plain(column)} has unix seconds such as {shown(values)}"
-
-
-def shown(values: pl.Series) -> str:
-    """Return the first value of a column, for a comment of one line."""
-    known = values.drop_nulls().head(1)
-    return plain(str(known.cast(pl.String, strict=False)[0])) if len(known) else "(none)"
+            yield f"# {printable(column)} has unix seconds such as {shown(values)}"
 
 
 def label_columns(sample: pl.DataFrame, taken: set[str]) -> Iterator[tuple[str, str]]:
@@ -134,23 +157,23 @@ def label_columns(sample: pl.DataFrame, taken: set[str]) -> Iterator[tuple[str, 
             yield re.sub(r"\W+", "_", column.removeprefix(LABEL)), column
 
 
-def history_lines(sample: pl.DataFrame, named: dict[str, str], labels: dict[str, str]) -> Iterator[str]:
-    """Yield the lines about the rows that make history."""
+def history_lines(
+    sample: pl.DataFrame, named: dict[str, str], labels: dict[str, str], actions: dict[str, int]
+) -> Iterator[str]:
+    """Yield the lines about the rows that make history. actions: number of rows of each, the most frequent first."""
     slates = "slate_id" in named and sample[named["slate_id"]].null_count() < len(sample)
     if "action" in named:
-        actions = sample[named["action"]].drop_nulls().cast(pl.String).value_counts(sort=True)
-        every = [name for name in actions.to_series() if name]
+        every = [name for name in actions if name]
         taken = [name for name in every if name.lower() not in SHOWN]
-        described = ", ".join(
-            f"{plain(name)} {100 * n / len(sample):.0f} %" for name, n in actions.head(10).iter_rows()
-        )
-        yield f"# actions: {described}"
+        rows = sum(actions.values())
+        described = [f"{printable(name) or '(missing)'} {100 * n / rows:.0f} %" for name, n in actions.items()]
+        yield f"# actions: {', '.join(described[:LISTED])}"
         if len(taken) < len(every) or slates:
             yield f"history_actions = [{', '.join(map(quoted, taken))}]  # the other rows were only shown"
     elif labels:
         name = next(iter(labels))
         yield (
-            f"history_actions = [{quoted(BY_LABEL + name)}]  # rows with {plain(labels[name])} = 1. "
+            f"history_actions = [{quoted(BY_LABEL + name)}]  # rows with {printable(labels[name])} = 1. "
             '["*"] if every row is an event of the user, and no item was only shown'
         )
     elif slates:
@@ -171,47 +194,19 @@ def items_part(place: str, toml: Toml, item_column: str | None) -> None:
     title = next((name for name in found if columns.plain(name) in TITLES), None)
     if title and title != "title":
         toml.items.append(f"title = {quoted(title)}")
+    ids = sample[str(own)].cast(pl.String, strict=False)
     categorical, numeric = [], ["popularity"]
     for name in found:
         if name in (own, title, "popularity"):
             continue
-        kind, reason = kind_of(sample[name])
-        toml.items.append(f"# {plain(name)}: {reason}")
+        kind, reason = kind_of(sample[name], ids)
+        toml.items.append(f"# {printable(name)}: {reason}")
         if kind == "categorical":
             categorical.append(name)
         elif kind == "numeric":
             numeric.append(name)
     toml.items.append(f"categorical = [{', '.join(map(quoted, categorical))}]")
     toml.items.append(f"numeric = [{', '.join(map(quoted, numeric))}]  # popularity is counted from the events")
-
-
-def kind_of(column: pl.Series) -> tuple[str | None, str]:
-    """Return "categorical", "numeric" or None for a column of the items, and the reason."""
-    known = column.drop_nulls()
-    if not len(known):
-        return None, "left out, since it is empty"
-    if isinstance(known.dtype, (pl.List, pl.Array)):
-        values = known.explode(empty_as_null=True).drop_nulls()
-        if values.dtype.is_nested():
-            return None, "left out, since it has lists of lists"
-        return "categorical", f"lists with {values.n_unique()} different values"
-    if known.dtype.is_nested() or known.dtype.is_temporal() or known.dtype == pl.Binary:
-        return None, f"left out, since it has the type {known.dtype}; write it as text or as a number"
-    text = known.cast(pl.String).str.strip_chars()
-    text = text.filter(text != "")
-    distinct = text.n_unique()
-    if text.cast(pl.Float64, strict=False).null_count() == 0 and known.dtype != pl.Boolean:
-        if distinct <= FEW_NUMBERS:
-            return "categorical", f"numbers with {distinct} different values"
-        return "numeric", f"numbers with {distinct} different values"
-    split = text.str.split("|").explode(empty_as_null=True)
-    count = split.n_unique()
-    if int(text.str.len_chars().sum()) > LONG_TEXT * len(split):
-        return None, "left out, since it has long text"
-    if count > MOST_VALUES or (count > 0.5 * len(text) and len(text) > FEW_NUMBERS):
-        return None, f"left out, since it has {count} different values in {len(text)} items"
-    several = ", several of them separated by |" if len(split) > len(text) else ""
-    return "categorical", f"text with {count} different values{several}"
 
 
 def toml_of(events: str, items: str | None, name: str) -> str:
@@ -237,6 +232,14 @@ def toml_of(events: str, items: str | None, name: str) -> str:
         lines += ["", "[items]", *toml.items]
     lines += ["", "[heads.next]  # probability that an item is the user's next one", 'kind = "next"', "weight = 1.0"]
     return "\n".join([*lines, *toml.heads, ""])
+
+
+def check(config: Config) -> None:
+    """Raise ValueError if training could not read the columns of the first files: a missing one, a type without ids."""
+    file = find_files(config.tables.events, config.tables.separator)[0]
+    locate(Source(file.scan(), str(file), file), config.tables)
+    if config.tables.items is not None:
+        clean_items(read_items(config.tables).head(SAMPLE), config.data)
 
 
 def write_new(path: Path, content: bytes) -> None:
@@ -265,6 +268,6 @@ def main(argv: Sequence[str]) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it, or give another name with --out")
     content = toml_of(args.events, args.items, name).encode()
-    parse_config(content, out)
+    check(parse_config(content, out))
     write_new(out, content)
     print(f"{out}: written. Check it, then run: slatewise validate {out}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from slatewise.http.capture import capture_line
+from slatewise.http.capture import Capture, appending, capture_line
+from slatewise.http.line_writer import LineWriter
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.schemas import RankRequest
 from slatewise_train.config import DataConfig, Head, TablesConfig
 from slatewise_train.data import Data, load_data
+from slatewise_train.meta.changed_users import Events
 
 NEXT = (Head("next", "next", 1.0),)
 
@@ -67,6 +70,74 @@ def test_captured_requests_become_events_and_slates(tmp_path: Path) -> None:
     ], "c and b came from the first slate; d came days after the second one"
 
 
+def server_capture(path: Path, lines: list[tuple], most_bytes: int = 10**6) -> None:
+    """Write requests with the server's own writer. lines: user, time, history, candidates."""
+    writer = LineWriter("capture", appending(path, most_bytes))
+    capture = Capture(writer, 1.0, b"key")
+    for user, time, history, candidates in lines:
+        items, times = zip(*history) if history else ((), ())
+        request = {
+            "user": user,
+            "request_time": time,
+            "history": {"item_ids": list(items), "timestamps": list(times)},
+            "candidates": {"item_ids": list(candidates)},
+        }
+        capture.record(RankRequest.model_validate(request))
+    writer.close()
+
+
+REQUESTS = [
+    ("u", 1_000, [], "abc"),
+    ("u", 2_000, [("a", 1_100)], "bde"),
+    ("w", 2_500, [("x", 2_400)], "ya"),
+    ("u", 3_000, [("a", 1_100), ("d", 2_100)], "gh"),
+    ("w", 4_000, [("x", 2_400), ("y", 2_600)], "zb"),
+]
+
+
+@pytest.mark.parametrize("pattern", ["logs", "logs/*", "logs/**/*.jsonl*"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_files_of_a_capture_are_read_as_one(tmp_path: Path, pattern: str, compressed: bool) -> None:
+    """Servers and days have files of their own; each repeats the history, and its line numbers start again."""
+    server_capture(tmp_path / "one.jsonl", REQUESTS)
+    (tmp_path / "logs").mkdir()
+    for k in range(3):
+        path = tmp_path / f"logs/server-{k}.jsonl"
+        server_capture(path, REQUESTS[k::3])
+        if compressed:
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    single, split = load(tmp_path / "one.jsonl", "taken"), load(tmp_path / pattern, "taken")
+    assert slates_of(split) == slates_of(single)
+    assert sorted(slates_of(single)) == [
+        (0, "abc", [1, 0, 0]),
+        (1, "bde", [0, 1, 0]),
+        (1, "ya", [1, 0]),
+        (2, "gh", [0, 0]),
+        (2, "zb", [0, 0]),
+    ]
+    assert len(split.sequences.items) == 4, "an event of several histories is one event"
+
+
+def test_capture_that_the_server_rotated_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "requests.jsonl"
+    path.parent.mkdir()
+    server_capture(path, REQUESTS, most_bytes=1_300)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["requests.jsonl", "requests.jsonl.1"]
+    assert len(slates_of(load(path.parent, "taken"))) == len(REQUESTS)
+
+
+def test_refresh_reads_a_capture_as_training_does(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{k}.jsonl" for k in range(3)]
+    for k, path in enumerate(paths):
+        server_capture(path, REQUESTS[k::3])
+    events = Events(paths, ["taken"])
+    assert events.newest() == 2_600, "candidates that were shown are no events"
+    assert events.table.collect().filter(action="taken").height == 4
+    with pytest.raises(ValueError, match=r"the action impression says .* bundle does not say which rows make history"):
+        Events(paths).check()
+
+
 def test_captured_events_without_actions_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "capture.jsonl"
     path.write_text(captured("u", 100, [("a", 50)], "bc") + "\n" + captured("u", 200, [("a", 50), ("b", 150)], "de"))
@@ -83,6 +154,8 @@ def test_captured_events_without_actions_are_taken(tmp_path: Path) -> None:
         ('{"candidates": 3}\n', r"events\.jsonl: cannot be read as JSON lines: .*; give a column one type"),
         ('\xff"candidates"', r"events\.jsonl: line 1 is no JSON object"),
         ('{"user_id": "u"}\n', r"no column item_id"),
+        ("", r"events\.jsonl: the file is empty"),
+        ('{"user_id": "u", "item_id": "a", "timestamp": NaN}\n', r"events\.jsonl: line 1 is no JSON object"),
     ],
 )
 def test_json_lines_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, message: str) -> None:

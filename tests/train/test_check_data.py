@@ -124,3 +124,10 @@ def test_validate_refuses_what_training_refuses(
     assert message in error and error.count("\n") == 1
     assert main(["train", str(tmp_path / "my.toml"), "--folder", str(tmp_path / "train")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_validate_warns_of_words_for_missing_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"u{k % 5}", ("NULL", "a", "b")[k % 3], 1_700_000_000 + k) for k in range(30)]
+    assert run(tmp_path, events=pl.DataFrame(rows, NAMES[:3], orient="row")) == 0
+    out = capsys.readouterr().out
+    assert "warning: 10 events have the item_id 'NULL'; leave it empty if it means a missing value" in out

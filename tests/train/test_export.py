@@ -25,7 +25,7 @@ from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
-from slatewise_train.bundle_writer import FP32_BOUND, staging
+from slatewise_train.bundle_writer import FP32_BOUND, staging, write_content
 from slatewise_train.config import (
     Config,
     DataConfig,
@@ -40,7 +40,7 @@ from slatewise_train.data import load_data, read_table
 from slatewise_train.demo.content import demo_data, make_request
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
-from slatewise_train.export import ExportOptions, export, load_block
+from slatewise_train.export import ExportOptions, export, load_block, make_content
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.new_model import build_model
 from slatewise_train.rankers.base import EXITS, Calibration
@@ -357,6 +357,32 @@ def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
         shown.vectors.shape == (len(shown.users), tiny.trainer.model.config.meta_size)
         and shown.vectors.dtype == np.float32
     )
+
+
+def test_demo_reads_its_tables_as_training_does(tiny: Tiny, demo: Config) -> None:
+    """Rows that were only shown, other names of columns, and ids that a tool made floats."""
+    plain = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
+    events, items = Path(demo.demo.events), Path(demo.demo.items)
+    taken = read_table(events)
+    shown = taken.with_columns(action=pl.lit("impression"), item_id=pl.lit("1"))
+    renamed = pl.concat([taken, shown]).with_columns(pl.col("item_id") + ".0").rename({"item_id": "film"})
+    renamed.write_csv(events)
+    listed = read_table(items).with_columns(pl.col("item_id") + ".0")
+    extra = listed.head(1).with_columns(item_id=pl.lit("not a number"))
+    pl.concat([listed, extra]).rename({"item_id": "film"}).write_csv(items)
+    actions = tuple(taken["action"].unique())
+    tables = dataclasses.replace(demo.tables, columns={"item_id": "film"}, history_actions=actions)
+    found = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, dataclasses.replace(demo, tables=tables))
+    assert found.titles == plain.titles and found.users == plain.users
+    np.testing.assert_array_equal(found.sequences.items, plain.sequences.items)
+    np.testing.assert_array_equal(found.vectors, plain.vectors)
+
+
+def test_bundle_says_which_rows_make_history(tiny: Tiny, tmp_path: Path) -> None:
+    tables = dataclasses.replace(tiny.config.tables, history_actions=("like", "label:like"))
+    content = make_content(tiny.trainer, tiny.learner, dataclasses.replace(tiny.config, tables=tables))
+    assert write_content(tmp_path, content, 1).history_actions == ["like", "label:like"]
+    assert read_manifest(tiny.folder).history_actions == [], "the TOML states nothing"
 
 
 def test_computing_demo_vectors_does_not_change_the_ranker(tiny: Tiny, demo: Config) -> None:

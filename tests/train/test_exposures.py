@@ -120,7 +120,12 @@ def test_rows_that_are_all_history_have_no_slates_without_a_slate_id(tmp_path: P
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"position": [0, 1, 2, 3]}, r"1 rows have a position below 1, for example 0; positions count from 1"),
+        (
+            {"position": [0, 1, 2, 3]},
+            r"1 rows have a position below 1 or no whole number, for example 0; positions count",
+        ),
+        ({"position": ["1", "", "first", "2.0"]}, r"1 rows have a position .*, such as text or a fraction; positions"),
+        ({"position": [1.5, 2.0, None, 3.0]}, r"1 rows have a position .*, such as text or a fraction; positions"),
         ({"slate_id": ["r", "r", "q", None]}, r"no item of a slate was ever taken; .* need the slate_id"),
         ({"timestamp": [1, 1, 2, 3]}, r"no item of a slate was ever taken; .*its timestamp"),
     ],

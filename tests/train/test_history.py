@@ -88,3 +88,19 @@ def test_shown_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_action_that_no_event_has_is_refused(tmp_path: Path, stated: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         history(write(tmp_path, action=["buy", "view"] * 3, label_buy=[0] * 6), stated)
+
+
+def test_nothing_stated_chooses_the_split_but_not_the_slates(tmp_path: Path) -> None:
+    """An empty set of stated keys is not None: the keys are chosen, and shown slates still hold out one event each."""
+    rows = [
+        (f"u{u}", f"i{(u + 3 * k + j) % 17}", 1_000 * k, f"s{k}", "buy" if j == k % 3 else "shown", int(j == k % 3))
+        for u in range(12)
+        for k in range(20)
+        for j in range(3)
+    ]
+    names = ["user_id", "item_id", "timestamp", "slate_id", "action", "label_buy"]
+    pl.DataFrame(rows, names, orient="row").write_parquet(tmp_path / "e.parquet")
+    tables = TablesConfig(str(tmp_path / "e.parquet"), history_actions=("buy",))
+    config = load_data(DataConfig("shop", HEADS), tables, frozenset()).config
+    assert config.slate_size == 1 and config.validation_users > 0, "chosen, but for the size"
+    assert load_data(DataConfig("shop", HEADS), tables, None).config.validation_users == 0, "no key is chosen"

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from slatewise.cli import main
+from slatewise_train import new_toml
 from slatewise_train.config import Head, read_config
 from slatewise_train.data import load_data
 
@@ -79,7 +80,7 @@ def test_init_recognises_common_names_and_units(tmp_path: Path) -> None:
     assert config.data.title == "name"
     assert config.data.categorical == ("genres", "tags", "year") and config.data.numeric == ("popularity", "price")
     assert "# rating is not read" in text and "# story: left out, since it has long text" in text
-    assert "# code: left out, since it has 40 different values in 40 items" in text
+    assert "# code: left out, since it has 40 different values among 40" in text
     data = load_data(config.data, config.tables)
     assert len(data.sequences.items) == 40 and data.catalogue.vocabulary.fields["tags"] == ["x", "y", "z"]
 
@@ -100,6 +101,7 @@ def test_init_of_movielens_is_trainable(tmp_path: Path, monkeypatch: pytest.Monk
         ({"timestamp": [datetime(2026, 1, 1)] * N}, "# timestamp has the type Datetime"),
         ({"timestamp": [1_700_000_000] * N}, "# timestamp has unix seconds such as 1700000000"),
         ({"ts": [20260131] * N}, "# ts has dates such as 20260131: write them as 2026-01-31 before you train"),
+        ({"ts": ["31.01.2026"] * N}, "# ts has values such as 31.01.2026, which training does not read as times"),
         ({}, 'time_unit = "row"  # no column of times was found'),
         (
             {"time": [5] * N, "label_buy": [0, 1] * (N // 2)},
@@ -119,6 +121,45 @@ def test_init_keeps_a_file_that_exists(tmp_path: Path, capsys: pytest.CaptureFix
     assert write(tmp_path, table())[0] == 0
     assert write(tmp_path, table())[0] == 1
     assert "my.toml exists; remove it, or give another name with --out" in capsys.readouterr().err
+
+
+def test_init_that_fails_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, path = write(tmp_path, table(item_id=[["a"]] * N))
+    assert code == 1 and not path.exists(), "training would refuse the type"
+    assert "column item_id has the type List(String)" in capsys.readouterr().err
+    assert write(tmp_path, table().clear())[0] == 1 and not path.exists()
+    assert "events.parquet: the table has no rows" in capsys.readouterr().err
+    monkeypatch.setattr(new_toml, "toml_of", lambda *_: 'name = "shop"\n[data]\nevents = 3\n')
+    assert write(tmp_path, table())[0] == 1 and not path.exists(), "the TOML is checked before it is written"
+    assert "[data] events = 3: must be text in quotes" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.parquet"]
+
+
+def test_init_does_not_replace_a_file_of_the_meantime(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        new_toml.write_new(path, b"other")
+    assert path.read_text() == "mine"
+
+
+def test_init_reads_the_actions_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An action that the first rows lack is an event of the user as well."""
+    monkeypatch.setattr(new_toml, "SAMPLE", 10)
+    actions = ["impression", "view"] * (N // 2 - 1) + ["impression", "buy"]
+    code, path = write(tmp_path, table(time=[5] * N, action=actions))
+    assert code == 0 and sorted(read_config(path).tables.history_actions) == ["buy", "view"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["2026-01-31"] * N, [datetime(2026, 1, 31)] * N, [1_700_000_000 + k for k in range(N)], ["1700000000000"] * N],
+)
+def test_init_finds_times_under_another_name(tmp_path: Path, values: list[Any]) -> None:
+    code, path = write(tmp_path, table(price=[1.5] * N, units=[3] * N, t_dat=values))
+    assert code == 0 and read_config(path).tables.columns == {"timestamp": "t_dat"}
 
 
 def test_init_names_the_columns_that_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

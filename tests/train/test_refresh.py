@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from slatewise.bundle.manifest import read_manifest
 from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from slatewise.store.codec import unpack, user_key
@@ -258,6 +260,63 @@ def test_command_prints_summary_or_raises(
         command(str(files[0]), at="redis://127.0.0.1:1/0")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet"):
         command("nowhere.parquet")
+
+
+def bundle_with(tiny: Tiny, folder: Path, **members: Any) -> Path:
+    """A copy of the bundle whose manifest has other members; None removes one."""
+    shutil.copytree(tiny.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text()) | members
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_refresh_does_not_read_shown_rows_as_history(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before = read_table(files[0])
+    actions = sorted(before["action"].unique())
+    folder = bundle_with(tiny, tmp_path / "1", history_actions=actions)
+    unseen = before.head(1).with_columns(user_id=pl.lit("only shown to"))
+    shown = pl.concat([before.sample(fraction=0.5, shuffle=True, seed=3), unseen])
+    shown = shown.with_columns(action=pl.lit("impression"), timestamp=pl.col("timestamp").max() + 60)
+    pl.concat([before, shown]).write_csv(tmp_path / "log.csv")
+    done = refresh(folder, [tmp_path / "log.csv"], url, Options())
+    users = sorted(before["user_id"].unique())
+    assert done["users"] == len(users), "a row that was only shown is no event"
+    expected = dict(zip(*Adapter(tiny.folder).vectors_of(before), strict=True))
+    for user in users:
+        np.testing.assert_allclose(stored(client, ranker, user)[1], expected[user], rtol=0, atol=1e-5)
+    assert refresh(folder, [tmp_path / "log.csv"], url, Options())["kind"] == "nothing new"
+
+
+def test_bundle_without_the_rule_refuses_shown_rows(
+    tiny: Tiny, ranker: Ranker, url: str, client: redis.Redis, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A bundle of an older version has no `history_actions`. It still loads, and reads tables that leave no doubt."""
+    folder = bundle_with(tiny, tmp_path / "1", history_actions=None)
+    assert read_manifest(folder).history_actions == []
+    shown = read_table(files[0]).with_columns(action=pl.lit("shown"))
+    shown.write_parquet(tmp_path / "shown.parquet")
+    with pytest.raises(ValueError, match=r"the action shown says .* set history_actions in \[data\] of its TOML"):
+        refresh(folder, [files[0], tmp_path / "shown.parquet"], url, Options())
+    assert refresh(folder, [files[0]], url, Options())["users"] > 0
+
+
+def test_head_of_an_action_is_adapted_without_labels(tiny: Tiny, events: pl.DataFrame, tmp_path: Path) -> None:
+    """A head `like` learns from the action `like` of a log without label columns, in training as in a refresh."""
+    folder = bundle_with(tiny, tmp_path / "1", history_actions=["like", "view"])
+    log = events.drop("label_like").with_columns(pl.col("action").replace({"hate": "shown", "dislike": "shown"}))
+    users, vectors = Adapter(folder).vectors_of(log)
+    assert users and np.isfinite(vectors).all()
+
+
+def test_ids_that_are_floats_are_refreshed_as_integers(tiny: Tiny, events: pl.DataFrame, tmp_path: Path) -> None:
+    adapter = Adapter(tiny.folder)
+    expected, vectors = adapter.vectors_of(events)
+    users, found = adapter.vectors_of(events.with_columns(pl.col("user_id", "item_id").cast(pl.Float64)))
+    assert users == expected
+    np.testing.assert_array_equal(found, vectors)
 
 
 @pytest.mark.parametrize("dtype", [pl.Float64(), pl.Int64(), pl.Datetime("ns", "UTC"), pl.Datetime("ms"), pl.Date()])

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from slatewise.bundle.features import split_values
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.batches import make_batch
 from slatewise_train.config import DataConfig, Head, TablesConfig
@@ -203,7 +204,16 @@ REFUSED_FILES = {
     ),
     "timeless.csv": (b"user_id,item_id\nu,a\n", r'no column timestamp; .*set time_unit = "row" in \[data\]'),
     "renamed.csv": (b"user_id,item_id,ts\nu,a,1\n", r'no column timestamp; .*set timestamp = "ts" in \[columns\]'),
-    "no_rows.csv": (b"user_id,item_id,timestamp\n", r"no training events are left"),
+    "no_rows.csv": (b"user_id,item_id,timestamp\n", r"no_rows\.csv: the table has no rows"),
+    "gz.csv": (gzip.compress(CSV.encode()), r"gz\.csv: the content is compressed by gzip; name it \.csv\.gz"),
+    "zstd.csv": (zst(CSV.encode()), r"zstd\.csv: the content is compressed by zstd"),
+    "parquet.csv": (b"PAR1...", r"parquet\.csv: the content is Parquet; name it \.parquet"),
+    "sheet.csv": (b"PK\x03\x04...", r"sheet\.csv: the content is a zip archive or a spreadsheet"),
+    "clock.csv": (
+        b"user_id,item_id,timestamp\nu,a,20260131123000\nu,b,20260131235959\n",
+        r"clock\.csv: timestamp 20260131123000 looks like a date; write it as",
+    ),
+    "minutes.csv": (b"user_id,item_id,timestamp\nu,a,202601311230\n", r"timestamp 202601311230 looks like a date"),
 }
 
 
@@ -227,6 +237,46 @@ def test_folder_without_a_table_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file has such a name"):
         load(tmp_path / "x*.csv")
+
+
+def test_each_file_may_write_its_times_differently(tmp_path: Path) -> None:
+    """A log changed from seconds to ISO 8601, and later to a type of time."""
+    text = [datetime.fromtimestamp(t, UTC).isoformat() for t in TIMES]
+    frame()[:2].write_csv(tmp_path / "1.csv")
+    frame(timestamp=text)[2:].write_csv(tmp_path / "2.csv")
+    assert events_of(load(tmp_path)) == EXPECTED
+    (tmp_path / "1.csv").rename(tmp_path / "3.csv")
+    assert events_of(load(tmp_path)) == EXPECTED
+
+
+def test_ids_of_both_tables_join_if_one_has_float_ends(tmp_path: Path) -> None:
+    """Other text among the ids keeps the end `.0`; the other table tells what is meant."""
+    config = DataConfig("shop", NEXT, categorical=("kind",))
+    wrong, right = ["1.0", "2.0", "x"], ["1", "2", "x"]
+    for k, (events, items) in enumerate([(right, wrong), (wrong, right), (["1.0", "2.0", "1.0"], wrong)]):
+        rows = {"user_id": ["u"] * 4, "item_id": [*events, events[0]], "timestamp": range(4)}
+        pl.DataFrame(rows).write_csv(tmp_path / f"e{k}.csv")
+        pl.DataFrame({"item_id": items, "kind": ["a", "b", "c"]}).write_csv(tmp_path / f"i{k}.csv")
+        data = load(tmp_path / f"e{k}.csv", config, items=str(tmp_path / f"i{k}.csv"))
+        assert data.catalogue.vocabulary.items == right, "three items in all"
+
+
+def test_ids_with_a_true_float_end_stay(tmp_path: Path) -> None:
+    rows = {"user_id": ["u"] * 3, "item_id": ["v1.0", "2.0", "x"], "timestamp": range(3)}
+    pl.DataFrame(rows).write_csv(tmp_path / "e.csv")
+    pl.DataFrame({"item_id": ["2.0", "x"]}).write_csv(tmp_path / "i.csv")
+    data = load(tmp_path / "e.csv", items=str(tmp_path / "i.csv"))
+    assert sorted(data.catalogue.vocabulary.items) == ["2.0", "v1.0", "x"]
+
+
+def test_white_space_around_values_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text(CSV)
+    (tmp_path / "i.csv").write_text("item_id,kind\na,Drama | Comedy\nb,Comedy|\nc, Drama\n")
+    data = load(tmp_path / "e.csv", DataConfig("shop", NEXT, categorical=("kind",)), items=str(tmp_path / "i.csv"))
+    assert data.catalogue.vocabulary.fields["kind"] == ["Comedy", "Drama"]
+    assert data.catalogue.field_values["kind"][FIRST_ITEM:].tolist() == [[2, 1], [1, 0], [2, 0]]
+    assert split_values(["Drama | Comedy", " Drama"], {"Drama", "Comedy"}) == ["Drama", "Comedy", "Drama"]
+    assert split_values(["a| b", "a | b"], {"a| b", " b"}) == ["a| b", "a", " b"], "as the bundle writes them"
 
 
 MOMENTS = [datetime.fromtimestamp(t, UTC) for t in TIMES]

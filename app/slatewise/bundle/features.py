@@ -143,11 +143,15 @@ def field_change(
 
 
 def split_values(given: Sequence[str | None], known: Container[str]) -> list[str]:
-    """Return the single values of one candidate. A text such as `Drama|Comedy` is split, unless it is a known value."""
+    """Return the single values of one candidate. A text such as `Drama | Comedy` is split, unless it is a known value.
+
+    White space around a value is removed, as in a table of items.
+    """
     result: list[str] = []
     for value in filter(None, given):
-        if VALUE_SEPARATOR in value and value not in known:
-            result += filter(None, value.split(VALUE_SEPARATOR))
-        else:
+        if value in known:
             result.append(value)
+        else:
+            parts = value.split(VALUE_SEPARATOR)
+            result += filter(None, (part if part in known else part.strip() for part in parts))
     return result

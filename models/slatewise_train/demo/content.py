@@ -63,9 +63,9 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
     }
     known = set(data.catalogue.vocabulary.items)
     titles = {
-        str(row["item_id"]): {"title": row.get(data.config.title)} | {c: values[k] for c, values in columns.items()}
-        for k, row in enumerate(items.iter_rows(named=True))
-        if str(row["item_id"]) in known
+        item: {"title": title} | {c: values[k] for c, values in columns.items()}
+        for k, (item, title) in enumerate(zip(items["item_id"], titles_of(items, data.config.title)))
+        if item in known
     }
     if demo is None:
         sequences = made_up_sequences(data, np.random.default_rng(0))
@@ -79,6 +79,13 @@ def demo_data(data: Data, model: RankerModel, learner: MetaLearner | None, confi
         kinds = [head.kind for head in data.config.heads]
         vectors = user_vectors(learner, model, kinds, sequences, data.config.history_length)
     return DemoData(sequences, users, vectors, titles)
+
+
+def titles_of(items: pl.DataFrame, column: str) -> pl.Series:
+    """Return the titles as text. A column of another type, such as a date, is written as text as well."""
+    if column not in items.columns or items[column].dtype.is_nested():
+        return pl.repeat(None, len(items), dtype=pl.String, eager=True)
+    return items[column].cast(pl.String, strict=False)
 
 
 def demo_tables(config: Config) -> TablesConfig:

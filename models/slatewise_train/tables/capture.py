@@ -47,15 +47,23 @@ def explained(path: Path) -> Iterator[None]:
     except (PolarsError, PanicException, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
+        k = 0
         with open_bytes(path) as file:
             for k, line in enumerate(file, 1):
                 try:
-                    wrong = bool(line.strip()) and not isinstance(json.loads(line), dict)
+                    wrong = bool(line.strip()) and not isinstance(json.loads(line, parse_constant=refuse), dict)
                 except (ValueError, RecursionError):
                     wrong = True
                 if wrong:
                     raise ValueError(f"{path}: line {k} is no JSON object; every line is one row") from None
+        if not k:
+            raise ValueError(f"{path}: the file is empty") from None
         raise ValueError(f"{path}: cannot be read as JSON lines: {one_line(error)}; give a column one type") from None
+
+
+def refuse(constant: str) -> None:
+    """Refuse NaN and Infinity, which the standard library reads and JSON does not have."""
+    raise ValueError(constant)
 
 
 def is_capture(path: Path) -> bool:

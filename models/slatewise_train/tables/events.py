@@ -30,6 +30,7 @@ SAMPLE = 10_000  # rows that decide how times are written
 LABEL = "label_"
 NO_VALUE = "no value"
 LABELS = {NO_VALUE, "", "0", "1", "0.0", "1.0", "true", "false"}  # a column with another value has the fault
+NO_POSITION = -(2**62)  # stands for a position that is no whole number
 NO_LABEL = 2.0  # stands for a label that is no number: neither 0 nor 1
 IDS = ("user_id", "item_id", "action", "slate_id")
 PLAIN = TablesConfig(events="events")
@@ -66,7 +67,10 @@ def read_events(tables: TablesConfig, max_bad_share: float) -> tuple[pl.DataFram
     files = find_files(tables.events, tables.separator)
     for sentence in filter(None, map(describe_separator, files[:1])):
         print(sentence)
-    return clean([Source(file.scan(), str(file), file) for file in files], max_bad_share, tables)
+    events, bad = clean([Source(file.scan(), str(file), file) for file in files], max_bad_share, tables)
+    if not len(events) and not bad:
+        raise ValueError(f"{tables.events}: the table has no rows")
+    return events, bad
 
 
 def scan_events(places: Sequence[str]) -> tuple[pl.LazyFrame, list[TableFile]]:
@@ -79,9 +83,9 @@ def scan_events(places: Sequence[str]) -> tuple[pl.LazyFrame, list[TableFile]]:
     sources = [Source(file.scan(), str(file), file) for file in files]
     located = [locate(source, PLAIN) for source in sources]
     text = {name: pl.String() for name in IDS}
-    frames = [
-        canonical(source, own, PLAIN, check_times(source, own, PLAIN), text) for source, own in zip(sources, located)
-    ]
+    for pair in zip(sources, located):
+        check_times(*pair, PLAIN)
+    frames = [canonical(*pair, PLAIN, text) for pair in zip(sources, located)]
     return pl.concat(frames, how="diagonal").filter(~pl.col("blank")).drop("blank"), files
 
 
@@ -100,9 +104,10 @@ def clean(sources: Sequence[Source], max_bad_share: float, tables: TablesConfig)
     """Convert, check and sort the rows of all sources, in their order."""
     files = [source.file for source in sources if source.file]
     located = [locate(source, tables) for source in sources]
-    iso = tables.time_unit != "row" and check_times(sources[0], located[0], tables)
+    if tables.time_unit != "row":
+        check_times(sources[0], located[0], tables)
     spaces = {name: pl.Categorical(pl.Categories.random(name)) for name in IDS}
-    frames = [canonical(*pair, tables, iso, spaces) for pair in zip(sources, located)]
+    frames = [canonical(*pair, tables, spaces) for pair in zip(sources, located)]
     events = collect(pl.concat(frames, how="diagonal"), files)
     events = merge_floats(events, sources[0].place)
     rows = len(events) - int(events["blank"].sum())
@@ -167,29 +172,46 @@ def locate(source: Source, tables: TablesConfig) -> dict[str, str]:
     for name, column in located.items():
         dtype = schema[column]
         moment = name == "timestamp" and times.typed_seconds(column, dtype) is not None
-        if name not in IDS and not moment and (dtype.is_nested() or dtype.is_temporal()):
+        if name in IDS:
+            ids.as_text(column, dtype, source.place, strip=False)  # raises for a type without ids
+        elif not moment and (dtype.is_nested() or dtype.is_temporal()):
             raise ValueError(f"{source.place}: column {column} has the type {dtype}, which is no {name.split('_')[0]}")
     return located
 
 
-def check_times(source: Source, located: dict[str, str], tables: TablesConfig) -> bool:
-    """Return whether the times are ISO 8601 text. Raises ValueError if numbers look like another unit."""
+def times_of(source: Source, located: dict[str, str]) -> pl.Series:
+    """Return the first times of a source as they are."""
     column = located["timestamp"]
     frame = source.frame.select(column).drop_nulls().head(SAMPLE)
-    sample = collect(frame, [source.file] if source.file else [])[column]
-    if times.typed_seconds(column, sample.dtype) is not None:
-        return False
-    iso = tables.time_unit == "iso" or (tables.time_unit is None and times.is_iso(sample))
-    if iso:
-        return True
+    return collect(frame, [source.file] if source.file else [])[column]
+
+
+def has_iso(source: Source, located: dict[str, str], tables: TablesConfig) -> bool:
+    """Return whether the times of a source are ISO 8601 text."""
+    if tables.time_unit is None and "timestamp" in located:
+        dtype = source.frame.collect_schema()[located["timestamp"]]
+        return not dtype.is_numeric() and not dtype.is_temporal() and times.is_iso(times_of(source, located))
+    return tables.time_unit == "iso"
+
+
+def check_times(source: Source, located: dict[str, str], tables: TablesConfig) -> None:
+    """Raise ValueError if the times are numbers that look like another unit."""
+    if has_iso(source, located, tables):
+        return
+    sample = times_of(source, located)
+    if times.typed_seconds("timestamp", sample.dtype) is not None:
+        return
     numbers = sample.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
     other = times.other_unit(numbers, tables.time_unit)
     if other is None:
-        return False
+        return
     example = numbers.drop_nulls()[0]
     shown = int(example) if example == int(example) else example
     if other == "date":
-        raise ValueError(f"{source.place}: timestamp {shown} looks like a date; write it as 2026-01-31, or as seconds")
+        raise ValueError(
+            f"{source.place}: timestamp {shown} looks like a date; write it as 2026-01-31 or 2026-01-31T12:00:00Z, or "
+            "as seconds"
+        )
     names = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
     raise ValueError(
         f"{source.place}: timestamp {shown} looks like {names[other]}, not {names[tables.time_unit or 's']}; "
@@ -198,7 +220,7 @@ def check_times(source: Source, located: dict[str, str], tables: TablesConfig) -
 
 
 def canonical(
-    source: Source, located: dict[str, str], tables: TablesConfig, iso: bool, spaces: Mapping[str, pl.DataType]
+    source: Source, located: dict[str, str], tables: TablesConfig, spaces: Mapping[str, pl.DataType]
 ) -> pl.LazyFrame:
     """Return the columns of the contract in their types; a value that cannot be converted is null or `NO_LABEL`."""
     schema = source.frame.collect_schema()
@@ -208,9 +230,10 @@ def canonical(
         if name in spaces:
             wanted.append(ids.as_text(column, dtype, source.place, source.is_text).cast(spaces[name]).alias(name))
         elif name == "timestamp":
+            iso = has_iso(source, located, tables)
             wanted.append(times.seconds(column, dtype, tables.time_unit, iso).alias(name))
         elif name == "position":
-            wanted.append(pl.col(column).cast(pl.Float64, strict=False).cast(pl.Int64, strict=False).alias(name))
+            wanted.append(position(column, dtype).alias(name))
         else:
             wanted.append(label(column, dtype).alias(name))
     if tables.time_unit == "row":
@@ -228,6 +251,18 @@ def label(column: str, dtype: pl.DataType) -> pl.Expr:
     text = pl.col(column).cast(pl.String, strict=False).str.strip_chars().str.to_lowercase()
     text = text.replace({"true": "1", "false": "0"})
     return pl.when(text != "").then(text.cast(pl.Float32, strict=False).fill_null(NO_LABEL))
+
+
+def position(column: str, dtype: pl.DataType) -> pl.Expr:
+    """Return a position as int64: null if unknown, `NO_POSITION` for a value that is no whole number."""
+    known = pl.col(column).is_not_null()
+    if dtype.is_float():
+        known = known & pl.col(column).is_not_nan()
+    elif not dtype.is_numeric():
+        known = known & (pl.col(column).cast(pl.String, strict=False).str.strip_chars() != "")
+    number = pl.col(column).cast(pl.String, strict=False).str.strip_chars().cast(pl.Float64, strict=False)
+    whole = (number == number.round()) & (number.abs() < 2**53)
+    return pl.when(whole.fill_null(False)).then(number.cast(pl.Int64, strict=False)).when(known).then(NO_POSITION)
 
 
 def merge_floats(events: pl.DataFrame, place: str) -> pl.DataFrame:

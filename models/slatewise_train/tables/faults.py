@@ -18,6 +18,12 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 BYTE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip; name it .csv.gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; name it .csv.zst",
+    b"PAR1": "Parquet; name it .parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
+}
 HEADER_BYTES = 1 << 20
 
 
@@ -52,6 +58,9 @@ def first_line(path: Path) -> str:
     for mark, name in BYTE_MARKS.items():
         if head.startswith(mark):
             raise ValueError(f"{path}: the text is {name}; save the file as UTF-8")
+    for mark, kind in OTHER_KINDS.items():
+        if head.startswith(mark):
+            raise ValueError(f"{path}: the content is {kind}")
     head = head.removeprefix(b"\xef\xbb\xbf")
     if not head.strip():
         raise ValueError(f"{path}: the file is empty")

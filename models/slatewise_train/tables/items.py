@@ -108,14 +108,15 @@ def given(column: pl.Series) -> pl.Series:
 def value_lists(column: pl.Series) -> pl.Series:
     """Return the values of a categorical column as lists of text, without empty ones.
 
-    The column is a list column, or text with values separated by `|`.
+    The column is a list column, or text with values separated by `|`, around which white space is removed.
     """
     if isinstance(column.dtype, (pl.List, pl.Array)):
         lists = column.cast(pl.List(pl.String))
     elif column.dtype.is_nested():
         raise ValueError(f"items: column {column.name} has the type {column.dtype}; write text, or lists of text")
     else:
-        lists = column.cast(pl.String).str.split(VALUE_SEPARATOR)
+        parts = pl.col("v").str.split(VALUE_SEPARATOR).list.eval(pl.element().str.strip_chars())
+        lists = column.cast(pl.String).to_frame("v").select(parts).to_series()
     known = (pl.element() != "") & (pl.element().str.len_chars() <= MAX_ID)
     return lists.to_frame("v").select(pl.col("v").list.eval(pl.element().filter(known)).fill_null([])).to_series()
 

@@ -83,6 +83,8 @@ def other_unit(numbers: pl.Series, unit: str | None) -> str | None:
     known = known.filter(known.is_finite())
     if not len(known):
         return None
+    if is_date_number(known, 100) or is_date_number(known, 10_000) or is_date_number(known, 1_000_000):
+        return "date"
     middle = float(known.median())  # type: ignore[arg-type]  # a number, since the sample is not empty
     if unit in (None, "s"):
         if is_date_number(known):
@@ -96,10 +98,17 @@ def other_unit(numbers: pl.Series, unit: str | None) -> str | None:
     return None
 
 
-def is_date_number(known: pl.Series) -> bool:
-    """Whether all numbers are dates of eight digits; as seconds they would lie within one week of August 1970."""
-    whole = known.cast(pl.Int64, strict=False).fill_null(0)
+def is_date_number(known: pl.Series, clock: int = 1) -> bool:
+    """Whether all numbers are dates such as 20260131; as seconds they would lie within one week of August 1970.
+
+    clock: 100, 10,000 or 1,000,000 if hours, minutes and seconds follow, as in 20260131123000.
+    """
+    number = known.cast(pl.Int64, strict=False).fill_null(0)
+    whole = number // clock
     month = whole // 100 % 100
     day = whole % 100
     right = (whole >= 19_700_101) & (whole <= 21_001_231) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
-    return bool((right & (whole == known)).all())
+    parts = [(number // place % 100, 24 if place * 100 == clock else 60) for place in (1, 100, 10_000) if place < clock]
+    for value, end in parts:
+        right &= value < end
+    return bool((right & (number == known)).all())
