@@ -107,13 +107,20 @@ def kind_of_values(values: pl.Series, form: str, ids: pl.Series) -> tuple[str | 
     count = values.n_unique()
     if not count:
         return None, "left out, since it is empty"
-    if len(values) > FEW_NUMBERS and share(values.is_in(ids.implode())) > MOST_SHARE:
+    if len(values) > FEW_NUMBERS and names_items(values, count, ids):
         return None, "left out, since it names other items"
     if (values.str.len_chars().mean() or 0) > LONG_TEXT and count > REPEATED * len(values):  # type: ignore[operator]
         return None, f"left out, since it has long text such as {shown(values)}"
     if count > MOST_VALUES or (count > MOST_SHARE * len(values) and len(values) > FEW_NUMBERS):
         return None, f"left out, since it has {count} different values among {len(values)}"
     return "categorical", f"{form} with {count} different values"
+
+
+def names_items(values: pl.Series, count: int, ids: pl.Series) -> bool:
+    """Whether most values are ids of items. Numbers are often ids by chance: they must name most of the items."""
+    if share(values.is_in(ids.implode())) <= MOST_SHARE:
+        return False
+    return bool(values.cast(pl.Int64, strict=False).null_count()) or count > MOST_SHARE * ids.n_unique()
 
 
 def share(found: pl.Series) -> float:

@@ -71,3 +71,12 @@ def test_column_of_items_has_a_kind_and_a_reason(name: str) -> None:
 )
 def test_code_is_found_by_the_last_word_of_a_name(name: str, code: bool) -> None:
     assert is_code(name) is code
+
+
+def test_small_numbers_are_not_taken_for_ids_of_items() -> None:
+    """As in Amazon's Beauty: items 1 to 12,101 have lists of attributes 1 to 1,221."""
+    numbers = pl.Series([str(k + 1) for k in range(N)])
+    attributes = pl.Series("attributes", [[1 + k % 30, 1 + k % 7] for k in range(N)])
+    assert kind_of(attributes, numbers) == ("categorical", "lists with 30 different values")
+    others = pl.Series("also_bought", [[1 + (k + j) % N for j in range(3)] for k in range(N)])
+    assert kind_of(others, numbers) == (None, "left out, since it names other items")
