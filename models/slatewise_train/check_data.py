@@ -50,6 +50,7 @@ def describe(config: Config) -> Iterator[str]:
     yield from actions_and_labels(events)
     yield from ignored_columns(config)
     history = history_rows(events, config.tables)
+    yield from ties(events.filter(history), config)
     if shown := len(events) - int(history.sum()):
         yield f"history    {len(events) - shown:,} rows; {shown:,} rows ({share(shown, len(events))}) were only shown"
     if config.data.kind == "time" and config.tables.time_unit == "row":
@@ -87,7 +88,7 @@ def moment(seconds: float) -> str:
 
 
 def times(events: pl.DataFrame, config: Config) -> Iterator[str]:
-    """Describe the range of the times and the events that happen at the same time."""
+    """Describe the range of the times."""
     if config.tables.time_unit == "row":
         yield "times      none: the order of the rows (time_unit)"
         return
@@ -100,9 +101,15 @@ def times(events: pl.DataFrame, config: Config) -> Iterator[str]:
         yield f"warning: {future:,} events ({share(future, len(events))}) are in the future"
     if early := int((events["timestamp"] < 86_400 * 365).sum()):
         yield f"warning: {early:,} events ({share(early, len(events))}) are in 1970; is time_unit right?"
-    tied = int(events.select("user_id", "timestamp").is_duplicated().sum())
-    yield f"           {share(tied, len(events))} of the events share user and time with another; these keep row order"
-    if tied > MANY_TIES * len(events):
+
+
+def ties(history: pl.DataFrame, config: Config) -> Iterator[str]:
+    """Describe the events of equal times. Rows that were only shown do not count, since a slate has one time."""
+    if config.tables.time_unit == "row":
+        return
+    tied = int(history.select("user_id", "timestamp").is_duplicated().sum())
+    yield f"           {share(tied, len(history))} of the events share user and time with another; these keep row order"
+    if tied > MANY_TIES * len(history):
         yield "warning: most events have the time of another event, so their order is that of the rows; is it right?"
 
 
@@ -227,7 +234,10 @@ def split_lines(data: Data) -> Iterator[str]:
     if data.exposures is not None:
         sizes = np.diff(data.exposures.offsets)
         yield f"slates     {len(sizes):,} were shown, of {sizes.min()} to {sizes.max()} items"
-    found = {"slate_users": len(split.slate_users), "validation_users": len(split.validation_users)}
+        yield f"           {len(split.slate_users):,} users have a slate that is held out to evaluate"
+    found = {"validation_users": len(split.validation_users)}
+    if data.exposures is None:
+        found["slate_users"] = len(split.slate_users)
     for name, count in found.items():
         wanted = getattr(config, name)
         yield f"           {name}: {count:,} of the {wanted:,} wanted"

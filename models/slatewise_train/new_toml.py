@@ -170,6 +170,7 @@ def history_lines(
         yield f"# actions: {', '.join(described[:LISTED])}"
         if len(taken) < len(every) or slates:
             yield f"history_actions = [{', '.join(map(quoted, taken))}]  # the other rows were only shown"
+            yield '# a head can learn from an action: add [heads.NAME] with the action\'s NAME and kind = "label"'
     elif labels:
         name = next(iter(labels))
         yield (

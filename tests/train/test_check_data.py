@@ -131,3 +131,17 @@ def test_validate_warns_of_words_for_missing_ids(tmp_path: Path, capsys: pytest.
     assert run(tmp_path, events=pl.DataFrame(rows, NAMES[:3], orient="row")) == 0
     out = capsys.readouterr().out
     assert "warning: 10 events have the item_id 'NULL'; leave it empty if it means a missing value" in out
+
+
+def test_rows_of_a_slate_are_no_events_of_equal_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        (f"u{u}", f"i{(u + 3 * k + j) % 17}", 1_700_000_000 + 900 * k, "buy" if j == k % 3 else "shown", f"s{k}")
+        for u in range(12)
+        for k in range(10)
+        for j in range(3)
+    ]
+    table = pl.DataFrame(rows, [*NAMES[:4], "slate_id"], orient="row")
+    assert run(tmp_path, 'history_actions = ["buy"]\n', events=table) == 0
+    out = capsys.readouterr().out
+    assert "0 % of the events share user and time with another" in out and "most events have the time" not in out
+    assert "6 users have a slate that is held out to evaluate" in out and "slate_users: " not in out

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from slatewise_train.config import (
     TrainConfig,
 )
 from slatewise_train.data import load_data, read_table
-from slatewise_train.demo.content import demo_data, make_request
+from slatewise_train.demo.content import demo_data, make_request, titles_of
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
 from slatewise_train.export import ExportOptions, export, load_block, make_content
@@ -376,6 +377,14 @@ def test_demo_reads_its_tables_as_training_does(tiny: Tiny, demo: Config) -> Non
     assert found.titles == plain.titles and found.users == plain.users
     np.testing.assert_array_equal(found.sequences.items, plain.sequences.items)
     np.testing.assert_array_equal(found.vectors, plain.vectors)
+
+
+def test_titles_of_every_type_become_text() -> None:
+    """display.json has no dates, and the export comes after the training."""
+    table = pl.DataFrame({"day": [date(2026, 1, 31), None], "number": [7, 8], "list": [["a"], []]})
+    assert titles_of(table, "day").to_list() == ["2026-01-31", None]
+    assert titles_of(table, "number").to_list() == ["7", "8"]
+    assert titles_of(table, "list").to_list() == titles_of(table, "none").to_list() == [None, None]
 
 
 def test_bundle_says_which_rows_make_history(tiny: Tiny, tmp_path: Path) -> None:

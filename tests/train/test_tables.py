@@ -581,3 +581,9 @@ def test_sequences_equal_a_loop_over_the_rows(size: int) -> None:
     }
     expected = slow_sequences(rows, catalogue.vocabulary.items)
     assert found == expected and list(found) == list(expected)
+
+
+def test_name_of_a_column_with_a_line_end_stays_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text(CSV)
+    with pytest.raises(ValueError, match=r"e\.csv: no column a b, which \[columns\] gives for user_id"):
+        load(tmp_path / "e.csv", columns={"user_id": "a\nb"})

@@ -137,7 +137,10 @@ class MetaTrainer:
         self.lengths = data.split.train_lengths
         self.users = np.flatnonzero(self.lengths >= config.shortest + config.query)
         if not len(self.users):
-            raise ValueError(f"no user has {config.shortest + config.query} training events ([meta] shortest + query)")
+            raise ValueError(
+                f"no user has {config.shortest + config.query} training events (shortest + query in [meta]): the longest "
+                f"history has {self.lengths.max(initial=0)}; write smaller values, or export without this step"
+            )
         self.learner = MetaLearner(config, ranker.default_meta)
         self.optimizer = torch.optim.Adam(
             [p for p in self.learner.parameters() if p.requires_grad], lr=config.learning_rate

@@ -94,7 +94,8 @@ def locate(found: Sequence[str], named: Mapping[str, str], wanted: Iterable[str]
     for name in wanted:
         if name in named:
             if named[name] not in found:
-                raise ValueError(f"{place}: no column {named[name]}, which [columns] gives for {name}; {listed(found)}")
+                column = " ".join(named[name].split())[:LONGEST]
+                raise ValueError(f"{place}: no column {column}, which [columns] gives for {name}; {listed(found)}")
             columns[name] = named[name]
         elif name in found:
             columns[name] = name
