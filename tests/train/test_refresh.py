@@ -22,6 +22,7 @@ from slatewise.bundle.manifest import read_manifest
 from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from slatewise.store.codec import unpack, user_key
+from slatewise_train.config import TablesConfig, read_config
 from slatewise_train.data import read_table
 from slatewise_train.meta import refresh as job
 from slatewise_train.meta.changed_users import Events
@@ -301,6 +302,34 @@ def test_bundle_without_the_rule_refuses_shown_rows(
     with pytest.raises(ValueError, match=r"the action shown says .* set history_actions in \[data\] of its TOML"):
         refresh(folder, [files[0], tmp_path / "shown.parquet"], url, Options())
     assert refresh(folder, [files[0]], url, Options())["users"] > 0
+
+
+def test_refresh_reads_the_tables_as_the_toml_says(
+    tiny: Tiny, ranker: Ranker, client: redis.Redis, url: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Other names of columns, milliseconds, a separator, and the rule of a bundle that has none."""
+    before = read_table(files[0])
+    (tmp_path / "my.toml").write_text(
+        'name = "tiny"\n[data]\nevents = "log.csv"\nseparator = ":"\ntime_unit = "ms"\n'
+        f"history_actions = {sorted(before['action'].unique())}\n"
+        '[columns]\nuser_id = "who"\nitem_id = "film"\ntimestamp = "at"\n'
+    )
+    shown = before.with_columns(action=pl.lit("shown"), timestamp=pl.col("timestamp") + 1)
+    log = pl.concat([before, shown]).with_columns(timestamp=(pl.col("timestamp") * 1000).cast(pl.Int64))
+    log = log.rename({"user_id": "who", "item_id": "film", "timestamp": "at"})
+    log.write_csv(tmp_path / "log.csv", separator=":")
+    paths = [str(tiny.folder), str(tmp_path / "log.csv"), "--toml", str(tmp_path / "my.toml")]
+    job.main([*paths, "--redis-url", url, "--processes", "1"])
+    expected = dict(zip(*Adapter(tiny.folder).vectors_of(before), strict=True))
+    for user, vector in expected.items():
+        np.testing.assert_allclose(stored(client, ranker, user)[1], vector, rtol=0, atol=1e-5)
+    rows = TablesConfig("log.csv", time_unit="row")
+    with pytest.raises(ValueError, match="a refresh needs times"):
+        refresh(tiny.folder, [files[0]], url, Options(), rows)
+    with pytest.raises(ValueError, match="with --ray, the events have the names of columns"):
+        Events([files[0]], (), TablesConfig("log.csv", columns={"user_id": "user_id"})).parquet()
+    with pytest.raises(ValueError, match=r"log\.csv: with --ray, the events are Parquet files"):
+        Events([tmp_path / "log.csv"], (), read_config(tmp_path / "my.toml").tables).parquet()
 
 
 def test_head_of_an_action_is_adapted_without_labels(tiny: Tiny, events: pl.DataFrame, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The tables are scanned, and the rows of the chosen users alone are read into memory.
 
-Called by: `refresh.py`. Calls: `tables/`.
+Called by: `refresh.py`. Calls: `config.py`, `tables/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import polars as pl
 
-from slatewise_train.tables.events import LABEL, scan_events
+from slatewise_train.config import TablesConfig
+from slatewise_train.tables.events import LABEL, PLAIN, scan_events
 from slatewise_train.tables.files import TableFile, collect, kind_of
 from slatewise_train.tables.history import history_rule, reason_to_ask
 
@@ -24,14 +25,19 @@ CLOCK_SKEW_S = 3_600.0  # the time of an event may be this far in the future
 
 @dataclass(frozen=True)
 class Events:
-    """The events of a refresh: files, folders or patterns, and the actions that make history."""
+    """The events of a refresh: files, folders or patterns, the actions that make history, how to read the tables."""
 
     paths: Sequence[Path]
-    history_actions: Sequence[str] = ()  # of the bundle; empty: not stated
+    history_actions: Sequence[str] = ()  # of the training; empty: not stated
+    tables: TablesConfig = PLAIN
 
     @cached_property
     def scanned(self) -> tuple[pl.LazyFrame, list[TableFile]]:
-        return scan_events([str(path) for path in self.paths])
+        if self.tables.time_unit == "row":
+            raise ValueError(
+                f'{self.paths[0]}: a refresh needs times; [data] time_unit = "row" says that there are none'
+            )
+        return scan_events([str(path) for path in self.paths], self.tables)
 
     @property
     def table(self) -> pl.LazyFrame:
@@ -57,7 +63,7 @@ class Events:
         if doubt := reason_to_ask(collect(distinct, self.scanned[1])):
             raise ValueError(
                 f"{self.paths[0]}: {doubt}, and the bundle does not say which rows make history; set history_actions "
-                "in [data] of its TOML and export it again"
+                "in [data] of its TOML, and name the TOML with --toml"
             )
 
     def newest(self) -> float:
@@ -80,4 +86,6 @@ class Events:
         files = self.scanned[1]
         if others := [file for file in files if kind_of(file.path) != "parquet"]:
             raise ValueError(f"{others[0]}: with --ray, the events are Parquet files")
+        if self.tables.columns or self.tables.time_unit not in (None, "s"):
+            raise ValueError("with --ray, the events have the names of columns that training uses, and unix seconds")
         return [str(file.path.resolve()) for file in files]

@@ -138,8 +138,8 @@ class MetaTrainer:
         self.users = np.flatnonzero(self.lengths >= config.shortest + config.query)
         if not len(self.users):
             raise ValueError(
-                f"no user has {config.shortest + config.query} training events (shortest + query in [meta]): the longest "
-                f"history has {self.lengths.max(initial=0)}; write smaller values, or export without this step"
+                f"no user has {config.shortest + config.query} training events (shortest + query in [meta]): the "
+                f"longest history has {self.lengths.max(initial=0)}; write smaller values, or export without this step"
             )
         self.learner = MetaLearner(config, ranker.default_meta)
         self.optimizer = torch.optim.Adam(

@@ -4,9 +4,9 @@ The job adapts the users that have new events since the last refresh, or all use
 vectors as a new generation. The last step updates the pointer to the live generation, and only then do servers read the
 new vectors, without a restart. You can stop the job at any time; the same command continues.
 
-EVENTS are tables of every kind that training reads, with the names of columns that it uses (`tables/`). They must
-contain all events of a user, not only the new ones. The manifest has the `history_actions` of the training: rows that
-were only shown are left out by the same rule.
+EVENTS are tables of every kind that training reads (`tables/`). They have the names of columns that training uses, or
+those of the TOML that is named with --toml. They must contain all events of a user, not only the new ones. The manifest
+has the `history_actions` of the training: rows that were only shown are left out by the same rule.
 
 Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `changed_users.py`;
 `store/generations.py`.
@@ -40,11 +40,12 @@ from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
 from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
-from slatewise_train.config import DataConfig, Head
+from slatewise_train.config import DataConfig, Head, TablesConfig, read_config
 from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events, taken_events
 from slatewise_train.meta.changed_users import Events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
 from slatewise_train.rankers.weights import load_model
+from slatewise_train.tables.events import PLAIN
 from slatewise_train.tables.files import collect
 from slatewise_train.tables.items import join_ids
 
@@ -54,7 +55,8 @@ CHUNK_USERS = 1_000  # about, in a chunk; a resumed job skips the chunks that ar
 class Adapter:
     """Computes users' vectors from their events, with the ranker and the meta block of a bundle."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stated: Sequence[str] = ()) -> None:
+        """stated: `history_actions`, for a bundle that has none."""
         manifest = read_manifest(folder)
         self.ranker = load_model(folder, manifest)
         self.ranker.requires_grad_(False)
@@ -66,7 +68,7 @@ class Adapter:
             Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
         )
         self.config = DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used)
-        self.history_actions = manifest.history_actions
+        self.history_actions = manifest.history_actions or stated
 
     def vectors_of(self, events: pl.DataFrame) -> tuple[list[str], np.ndarray]:
         """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32.
@@ -104,6 +106,7 @@ class Work:
     generation: int
     created_at: float  # unix seconds
     options: Options
+    history_actions: Sequence[str] = ()
 
 
 class Worker:
@@ -112,7 +115,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(1)
         self.work = work
-        self.adapter = Adapter(work.folder)
+        self.adapter = Adapter(work.folder, work.history_actions)
         self.store = Generations(connect(work.redis_url), work.ranker, work.space, work.options.ttl_days)
 
     def __call__(self, chunk: int, events: pl.DataFrame) -> Result:
@@ -224,10 +227,12 @@ def plan_of(folder: Path, options: Options, *state: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def refresh(folder: Path, paths: Sequence[Path], redis_url: str, options: Options) -> dict[str, Any]:
+def refresh(
+    folder: Path, paths: Sequence[Path], redis_url: str, options: Options, tables: TablesConfig = PLAIN
+) -> dict[str, Any]:
     """Publish a new generation of vectors, and return a summary of the work.
 
-    paths: files, folders or patterns of events.
+    paths: files, folders or patterns of events; tables: how to read them.
 
     The first generation of a space is always full. Raises StoreError, RedisError, ManifestError, OSError or ValueError.
     """
@@ -236,17 +241,18 @@ def refresh(folder: Path, paths: Sequence[Path], redis_url: str, options: Option
     store = Generations(connect(redis_url), manifest.ranker, manifest.space, options.ttl_days)
     status = store.status()
     options = dataclasses.replace(options, full=options.full or not status["live"])
-    events = Events(paths, manifest.history_actions)
+    stated = tuple(manifest.history_actions) or tables.history_actions
+    events = Events(paths, stated, tables)
     events.check()
     newest = events.newest()
     users = events.users(None if options.full else status["watermark"])
     if not users:
         return {"generation": None, "kind": "nothing new", "users": 0, "seconds": round(time.time() - begin, 2)}
     chunks = math.ceil(len(users) / CHUNK_USERS)
-    plan = plan_of(folder, options, status["watermark"], newest, len(users), chunks)
+    plan = plan_of(folder, options, status["watermark"], newest, len(users), chunks, stated)
     with store.begin(plan, options.full) as writing:
         resumed = len(writing.done)
-        work = Work(folder, redis_url, manifest.ranker, manifest.space, writing.generation, begin, options)
+        work = Work(folder, redis_url, manifest.ranker, manifest.space, writing.generation, begin, options, stated)
         run = run_on_ray if options.on_ray else run_here
         results = []
         with tqdm(total=len(users), desc=f"generation {writing.generation}", unit=" users", mininterval=1) as progress:
@@ -285,6 +291,9 @@ def main(argv: Sequence[str]) -> None:
         "bundle", type=Path, help="<root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>"
     )
     parser.add_argument("events", type=Path, nargs="+", help="files, folders or patterns with all events of the users")
+    parser.add_argument(
+        "--toml", type=Path, help="of the training: its [data] and [columns] say how to read the events"
+    )
     add_redis_url(parser)
     parser.add_argument("--full", action="store_true", help="all users of the files, not only those with new events")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -297,4 +306,5 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     options = Options(args.full, args.processes, args.ray, args.dtype, args.ttl_days)
-    print(json.dumps(refresh(bundle_folder(args.bundle), args.events, args.redis_url, options)))
+    tables = read_config(args.toml).tables if args.toml else PLAIN
+    print(json.dumps(refresh(bundle_folder(args.bundle), args.events, args.redis_url, options, tables)))

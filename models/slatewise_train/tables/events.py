@@ -73,19 +73,21 @@ def read_events(tables: TablesConfig, max_bad_share: float) -> tuple[pl.DataFram
     return events, bad
 
 
-def scan_events(places: Sequence[str]) -> tuple[pl.LazyFrame, list[TableFile]]:
+def scan_events(places: Sequence[str], tables: TablesConfig) -> tuple[pl.LazyFrame, list[TableFile]]:
     """Return the rows of several tables in the types of the contract, with ids as text, and their files.
+
+    tables: how to read them. `events` in it is not read.
 
     Nothing is read yet, and unusable rows are still among them: for tables of which a part is used. Raises OSError and
     ValueError for files that are no such tables.
     """
-    files = together(file for place in places for file in find_files(place))
+    files = together(file for place in places for file in find_files(place, tables.separator))
     sources = [Source(file.scan(), str(file), file) for file in files]
-    located = [locate(source, PLAIN) for source in sources]
+    located = [locate(source, tables) for source in sources]
     text = {name: pl.String() for name in IDS}
     for pair in zip(sources, located):
-        check_times(*pair, PLAIN)
-    frames = [canonical(*pair, PLAIN, text) for pair in zip(sources, located)]
+        check_times(*pair, tables)
+    frames = [canonical(*pair, tables, text) for pair in zip(sources, located)]
     return pl.concat(frames, how="diagonal").filter(~pl.col("blank")).drop("blank"), files
 
 
