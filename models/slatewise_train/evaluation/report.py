@@ -92,7 +92,9 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def sample_line(sample: Mapping[str, int]) -> str:
-    """Return a sentence about the users that were evaluated."""
+    """Return a sentence about the users whose next item was ranked; empty if there are none, which has its reason."""
+    if not sample["users"]:
+        return ""
     if sample["users"] == sample["of"]:
         return f"All {sample['of']:,} users with a test event; intervals hold 95 %; ties in the order of the catalogue."
     return (
