@@ -191,7 +191,7 @@ def test_without_validation_users_the_first_setting_is_used() -> None:
     seen = Interactions(random_data(5))
     assert not seen.tuning
     baseline, _ = item_knn(seen)
-    assert baseline.settings == "shrinkage 10, 100 neighbours"
+    assert baseline.settings == "shrinkage 10, 100 neighbours, not tuned without validation users"
     assert best_of(seen, [(baseline, 1), (baseline, 2)]) == (baseline, 1)
 
 

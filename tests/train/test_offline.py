@@ -43,7 +43,7 @@ from slatewise_train.evaluation.metrics import (
     rank_of,
     ranks_of,
 )
-from slatewise_train.evaluation.offline import evaluate, leave_one_out, run_cases, slates, tabulate
+from slatewise_train.evaluation.offline import leave_one_out, run_cases, slates, tabulate
 from slatewise_train.evaluation.report import quality_table, report_text, sample_line
 from slatewise_train.evaluation.sampling import in_parallel, sample_users
 from tests.conftest import Tiny
@@ -316,7 +316,7 @@ def test_training_events_exclude_held_out_events() -> None:
 
 
 def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tiny: Tiny) -> None:
-    report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta)
+    report = tabulate(run_cases(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta))
     names = {"dot", "point", "set", "popularity", "item-kNN", "EASE"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names
     assert {row["users"] for row in report["leave_one_out"].values()} == {60}

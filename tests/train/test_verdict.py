@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slatewise.bundle.manifest import read_manifest
+from slatewise.inference.engine import EngineError
 from slatewise.schemas import Verdict
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
@@ -221,19 +222,16 @@ def test_export_of_diverged_weights_is_refused(tiny: Tiny, tmp_path: Path) -> No
             bias.copy_(kept)
 
 
-def test_export_of_scores_that_are_not_finite_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    """Finite weights, but so large that their products are not."""
-    model = tiny.trainer.model
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        model.point_up.weight.mul_(1e6)
-        model.point_down.weight[:, ::2] = 3e38
-        model.point_down.weight[:, 1::2] = -3e38
-    try:
-        with pytest.raises(ValueError, match="not finite: if the training diverged, train again with a smaller"):
-            export(tiny.trainer, None, tiny.config, tmp_path, 1, ExportOptions(most_users=2))
-    finally:
-        model.load_state_dict(kept)
+def test_export_of_scores_that_are_not_finite_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Outcome:
+        raise EngineError("a score is not finite")
+
+    monkeypatch.setattr("slatewise_train.export.run_cases", fail)
+    with pytest.raises(ValueError, match="not finite: if the training diverged, train again with a smaller"):
+        export(tiny.trainer, None, tiny.config, tmp_path, 1)
+    assert not (tmp_path / "tiny" / "1").exists()
 
 
 def test_bundle_without_verdict_still_loads() -> None:

@@ -3,8 +3,8 @@
 The method follows the isotonic layer of LiRank (arXiv 2402.06859). Calibrations are fitted on uncalibrated graphs and
 written into the final graphs. They are also stored as JSON beside the graphs.
 
-Called by: `export.py`, `bundle_writer.py`, `compression/`. Calls: `cases.py` for the validation users' slates,
-`sampling.py`.
+Called by: `export.py`, `bundle_writer.py`, `compression/`, `offline.py`. Calls: `cases.py` for the validation users'
+slates, `sampling.py`.
 """
 
 from __future__ import annotations

@@ -91,8 +91,9 @@ class Interactions:
         self.tuning = validation_cases(data, TUNING_USERS)
 
     def note(self) -> str:
-        """Return a remark for the settings of a baseline if a sample of the users is counted, else nothing."""
-        return "" if self.counted == 1.0 else f", counted on {self.counted:.0%} of the users"
+        """Return a remark for the settings of a baseline: the users who are counted, and whether it is tuned."""
+        counted = "" if self.counted == 1.0 else f", counted on {self.counted:.0%} of the users"
+        return counted if self.tuning else f"{counted}, not tuned without validation users"
 
     def co_occurrences(self, desc: str) -> Iterator[tuple[int, sparse.csr_array]]:
         """Yield blocks of the matrix of the users that two items share: the first row, and (block, rows) float32."""

@@ -1,7 +1,7 @@
 """Measure latency and resident memory of variants on this machine, with one thread.
 
-Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`;
-`parity.py` for random requests.
+Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`,
+tqdm; `parity.py` for random requests.
 """
 
 from __future__ import annotations

@@ -305,8 +305,3 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
         rated = ~np.isnan(per_slate[:, 0])
         found |= {"slate_ndcg10": interval(per_slate[rated, 0]), "slate_auc": interval(per_slate[rated, 1])}
     return found
-
-
-def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = SAMPLED_USERS) -> dict[str, Any]:
-    """Return the tables of one variant and of the baselines."""
-    return tabulate(run_cases(engine, data, meta, most_users))
