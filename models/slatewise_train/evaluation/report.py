@@ -86,7 +86,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     parts += [f"Not measured: {reason}." for reason in report["not_measured"].values()]
     if report["baselines"]:
         settings = "; ".join(f"{name}: {text}" for name, text in report["baselines"].items())
-        parts.append(f"Settings of the baselines, the best ones on the validation users: {settings}.")
+        parts.append(f"Settings of the baselines: {settings}.")
     parts.append("\n".join(["Checks of the data:", *(f"- {check['line']}" for check in report["leakage"].values())]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
