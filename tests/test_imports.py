@@ -177,7 +177,6 @@ TRAINING_LEVELS = (
     "epochs",
     "progress",
     "evaluation",
-    "validation",
     "new_model",
     "train",
     "graph_check",

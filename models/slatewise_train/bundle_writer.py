@@ -203,7 +203,7 @@ def check_parity(
 
 
 def measure_fp32(stage: Path, manifest: Manifest, invariance: dict[str, float], report: dict[str, Any]) -> Variant:
-    """Return the manifest's row of the variant fp32. report: the tables of `evaluate`, or empty."""
+    """Return the manifest's row of the variant fp32. report: the tables of `tabulate`, or empty."""
     engine = open_fp32(stage, manifest)
     return Variant(
         bytes=bytes_on_disk(stage / FP32, manifest.graphs, stage / "items.npy"),

@@ -4,6 +4,8 @@ The command writes the graphs, fits the calibrations, and measures quality, pari
 if every measured difference is within its bound and the ranker is not worse than a simple baseline. A meta block is
 optional: without one (`slatewise limaml`) the ranker is exported without meta-embeddings.
 
+The first line of the standard output is the verdict. Remarks on the tables go to the standard error.
+
 Called by: the command line. Reads: the checkpoint of `train.py`, the meta block of `meta/limaml.py`.
 Calls: `bundle_writer.py`, `evaluation/`, `demo/content.py`. The server loads `models/bundles/<name>/<version>/`.
 """
@@ -11,6 +13,7 @@ Calls: `bundle_writer.py`, `evaluation/`, `demo/content.py`. The server loads `m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from slatewise.bundle.manifest import versions
-from slatewise.inference.engine import Engine
+from slatewise.inference.engine import Engine, EngineError
 from slatewise_train.bundle_writer import (
     BundleContent,
     check_parity,
@@ -49,6 +52,8 @@ from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 from slatewise_train.train import Trainer, load_trainer
 
+TABLES = ("leave_one_out", "slates")  # that decide on the default exit and on the verdict
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -70,7 +75,7 @@ def export(
     """Publish a bundle and return its folder, `root/<name>/<version>`.
 
     learner: the meta block, or `None` for a ranker without meta-embeddings. Raises ValueError when a measured
-    difference is above its bound, the version exists, the weights are not finite, or the ranker is worse than a
+    difference is above its bound, the version exists, weights or scores are not finite, or the ranker is worse than a
     baseline and `force` is not set.
     """
     data = trainer.data
@@ -82,14 +87,19 @@ def export(
         manifest = write_content(stage, content, version)
         if learner is not None:
             save_learner(stage / META_BLOCK, learner, [head.kind for head in data.config.heads])
-        calibrations = calibrate(stage, content, data, meta)
-        manifest = write_fp32(stage, manifest, content, calibrations)
-        outcome = run_cases(open_fp32(stage, manifest), data, meta, options.most_users)
+        try:
+            calibrations = calibrate(stage, content, data, meta)
+            manifest = write_fp32(stage, manifest, content, calibrations)
+            outcome = run_cases(open_fp32(stage, manifest), data, meta, options.most_users)
+        except EngineError as error:
+            raise ValueError(f"{error}: if the training diverged, train again with a smaller learning_rate") from error
         report = tabulate(outcome)
         report["not_measured"] |= uncalibrated_heads(calibrations, list(content.heads))
         default_exit = config.export.default_exit or best_exit(report, content.exits)
         log = (options.training or stage) / "log.csv"
-        verdict = judge(compare_tables(outcome, default_exit), training_warnings(config, log, trainer.model))
+        warnings = training_warnings(config, log, trainer.model, trainer.progress.joined)
+        reasons = [report["not_measured"][table] for table in TABLES if table in report["not_measured"]]
+        verdict = judge(compare_tables(outcome, default_exit), warnings, reasons)
         write_report(stage, {"verdict": verdict.model_dump()} | report, data)
         if verdict.grade == "worse" and not options.force:
             raise ValueError(f"{verdict.line}: `--force` exports it nevertheless")
@@ -156,7 +166,7 @@ def best_exit(report: dict[str, Any], exits: list[str]) -> str:
 
     If two exits are equal, the cheaper one is returned.
     """
-    tables = [report[name] for name in ("leave_one_out", "slates") if report[name]]
+    tables = [report[name] for name in TABLES if report[name]]
     return max(exits, key=lambda exit: sum(table[exit]["ndcg10"][0] for table in tables))
 
 
@@ -182,7 +192,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--all-users", action="store_true", help=sampled)
     parser.add_argument("--force", action="store_true", help="publish a ranker that is worse than a baseline")
     args = parser.parse_args(argv)
-    trainer, config, folder = load_trainer(args.toml, args.folder)
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer, config, folder = load_trainer(args.toml, args.folder)
     newest = max(versions(args.root / config.data.name), default=0)
     version = newest + 1 if args.version is None else args.version
     options = ExportOptions(None if args.all_users else SAMPLED_USERS, args.force, folder)

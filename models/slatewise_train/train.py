@@ -9,8 +9,7 @@ and `set` too, at a few positions of each sequence. There are two slates at each
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
 Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`, `checkpoint.py`,
-`evaluation/`.
+`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `checkpoint.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from slatewise_train.config import Config, ModelConfig, TrainConfig, read_config
 from slatewise_train.data import Data, load_data, training_events
 from slatewise_train.defaults import choose_training
 from slatewise_train.epochs import one_epoch
+from slatewise_train.evaluation.held_out import validate
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.report import plot_training
 from slatewise_train.evaluation.trained import TrainingReport
@@ -44,7 +44,6 @@ from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import LIST_LOSSES, list_loss, shown_losses
 from slatewise_train.slates import Slates, draw_slates, read_slates
-from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
 LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
@@ -225,7 +224,7 @@ class Trainer:
         return mean
 
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
-        """Call `validation.validate` with the first head of kind `next`; empty without such a head."""
+        """Call `held_out.validate` with the first head of kind `next`; empty without such a head."""
         return validate(self.model, self.data, self.next_heads[0], exits) if self.next_heads else {}
 
     def identity(self) -> str:
@@ -338,5 +337,6 @@ def main(argv: Sequence[str]) -> None:
     report = TrainingReport(data)
     report.write_levels(folder)
     trainer = train(data, config.model, config.train, folder)
-    verdict = report.verdict(trainer.model, training_warnings(config, folder / "log.csv", trainer.model))
+    warnings = training_warnings(config, folder / "log.csv", trainer.model, trainer.progress.joined)
+    verdict = report.verdict(trainer.model, warnings)
     print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)

@@ -21,7 +21,7 @@ from slatewise.bundle.features import request_context
 from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError, read_manifest
 from slatewise.bundle.ranker import Ranker, rows_of
-from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.inference.arrays import FIRST_ITEM, PointScores
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
@@ -37,8 +37,8 @@ from slatewise_train.config import (
     TablesConfig,
     TrainConfig,
 )
-from slatewise_train.data import load_data, read_table
-from slatewise_train.demo.content import demo_data, make_request, titles_of
+from slatewise_train.data import Data, build_sequences, load_data, read_table
+from slatewise_train.demo.content import DemoData, demo_data, draw_slate, example_request, make_request, titles_of
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
 from slatewise_train.export import ExportOptions, export, load_block, make_content
@@ -49,6 +49,7 @@ from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Trainer, train
 from tests.conftest import Tiny
 from tests.support.application import serve
+from tests.train.test_offline import make_data
 
 FORCED = ExportOptions(force=True)  # a ranker that is trained for a moment beats no baseline
 FEW = ExportOptions(most_users=2, force=True)
@@ -286,16 +287,27 @@ def test_calibrations_are_fitted_on_validation_users_only(ranker: Ranker, tiny: 
     class Recorder:
         sessions = dict.fromkeys(("encode", *EXITS))
         items = ranker.items
+        start = None
 
-        def score(self, history: Any, candidates: Any, meta: np.ndarray, exit: str) -> np.ndarray:
+        def extend(self, state: None, history: Any) -> None:
             asked.append(history)
+
+        def dot(self, candidates: Any, state: None) -> np.ndarray:
             return np.random.default_rng(len(asked)).uniform(0.2, 0.8, (len(candidates), 2))
+
+        def point(self, candidates: Any, meta: np.ndarray, state: None) -> PointScores:
+            probabilities = self.dot(candidates, state)
+            return PointScores(probabilities, probabilities, probabilities)
+
+        def set(self, point: PointScores) -> np.ndarray:
+            return point.probabilities
 
     found = fit_calibrations(Recorder(), data, ranker.default_meta)  # type: ignore[arg-type]
     assert set(found) == set(EXITS) and all(len(column) == 2 for column in found.values())
     users = data.split.validation_users
     ends = {tuple(data.sequences.items[data.sequences.offsets[u] :][: data.split.train_lengths[u]][-5:]) for u in users}
     assert {tuple(history.items[-5:]) for history in asked} == ends
+    assert len(asked) == len(users), "a history is encoded once for all exits and heads"
     assert len(found["point"][1].knots), "150 labels are enough"
 
 
@@ -422,6 +434,42 @@ def test_demo_example_has_only_items_with_a_title(tiny: Tiny, demo: Config) -> N
     assert request["user"].startswith("demo:")
     assert set(request["history"]["item_ids"]) | set(request["candidates"]["item_ids"]) <= set(shown.titles)
     RankRequest.model_validate(request)
+
+
+def shown_of(data: Data, history: list[str]) -> DemoData:
+    """A demo user with a history of item ids."""
+    rows = [("demo", item, 1e9 + 60 * k) for k, item in enumerate(history)]
+    events, _ = clean_events(pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row"), 0.0)
+    sequences = build_sequences(events, data.catalogue.vocabulary, DataConfig("shop", (Head("next", "next", 1.0),)))
+    titles = {item: {"title": item} for item in data.catalogue.vocabulary.items}
+    return DemoData(sequences, sequences.users, np.zeros((0, 4), np.float32), titles)
+
+
+@pytest.mark.parametrize("history", [["a"], ["a", "b"], ["a", "b", "c"], ["unknown"]])
+def test_example_of_a_user_with_few_events_is_valid(history: list[str]) -> None:
+    data = make_data({"u": ["a", "b", "c"], "v": ["b", "c"]}, list("abcd"))
+    example = example_request(shown_of(data, history), data, np.random.default_rng(0))
+    request = RankRequest.model_validate(example)
+    known = [item for item in history if item != "unknown"]
+    assert request.history.item_ids == known[: len(known) - len(known) // 3]
+    assert len(request.candidates.item_ids) == 24 and set(request.candidates.item_ids) <= set("abcd")
+    assert request.request_time is not None and request.request_time > 0
+
+
+def test_example_of_a_small_catalogue_has_only_its_items() -> None:
+    """The unknown item and the start token have rows below the catalogue's, and no id."""
+    data = make_data({"u": ["a", "b"]}, ["a", "b", "c"])
+    nothing = np.zeros(0, np.int64)
+    drawn = draw_slate(shown_of(data, ["a", "b"]), data, np.array([2, 3]), nothing, np.random.default_rng(0))
+    assert set(drawn.tolist()) == {4}
+
+
+def test_export_of_users_with_two_events_has_an_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
+    monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0})
+    trainer, whole = train_shop(tmp_path, DataConfig("shop", (NEXT,), slate_size=1), items=2, users=6, length=2)
+    manifest = read_manifest(export(trainer, None, whole, tmp_path / "bundles", 1, FORCED))
+    assert 1 <= len(manifest.example["history"]["item_ids"]) <= 2
 
 
 def train_shop(

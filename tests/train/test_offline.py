@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -29,11 +30,21 @@ from slatewise_train.data import (
 )
 from slatewise_train.evaluation import offline
 from slatewise_train.evaluation.baselines import make_baselines, popularity
-from slatewise_train.evaluation.cases import candidates_of, next_cases, slate_cases
+from slatewise_train.evaluation.cases import candidates_of, next_cases, score_exits, slate_cases, state_of
 from slatewise_train.evaluation.interactions import Interactions
-from slatewise_train.evaluation.metrics import BINS, auc, calibration_error, interval, ndcg, rank_of
-from slatewise_train.evaluation.offline import evaluate, leave_one_out, run_cases, slates, tabulate
-from slatewise_train.evaluation.report import quality_table
+from slatewise_train.evaluation.metrics import (
+    BINS,
+    auc,
+    calibration_error,
+    gains,
+    hits,
+    interval,
+    ndcg,
+    rank_of,
+    ranks_of,
+)
+from slatewise_train.evaluation.offline import leave_one_out, run_cases, slates, tabulate
+from slatewise_train.evaluation.report import quality_table, report_text, sample_line
 from slatewise_train.evaluation.sampling import in_parallel, sample_users
 from tests.conftest import Tiny
 
@@ -100,6 +111,23 @@ def test_rank_of_equals_the_position_in_a_stable_sort(drawn: list[tuple[int, int
     target = data.draw(st.integers(0, len(scores) - 1))
     order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
     assert rank_of(scores, target) == order.index(target)
+
+
+@pytest.mark.parametrize("own", [np.nan, np.inf, -np.inf])
+def test_element_without_finite_score_is_no_hit(own: float) -> None:
+    """All comparisons with NaN are false, which must not be read as: nothing is better."""
+    for count in (3, 30):
+        scores = np.full((4, count), 0.5)
+        scores[:, 1] = own
+        scores[1] = np.nan
+        ranks = ranks_of(scores, np.ones(4, np.int64))
+        assert hits(ranks).tolist() == gains(ranks).tolist() == [0] * 4 and (ranks >= count).all()
+        assert rank_of(scores[0], 1) == ranks[0]
+    assert ranks_of(np.array([[0.5, np.nan, 0.1]]), np.array([0])).tolist() == [1], "another item without a score"
+    labels = np.array([1.0, 0.0, 1.0, 0.0])
+    scores = np.array([own, 0.5, own, 0.5])
+    assert ndcg(scores, labels) == auc(scores, labels) == 0
+    assert ndcg(np.full(4, np.nan), labels) == auc(np.full(4, np.nan), labels) == 0
 
 
 @given(SCORES, st.integers(1, 12))
@@ -177,7 +205,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
     worth = np.linspace(0, 1, len(items) + FIRST_ITEM)
     worth[[FIRST_ITEM + k for k in (9, 3)]] = 2.0, 3.0  # the best two; i9 is in the history of u only
     engine = FakeEngine(worth)
-    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(3), make_baselines(data)[0])  # type: ignore[arg-type]
     # u's target is i5: the 144 behind it beat it, i9 and i3 are removed. v's is i1: i0 is removed, all others beat it
     expected = [144 - 1, 148]
     for exit in ("dot", "point", "set"):
@@ -188,7 +216,7 @@ def test_leave_one_out_excludes_items_of_the_history() -> None:
 def test_reranking_a_small_catalogue_excludes_the_history() -> None:
     data = make_data({"u": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
-    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data)[0])  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [0]
     assert ranks["set"].tolist() == [0]
 
@@ -197,7 +225,7 @@ def test_repeated_target_is_ranked_among_the_whole_history() -> None:
     """The history a b with target b: a stays among the candidates, so a scorer of the history gains no advantage."""
     data = make_data({"u": ["a", "b", "b"], "v": ["a", "b", "c"]}, list("abcde"))
     engine = FakeEngine(np.array([0, 0, 0.9, 0.8, 0.7, 0.6, 0.5]))
-    ranks, best = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    ranks, best = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data)[0])  # type: ignore[arg-type]
     for exit in ("dot", "point", "set"):
         assert ranks[exit].tolist() == [1, 0] and best[exit][0, :5].tolist() == [2, 3, 4, 5, 6]
     assert ranks["popularity"].tolist() == [1, 0]
@@ -209,7 +237,7 @@ def test_set_reranks_only_the_best_items_of_point() -> None:
     engine = FakeEngine(np.linspace(0, 1, len(items) + FIRST_ITEM))
     reverse = lambda point: -point.probabilities  # noqa: E731
     engine.set = reverse  # type: ignore[method-assign]
-    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data))  # type: ignore[arg-type]
+    ranks, _ = leave_one_out(engine, data, 0, np.zeros(0), np.arange(2), make_baselines(data)[0])  # type: ignore[arg-type]
     assert ranks["point"].tolist() == [48, 293]
     assert ranks["set"].tolist() == [99 - 48, 293]
 
@@ -219,7 +247,7 @@ def test_leave_one_out_request_hides_target_and_its_time() -> None:
     engine = FakeEngine(np.zeros(9 + FIRST_ITEM))
     (case,) = next_cases(data, np.array([0]))
     assert case.time == 7000.0 and case.upcoming.tolist() == [data.sequences.items[8]]
-    leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data))  # type: ignore[arg-type]
+    leave_one_out(engine, data, 0, np.zeros(0), np.arange(1), make_baselines(data)[0])  # type: ignore[arg-type]
     assert engine.asked
     for history, candidates in engine.asked:
         assert history.items.tolist() == data.sequences.items[:8].tolist()
@@ -272,7 +300,7 @@ def test_slates_exclude_events_without_label() -> None:
     data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
     data.sequences.labels[data.sequences.offsets[1] - 1, 1] = np.nan  # a's last
     engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
-    found = slates(engine, data, 1, np.zeros(0), make_baselines(data))  # type: ignore[arg-type]
+    (found,) = slates(engine, data, [1], np.zeros(0), make_baselines(data)[0])  # type: ignore[arg-type]
     for name in ("dot", "point", "set", "popularity", "item-kNN", "EASE"):
         assert [len(scores) for scores, _ in found[name]] == [len(labels) for _, labels in found[name]] == [3, 4, 4]
         assert [labels.tolist() for _, labels in found[name]] == [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
@@ -288,7 +316,7 @@ def test_training_events_exclude_held_out_events() -> None:
 
 
 def test_evaluate_reports_every_exit_baseline_and_difference(ranker: Ranker, tiny: Tiny) -> None:
-    report = evaluate(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta)
+    report = tabulate(run_cases(ranker.engines["fp32"], tiny.trainer.data, ranker.default_meta))
     names = {"dot", "point", "set", "popularity", "item-kNN", "EASE"}
     assert set(report["leave_one_out"]) == set(report["slates"]) == names
     assert {row["users"] for row in report["leave_one_out"].values()} == {60}
@@ -400,6 +428,44 @@ def test_evaluation_without_any_case_has_no_result(histories: dict[str, list[str
     report = tabulate(outcome)
     assert report["leave_one_out"] == report["slates"] == report["set_against_point"] == {}
     assert report["sample"] == {"users": 0, "of": 0, "seed": 0}
+    assert sample_line(report["sample"]) == ""
+    assert report["not_measured"]["leave_one_out"] == "the next item, because no user has an event after another one"
+
+
+def test_ranker_without_next_head_says_so() -> None:
+    data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
+    object.__setattr__(data.config, "heads", (data.config.heads[1],))
+    data = dataclasses.replace(data, sequences=dataclasses.replace(data.sequences, labels=data.sequences.labels[:, 1:]))
+    report = tabulate(run_cases(FakeEngine(np.arange(38.0)), data, np.zeros(0)))  # type: ignore[arg-type]
+    assert report["sample"] == {"users": 0, "of": 3, "seed": 0} and report["slates"]
+    text = report_text(report | {"verdict": {"line": "Verdict"}, "leakage": {}})
+    assert "0 of 3" not in text and "A sample" not in text
+    assert "Not measured: the next item, because the ranker has no head of kind `next`." in text
+
+
+def test_each_held_out_slate_is_scored_once() -> None:
+    data = make_data({user: [f"{user}{k}" for k in range(12)] for user in "abc"}, [], slate_size=4, slate_users=3)
+    engine = FakeEngine(np.arange(36.0 + FIRST_ITEM))
+    both = slates(engine, data, [0, 1], np.zeros(0), {})  # type: ignore[arg-type]
+    assert len(engine.asked) == 2 * 3, "`dot` and `point` of three slates; `set` reads the result of `point`"
+    assert [set(found) for found in both] == [{"dot", "point", "set"}] * 2
+    for head, found in enumerate(both):
+        (alone,) = slates(engine, data, [head], np.zeros(0), {})  # type: ignore[arg-type]
+        for exit, cases in found.items():
+            for one, other in zip(cases, alone[exit], strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_scores_by_exit_equal_those_of_the_engine(ranker: Ranker, tiny: Tiny) -> None:
+    data = tiny.trainer.data
+    engine = ranker.engines["fp32"]
+    for case in slate_cases(data, data.split.slate_users)[:4]:
+        candidates = candidates_of(engine, data, case.upcoming, case.time)
+        found = score_exits(engine, candidates, ranker.default_meta, state_of(engine, case))
+        assert set(found) == {"dot", "point", "set"}
+        for exit, scores in found.items():
+            expected = engine.score(case.history, candidates, ranker.default_meta, exit)
+            np.testing.assert_array_equal(scores, expected)
 
 
 def test_evaluation_of_slates_without_known_labels_has_no_table() -> None:

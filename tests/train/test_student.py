@@ -11,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slatewise_train.batches import make_batch
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
+from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_student import half, regroup, shrink
 from slatewise_train.rankers.weights import serving_form
 from slatewise_train.train import Trainer
 from tests.conftest import Tiny
+from tests.train.test_shown import load, random_events
 
 torch.set_num_threads(1)
 
@@ -193,6 +196,35 @@ def test_distill_changes_neither_teacher_nor_item_table(trainer: Trainer, tmp_pa
 def test_distillation_loss_of_a_copy_of_the_teacher_is_zero(trainer: Trainer) -> None:
     distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
     assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
+
+
+def test_distillation_learns_from_slates_that_were_shown(tmp_path: Path) -> None:
+    data = load(tmp_path, random_events(0))
+    shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
+    trainer = Trainer(data, ModelConfig("ligr", shape), TrainConfig(cascade_positions=2, cascade_negatives=3))
+    for name in ("point_down.weight", "set_out.weight"):  # zero before training
+        torch.nn.init.normal_(trainer.model.get_parameter(name))
+    student = copy.deepcopy(trainer.model.eval())
+    distiller = Distiller(student, trainer, np.zeros((1, 4), np.float32), CONFIG)
+    assert trainer.shown is not None
+    batch = make_batch(data.sequences, [(user, 0, int(n)) for user, n in enumerate(data.split.train_lengths) if n])
+    shown = trainer.shown.draw(batch)
+    assert shown is not None and not shown.slates.exists.all(), "slates of two lengths"
+    encoded = trainer.model.encode(trainer.model.tokens(distiller.table[batch.items], batch.actions, batch.gaps))
+    assert [float(loss.detach()) for loss in distiller.slate_losses(batch, *encoded, *encoded)] == [
+        pytest.approx(0, abs=1e-5)
+    ] * 4, "point and set of drawn slates, then of shown ones"
+    history, users = encoded
+    rows = ([(key[shown.rows], value[shown.rows]) for key, value in history], users[shown.rows])
+    with torch.no_grad():
+        student.get_parameter("point_down.weight").mul_(2)
+    losses = []
+    for padding in (0.0, 5.0):  # the vector of the item row that stands for padding
+        distiller.table[0] = padding
+        torch.manual_seed(0)
+        exists = shown.slates.exists[:, 0]
+        losses.append([float(loss.detach()) for loss in distiller.exit_losses(shown.slates, rows, rows, exists)])
+    assert losses[0] == losses[1] and min(losses[0]) > 1e-4
 
 
 def test_resumed_distillation_gives_the_same_student(

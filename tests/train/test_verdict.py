@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slatewise.bundle.manifest import read_manifest
+from slatewise.inference.engine import EngineError
 from slatewise.schemas import Verdict
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
@@ -71,6 +72,8 @@ def test_without_cases_the_verdict_is_not_measured() -> None:
     verdict = judge(compare_tables(Outcome({}, {}, None), "dot"), ["WARNING: x"])
     assert (verdict.grade, verdict.beats_baselines) == ("unknown", None)
     assert verdict.line == "NOT MEASURED against baselines: no held-out case has a result; WARNING: x"
+    because = judge([], ["WARNING: x"], ["the next item, because of y"]).line
+    assert because == "NOT MEASURED against baselines: the next item, because of y; WARNING: x"
 
 
 def test_slates_without_both_labels_are_not_measurable() -> None:
@@ -81,7 +84,8 @@ def test_slates_without_both_labels_are_not_measurable() -> None:
         outcome = Outcome({}, {"dot": slates, "point": slates, "set": slates, "popularity": slates}, "like")
         report = tabulate(outcome)
         assert report["slates"] == {} and report["set_against_point"] == {}
-        assert report["not_measured"]["slates"].startswith(f"none of {len(slates)} held-out slates has both labels")
+        some = f"none of {len(slates)} held-out slates has both labels of `like`"
+        assert report["not_measured"]["slates"] == (some if slates else "`like`, because no user has a held-out slate")
         assert judge(compare_tables(outcome, "set")).grade == "unknown"
         assert quality_table(report) == ""
 
@@ -127,7 +131,25 @@ HEALTHY = ["3", "2", "5", "4"]
 def test_suspicious_logs_are_named(
     tmp_path: Path, config: Config, losses: list[str], ndcg: list[str], warning: str | None
 ) -> None:
-    found = training_warnings(config, write_log(tmp_path / "log.csv", losses, ndcg), torch.nn.Linear(2, 2))
+    found = training_warnings(config, write_log(tmp_path / "log.csv", losses, ndcg), torch.nn.Linear(2, 2), 2)
+    assert len(found) == (warning is not None) and all(warning in line for line in found if warning)
+
+
+@pytest.mark.parametrize(
+    ("losses", "joined", "warning"),
+    [
+        (["5", "4", "9", "8"], 2, None),  # patience ended the first phase after 2 of at most 40 epochs
+        (["5", "4", "9", "8"], None, "did not fall (5 to 8)"),
+        (["5", "6", "9", "8"], 2, "did not fall (5 to 6)"),
+        (["9", "8", "4", "4.5"], 2, "did not fall (4 to 4.5)"),
+    ],
+)
+def test_losses_are_compared_within_their_phase(
+    tmp_path: Path, config: Config, losses: list[str], joined: int | None, warning: str | None
+) -> None:
+    long = dataclasses.replace(config, train=TrainConfig(epochs=40, cascade_epochs=2, patience=1))
+    log = write_log(tmp_path / "log.csv", losses, ["", ".3", "", ".3"])
+    found = training_warnings(long, log, torch.nn.Linear(2, 2), joined)
     assert len(found) == (warning is not None) and all(warning in line for line in found if warning)
 
 
@@ -137,10 +159,10 @@ def test_diverged_weights_and_negative_heads_are_named(tmp_path: Path, config: C
         model.weight[0, 0] = torch.nan
     heads = (Head("next", "next", 1.0), Head("buy", "label", -0.5))
     odd = dataclasses.replace(config, data=DataConfig("shop", heads))
-    found = training_warnings(odd, tmp_path / "no-log.csv", model)
+    found = training_warnings(odd, tmp_path / "no-log.csv", model, 2)
     assert "head buy has the negative weight -0.5" in found[0] and "diverged" in found[1] and len(found) == 2
     untrained = dataclasses.replace(config, train=TrainConfig(epochs=0))
-    assert "epochs = 0" in training_warnings(untrained, tmp_path / "no-log.csv", torch.nn.Linear(1, 1))[0]
+    assert "epochs = 0" in training_warnings(untrained, tmp_path / "no-log.csv", torch.nn.Linear(1, 1), None)[0]
 
 
 @pytest.fixture
@@ -198,6 +220,18 @@ def test_export_of_diverged_weights_is_refused(tiny: Tiny, tmp_path: Path) -> No
     finally:
         with torch.no_grad():
             bias.copy_(kept)
+
+
+def test_export_of_scores_that_are_not_finite_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Outcome:
+        raise EngineError("a score is not finite")
+
+    monkeypatch.setattr("slatewise_train.export.run_cases", fail)
+    with pytest.raises(ValueError, match="not finite: if the training diverged, train again with a smaller"):
+        export(tiny.trainer, None, tiny.config, tmp_path, 1)
+    assert not (tmp_path / "tiny" / "1").exists()
 
 
 def test_bundle_without_verdict_still_loads() -> None:

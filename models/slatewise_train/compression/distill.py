@@ -1,8 +1,8 @@
 """Distillation: train a low-rank model or a student to give the scores and the order of its teacher.
 
-The training data are the users' histories, and slates that the teacher draws. The teacher's probabilities are the
-labels (Hinton et al., arXiv 1503.02531). The item table does not change, because all variants share it. A stopped run
-resumes after its last complete epoch.
+The training data are the users' histories, slates that the teacher draws, and the training slates that users were
+shown. The teacher's probabilities are the labels (Hinton et al., arXiv 1503.02531). The item table does not change,
+because all variants share it. A stopped run resumes after its last complete epoch.
 
 Called by: `bases.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`, `epochs.py`,
 `losses.py`, `checkpoint.py`.
@@ -23,8 +23,11 @@ from slatewise_train.batches import Batch, make_batch
 from slatewise_train.epochs import cosine, one_epoch, warm_up
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
-from slatewise_train.slates import read_slates
+from slatewise_train.slates import Slates, read_slates
 from slatewise_train.train import Trainer
+
+PADDED = -1e4  # logit of padding for student and teacher: its probability is 0 and adds nothing to a loss
+Encoded = tuple[EncodedHistory, Tensor]  # sequences, and their user vectors (B, T, d)
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,41 @@ class Distiller:
         wanted_history: EncodedHistory,
         wanted_users: Tensor,
     ) -> list[Tensor]:
-        """Return `distillation_loss` of each exit above `dot`, on slates that the teacher draws.
-
-        Half of the positions have the default meta-embedding, the other half a random user's.
-        """
-        teacher = self.teacher
+        """Return the losses of slates that the teacher draws, and of slates that users were shown, if there are any."""
         slates = self.trainer.draw_slates(batch, wanted_users, self.table)
+        losses = self.exit_losses(slates, (history, users), (wanted_history, wanted_users))
+        shown = None if self.trainer.shown is None else self.trainer.shown.draw(batch)
+        if shown is not None:
+            rows = shown.rows
+            mine, theirs = (
+                ([(key[rows], value[rows]) for key, value in pairs], vectors[rows])
+                for pairs, vectors in ((history, users), (wanted_history, wanted_users))
+            )
+            losses += self.exit_losses(shown.slates, mine, theirs, shown.slates.exists[:, 0])
+        return losses
+
+    def exit_losses(self, slates: Slates, mine: Encoded, theirs: Encoded, exists: Tensor | None = None) -> list[Tensor]:
+        """Return `distillation_loss` of each exit above `dot`.
+
+        Half of the positions have the default meta-embedding, the other half a random user's. mine, theirs: the
+        sequences as student and teacher encode them; exists: (R, C) of shown slates, False for padding.
+        """
         drawn = self.vectors[torch.randint(len(self.vectors), slates.read.shape)]
-        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, teacher.default_meta.detach())
+        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, self.teacher.default_meta.detach())
         candidates = self.table[slates.candidates]
+
+        def logits(model: RankerModel, encoded: Encoded) -> dict[str, Tensor]:
+            dot, hidden = read_slates(model, slates, *encoded, candidates, meta)
+            if exists is None:
+                return model.logits_by_exit(dot, hidden)
+            found = {"dot": dot, "point": dot + model.point_logits(hidden)}
+            if "set" in model.exits:
+                found["set"] = found["point"] + model.set_logits(hidden, exists[:, None, None])
+            return {exit: value.where(exists[..., None], PADDED) for exit, value in found.items()}
+
         with torch.no_grad():
-            dot, hidden = read_slates(teacher, slates, wanted_history, wanted_users, candidates, meta)
-            wanted = teacher.logits_by_exit(dot, hidden)
-        dot, hidden = read_slates(self.student, slates, history, users, candidates, meta)
-        found = self.student.logits_by_exit(dot, hidden)
+            wanted = logits(self.teacher, theirs)
+        found = logits(self.student, mine)
         return [distillation_loss(found[exit], wanted[exit]) for exit in found if exit != "dot"]
 
     def run_epoch(self) -> float:

@@ -144,8 +144,9 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
     s = shown.sequences
     rows = np.arange(s.offsets[user], s.offsets[user + 1])
     rows = rows[s.items[rows] != UNKNOWN_ITEM]
-    ahead = rows[-min(EXAMPLE_CANDIDATES // 2, len(rows) // 3) :]
-    read = rows[: len(rows) - len(ahead)][-EXAMPLE_EVENTS:]
+    count = len(rows) - min(EXAMPLE_CANDIDATES // 2, len(rows) // 3)  # a user with one or two events has them read
+    ahead = rows[count:]
+    read = rows[:count][-EXAMPLE_EVENTS:]
     slate = draw_slate(shown, data, s.items[rows], s.items[ahead], rng)
     numeric = data.catalogue.numeric[slate]
     vocabulary = data.catalogue.vocabulary
@@ -164,7 +165,7 @@ def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generato
         "user": shown.users[user],
         "history": history,
         "candidates": {"item_ids": [vocabulary.items[r - FIRST_ITEM] for r in slate], "features": features},
-        "request_time": int(request_times(times)[-1]),
+        "request_time": int(request_times(times)[-1]) if len(times) else MADE_UP_START,
     }
 
 
@@ -174,11 +175,11 @@ def draw_slate(shown: DemoData, data: Data, met: np.ndarray, ahead: np.ndarray, 
     They are `ahead`, filled up with popular items that have a title and are not among `met`.
     """
     vocabulary = data.catalogue.vocabulary
-    counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))
-    popular = np.argsort(-counts, kind="stable")[:POPULAR]
-    titled = np.array([vocabulary.items[r - FIRST_ITEM] in shown.titles for r in popular])
-    popular = np.setdiff1d(popular[titled], met)
-    among = popular if len(popular) else met
+    counts = np.bincount(data.sequences.items, minlength=len(data.catalogue.numeric))[FIRST_ITEM:]
+    popular = FIRST_ITEM + np.argsort(-counts, kind="stable")
+    titled = np.array([vocabulary.items[r - FIRST_ITEM] in shown.titles for r in popular[:POPULAR]])
+    unmet = np.setdiff1d(popular[:POPULAR][titled], met)
+    among = next(rows for rows in (unmet, met, popular) if len(rows))
     wanted = EXAMPLE_CANDIDATES - len(ahead)
     drawn = rng.choice(among, wanted, replace=len(among) < wanted)  # a small catalogue repeats items
     slate = np.concatenate([ahead, drawn])

@@ -2,9 +2,9 @@
 
 Each scores the whole catalogue from the distinct items of a history. Its settings are those with the highest NDCG@10
 on the validation users: for each of them, the first held-out event is ranked in the full catalogue. Without validation
-users the settings are the middle ones.
+users the first settings are used.
 
-Called by: `offline.py`, `trained.py`. Calls: `interactions.py`, `ease.py`, scipy.
+Called by: `offline.py`, `trained.py`. Calls: `interactions.py`, `ease.py`, scipy, tqdm.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
+from tqdm import tqdm
 
 from slatewise_train.data import Data
 from slatewise_train.evaluation.ease import ease
@@ -24,17 +25,15 @@ NEIGHBOURS = (100, 20, 50, 200)  # the first of each is used without validation 
 Baselines = dict[str, Baseline]
 
 
-def make_baselines(data: Data) -> Baselines:
-    """Build and tune all baselines. One that would cost too much is left out with a printed reason."""
+def make_baselines(data: Data) -> tuple[Baselines, dict[str, str]]:
+    """Build and tune all baselines. Returns them, and the reason for each one that is left out, as a sentence."""
     seen = Interactions(data)
     neighbours, similar = item_knn(seen)
     baselines = {"popularity": popularity(seen), "item-kNN": neighbours}
     linear = ease(seen, similar)
-    if isinstance(linear, Baseline):
-        baselines["EASE"] = linear
-    else:
-        print(f"EASE is left out: {linear}")
-    return baselines
+    if isinstance(linear, str):
+        return baselines, {"EASE": f"the baseline EASE: {linear}"}
+    return baselines | {"EASE": linear}, {}
 
 
 def popularity(seen: Interactions) -> Baseline:
@@ -96,10 +95,10 @@ def item_knn(
     for first, shared in seen.co_occurrences("item-kNN"):
         for similarities in found.values():
             similarities.add(first, shared)
+    settings = [(shrinkage, count) for shrinkage in shrinkages for count in neighbours]
     models = (
         (linear(similar, f"shrinkage {shrinkage:g}, {count} neighbours{seen.note()}"), similar)
-        for shrinkage, similarities in found.items()
-        for count in neighbours
-        for similar in [similarities.nearest(count)]
+        for shrinkage, count in tqdm(settings, desc="item-kNN, settings", mininterval=1)
+        for similar in [found[shrinkage].nearest(count)]
     )
     return best_of(seen, models)

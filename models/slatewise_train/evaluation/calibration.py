@@ -3,8 +3,8 @@
 The method follows the isotonic layer of LiRank (arXiv 2402.06859). Calibrations are fitted on uncalibrated graphs and
 written into the final graphs. They are also stored as JSON beside the graphs.
 
-Called by: `export.py`, `bundle_writer.py`, `compression/`. Calls: `cases.py` for the validation users' slates,
-`sampling.py`.
+Called by: `export.py`, `bundle_writer.py`, `compression/`, `offline.py`. Calls: `cases.py` for the validation users'
+slates, `sampling.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
 from slatewise_train.data import Data
-from slatewise_train.evaluation.cases import Case, candidates_of, slate_cases
+from slatewise_train.evaluation.cases import Case, candidates_of, exits_of, score_exits, slate_cases, state_of
 from slatewise_train.evaluation.sampling import in_parallel, sample_users
-from slatewise_train.rankers.base import EXITS, Calibration, Calibrations
+from slatewise_train.rankers.base import Calibration, Calibrations
 
 LEAST_SLOPE = 1e-3
 MOST_SLOPE = 2.0  # steeper maps could send two different logits to a probability of exactly 1
@@ -79,7 +80,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
     """
     rng = np.random.default_rng(0)
     heads = data.config.heads
-    exits: list[str] = [exit for exit in EXITS if exit in engine.sessions]
+    exits = exits_of(engine)
     first_next = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
     slates: list[tuple[Case, np.ndarray]] = []  # with the item rows of the slate for heads of kind `next`
     for case in slate_cases(data, sample_users(data.split.validation_users)):
@@ -95,11 +96,11 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
     def examples(slate: tuple[Case, np.ndarray]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Return the labels (n,) of each head and its logits (n,) by exit."""
         case, among = slate
+        state = state_of(engine, case)
         found = {}
         for kind, rows in (("label", case.upcoming), ("next", among)):
             if any(head.kind == kind for head in heads):
-                candidates = candidates_of(engine, data, rows, case.time)
-                found[kind] = {exit: engine.score(case.history, candidates, meta, exit) for exit in exits}
+                found[kind] = score_exits(engine, candidates_of(engine, data, rows, case.time), meta, state)
         result = []
         for k, head in enumerate(heads):
             target = case.labels[:, k] if head.kind == "label" else np.isin(among, case.upcoming).astype(float)
@@ -117,7 +118,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
             fit_calibration(np.concatenate([found[k][1][exit] for found in scored]), labels[k])
             for k in range(len(heads))
         ]
-        for exit in exits
+        for exit in tqdm(exits, desc="calibration, fit", mininterval=1)
     }
 
 

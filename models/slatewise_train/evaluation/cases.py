@@ -1,6 +1,7 @@
-"""Build the requests of the evaluation: a history, and the events or the slate that followed it.
+"""Build the requests of the evaluation: a history, and the events or the slate that followed it. Score their items.
 
-Called by: `offline.py`, `calibration.py`, `compression/`. Calls: `data.py`, `batches.py`, `slatewise.bundle.features`.
+Called by: `offline.py`, `calibration.py`, `interactions.py`, `compression/`. Calls: `data.py`, `batches.py`,
+`slatewise.bundle.features`, `inference/engine.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from slatewise.bundle.features import make_candidates, make_history
-from slatewise.inference.arrays import Candidates, History
+from slatewise.inference.arrays import Candidates, History, HistoryState
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
 from slatewise_train.data import Data, request_times
 from slatewise_train.exposures import first_held_out
+from slatewise_train.rankers.base import EXITS
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,25 @@ def shown_case(data: Data, slate: int) -> Case:
     rows = slice(int(exposures.offsets[slate]), int(exposures.offsets[slate + 1]))
     time = float(request_times(exposures.times[slate : slate + 1])[0])
     return dataclasses.replace(case, time=time, upcoming=exposures.items[rows], labels=exposures.labels[rows])
+
+
+def exits_of(engine: Engine) -> list[str]:
+    return [exit for exit in EXITS if exit in engine.sessions]
+
+
+def state_of(engine: Engine, case: Case) -> HistoryState:
+    """Return the encoded history of a case."""
+    return engine.extend(engine.start, case.history) if len(case.history) else engine.start
+
+
+def score_exits(engine: Engine, candidates: Candidates, meta: np.ndarray, state: HistoryState) -> dict[str, np.ndarray]:
+    """Return the probabilities (n, heads) of candidates by exit. meta: (M,); state: of `state_of`.
+
+    It gives the results of `engine.score` for each exit, and runs each graph once.
+    """
+    point = engine.point(candidates, meta, state)
+    scores = {"dot": engine.dot(candidates, state), "point": point.probabilities}
+    return scores | ({"set": engine.set(point)} if "set" in engine.sessions else {})
 
 
 def candidates_of(engine: Engine, data: Data, rows: np.ndarray, time: float) -> Candidates:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from slatewise_train.evaluation.metrics import DEPTH, gains, interval
 
@@ -93,7 +94,7 @@ def mmr(scores: np.ndarray, rows: np.ndarray, fields: Sequence[np.ndarray], trad
 def mmr_lists(scores: np.ndarray, rows: np.ndarray, fields: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Return the ten best of MMR for each of `TRADES`, by name: item rows (n, 10), 0 missing. Arguments: see `mmr`."""
     found = {}
-    for trade in TRADES:
+    for trade in tqdm(TRADES, desc="MMR", mininterval=1):
         lists = [np.zeros((0, DEPTH), np.int64)]
         for first in range(0, len(rows), LISTS):
             part = rows[first : first + LISTS]

@@ -35,6 +35,8 @@ def ease(seen: Interactions, similar: sparse.csr_array) -> Baseline | str:
 
     similar: (rows, rows) similarities, which give the neighbours of an item in a large catalogue.
     """
+    if not seen.matrix.nnz:  # LAPACK complains about a matrix of 0 rows
+        return "there is no training event to count"
     if seen.rows <= EXACT_ITEMS:
         return best_of(seen, exact_models(seen))[0]
     if seen.rows > MOST_ITEMS:
@@ -103,7 +105,7 @@ def neighbour_models(
     solved = np.concatenate([empty, *in_parallel(solve, batches, "EASE")], axis=1)
     kept = near[items] >= 0
     places = (near[items][kept], np.repeat(items, kept.sum(axis=1)))
-    for ridge, weights in zip(RIDGES, solved, strict=True):
+    for ridge, weights in tqdm(list(zip(RIDGES, solved, strict=True)), desc="EASE, ridges", mininterval=1):
         matrix = sparse.csr_array((weights[kept], places), shape=similar.shape)
         settings = f"ridge {ridge:g}, {NEIGHBOURS} neighbours{seen.note()}"
         yield linear(matrix, settings), matrix

@@ -1,6 +1,7 @@
 """The training events as a sparse matrix, and the users on which a baseline is tuned.
 
-Called by: `baselines.py`, `ease.py`. Calls: `cases.py`, `metrics.py`, scipy.
+Called by: `baselines.py`, `ease.py`, `offline.py`, `trained.py`, `held_out.py`. Calls: `cases.py`, `metrics.py`,
+`sampling.py`, scipy.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.data import Data, training_events
 from slatewise_train.evaluation.cases import Case, make_case
 from slatewise_train.evaluation.metrics import DEPTH, gains, ranks_of, top_rows
+from slatewise_train.evaluation.sampling import held_out_users, in_parallel, sample_users
 
 TUNING_USERS = 1_000
 READ_EVENTS = 1_000  # newest training events of a user that are counted: pairs grow with the square of this number
 MOST_PAIRS = 200_000_000  # pairs of items of one user, over all users; beyond that a sample of the users is counted
 BLOCK_PAIRS = 20_000_000  # pairs that are counted at once
-CHUNK_SCORES = 20_000_000  # scores that are in memory at once
+CHUNK_SCORES = 5_000_000  # scores of one chunk, of which each CPU has one in memory
 
 W = TypeVar("W")
 
@@ -86,11 +88,12 @@ class Interactions:
             self.counted = len(drawn) / max(1, int(np.count_nonzero(pairs)))
             matrix = matrix[drawn]
         self.matrix = matrix
-        self.tuning = tuning_cases(data)
+        self.tuning = validation_cases(data, TUNING_USERS)
 
     def note(self) -> str:
-        """Return a remark for the settings of a baseline if a sample of the users is counted, else nothing."""
-        return "" if self.counted == 1.0 else f", counted on {self.counted:.0%} of the users"
+        """Return a remark for the settings of a baseline: the users who are counted, and whether it is tuned."""
+        counted = "" if self.counted == 1.0 else f", counted on {self.counted:.0%} of the users"
+        return counted if self.tuning else f"{counted}, not tuned without validation users"
 
     def co_occurrences(self, desc: str) -> Iterator[tuple[int, sparse.csr_array]]:
         """Yield blocks of the matrix of the users that two items share: the first row, and (block, rows) float32."""
@@ -119,58 +122,58 @@ def best_of(seen: Interactions, models: Iterable[tuple[Baseline, W]]) -> tuple[B
     return best
 
 
-def hidden_rows(case: Case) -> np.ndarray:
-    """Return the item rows that are not ranked: those of the history, or no rows if the target is one of them.
+def hidden_rows(seen: np.ndarray, target: int) -> np.ndarray:
+    """Return the item rows that are not ranked: those of the events before, or no rows if the target is one of them.
 
     A repeated target alone among the hidden items of its history would be found by any scorer of the history.
     """
-    return case.seen[:0] if case.upcoming[0] in case.seen else case.seen
+    return seen[:0] if (seen == target).any() else seen
 
 
-def validation_cases(data: Data, users: np.ndarray) -> list[Case]:
-    """Return a case for each validation user: the first event after the training events."""
-    lengths = data.split.train_lengths[users]
-    return [make_case(data, int(u), int(n), 1) for u, n in zip(users, lengths, strict=True) if n]
+def validation_cases(data: Data, most: int | None = None) -> list[Case]:
+    """Return a case for each of `held_out_users`: the first event after the training events.
+
+    most: the most users, drawn with a fixed seed; None: all of `held_out_users`.
+    """
+    users = sample_users(held_out_users(data), most)
+    return [make_case(data, int(user), int(data.split.train_lengths[user]), 1) for user in users]
 
 
-def tuning_cases(data: Data) -> list[Case]:
-    """Return the validation cases of at most TUNING_USERS users, drawn with a fixed seed."""
-    users = data.split.validation_users
-    if len(users) > TUNING_USERS:
-        users = np.sort(np.random.default_rng(0).choice(users, TUNING_USERS, replace=False))
-    return validation_cases(data, users)
+def chunks_of(cases: Sequence[Case], rows: int) -> list[Sequence[Case]]:
+    """Split cases into chunks with at most CHUNK_SCORES scores of `rows` items."""
+    size = max(1, CHUNK_SCORES // rows)
+    return [cases[k : k + size] for k in range(0, len(cases), size)]
 
 
 def baseline_ranks(
-    baseline: Baseline, cases: Sequence[Case], rows: int, *, listed: bool = True
+    baseline: Baseline, cases: Sequence[Case], rows: int, desc: str = "", *, listed: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank the first upcoming item of each case among all items of `rows` without `hidden_rows`.
 
-    Returns ranks (n,), 0 for the best, and the item rows of the best lists (n, 10), 0 beyond a list's end; the
-    lists are empty unless `listed`. Items with
-    equal scores are ranked in the order of the catalogue.
+    Returns ranks (n,), 0 for the best, and the item rows of the best lists (n, 10), 0 beyond a list's end. The lists
+    are empty unless `listed`. Items with equal scores are ranked in the order of the catalogue. desc: the title of the
+    progress bar; empty: no bar.
     """
-    size = max(1, CHUNK_SCORES // rows)
-    ranks = [np.zeros(0, np.int64)]
-    lists = [np.zeros((0, DEPTH), np.int64)]
-    for k in range(0, len(cases), size):
-        chunk = cases[k : k + size]
+    empty = (np.zeros(0, np.int64), np.zeros((0, DEPTH), np.int64))
+
+    def rank(chunk: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
         scores = baseline.score([case.seen for case in chunk])
         targets = np.array([case.upcoming[0] for case in chunk])
         scores[:, :FIRST_ITEM] = -np.inf
         for row, case in enumerate(chunk):
-            scores[row, hidden_rows(case)] = -np.inf
-        ranks.append(ranks_of(scores, targets))
-        if listed:
-            lists.append(top_rows(scores))
-    return np.concatenate(ranks), np.concatenate(lists)
+            scores[row, hidden_rows(case.seen, case.upcoming[0])] = -np.inf
+        return ranks_of(scores, targets), top_rows(scores) if listed else empty[1]
+
+    found = [empty, *in_parallel(rank, chunks_of(cases, rows), desc)]
+    ranks, lists = (np.concatenate(column) for column in zip(*found, strict=True))
+    return ranks, lists
 
 
-def baseline_slates(baseline: Baseline, cases: Sequence[Case], rows: int) -> list[np.ndarray]:
-    """Return the scores of the upcoming items of each case: n arrays (m,)."""
-    size = max(1, CHUNK_SCORES // rows)
-    found = []
-    for k in range(0, len(cases), size):
-        scores = baseline.score([case.seen for case in cases[k : k + size]])
-        found += [scores[row, case.upcoming] for row, case in enumerate(cases[k : k + size])]
-    return found
+def baseline_slates(baseline: Baseline, cases: Sequence[Case], rows: int, desc: str = "") -> list[np.ndarray]:
+    """Return the scores of the upcoming items of each case: n arrays (m,). desc: see `baseline_ranks`."""
+
+    def score(chunk: Sequence[Case]) -> list[np.ndarray]:
+        scores = baseline.score([case.seen for case in chunk])
+        return [scores[row, case.upcoming] for row, case in enumerate(chunk)]
+
+    return list(itertools.chain.from_iterable(in_parallel(score, chunks_of(cases, rows), desc)))

@@ -1,17 +1,19 @@
 """Measure latency and resident memory of variants on this machine, with one thread.
 
-Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`;
-`parity.py` for random requests.
+Called by: `bundle_writer.py`, `compress.py`, `compression/variants.py`, `loadtest/`. Calls: `inference/engine.py`,
+tqdm; `parity.py` for random requests.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from slatewise.bundle.manifest import Manifest
 from slatewise.inference.arrays import FIRST_ITEM, Candidates
@@ -33,10 +35,10 @@ def measure_latency(engines: dict[str, Engine], manifest: Manifest, repeats: int
     """
     draw = Requests(next(iter(engines.values())), manifest)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
-    for events in (50, min(200, manifest.limits.history_used)):
-        for n in SLATES:
-            for name, quantiles in measure_shape(engines, draw, events, n, repeats).items():
-                rows[name].append({"history": events, "candidates": n} | quantiles)
+    shapes = list(itertools.product((50, min(200, manifest.limits.history_used)), SLATES))
+    for events, n in tqdm(shapes, desc="latency", mininterval=1):
+        for name, quantiles in measure_shape(engines, draw, events, n, repeats).items():
+            rows[name].append({"history": events, "candidates": n} | quantiles)
     return {name: {"machine": cpu_name(), "threads": 1, "rows": found} for name, found in rows.items()}
 
 

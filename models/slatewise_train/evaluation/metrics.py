@@ -1,6 +1,6 @@
 """Metrics of ranked lists and of probabilities, and their confidence intervals.
 
-Called by: `train.py` to validate, `offline.py`, `meta/personalization.py`. Calls: numpy, torch.
+Called by: the modules of this folder, `meta/personalization.py`, `demo/simulated/`. Calls: numpy, torch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ BINS = 15
 
 
 def rank_of(scores: np.ndarray, target: int) -> int:
-    """Return the rank of an element among scores (n,), 0 for the best. Ties are ranked in input order."""
-    return int((scores > scores[target]).sum() + (scores[:target] == scores[target]).sum())
+    """Return the rank of an element among scores (n,), see `ranks_of`."""
+    return int(ranks_of(scores[None], np.array([target]))[0])
 
 
 def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return `rank_of` row by row: scores (n, m), targets (n,) columns -> (n,) int64."""
+    """Return the rank of one element of each row, 0 for the best: scores (n, m), targets (n,) columns -> (n,) int64.
+
+    Ties are ranked in input order. A score that is not a number is above all others, and an element whose own score is
+    not finite is in no list of the best: its rank is m, or DEPTH if that is more. So a diverged ranker hits nothing.
+    """
+    m = scores.shape[1]
     mine = scores[np.arange(len(scores)), targets][:, None]
-    earlier = (scores == mine) & (np.arange(scores.shape[1]) < targets[:, None])
-    found: np.ndarray = ((scores > mine).sum(axis=1) + earlier.sum(axis=1)).astype(np.int64)
-    return found
+    earlier = (scores == mine) & (np.arange(m) < targets[:, None])
+    found = m - (scores <= mine).sum(axis=1) + earlier.sum(axis=1)
+    ranks: np.ndarray = np.where(np.isfinite(mine[:, 0]), found, max(m, DEPTH)).astype(np.int64)
+    return ranks
 
 
 def top_rows(scores: np.ndarray, depth: int = DEPTH) -> np.ndarray:
@@ -55,7 +61,7 @@ def gains(ranks: np.ndarray) -> np.ndarray:
 
 
 def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = DEPTH) -> float:
-    """Return NDCG@depth with binary gains. scores, labels: (n,).
+    """Return NDCG@depth with binary gains. scores, labels: (n,). An element without a finite score has no gain.
 
     The result is NaN if all labels are 0 or all labels are 1.
     """
@@ -63,14 +69,18 @@ def ndcg(scores: np.ndarray, labels: np.ndarray, depth: int = DEPTH) -> float:
         return float("nan")
     discount = 1 / np.log2(np.arange(2, len(labels) + 2))
     discount[depth:] = 0
-    found = (labels[np.argsort(-scores, kind="stable")] * discount).sum()
+    found = ((labels * np.isfinite(scores))[np.argsort(-scores, kind="stable")] * discount).sum()
     return float(found / (np.sort(labels)[::-1] * discount).sum())
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the area under the ROC curve, ties counting half. scores, labels: (n,). NaN if a class is missing."""
-    positive = np.sort(scores[labels == 1])
-    negative = scores[labels == 0]
+    """Return the area under the ROC curve, ties counting half. scores, labels: (n,). NaN if a class is missing.
+
+    A score that is not finite counts against the ranker: as the lowest of the label 1, and the highest of the label 0.
+    """
+    finite = np.isfinite(scores)
+    positive = np.sort(np.where(finite, scores, -np.inf)[labels == 1])
+    negative = np.where(finite, scores, np.inf)[labels == 0]
     if not len(positive) or not len(negative):
         return float("nan")
     below = (np.searchsorted(positive, negative, "left") + np.searchsorted(positive, negative, "right")) / 2

@@ -12,12 +12,13 @@
 Users are a sample, drawn with a fixed seed, unless all are asked for. The order is exact: equal scores are ranked in
 the order of the catalogue in (a), and in the order of the slate in (b). Two runs give the same numbers.
 
-Called by: `export.py`, `compression/`, `calibration.py`, `demo/show.py`. Calls: `inference/engine.py`, `cases.py`,
-`baselines.py`, `sampling.py`, `metrics.py`, `diversity.py`.
+Called by: `export.py`, `compression/`, `verdict.py`, `demo/show.py`. Calls: `inference/engine.py`, `cases.py`,
+`baselines.py`, `interactions.py`, `sampling.py`, `metrics.py`, `diversity.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,15 @@ from slatewise.inference.engine import Engine
 from slatewise_train.data import Data
 from slatewise_train.evaluation.baselines import Baselines, make_baselines
 from slatewise_train.evaluation.calibration import LEAST_EXAMPLES
-from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, slate_cases
+from slatewise_train.evaluation.cases import (
+    Case,
+    candidates_of,
+    exits_of,
+    next_cases,
+    score_exits,
+    slate_cases,
+    state_of,
+)
 from slatewise_train.evaluation.diversity import Diversity, measure_lists, mmr_lists
 from slatewise_train.evaluation.interactions import baseline_ranks, baseline_slates, hidden_rows
 from slatewise_train.evaluation.metrics import (
@@ -48,10 +57,6 @@ from slatewise_train.rankers.base import EXITS
 
 RERANKED = 100  # in (a) the exit `set` orders the best of `point`, because a catalogue is too large for one slate
 CATALOGUE_CHUNK = 1_024  # candidates in one call of `point`: its intermediate arrays stay in the processor's cache
-
-
-def exits_of(engine: Engine) -> list[str]:
-    return [exit for exit in EXITS if exit in engine.sessions]
 
 
 Ranked = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # ranks (users,) and best lists (users, 10), by name
@@ -73,9 +78,9 @@ def leave_one_out(
     exits = exits_of(engine)
 
     def rank_case(case: Case) -> tuple[dict[str, tuple[int, np.ndarray]], np.ndarray]:
-        state = engine.extend(engine.start, case.history)
+        state = state_of(engine, case)
         catalogue = Candidates(vectors, numeric, request_context(case.time)[None])
-        hidden = hidden_rows(case) - FIRST_ITEM
+        hidden = hidden_rows(case.seen, case.upcoming[0]) - FIRST_ITEM
         target = int(case.upcoming[0]) - FIRST_ITEM
         scores = {
             "dot": engine.dot(catalogue, state)[:, head].copy(),
@@ -110,7 +115,7 @@ def leave_one_out(
         rows_of_point, scores_of_point = np.stack([first for _, first in results], axis=1)
         best |= mmr_lists(scores_of_point, rows_of_point.astype(np.int64), list(data.catalogue.field_values.values()))
     for name, baseline in baselines.items():
-        ranks[name], best[name] = baseline_ranks(baseline, cases, len(engine.items))
+        ranks[name], best[name] = baseline_ranks(baseline, cases, len(engine.items), f"leave-one-out, {name}")
     return ranks, best
 
 
@@ -123,30 +128,33 @@ ScoredSlates = list[tuple[np.ndarray, np.ndarray]]  # scores and labels, (n,) ea
 
 
 def slates(
-    engine: Engine, data: Data, head: int, meta: np.ndarray, baselines: Baselines, most: int | None = None
-) -> dict[str, ScoredSlates]:
-    """Return scores and known labels of the held-out slates, by exit and baseline. head, meta: see `leave_one_out`.
+    engine: Engine, data: Data, heads: Sequence[int], meta: np.ndarray, baselines: Baselines, most: int | None = None
+) -> list[dict[str, ScoredSlates]]:
+    """Return scores and known labels of the held-out slates for each head, by exit and baseline.
 
-    most: the most users, see `sample_users`.
+    Each slate is scored once. heads: outputs; meta: see `leave_one_out`; most: the most users, see `sample_users`.
     """
-    exits = exits_of(engine)
     cases = [case for case in slate_cases(data, sample_users(data.split.slate_users, most)) if len(case.upcoming)]
 
-    def score_case(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        labels = case.labels[:, head]
-        known = ~np.isnan(labels)
-        candidates = candidates_of(engine, data, case.upcoming, case.time)
-        return {
-            exit: (engine.score(case.history, candidates, meta, exit)[known, head], labels[known]) for exit in exits
-        }
+    def score_case(case: Case) -> dict[str, np.ndarray]:
+        return score_exits(engine, candidates_of(engine, data, case.upcoming, case.time), meta, state_of(engine, case))
 
     scored = in_parallel(score_case, cases, "slates")
-    result: dict[str, ScoredSlates] = {exit: [found[exit] for found in scored] for exit in exits}
-    for name, baseline in baselines.items():
-        result[name] = []
-        for case, scores in zip(cases, baseline_slates(baseline, cases, len(engine.items)), strict=True):
-            known = ~np.isnan(case.labels[:, head])
-            result[name].append((scores[known], case.labels[known, head]))
+    others = {
+        name: baseline_slates(baseline, cases, len(engine.items), f"slates, {name}")
+        for name, baseline in baselines.items()
+    }
+    result = []
+    for head in heads:
+        labels = [case.labels[:, head] for case in cases]
+        known = [~np.isnan(of_case) for of_case in labels]
+        columns = {exit: [found[exit][:, head] for found in scored] for exit in exits_of(engine)} | others
+        result.append(
+            {
+                name: [(scores[k], of_case[k]) for scores, of_case, k in zip(column, labels, known, strict=True)]
+                for name, column in columns.items()
+            }
+        )
     return result
 
 
@@ -162,6 +170,7 @@ class Outcome:
     users: int = 0  # who have a case in leave-one-out, of which `ranks` has a sample
     settings: dict[str, str] = field(default_factory=dict)  # of the baselines
     diversity: dict[str, Diversity] = field(default_factory=dict)  # of `best`; empty without categorical columns
+    not_measured: dict[str, str] = field(default_factory=dict)  # the reason, by table or baseline
 
     def gains(self, name: str) -> np.ndarray:
         """Return NDCG@10 of each user: (users,)."""
@@ -196,32 +205,43 @@ def run_cases(
     shown = following if data.exposures is not None and labelled is not None else None
     if data.exposures is not None and labelled is None:
         labelled = following
-    others = make_baselines(data) if baselines else {}
+    others, not_measured = make_baselines(data) if baselines else ({}, {})
     ranked: Ranked = ({}, {})
-    scored = {}
-    choices = {}
+    scored: list[dict[str, ScoredSlates]] = []
     diversity = {}
     users = np.flatnonzero(data.split.test_lengths)
+    not_measured |= missing_tables(data, following, len(users))
     if following is not None and len(users):
         sample = sample_users(users, most_users)
         ranked = leave_one_out(engine, data, following, meta, sample, others)
         if fields := list(data.catalogue.field_values.values()):
-            targets = np.array([case.upcoming[0] for case in next_cases(data, sample)])
+            targets = data.sequences.items[data.sequences.offsets[sample] + data.split.test_lengths[sample]]
             diversity = measure_lists(ranked[1], targets, fields, len(engine.items) - FIRST_ITEM)
     if labelled is not None and len(data.split.slate_users):
-        scored = slates(engine, data, labelled, meta, others, most_users)
-    if shown is not None and len(data.split.slate_users):
-        choices = slates(engine, data, shown, meta, others, most_users)
+        scored = slates(
+            engine, data, [head for head in (labelled, shown) if head is not None], meta, others, most_users
+        )
     return Outcome(
         ranks=ranked[0],
-        slates=scored,
+        slates=scored[0] if scored else {},
         label=None if labelled is None else heads[labelled].name,
-        choices=choices,
+        choices=scored[1] if len(scored) > 1 else {},
         best=ranked[1],
         users=len(users),
         settings={name: baseline.settings for name, baseline in others.items() if baseline.settings},
         diversity=diversity,
+        not_measured=not_measured,
     )
+
+
+def missing_tables(data: Data, following: int | None, users: int) -> dict[str, str]:
+    """Return the reason for the table (a) if it has no case. following: the head; users: those with a test event."""
+    if following is None:
+        return {"leave_one_out": "the next item, because the ranker has no head of kind `next`"}
+    if not users:
+        later = " from `test_from` on, and one before it" if data.config.kind == "time" else " after another one"
+        return {"leave_one_out": f"the next item, because no user has an event{later}"}
+    return {}
 
 
 def tabulate(outcome: Outcome) -> dict[str, Any]:
@@ -230,7 +250,7 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
     A table that cannot be measured is empty; `not_measured` then has the reason.
     """
     report: dict[str, Any] = {"leave_one_out": {}, "slates": {}, "set_against_point": {}, "label": outcome.label}
-    report["not_measured"] = {}
+    report["not_measured"] = dict(outcome.not_measured)
     for name, ranks in outcome.ranks.items():
         report["leave_one_out"][name] = {
             "users": len(ranks),
@@ -239,7 +259,8 @@ def tabulate(outcome: Outcome) -> dict[str, Any]:
         }
     if outcome.label is not None and not outcome.measurable():
         count = len(next(iter(outcome.slates.values()), []))
-        report["not_measured"]["slates"] = f"none of {count} held-out slates has both labels of `{outcome.label}`"
+        some = f"none of {count} held-out slates has both labels of `{outcome.label}`"
+        report["not_measured"]["slates"] = some if count else f"`{outcome.label}`, because no user has a held-out slate"
     else:
         report["slates"] = {name: slate_row(name, cases) for name, cases in outcome.slates.items()}
     if measurable(outcome.choices):
@@ -284,8 +305,3 @@ def difference(one: Outcome, other: Outcome, exit: str, other_exit: str | None =
         rated = ~np.isnan(per_slate[:, 0])
         found |= {"slate_ndcg10": interval(per_slate[rated, 0]), "slate_auc": interval(per_slate[rated, 1])}
     return found
-
-
-def evaluate(engine: Engine, data: Data, meta: np.ndarray, most_users: int | None = SAMPLED_USERS) -> dict[str, Any]:
-    """Return the tables of one variant and of the baselines."""
-    return tabulate(run_cases(engine, data, meta, most_users))

@@ -1,6 +1,6 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
-Called by: `train.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
+Called by: `train.py`, `trained.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
 `demo/show.py`. Calls: matplotlib.
 """
 
@@ -85,14 +85,16 @@ def report_text(report: Mapping[str, Any]) -> str:
     parts = [report["verdict"]["line"], sample_line(report["sample"]), quality_table(report)]
     parts += [f"Not measured: {reason}." for reason in report["not_measured"].values()]
     if report["baselines"]:
-        tuned = "; ".join(f"{name}: {settings}" for name, settings in report["baselines"].items())
-        parts.append(f"Baselines, tuned on the validation users: {tuned}.")
+        settings = "; ".join(f"{name}: {text}" for name, text in report["baselines"].items())
+        parts.append(f"Settings of the baselines: {settings}.")
     parts.append("\n".join(["Checks of the data:", *(f"- {check['line']}" for check in report["leakage"].values())]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def sample_line(sample: Mapping[str, int]) -> str:
-    """Return a sentence about the users that were evaluated."""
+    """Return a sentence about the users whose next item was ranked; empty if there are none, which has its reason."""
+    if not sample["users"]:
+        return ""
     if sample["users"] == sample["of"]:
         return f"All {sample['of']:,} users with a test event; intervals hold 95 %; ties in the order of the catalogue."
     return (

@@ -9,7 +9,7 @@ with a 95 % interval:
 
 The verdict of a ranker is that of its worst table, because a reader relies on each of them.
 
-Called by: `train.py`, `export.py`. Calls: `metrics.py`.
+Called by: `train.py`, `export.py`, `trained.py`. Calls: `metrics.py`, `offline.py`.
 """
 
 from __future__ import annotations
@@ -96,10 +96,13 @@ def compare_tables(outcome: Outcome, exit: str) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
-def judge(comparisons: Sequence[Comparison], warnings: Sequence[str] = ()) -> Verdict:
-    """Return the verdict of the worst comparison. warnings: remarks on the training, which join its line."""
+def judge(comparisons: Sequence[Comparison], warnings: Sequence[str] = (), reasons: Sequence[str] = ()) -> Verdict:
+    """Return the verdict of the worst comparison.
+
+    warnings: remarks on the training, which join its line; reasons: why there is no comparison.
+    """
     if not comparisons:
-        line = "NOT MEASURED against baselines: no held-out case has a result"
+        line = f"NOT MEASURED against baselines: {'; '.join(reasons) or 'no held-out case has a result'}"
         return Verdict(
             beats_baselines=None, grade="unknown", line="; ".join([line, *warnings]), warnings=list(warnings)
         )
@@ -118,8 +121,12 @@ def judge(comparisons: Sequence[Comparison], warnings: Sequence[str] = ()) -> Ve
 # Warnings about a training
 
 
-def training_warnings(config: Config, log: Path, model: torch.nn.Module) -> list[str]:
-    """Return what looks wrong with a training, each as a short clause. log: its log.csv, which may be missing."""
+def training_warnings(config: Config, log: Path, model: torch.nn.Module, joined: int | None) -> list[str]:
+    """Return the suspicious facts of a training, each as a short clause.
+
+    log: its log.csv, which may be missing; joined: the epoch after which the last epochs began, as in
+    `Progress.joined`. The last epochs add the losses of other exits, so their losses are compared with each other only.
+    """
     found = [
         f"WARNING: the head {h.name} has the negative weight {h.weight:g}" for h in config.data.heads if h.weight < 0
     ]
@@ -128,11 +135,12 @@ def training_warnings(config: Config, log: Path, model: torch.nn.Module) -> list
     rows = read_log(log)
     if not config.train.epochs or (log.exists() and not rows):
         return [*found, "WARNING: the ranker is not trained, epochs = 0"]
-    joins = config.train.epochs - config.train.cascade_epochs
     losses = [float(row["loss"]) for row in rows]
     if not all(map(isfinite, losses)):
         return [*found, "WARNING: the training loss is not a number: a smaller learning_rate helps"]
-    for phase in (losses[:joins], losses[joins:]):
+    joins = config.train.epochs if joined is None else joined
+    last = [int(row["epoch"]) > joins for row in rows]
+    for phase in ([loss for loss, late in zip(losses, last, strict=True) if late is part] for part in (False, True)):
         if len(phase) > 1 and phase[-1] >= phase[0]:
             found.append(
                 f"WARNING: the training loss did not fall ({phase[0]:.4g} to {phase[-1]:.4g}): "

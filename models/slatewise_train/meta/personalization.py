@@ -41,7 +41,7 @@ from slatewise.store.codec import pack_many, unpack
 from slatewise_train.batches import make_batch, newest_window_start
 from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data
-from slatewise_train.evaluation.metrics import gains, interval, ndcg
+from slatewise_train.evaluation.metrics import gains, interval, ndcg, ranks_of
 from slatewise_train.evaluation.report import personalization_table, plot_personalization
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
@@ -137,12 +137,12 @@ def next_events(tables: RankerTables, data: Data, cases: list[MetaCase]) -> Next
 def next_gains(ranker: RankerModel, head: int, events: NextEvents, vectors: Tensor) -> np.ndarray:
     """Return NDCG@10 (U,) of the next event in the full catalogue, without the items met before. vectors: (U, M)."""
     scores = point_with(ranker, vectors, events.base[:, None], events.dot[:, None])[:, 0, :, head].numpy()
-    ranks = np.zeros(len(scores), np.int64)
-    for k, (row, place) in enumerate(zip(scores, events.target.tolist(), strict=True)):
-        mine = row[place]
-        row[events.seen[k]] = -np.inf
-        ranks[k] = (row > mine).sum()
-    return gains(ranks)
+    targets = events.target.numpy()
+    mine = scores[np.arange(len(scores)), targets]
+    for row, seen in zip(scores, events.seen, strict=True):
+        row[seen] = -np.inf
+    scores[np.arange(len(scores)), targets] = mine
+    return gains(ranks_of(scores, targets))
 
 
 def sign_flip(difference: np.ndarray) -> float:
