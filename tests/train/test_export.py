@@ -37,7 +37,7 @@ from slatewise_train.config import (
     TablesConfig,
     TrainConfig,
 )
-from slatewise_train.data import Data, build_sequences, load_data, read_table
+from slatewise_train.data import Data, build_sequences, clean_events, load_data, read_table
 from slatewise_train.demo.content import DemoData, demo_data, draw_slate, example_request, make_request, titles_of
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations, read_calibrations
