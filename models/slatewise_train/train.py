@@ -1,25 +1,18 @@
-"""Train a ranker: slatewise train models/movielens.toml
-
-You can stop the command at any time; the same command continues after the last whole epoch. It writes three files into
-`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log and
-the level of the baselines. At the end it says whether the ranker beats them.
+"""Train a ranker. A training can be stopped at any time, and continues after its last whole epoch.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`, `checkpoint.py`,
-`evaluation/`.
+Called by: `train_command.py`, `loading.py`, `compression/`, `meta/personalization.py`, `demo/simulated/`. Calls:
+`epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`,
+`checkpoint.py`, `training_log.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +23,19 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
-from slatewise_train.config import Config, ModelConfig, TrainConfig, read_config
-from slatewise_train.data import Data, load_data, training_events
-from slatewise_train.defaults import choose_training
+from slatewise_train.config import ModelConfig, TrainConfig
+from slatewise_train.data import Data, training_events
 from slatewise_train.epochs import one_epoch
-from slatewise_train.evaluation.leakage import check_leakage
-from slatewise_train.evaluation.report import plot_training
-from slatewise_train.evaluation.trained import TrainingReport
-from slatewise_train.evaluation.verdict import training_warnings
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import LIST_LOSSES, list_loss, shown_losses
 from slatewise_train.slates import Slates, draw_slates, read_slates
+from slatewise_train.training_log import LOG, add_row
 from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
-LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
 
 
 class Trainer:
@@ -259,31 +247,6 @@ class Trainer:
         )
 
 
-def load_for_training(config: Config) -> tuple[Data, Config]:
-    """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
-    data = load_data(config.data, config.tables, config.stated)
-    return data, choose_training(
-        config, data.split.train_lengths, len(data.catalogue.vocabulary.items), data.exposures is not None
-    )
-
-
-def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
-    """Load a finished training. Returns it with its config and its folder (default: build/train/NAME).
-
-    Raises ValueError if the training is not finished or has another config, and OSError if there is no checkpoint.
-    """
-    config = read_config(toml)
-    folder = folder or Path("build/train") / config.data.name
-    data, config = load_for_training(config)
-    trainer = Trainer(data, config.model, config.train)
-    trainer.load(folder / CHECKPOINT)
-    if not trainer.progress.finished:
-        raise ValueError(
-            f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `slatewise train {toml}` continues"
-        )
-    return trainer, config, folder
-
-
 def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> Trainer:
     """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
 
@@ -292,7 +255,6 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(data, model, config)
     path = folder / CHECKPOINT
-    log = folder / "log.csv"
     if path.exists():
         trainer.load(path)
         print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
@@ -310,33 +272,7 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
                 progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
         progress.join()
         trainer.save(path)
-        new = not log.exists()
-        with log.open("a", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        add_row(folder / LOG, row)
         print(row, flush=True)
-        plot_training(log)
     progress.restore_best()
     return trainer
-
-
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="slatewise train",
-        description="Train a ranker. Stop it at any time: the same command continues after the last whole epoch.",
-    )
-    parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
-    parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
-    args = parser.parse_args(argv)
-    config = read_config(args.toml)
-    data, config = load_for_training(config)
-    vocabulary = data.catalogue.vocabulary
-    print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
-    folder = args.folder or Path("build/train") / config.data.name
-    report = TrainingReport(data)
-    report.write_levels(folder)
-    trainer = train(data, config.model, config.train, folder)
-    verdict = report.verdict(trainer.model, training_warnings(config, folder / "log.csv", trainer.model))
-    print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)

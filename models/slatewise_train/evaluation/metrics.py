@@ -1,6 +1,6 @@
 """Metrics of ranked lists and of probabilities, and their confidence intervals.
 
-Called by: `train.py` to validate, `offline.py`, `meta/personalization.py`. Calls: numpy, torch.
+Called by: `validation.py`, `offline.py`, `meta/personalization.py`. Calls: numpy, torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For each of at most SAMPLED_USERS validation users, the first held-out event is ranked in the full catalogue by the exit
 `dot` of the torch model. Export measures every exit on the test events.
 
-Called by: `train.py`. Calls: `baselines.py`, `verdict.py`, `batches.py`, and the ranker.
+Called by: `train_command.py`. Calls: `baselines.py`, `verdict.py`, `batches.py`, and the ranker.
 """
 
 from __future__ import annotations
