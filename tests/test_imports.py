@@ -180,6 +180,8 @@ TRAINING_LEVELS = (
     "new_model",
     "training_log",
     "train",
+    "search_space",
+    "search",
     "loading",
     "train_command",
     "graph_check",

@@ -1,6 +1,6 @@
 """The log of a training: log.csv with a row for each epoch, and log.png with its curves and the baselines.
 
-Called by: `train.py`, `train_command.py`. Calls: `evaluation/report.py`.
+Called by: `train.py`, `train_command.py`, `search.py`. Calls: `evaluation/report.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "
 Row = Mapping[str, float]
 
 
-def add_row(path: Path, row: Row) -> None:
-    """Append a row to a log, with the header before the first one, and plot the log."""
+def add_row(path: Path, *rows: Row) -> None:
+    """Append a row or several ones to a log, with the header before the first one, and plot the log."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
     plot_training(path)
