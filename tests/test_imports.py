@@ -165,6 +165,7 @@ TRAINING_LEVELS = (
     "tables",
     "exposures",
     "data",
+    "devices",
     "losses",
     "listwise",
     "checkpoint",

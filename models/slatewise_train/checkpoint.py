@@ -34,7 +34,7 @@ def identity(values: object, tensors: Iterable[Tensor] = ()) -> str:
     """
     digest = hashlib.sha256(repr(values).encode())
     for tensor in tensors:
-        digest.update(tensor.detach().numpy().tobytes())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -56,7 +56,7 @@ def load(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str
     Raises OSError if the file cannot be read, and CheckpointMismatch if its identity is another; then no part changes.
     mismatch: the owner to name in that error, for example "other data or another [model]".
     """
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
         raise CheckpointMismatch(f"{path} belongs to {mismatch}: remove it or use another folder")
     for name, part in parts.items():

@@ -5,8 +5,8 @@ and `set` too, at a few positions of each sequence. There are two slates at each
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
 Called by: `train_command.py`, `loading.py`, `compression/`, `meta/personalization.py`, `demo/simulated/`. Calls:
-`epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `validation.py`,
-`checkpoint.py`, `training_log.py`.
+`devices.py`, `epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`,
+`validation.py`, `checkpoint.py`, `training_log.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.data import Data, training_events
+from slatewise_train.devices import choose_bfloat16, describe, moved
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.new_model import build_model, scale_embeddings
@@ -36,6 +37,7 @@ from slatewise_train.training_log import LOG, add_row
 from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
+CPU = torch.device("cpu")
 
 
 class Trainer:
@@ -44,20 +46,26 @@ class Trainer:
     The id row of an item without training events is that of the unknown item, and no loss has it as a negative. Its
     vector therefore follows from its fields alone.
 
-    model: the config of a new ranker, or a ranker to continue with. Letters in shapes are those of `batches.py`.
+    model: the config of a new ranker, or a ranker to continue with; device: of model, batches and losses. Letters in
+    shapes are those of `batches.py`.
     """
 
-    def __init__(self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig) -> None:
+    def __init__(
+        self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig, device: torch.device = CPU
+    ) -> None:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
-        self.device = torch.device("cpu")
+        self.device = device
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         if config.embedding_std is not None and not isinstance(model, RankerModel):
             scale_embeddings(self.model, config.embedding_std)
         self.shown = shown_losses(data, config)
+        for part in (self.model, self.meta, *([] if self.shown is None else [self.shown])):
+            part.to(device)  # random numbers of a new model are those of a CPU
+        self.bfloat16, self.precision = choose_bfloat16(config.bfloat16, device, self.model.config.width)
         shown = [] if self.shown is None else self.shown.parameters()
         self.optimizer = torch.optim.AdamW(
             [*self.model.parameters(), *self.meta.parameters(), *shown],
@@ -66,14 +74,14 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
+        self.numeric = torch.from_numpy(data.catalogue.numeric).to(device)  # (items, F)
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
         known = np.unique(training_events(data.sequences, data.split)[1])
         if self.shown:  # an item that was shown and never chosen is learned from, as a negative
             known = np.union1d(known, self.shown.trained_items())
-        self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
-        rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
+        self.trained = torch.from_numpy(known[known >= FIRST_ITEM]).to(device)  # item rows, ascending
+        rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric), device=device)
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
         self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
 
@@ -130,7 +138,7 @@ class Trainer:
         b, s, c = slates.candidates.shape
         slate = slates.exists.shape[2]
         meta = self.meta(batch.users)[:, None].expand(b, s, -1)
-        meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
+        meta = torch.where(torch.rand(b, s, 1, device=self.device) < 0.5, meta, model.default_meta)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
         point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
@@ -141,7 +149,7 @@ class Trainer:
         same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
         offset = sampling_offset(slates.log_rate.view(b * s, c - slate), same)
         labels = slates.labels.view(b * s, slate, -1)
-        loss = torch.zeros(())
+        loss = dot.new_zeros((), dtype=torch.float32)
         # a second concatenation: one tensor for both uses would change the order in which gradients are summed
         for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
             for h in self.next_heads:
@@ -157,7 +165,8 @@ class Trainer:
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
-        """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
+        """Return the loss of the exit `dot`, or with `cascade` the loss of all exits. batch: on the CPU."""
+        on_cpu, batch = batch, moved(batch, self.device)
         negatives = self.draw_uniform()
         if cascade or self.shown is not None:
             table = self.model.item_table()
@@ -173,11 +182,12 @@ class Trainer:
         vectors = self.id_dropout(batch.items[before], table, cold_item_vectors)
         history, users = self.model.encode(self.model.tokens(vectors, batch.actions[before], batch.gaps[before]))
         loss = self.dot_loss(batch, users, table, negatives)
-        shown = None if self.shown is None else self.shown.draw(batch)
+        drawn = None if self.shown is None else self.shown.draw(on_cpu)  # it reads numpy tables
+        shown = None if drawn is None else moved(drawn, self.device)
         if self.shown is not None and shown is not None:
             loss = loss + self.shown.dot_loss(self.model, batch, shown, users, table)
         if cascade:
-            rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
+            rows = torch.randperm(len(batch.users), device=self.device)[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
             part = batch.take(rows)
             if self.next_heads or self.shown is None:
@@ -189,8 +199,8 @@ class Trainer:
         return loss
 
     def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
-        """Return the `loss` of a batch of windows (B, 3), in the precision of the config."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+        """Return the `loss` of a batch of windows (B, 3), in the chosen precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.loss(make_batch(self.data.sequences, windows), cascade)
 
     def run_epoch(self, cascade: bool) -> float:
@@ -247,13 +257,15 @@ class Trainer:
         )
 
 
-def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> Trainer:
+def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path, device: torch.device = CPU) -> Trainer:
     """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
 
-    The trainer has the best weights if the config has `patience`, otherwise the last ones.
+    The trainer has the best weights if the config has `patience`, otherwise the last ones. Its model is on the CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(data, model, config)
+    trainer = Trainer(data, model, config, device)
+    kind = "bfloat16" if trainer.bfloat16 else "float32"
+    print(f"training on {describe(device)}, matrix products in {kind} ({trainer.precision})", flush=True)
     path = folder / CHECKPOINT
     if path.exists():
         trainer.load(path)
@@ -275,4 +287,5 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> 
         add_row(folder / LOG, row)
         print(row, flush=True)
     progress.restore_best()
+    trainer.model.cpu()
     return trainer
