@@ -176,6 +176,7 @@ TRAINING_LEVELS = (
     "shown",
     "epochs",
     "progress",
+    "time_left",
     "evaluation",
     "validation",
     "new_model",

@@ -65,6 +65,12 @@ def choose_bfloat16(wanted: bool | str, device: torch.device, width: int) -> tup
     return True, "faster on this processor"
 
 
+def wait(device: torch.device) -> None:
+    """Return when the device has done all that it was asked for; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe(device: torch.device) -> str:
     """Return the name of a device for a printed line."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ heads of kind `label`, and the next item among negatives, for heads of kind `nex
 
 Called by: `train_command.py`, `loading.py`, `compression/`, `meta/personalization.py`, `demo/simulated/`. Calls:
 `devices.py`, `epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`,
-`validation.py`, `checkpoint.py`, `training_log.py`.
+`validation.py`, `checkpoint.py`, `time_left.py`, `training_log.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, make_batch
+from slatewise_train.batches import Batch, epoch_windows, make_batch
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.data import Data, training_events
-from slatewise_train.devices import choose_bfloat16, describe, moved
+from slatewise_train.devices import choose_bfloat16, describe, moved, wait
 from slatewise_train.epochs import one_epoch
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.new_model import build_model, scale_embeddings
@@ -33,7 +33,8 @@ from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import LIST_LOSSES, list_loss, shown_losses
 from slatewise_train.slates import Slates, draw_slates, read_slates
-from slatewise_train.training_log import LOG, add_row
+from slatewise_train.time_left import TimeLeft, time_ratio
+from slatewise_train.training_log import LOG, Row, described, rows_up_to, write_log
 from slatewise_train.validation import validate
 
 CHECKPOINT = "checkpoint.pt"
@@ -83,7 +84,10 @@ class Trainer:
         self.trained = torch.from_numpy(known[known >= FIRST_ITEM]).to(device)  # item rows, ascending
         rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric), device=device)
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
-        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
+        weights = {name: part for name, part in self.parts().items() if name != "optimizer"}
+        self.progress = Progress(config, weights, bool(self.label_heads))
+        self.rows: list[Row] = []  # of the log
+        self.time_left: TimeLeft | None = None
 
     @property
     def epoch(self) -> int:
@@ -207,15 +211,16 @@ class Trainer:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
         parameters = list(self.model.parameters())
-        mean = one_epoch(
-            self.config,
-            self.data,
-            self.epoch + 1,
-            self.optimizer,
-            parameters,
-            self.progress.rate,
-            lambda w: self.step_loss(w, cascade),
-        )
+
+        def rate(step: int, steps: int) -> float:
+            if self.time_left is not None:
+                self.time_left.step(step / steps)
+            return self.progress.rate(step, steps)
+
+        def loss(windows: np.ndarray) -> Tensor:
+            return self.step_loss(windows, cascade)
+
+        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, rate, loss)
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
@@ -245,47 +250,81 @@ class Trainer:
         return parts if self.shown is None else parts | {"shown": self.shown}
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())
+        """Write a checkpoint, with the rows of the log."""
+        checkpoint.save(path, self.identity(), self.parts(), rows=self.rows, **self.progress.state())
 
     def load(self, path: Path) -> None:
         """Restore a checkpoint: the last weights of a training that continues, the best ones of a finished training.
 
         Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`.
         """
-        self.progress.load(
-            checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
-        )
+        state = checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
+        self.progress.load(state)
+        self.rows = list(state.get("rows", []))  # a checkpoint of an older version has none
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
+
+    def cascade_cost(self) -> float:
+        """Return how many times as long as another step one with `cascade` takes. Weights and random numbers stay."""
+        config, data = self.config, self.data
+        rng = np.random.default_rng(config.seed)
+        lengths = data.split.train_lengths
+        windows = next(epoch_windows(lengths, data.config.history_length, config.batch_events, rng))
+
+        def step(cascade: bool) -> None:
+            self.step_loss(windows, cascade).backward()
+            self.optimizer.zero_grad()
+            wait(self.device)
+
+        self.model.train()
+        with torch.random.fork_rng([] if self.device.type == "cpu" else [torch.cuda.current_device()]):
+            return time_ratio(step)
 
 
 def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path, device: torch.device = CPU) -> Trainer:
     """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
 
     The trainer has the best weights if the config has `patience`, otherwise the last ones. Its model is on the CPU.
+    Raises ValueError if another process trains in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(data, model, config, device)
-    kind = "bfloat16" if trainer.bfloat16 else "float32"
-    print(f"training on {describe(device)}, matrix products in {kind} ({trainer.precision})", flush=True)
-    path = folder / CHECKPOINT
-    if path.exists():
-        trainer.load(path)
-        print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
-    progress = trainer.progress
-    progress.join()
-    while not progress.finished:
-        begin = time.perf_counter()
-        cascade = progress.joined is not None
-        loss = trainer.run_epoch(cascade)
-        row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
-        if trainer.epoch % config.validate_every == 0 or progress.finished:
-            found = trainer.validate(("dot", "point") if cascade else ("dot",))
-            row |= {k: round(v, 4) for k, v in found.items()}
-            if found:
-                progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
-        progress.join()
-        trainer.save(path)
-        add_row(folder / LOG, row)
-        print(row, flush=True)
-    progress.restore_best()
+    with checkpoint.alone(folder):
+        trainer = Trainer(data, model, config, device)
+        kind = "bfloat16" if trainer.bfloat16 else "float32"
+        print(f"training on {describe(device)}, matrix products in {kind} ({trainer.precision})", flush=True)
+        if (folder / CHECKPOINT).exists():
+            trainer.load(folder / CHECKPOINT)
+            print(f"{folder / CHECKPOINT}: {trainer.progress.resumed()}", flush=True)
+            trainer.rows = rows_up_to(folder / LOG, trainer.epoch, trainer.rows)
+            write_log(folder / LOG, trainer.rows)
+        trainer.progress.join()
+        trainer.time_left = TimeLeft(trainer.progress, trainer.cascade_cost)
+        while not trainer.progress.finished:
+            train_epoch(trainer, folder)
+    trainer.progress.restore_best()
     trainer.model.cpu()
     return trainer
+
+
+def train_epoch(trainer: Trainer, folder: Path) -> None:
+    """Train and validate for one epoch, write checkpoint and log, and print the log's row."""
+    begin = time.perf_counter()
+    progress = trainer.progress
+    cascade = progress.joined is not None
+    loss = trainer.run_epoch(cascade)
+    row: dict[str, float | str] = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1)}
+    row["loss"] = round(loss, 4)
+    if trainer.epoch % trainer.config.validate_every == 0 or progress.finished:
+        found = trainer.validate(("dot", "point") if cascade else ("dot",))
+        row |= {k: round(v, 4) for k, v in found.items()}
+        if found:
+            progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
+    progress.join()
+    trainer.rows.append(row)
+    trainer.save(folder / CHECKPOINT)
+    write_log(folder / LOG, trainer.rows)
+    left = ""
+    if trainer.time_left is not None:
+        trainer.time_left.end_epoch(cascade)
+        left = trainer.time_left.text()
+    print(described(row, left), flush=True)
