@@ -146,23 +146,26 @@ class Trainer:
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
         point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
-        rated = hidden[:, :slate]
-        among = torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)  # the next item and the negatives
-        set_rated = point[:, :slate] + model.set_logits(rated, slates.exists.view(b * s, 1, 1, slate))
-        set_among = torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among)
+        # the exits' logits of the slate, and of the next item with the negatives
+        exits_rated, exits_among = [point[:, :slate]], [torch.cat([point[:, :1], point[:, slate:]], dim=1)]
+        if "set" in model.exits:
+            among = torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)
+            of_slate = model.set_logits(hidden[:, :slate], slates.exists.view(b * s, 1, 1, slate))
+            exits_rated.append(point[:, :slate] + of_slate)
+            # a second concatenation: one tensor for both uses would change the order in which gradients are summed
+            exits_among.append(torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among))
         same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
         offset = sampling_offset(slates.log_rate.view(b * s, c - slate), same)
         labels = slates.labels.view(b * s, slate, -1)
         loss = dot.new_zeros((), dtype=torch.float32)
-        # a second concatenation: one tensor for both uses would change the order in which gradients are summed
-        for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
+        for logits in exits_among:
             for h in self.next_heads:
                 loss = loss - log_likelihood(logits[..., h], offset).mean()
-        for logits in (point[:, :slate], set_rated, set_among[:, :1]):
+        for logits in (*exits_rated, *(logits[:, :1] for logits in exits_among[1:])):
             for h in self.label_heads if self.shown is None else ():
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
         if self.shown is None and self.config.slate_loss in LIST_LOSSES:
-            for logits in (point[:, :slate], set_rated):
+            for logits in exits_rated:
                 for h in self.label_heads:
                     ones = torch.ones_like(labels[..., h])
                     loss = loss + list_loss(self.config.slate_loss, logits[..., h], labels[..., h], ones)
