@@ -9,7 +9,7 @@ A candidate trains as `train` does before its last epochs. The training of the b
 checkpoint, and gives the same weights as from its start. `FOLDER/search/` has `search.json`, `search.png` and one
 checkpoint for each candidate that is still in the race; a stopped search continues after the last whole epoch.
 
-Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `train.py`, `training_log.py`.
+Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `train.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from slatewise_train import checkpoint
@@ -44,8 +45,7 @@ from slatewise_train.search_space import (
     stays,
     with_values,
 )
-from slatewise_train.train import CHECKPOINT, Trainer
-from slatewise_train.training_log import LOG, add_row
+from slatewise_train.train import CHECKPOINT, CPU, Trainer
 
 # The state of a search
 
@@ -118,19 +118,35 @@ def apply_found(config: Config, folder: Path) -> Config:
 # The search
 
 
-def search(data: Data, config: Config, folder: Path, seconds: float) -> Config:
+def search(data: Data, config: Config, folder: Path, seconds: float, device: torch.device = CPU) -> Config:
     """Search for the given time, and return the config with the best values.
 
     The time is kept within one epoch and does not include the full training that follows. A finished search in the
     folder is not repeated. Raises ValueError if nothing is to be searched or no candidate can be measured, and for a
-    folder with another search or with a training.
+    folder with another search, with a training, or in which another process trains.
     """
-    state = read_state(folder)
-    if state is not None and state.chosen is not None:
-        print(f"the search in {folder / 'search'} is finished; remove that folder and {CHECKPOINT} to search again")
-        if not (folder / CHECKPOINT).exists():
-            Search(data, config, folder, state).hand_over()
-        return apply_found(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.alone(folder):
+        state = read_state(folder)
+        if state is not None and state.chosen is not None:
+            print(f"the search in {folder / 'search'} is finished; remove that folder and {CHECKPOINT} to search again")
+            Search(data, config, folder, state, device).hand_over()
+            return apply_found(config, folder)
+        check(data, config, folder)
+        stated = sorted(key for key in config.stated if key.startswith(("model.", "train.")))
+        made = Trainer(data, config.model, config.train).identity()
+        identity = checkpoint.identity((made, config.model, config.train, stated))
+        state = state or State(identity, seconds, candidates=[Candidate(values) for values in draw(config, 1)])
+        if state.identity != identity:
+            raise ValueError(
+                f"{folder / 'search'} belongs to other data or another TOML: remove it or use another --folder"
+            )
+        state.seconds = seconds
+        return Search(data, config, folder, state, device).run()
+
+
+def check(data: Data, config: Config, folder: Path) -> None:
+    """Raise ValueError if no search is possible."""
     if (folder / CHECKPOINT).exists():
         raise ValueError(f"{folder / CHECKPOINT} is a training: --search needs another --folder, or remove that file")
     if all(head.kind != "next" for head in config.data.heads) or not len(data.split.next_users):
@@ -143,23 +159,13 @@ def search(data: Data, config: Config, folder: Path, seconds: float) -> Config:
             f"--search compares the epochs before the last ones, and epochs = {config.train.epochs} has none: state "
             "more [train] epochs, or leave out --search"
         )
-    stated = sorted(key for key in config.stated if key.startswith(("model.", "train.")))
-    made = Trainer(data, config.model, config.train).identity()
-    identity = checkpoint.identity((made, config.model, config.train, stated))
-    state = state or State(identity, seconds, candidates=[Candidate(values) for values in draw(config, 1)])
-    if state.identity != identity:
-        raise ValueError(
-            f"{folder / 'search'} belongs to other data or another TOML: remove it or use another --folder"
-        )
-    state.seconds = seconds
-    return Search(data, config, folder, state).run()
 
 
 class Search:
     """A search that goes on from its state. Its folder is `search` in that of the training."""
 
-    def __init__(self, data: Data, config: Config, folder: Path, state: State) -> None:
-        self.data, self.config, self.training, self.state = data, config, folder, state
+    def __init__(self, data: Data, config: Config, folder: Path, state: State, device: torch.device) -> None:
+        self.data, self.config, self.training, self.state, self.device = data, config, folder, state, device
         self.folder = folder / "search"
         self.now = perf_counter()
 
@@ -259,7 +265,7 @@ class Search:
         """Return the trainer of a candidate, after its last whole epoch."""
         candidate = self.state.candidates[number]
         config = with_values(self.config, candidate.values)
-        trainer = Trainer(self.data, config.model, config.train)
+        trainer = Trainer(self.data, config.model, config.train, self.device)
         if (self.folder / str(number) / CHECKPOINT).exists():
             trainer.load(self.folder / str(number) / CHECKPOINT)
         candidate.rows = candidate.rows[: trainer.epoch]  # an epoch that was not saved is repeated
@@ -308,15 +314,14 @@ class Search:
         candidate.stopped = trainer.progress.stopped
 
     def hand_over(self) -> None:
-        """Move the checkpoint and the log of the chosen candidate to the training, and remove the other checkpoints."""
+        """Give the training the checkpoint of the chosen candidate with its log, and remove those of the search."""
         for number, candidate in enumerate(self.state.candidates):
-            path = self.folder / str(number) / CHECKPOINT
-            if candidate.values == self.state.chosen and not candidate.diverged and path.exists():
-                self.open(number)  # for the rows up to the checkpoint
-                os.replace(path, self.training / CHECKPOINT)
-                (self.training / LOG).unlink(missing_ok=True)
+            chosen = candidate.values == self.state.chosen and not candidate.diverged
+            if chosen and (self.folder / str(number)).exists() and not (self.training / CHECKPOINT).exists():
+                trainer = self.open(number)
                 rounded = [{name: round(value, 4) for name, value in row.items()} for row in candidate.rows]
-                add_row(self.training / LOG, *[row | {"seconds": round(row["seconds"], 1)} for row in rounded])
+                trainer.rows = [row | {"seconds": round(row["seconds"], 1)} for row in rounded]
+                trainer.save(self.training / CHECKPOINT)
         self.drop(range(len(self.state.candidates)))
 
 

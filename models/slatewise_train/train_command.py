@@ -5,7 +5,8 @@ You can stop the command at any time; the same command continues after the last 
 the level of the baselines. At the end it says whether the ranker beats them. docs/training.md describes a run.
 `--search 30m` first searches better values for the keys that the TOML leaves out, see `search.py`.
 
-Called by: the command line. Calls: `loading.py`, `search.py`, `train.py`, `training_log.py`, `evaluation/`.
+Called by: the command line. Calls: `devices.py`, `loading.py`, `search.py`, `train.py`, `training_log.py`,
+`evaluation/`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slatewise_train.config import read_config
+from slatewise_train.devices import DEVICES, find_device
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.trained import TrainingReport
 from slatewise_train.evaluation.verdict import training_warnings
@@ -32,19 +34,23 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
     parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="default: a CUDA GPU if there is one, else CPU"
+    )
     searched = "search better values for the keys that the TOML leaves out for this time, then train: 90s, 30m, 2h"
     parser.add_argument("--search", metavar="TIME", help=searched)
     args = parser.parse_args(argv)
     seconds = None if args.search is None else seconds_of(args.search)
+    device = find_device(args.device)
     config = read_config(args.toml)
     folder = args.folder or Path("build/train") / config.data.name
     data, config = load_for_training(config, folder)
     vocabulary = data.catalogue.vocabulary
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
     if seconds is not None:
-        config = search(data, config, folder, seconds)
+        config = search(data, config, folder, seconds, device)
     report = TrainingReport(data)
     report.write_levels(folder)
-    trainer = train(data, config.model, config.train, folder)
+    trainer = train(data, config.model, config.train, folder, device)
     verdict = report.verdict(trainer.model, training_warnings(config, folder / LOG, trainer.model))
     print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)

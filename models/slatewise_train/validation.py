@@ -1,6 +1,6 @@
 """Rank the validation users' held-out event in the whole catalogue, many users at a time.
 
-Called by: `train.py`. Calls: `batches.py`, `evaluation/metrics.py`, and the ranker.
+Called by: `train.py`. Calls: `batches.py`, `devices.py`, `evaluation/metrics.py`, and the ranker.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.batches import Window, make_batch, served_window_start
 from slatewise_train.data import Data
+from slatewise_train.devices import moved
 from slatewise_train.evaluation.metrics import gains, hits
 from slatewise_train.rankers.base import RankerModel
 
@@ -71,21 +72,22 @@ def held_out_ranks(
     table: (items, d). Ranks behind the 512 items that `point` orders are those of `dot`.
     """
     sequences = data.sequences
-    batch = make_batch(sequences, windows)
-    rows = torch.arange(len(windows))
+    device = table.device
+    batch = moved(make_batch(sequences, windows), device)
+    rows = torch.arange(len(windows), device=device)
     history, encoded = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
     users = encoded[rows, batch.lengths]  # (B, d)
-    target = torch.from_numpy(sequences.items[[sequences.offsets[user] + last for user, _, last in windows]])
+    target = torch.from_numpy(sequences.items[[sequences.offsets[user] + last for user, _, last in windows]]).to(device)
     seen = [sequences.items[sequences.offsets[user] :][:last] for user, _, last in windows]
-    owner = torch.from_numpy(np.repeat(np.arange(len(windows)), [len(items) for items in seen]))
+    owner = torch.from_numpy(np.repeat(np.arange(len(windows)), [len(items) for items in seen])).to(device)
     # (B, items): dot products in the order of the head's logits
     scores = (users @ table.T) * model.dot_scale[head].sign()
     mine = scores[rows, target].clone()
     scores[:, :FIRST_ITEM] = -torch.inf
-    scores[owner, torch.from_numpy(np.concatenate(seen))] = -torch.inf
+    scores[owner, torch.from_numpy(np.concatenate(seen)).to(device)] = -torch.inf
     scores[rows, target] = mine
     dot_ranks = (scores > mine[:, None]).sum(1)
-    ranks = {"dot": dot_ranks.numpy()}
+    ranks = {"dot": dot_ranks.cpu().numpy()}
     if "point" not in exits:
         return ranks
     best = scores.topk(min(RERANKED, len(table) - FIRST_ITEM), dim=1)
@@ -93,10 +95,10 @@ def held_out_ranks(
     some = max(1, MOST_CANDIDATES // best.values.shape[1])
     for part in rows.split(some):
         vectors = table[best.indices[part]]  # (b, N, d)
-        numeric = torch.from_numpy(data.catalogue.numeric)[best.indices[part]]
+        numeric = torch.from_numpy(data.catalogue.numeric)[best.indices[part].cpu()].to(device)
         context = batch.contexts[part, batch.lengths[part]][:, None]
         fused = model.fuse(numeric, model.default_meta, context)
-        mask = (torch.arange(encoded.shape[1]) <= batch.lengths[part, None])[:, None, None]
+        mask = (torch.arange(encoded.shape[1], device=device) <= batch.lengths[part, None])[:, None, None]
         positions = (batch.lengths[part, None] + 1).expand(-1, vectors.shape[1])
         state = [(key[part], value[part]) for key, value in history]
         hidden = model.hidden(vectors, state, positions, mask, fused)
@@ -105,5 +107,5 @@ def held_out_ranks(
     found = best.indices == target[:, None]
     point = point.masked_fill(best.values == -torch.inf, -torch.inf)
     mine = point.masked_fill(~found, -torch.inf).amax(1, keepdim=True)
-    ranks["point"] = torch.where(found.any(1), (point > mine).sum(1), dot_ranks).numpy()
+    ranks["point"] = torch.where(found.any(1), (point > mine).sum(1), dot_ranks).cpu().numpy()
     return ranks

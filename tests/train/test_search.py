@@ -342,7 +342,8 @@ def test_training_after_the_search_is_as_from_its_start(
 ) -> None:
     """The other commands read the found values too: their checkpoint has another shape than the defaults'."""
     folder, config = whole
-    begun = len(rows_of(folder))
+    state = state_in(folder)
+    begun = next(len(candidate.rows) for candidate in state.candidates if candidate.values == state.chosen)
     monkeypatch.setattr(training_log, "plot_training", lambda log: None)  # slower than an epoch
     clock = Clock(monkeypatch)
     assert cli.main(["train", str(toml), "--folder", str(folder), "--search", "9m"]) == 0
