@@ -34,6 +34,7 @@ from slatewise.process import cpu_name
 from slatewise_train.batches import Batch, epoch_windows, make_batch
 from slatewise_train.config import DataConfig, Head, ModelConfig, TrainConfig
 from slatewise_train.data import Catalogue, Data, Sequences, TrainingVocabulary
+from slatewise_train.devices import find_device
 from slatewise_train.epochs import gradient_step
 from slatewise_train.split import split_sequences
 from slatewise_train.train import Trainer
@@ -137,7 +138,7 @@ def make_trainer(shape: Shape, data: Data, bfloat16: bool) -> Trainer:
     names = ("width", "blocks", "attention_heads", "feed_forward", "dropout")
     model = ModelConfig(shape={name: getattr(shape, name) for name in names} | {"set_blocks": 0})
     config = TrainConfig(batch_events=shape.batch_events, negatives=shape.negatives, bfloat16=bfloat16)
-    return Trainer(data, model, config)
+    return Trainer(data, model, config, find_device("auto"))
 
 
 def trainer_step(trainer: Trainer, windows: np.ndarray) -> None:

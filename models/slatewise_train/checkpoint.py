@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class Stateful(Protocol):
@@ -34,7 +39,7 @@ def identity(values: object, tensors: Iterable[Tensor] = ()) -> str:
     """
     digest = hashlib.sha256(repr(values).encode())
     for tensor in tensors:
-        digest.update(tensor.detach().numpy().tobytes())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -56,12 +61,35 @@ def load(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str
     Raises OSError if the file cannot be read, and CheckpointMismatch if its identity is another; then no part changes.
     mismatch: the owner to name in that error, for example "other data or another [model]".
     """
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
         raise CheckpointMismatch(f"{path} belongs to {mismatch}: remove it or use another folder")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return {name: value for name, value in state.items() if name not in parts and name != "identity"}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process. Raises ValueError if another process has it.
+
+    Windows and some network file systems have no such locks, and then nothing is checked.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another process trains in this folder; use another --folder, or wait") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def resume(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str) -> dict[str, Any]:

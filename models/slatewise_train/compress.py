@@ -40,7 +40,7 @@ from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
-from slatewise_train.train import load_for_training
+from slatewise_train.loading import load_for_training
 
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 

@@ -120,7 +120,7 @@ class TrainConfig:
     propensity_power: float = number(0.0, least=0, most=4)
     # share of items that are replaced by the unknown item, which trains its row
     id_dropout: float = number(0.02, least=0, most=0.9)
-    bfloat16: bool = False  # matrix products in bfloat16: a quarter faster on processors that have them
+    bfloat16: bool | str = choice("auto", "auto", True, False)  # matrix products in bfloat16, see `devices.py`
     validate_every: int = number(5, least=1, most=100_000)  # epochs
     seed: int = number(0, least=0, most=2**32 - 1)
 

@@ -70,7 +70,7 @@ def one_epoch(
     rng = np.random.default_rng([config.seed, epoch - 1])
     torch.manual_seed(config.seed * 1_000_003 + epoch - 1)
     batches = list(epoch_windows(data.split.train_lengths, data.config.history_length, config.batch_events, rng))
-    total = torch.zeros((), dtype=torch.float64)  # on its device: a number of every step would wait for the GPU
+    total: Tensor | float = 0.0  # a tensor on its device: a number of every step would wait for the GPU
     for k, windows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, mininterval=2)):
         for group in optimizer.param_groups:
             group["lr"] = rate(k, len(batches))

@@ -47,10 +47,11 @@ from slatewise_train.evaluation.offline import run_cases, tabulate
 from slatewise_train.evaluation.report import plot_quality, report_text
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
+from slatewise_train.loading import load_trainer
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
-from slatewise_train.train import Trainer, load_trainer
+from slatewise_train.train import Trainer
 
 TABLES = ("leave_one_out", "slates")  # that decide on the default exit and on the verdict
 

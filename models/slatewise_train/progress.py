@@ -4,11 +4,12 @@ Without `patience`, a training has all its epochs, a learning rate that falls to
 weights are the result. With `patience`, the learning rate is constant until the validation NDCG@10 has not improved for
 `patience` validations. Then the last epochs begin, from the best weights and with a learning rate that falls to 0.
 
-Called by: `train.py`. Calls: `config.py`, `epochs.py`.
+Called by: `train.py`, `time_left.py`. Calls: `config.py`, `epochs.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from slatewise_train.epochs import cosine, warm_up
 class Progress:
     """Counts the epochs of a training, and keeps the best weights.
 
-    parts: model and meta-embeddings. labels: whether the ranker has heads of kind `label`, which only the last epochs
+    parts: whatever has weights. labels: whether the ranker has heads of kind `label`, which only the last epochs
     train.
     """
 
@@ -32,6 +33,7 @@ class Progress:
         self.joined: int | None = None  # the epoch after which the exits `point` and `set` are trained too
         self.stale = 0  # validations since the best one
         self.best: dict[str, Any] | None = None  # score, epoch and weights of the best validation
+        self.changes: list[str] = []  # of the config since the checkpoint that was loaded
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step of the current epoch, which has `steps` steps."""
@@ -55,6 +57,20 @@ class Progress:
         if self.joined is not None:
             return self.epoch >= min(config.epochs, self.joined + config.cascade_epochs)
         return self.epoch >= config.epochs or (self.stopped and not config.cascade_epochs)
+
+    def epochs_left(self) -> tuple[int, int]:
+        """Return the most epochs that are left before the last ones, and the number of last ones that are left."""
+        config = self.config
+        if self.joined is not None:
+            return 0, max(0, min(config.epochs, self.joined + config.cascade_epochs) - self.epoch)
+        if self.finished:
+            return 0, 0
+        return max(0, config.epochs - config.cascade_epochs - self.epoch), config.cascade_epochs
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether there may be fewer epochs than `epochs_left`."""
+        return bool(self.config.patience) and self.joined is None
 
     def join(self) -> None:
         """Begin the last epochs, which train all exits, if they are due."""
@@ -87,15 +103,30 @@ class Progress:
         """Set the parts to the best weights, if there are any."""
         if self.best is not None:
             for name, part in self.parts.items():
-                part.load_state_dict(self.best[name])
+                if name in self.best:  # a checkpoint of an older version lacks the part of the shown slates
+                    part.load_state_dict(self.best[name])
 
     def state(self) -> dict[str, Any]:
         """Return the values of a checkpoint."""
-        return {"epoch": self.epoch, "joined": self.joined, "stale": self.stale, "best": self.best}
+        train = dataclasses.asdict(self.config)
+        return {"epoch": self.epoch, "joined": self.joined, "stale": self.stale, "best": self.best, "train": train}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from the values of a checkpoint; a finished training gets its best weights."""
         self.epoch, self.joined = state["epoch"], state["joined"]
         self.stale, self.best = state["stale"], state["best"]
+        now = dataclasses.asdict(self.config)
+        saved = {key: value for key, value in state.get("train", {}).items() if key in now}
+        self.changes = [f"{key} {old} -> {now[key]}" for key, old in saved.items() if old != now[key]]
         if self.finished:
             self.restore_best()
+
+    def resumed(self) -> str:
+        """Return a sentence about a training that was loaded, with the changes of its config."""
+        line = f"continuing after epoch {self.epoch} of {self.config.epochs}"
+        if self.finished:
+            line = f"finished after epoch {self.epoch}; remove it to train again"
+        if not self.changes:
+            return line
+        effect = "has no effect on it" if self.finished else f"counts from epoch {self.epoch + 1} on"
+        return f"{line}. [train] differs from the checkpoint's, which {effect}: {', '.join(self.changes)}"

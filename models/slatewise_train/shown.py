@@ -94,8 +94,8 @@ class ShownSlates:
 
     def of(self, batch_rows: Tensor) -> ShownSlates | None:
         """Return the slates of some rows of the batch (n,), numbered as in that selection; None without any."""
-        place = torch.full((int(max(self.rows.max(), batch_rows.max())) + 1,), -1)
-        place[batch_rows] = torch.arange(len(batch_rows))
+        place = torch.full((int(max(self.rows.max(), batch_rows.max())) + 1,), -1, device=batch_rows.device)
+        place[batch_rows] = torch.arange(len(batch_rows), device=batch_rows.device)
         kept = (place[self.rows] >= 0).nonzero()[:, 0]
         if not len(kept):
             return None
@@ -229,7 +229,7 @@ class ShownLosses(nn.Module):
         the users, which every other slate reads.
         """
         rows = shown.rows
-        meta = torch.where(torch.rand(len(rows), 1, 1) < 0.5, meta, model.default_meta)
+        meta = torch.where(torch.rand(len(rows), 1, 1, device=meta.device) < 0.5, meta, model.default_meta)
         mine = [(key[rows], value[rows]) for key, value in history]
         dot, hidden = read_slates(model, shown.slates, mine, users[rows], vectors, meta)
         exits = [dot.detach() + model.point_logits(hidden)]  # the exit `dot` has a loss of its own

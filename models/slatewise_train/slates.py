@@ -52,7 +52,7 @@ def draw_positions(lengths: Tensor, count: int, draw: str) -> Tensor:
     draw: "uniform", or "log": then every doubling of the events, counted from 1, is about equally likely, so that
     short histories are learned from as well as long ones.
     """
-    share = torch.rand(len(lengths), count)
+    share = torch.rand(len(lengths), count, device=lengths.device)
     if draw == "log":
         return torch.minimum(((lengths[:, None] + 1.0) ** share).long(), lengths[:, None]) - 1
     return (share * lengths[:, None]).long()
@@ -76,16 +76,17 @@ def draw_slates(
     """
     b = len(batch.users)
     s = config.cascade_positions
-    rows = torch.arange(b)[:, None]
+    device = users.device
+    rows = torch.arange(b, device=device)[:, None]
     read = draw_positions(batch.lengths, s, config.cascade_draw)
     drawn, log_rate = draw_negatives(users[rows, read], table[trained], config.cascade_negatives)
-    ahead = read[..., None] + 1 + torch.arange(slate_size)  # (B, S, slate) columns of the next events
+    ahead = read[..., None] + 1 + torch.arange(slate_size, device=device)  # (B, S, slate) columns of the next events
     exists = ahead <= batch.lengths[:, None, None]
     ahead = ahead.clamp(max=batch.items.shape[1] - 1)
     upcoming = batch.items[rows[..., None], ahead].masked_fill(~exists, UNKNOWN_ITEM)
     labels = batch.labels[rows[..., None], ahead].masked_fill(~exists[..., None], torch.nan)
     candidates = torch.cat([upcoming, trained[drawn]], dim=2)
-    features = numeric[candidates].masked_fill(torch.rand(b, s, 1, 1) < MISSING_NUMERIC, torch.nan)
+    features = numeric[candidates].masked_fill(torch.rand(b, s, 1, 1, device=device) < MISSING_NUMERIC, torch.nan)
     return Slates(read, candidates, features, batch.contexts[rows, read], exists, labels, log_rate)
 
 
@@ -100,7 +101,8 @@ def read_slates(
     b, s, c = slates.candidates.shape
     fused = model.fuse(slates.numeric, meta[:, :, None], slates.context[:, :, None])
     positions = (slates.read + 1).repeat_interleave(c, dim=1)  # (B, S * C)
-    mask = torch.arange(users.shape[1]) <= slates.read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
+    steps = torch.arange(users.shape[1], device=users.device)
+    mask = steps <= slates.read.repeat_interleave(c, dim=1)[..., None]  # (B, S * C, T + 1)
     hidden = model.hidden(vectors.flatten(1, 2), history, positions, mask[:, None], fused.flatten(1, 2))
-    now = users[torch.arange(b)[:, None], slates.read].view(b * s, 1, -1)
+    now = users[torch.arange(b, device=users.device)[:, None], slates.read].view(b * s, 1, -1)
     return model.dot_logits(now, vectors.view(b * s, c, -1)), hidden.view(b * s, c, -1)

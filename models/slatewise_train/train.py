@@ -1,24 +1,18 @@
-"""Train a ranker: slatewise train models/movielens.toml
-
-You can stop the command at any time; the same command continues after the last whole epoch. It writes three files into
-`build/train/NAME/`: `checkpoint.pt`, `log.csv` with a row for each epoch, and `log.png` with the curves of the log and
-the level of the baselines. At the end it says whether the ranker beats them.
+"""Train a ranker. A training can be stopped at any time, and continues after its last whole epoch.
 
 Every epoch trains the exit `dot` at all positions by sampled softmax. The last `cascade_epochs` train the exits `point`
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-Called by: the command line, `meta/`, `export.py`, `compression/`. Calls: `data.py`, `defaults.py`, `epochs.py`,
-`batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`, `checkpoint.py`, `evaluation/`.
+Called by: `train_command.py`, `loading.py`, `compression/`, `meta/personalization.py`, `demo/simulated/`. Calls:
+`devices.py`, `epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`,
+`evaluation/held_out.py`, `checkpoint.py`, `time_left.py`, `training_log.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +22,23 @@ from torch.nn import functional as F
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise_train import checkpoint
-from slatewise_train.batches import Batch, make_batch
-from slatewise_train.config import Config, ModelConfig, TrainConfig, read_config
-from slatewise_train.data import Data, load_data, training_events
-from slatewise_train.defaults import choose_training
+from slatewise_train.batches import Batch, epoch_windows, make_batch
+from slatewise_train.config import ModelConfig, TrainConfig
+from slatewise_train.data import Data, training_events
+from slatewise_train.devices import choose_bfloat16, describe, moved, wait
 from slatewise_train.epochs import one_epoch
 from slatewise_train.evaluation.held_out import validate
-from slatewise_train.evaluation.leakage import check_leakage
-from slatewise_train.evaluation.report import plot_training
-from slatewise_train.evaluation.trained import TrainingReport
-from slatewise_train.evaluation.verdict import training_warnings
 from slatewise_train.losses import label_loss, log_likelihood, sampling_offset, shared_softmax
 from slatewise_train.new_model import build_model, scale_embeddings
 from slatewise_train.progress import Progress
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.shown import LIST_LOSSES, list_loss, shown_losses
 from slatewise_train.slates import Slates, draw_slates, read_slates
+from slatewise_train.time_left import TimeLeft, time_ratio
+from slatewise_train.training_log import LOG, Row, described, rows_up_to, write_log
 
 CHECKPOINT = "checkpoint.pt"
-LOG_COLUMNS = ["epoch", "seconds", "loss", "dot_hr10", "dot_ndcg10", "point_hr10", "point_ndcg10"]
+CPU = torch.device("cpu")
 
 
 class Trainer:
@@ -55,20 +47,26 @@ class Trainer:
     The id row of an item without training events is that of the unknown item, and no loss has it as a negative. Its
     vector therefore follows from its fields alone.
 
-    model: the config of a new ranker, or a ranker to continue with. Letters in shapes are those of `batches.py`.
+    model: the config of a new ranker, or a ranker to continue with; device: of model, batches and losses. Letters in
+    shapes are those of `batches.py`.
     """
 
-    def __init__(self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig) -> None:
+    def __init__(
+        self, data: Data, model: ModelConfig | RankerModel, config: TrainConfig, device: torch.device = CPU
+    ) -> None:
         torch.manual_seed(config.seed)
         self.data = data
         self.config = config
-        self.device = torch.device("cpu")
+        self.device = device
         self.model = model if isinstance(model, RankerModel) else build_model(data.catalogue, data.config, model)
         self.meta = torch.nn.Embedding(len(data.sequences), self.model.meta_size)
         torch.nn.init.normal_(self.meta.weight, std=0.01)
         if config.embedding_std is not None and not isinstance(model, RankerModel):
             scale_embeddings(self.model, config.embedding_std)
         self.shown = shown_losses(data, config)
+        for part in (self.model, self.meta, *([] if self.shown is None else [self.shown])):
+            part.to(device)  # random numbers of a new model are those of a CPU
+        self.bfloat16, self.precision = choose_bfloat16(config.bfloat16, device, self.model.config.width)
         shown = [] if self.shown is None else self.shown.parameters()
         self.optimizer = torch.optim.AdamW(
             [*self.model.parameters(), *self.meta.parameters(), *shown],
@@ -77,16 +75,19 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.numeric = torch.from_numpy(data.catalogue.numeric)  # (items, F)
+        self.numeric = torch.from_numpy(data.catalogue.numeric).to(device)  # (items, F)
         self.next_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "next"]
         self.label_heads = [k for k, head in enumerate(data.config.heads) if head.kind == "label"]
         known = np.unique(training_events(data.sequences, data.split)[1])
         if self.shown:  # an item that was shown and never chosen is learned from, as a negative
             known = np.union1d(known, self.shown.trained_items())
-        self.trained = torch.from_numpy(known[known >= FIRST_ITEM])  # item rows, ascending
-        rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric))
+        self.trained = torch.from_numpy(known[known >= FIRST_ITEM]).to(device)  # item rows, ascending
+        rows = torch.arange(FIRST_ITEM, len(data.catalogue.numeric), device=device)
         self.untrained = rows[torch.isin(rows, self.trained, invert=True)]
-        self.progress = Progress(config, {"model": self.model, "meta": self.meta}, bool(self.label_heads))
+        weights = {name: part for name, part in self.parts().items() if name != "optimizer"}
+        self.progress = Progress(config, weights, bool(self.label_heads))
+        self.rows: list[Row] = []  # of the log
+        self.time_left: TimeLeft | None = None
 
     @property
     def epoch(self) -> int:
@@ -141,34 +142,38 @@ class Trainer:
         b, s, c = slates.candidates.shape
         slate = slates.exists.shape[2]
         meta = self.meta(batch.users)[:, None].expand(b, s, -1)
-        meta = torch.where(torch.rand(b, s, 1) < 0.5, meta, model.default_meta)
+        meta = torch.where(torch.rand(b, s, 1, device=self.device) < 0.5, meta, model.default_meta)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
         point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
-        rated = hidden[:, :slate]
-        among = torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)  # the next item and the negatives
-        set_rated = point[:, :slate] + model.set_logits(rated, slates.exists.view(b * s, 1, 1, slate))
-        set_among = torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among)
+        # the exits' logits of the slate, and of the next item with the negatives
+        exits_rated, exits_among = [point[:, :slate]], [torch.cat([point[:, :1], point[:, slate:]], dim=1)]
+        if "set" in model.exits:
+            among = torch.cat([hidden[:, :1], hidden[:, slate:]], dim=1)
+            of_slate = model.set_logits(hidden[:, :slate], slates.exists.view(b * s, 1, 1, slate))
+            exits_rated.append(point[:, :slate] + of_slate)
+            # a second concatenation: one tensor for both uses would change the order in which gradients are summed
+            exits_among.append(torch.cat([point[:, :1], point[:, slate:]], dim=1) + model.set_logits(among))
         same = (slates.candidates[..., slate:] == slates.candidates[..., :1]).view(b * s, c - slate)
         offset = sampling_offset(slates.log_rate.view(b * s, c - slate), same)
         labels = slates.labels.view(b * s, slate, -1)
-        loss = torch.zeros(())
-        # a second concatenation: one tensor for both uses would change the order in which gradients are summed
-        for logits in (torch.cat([point[:, :1], point[:, slate:]], dim=1), set_among):
+        loss = dot.new_zeros((), dtype=torch.float32)
+        for logits in exits_among:
             for h in self.next_heads:
                 loss = loss - log_likelihood(logits[..., h], offset).mean()
-        for logits in (point[:, :slate], set_rated, set_among[:, :1]):
+        for logits in (*exits_rated, *(logits[:, :1] for logits in exits_among[1:])):
             for h in self.label_heads if self.shown is None else ():
                 loss = loss + label_loss(logits[..., h], labels[:, : logits.shape[1], h])
         if self.shown is None and self.config.slate_loss in LIST_LOSSES:
-            for logits in (point[:, :slate], set_rated):
+            for logits in exits_rated:
                 for h in self.label_heads:
                     ones = torch.ones_like(labels[..., h])
                     loss = loss + list_loss(self.config.slate_loss, logits[..., h], labels[..., h], ones)
         return loss
 
     def loss(self, batch: Batch, cascade: bool) -> Tensor:
-        """Return the loss of the exit `dot`, or with `cascade` the loss of all exits."""
+        """Return the loss of the exit `dot`, or with `cascade` the loss of all exits. batch: on the CPU."""
+        on_cpu, batch = batch, moved(batch, self.device)
         negatives = self.draw_uniform()
         if cascade or self.shown is not None:
             table = self.model.item_table()
@@ -184,11 +189,12 @@ class Trainer:
         vectors = self.id_dropout(batch.items[before], table, cold_item_vectors)
         history, users = self.model.encode(self.model.tokens(vectors, batch.actions[before], batch.gaps[before]))
         loss = self.dot_loss(batch, users, table, negatives)
-        shown = None if self.shown is None else self.shown.draw(batch)
+        drawn = None if self.shown is None else self.shown.draw(on_cpu)  # it reads numpy tables
+        shown = None if drawn is None else moved(drawn, self.device)
         if self.shown is not None and shown is not None:
             loss = loss + self.shown.dot_loss(self.model, batch, shown, users, table)
         if cascade:
-            rows = torch.randperm(len(batch.users))[: self.config.cascade_windows]
+            rows = torch.randperm(len(batch.users), device=self.device)[: self.config.cascade_windows]
             some = [(key[rows], value[rows]) for key, value in history]
             part = batch.take(rows)
             if self.next_heads or self.shown is None:
@@ -200,23 +206,24 @@ class Trainer:
         return loss
 
     def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
-        """Return the `loss` of a batch of windows (B, 3), in the precision of the config."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+        """Return the `loss` of a batch of windows (B, 3), in the chosen precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.loss(make_batch(self.data.sequences, windows), cascade)
 
     def run_epoch(self, cascade: bool) -> float:
         """Train for one pass over the training events and return the mean loss."""
         self.model.train()
         parameters = list(self.model.parameters())
-        mean = one_epoch(
-            self.config,
-            self.data,
-            self.epoch + 1,
-            self.optimizer,
-            parameters,
-            self.progress.rate,
-            lambda w: self.step_loss(w, cascade),
-        )
+
+        def rate(step: int, steps: int) -> float:
+            if self.time_left is not None:
+                self.time_left.step(step / steps)
+            return self.progress.rate(step, steps)
+
+        def loss(windows: np.ndarray) -> Tensor:
+            return self.step_loss(windows, cascade)
+
+        mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, rate, loss)
         with torch.no_grad():
             ids = self.model.get_parameter("item.weight")
             ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
@@ -246,97 +253,81 @@ class Trainer:
         return parts if self.shown is None else parts | {"shown": self.shown}
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self.identity(), self.parts(), **self.progress.state())
+        """Write a checkpoint, with the rows of the log."""
+        checkpoint.save(path, self.identity(), self.parts(), rows=self.rows, **self.progress.state())
 
     def load(self, path: Path) -> None:
         """Restore a checkpoint: the last weights of a training that continues, the best ones of a finished training.
 
         Raises OSError for an unreadable file, and ValueError for other data, another split or another `[model]`.
         """
-        self.progress.load(
-            checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
-        )
+        state = checkpoint.load(path, self.identity(), self.parts(), "other data, another split or another [model]")
+        self.progress.load(state)
+        self.rows = list(state.get("rows", []))  # a checkpoint of an older version has none
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
+
+    def cascade_cost(self) -> float:
+        """Return how many times as long as another step one with `cascade` takes. Weights and random numbers stay."""
+        config, data = self.config, self.data
+        rng = np.random.default_rng(config.seed)
+        lengths = data.split.train_lengths
+        windows = next(epoch_windows(lengths, data.config.history_length, config.batch_events, rng))
+
+        def step(cascade: bool) -> None:
+            self.step_loss(windows, cascade).backward()
+            self.optimizer.zero_grad()
+            wait(self.device)
+
+        self.model.train()
+        with torch.random.fork_rng([] if self.device.type == "cpu" else [torch.cuda.current_device()]):
+            return time_ratio(step)
 
 
-def load_for_training(config: Config) -> tuple[Data, Config]:
-    """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError."""
-    data = load_data(config.data, config.tables, config.stated)
-    return data, choose_training(
-        config, data.split.train_lengths, len(data.catalogue.vocabulary.items), data.exposures is not None
-    )
-
-
-def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
-    """Load a finished training. Returns it with its config and its folder (default: build/train/NAME).
-
-    Raises ValueError if the training is not finished or has another config, and OSError if there is no checkpoint.
-    """
-    config = read_config(toml)
-    folder = folder or Path("build/train") / config.data.name
-    data, config = load_for_training(config)
-    trainer = Trainer(data, config.model, config.train)
-    trainer.load(folder / CHECKPOINT)
-    if not trainer.progress.finished:
-        raise ValueError(
-            f"trained for {trainer.epoch} of {trainer.config.epochs} epochs: `slatewise train {toml}` continues"
-        )
-    return trainer, config, folder
-
-
-def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path) -> Trainer:
+def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path, device: torch.device = CPU) -> Trainer:
     """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
 
-    The trainer has the best weights if the config has `patience`, otherwise the last ones.
+    The trainer has the best weights if the config has `patience`, otherwise the last ones. Its model is on the CPU.
+    Raises ValueError if another process trains in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(data, model, config)
-    path = folder / CHECKPOINT
-    log = folder / "log.csv"
-    if path.exists():
-        trainer.load(path)
-        print(f"{path}: continuing after epoch {trainer.epoch} of {config.epochs}")
-    progress = trainer.progress
-    progress.join()
-    while not progress.finished:
-        begin = time.perf_counter()
-        cascade = progress.joined is not None
-        loss = trainer.run_epoch(cascade)
-        row = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1), "loss": round(loss, 4)}
-        if trainer.epoch % config.validate_every == 0 or progress.finished:
-            found = trainer.validate(("dot", "point") if cascade else ("dot",))
-            row |= {k: round(v, 4) for k, v in found.items()}
-            if found:
-                progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
-        progress.join()
-        trainer.save(path)
-        new = not log.exists()
-        with log.open("a", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
-        plot_training(log)
-    progress.restore_best()
+    with checkpoint.alone(folder):
+        trainer = Trainer(data, model, config, device)
+        kind = "bfloat16" if trainer.bfloat16 else "float32"
+        print(f"training on {describe(device)}, matrix products in {kind} ({trainer.precision})", flush=True)
+        if (folder / CHECKPOINT).exists():
+            trainer.load(folder / CHECKPOINT)
+            print(f"{folder / CHECKPOINT}: {trainer.progress.resumed()}", flush=True)
+            trainer.rows = rows_up_to(folder / LOG, trainer.epoch, trainer.rows)
+            write_log(folder / LOG, trainer.rows)
+        trainer.progress.join()
+        trainer.time_left = TimeLeft(trainer.progress, trainer.cascade_cost)
+        while not trainer.progress.finished:
+            train_epoch(trainer, folder)
+    trainer.progress.restore_best()
+    trainer.model.cpu()
     return trainer
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="slatewise train",
-        description="Train a ranker. Stop it at any time: the same command continues after the last whole epoch.",
-    )
-    parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
-    parser.add_argument("--folder", type=Path, help="default: build/train/NAME")
-    args = parser.parse_args(argv)
-    config = read_config(args.toml)
-    data, config = load_for_training(config)
-    vocabulary = data.catalogue.vocabulary
-    print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
-    folder = args.folder or Path("build/train") / config.data.name
-    report = TrainingReport(data)
-    report.write_levels(folder)
-    trainer = train(data, config.model, config.train, folder)
-    warnings = training_warnings(config, folder / "log.csv", trainer.model, trainer.progress.joined)
-    verdict = report.verdict(trainer.model, warnings)
-    print("\n".join([verdict.line, *(check.line for check in check_leakage(data) if check.found)]), flush=True)
+def train_epoch(trainer: Trainer, folder: Path) -> None:
+    """Train and validate for one epoch, write checkpoint and log, and print the log's row."""
+    begin = time.perf_counter()
+    progress = trainer.progress
+    cascade = progress.joined is not None
+    loss = trainer.run_epoch(cascade)
+    row: dict[str, float | str] = {"epoch": trainer.epoch, "seconds": round(time.perf_counter() - begin, 1)}
+    row["loss"] = round(loss, 4)
+    if trainer.epoch % trainer.config.validate_every == 0 or progress.finished:
+        found = trainer.validate(("dot", "point") if cascade else ("dot",))
+        row |= {k: round(v, 4) for k, v in found.items()}
+        if found:
+            progress.compare(found["point_ndcg10" if cascade else "dot_ndcg10"])
+    progress.join()
+    trainer.rows.append(row)
+    trainer.save(folder / CHECKPOINT)
+    write_log(folder / LOG, trainer.rows)
+    left = ""
+    if trainer.time_left is not None:
+        trainer.time_left.end_epoch(cascade)
+        left = trainer.time_left.text()
+    print(described(row, left), flush=True)

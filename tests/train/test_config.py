@@ -109,7 +109,7 @@ def test_wrong_name_or_table_is_refused_in_one_line(tmp_path: Path, text: str, m
         ("train", "learning_rate = 50", "must be a number from 1e-08 to 1"),
         ("train", "learning_rate = 0", "must be a number from 1e-08 to 1"),
         ("train", "learning_rate = inf", "must be a number from 1e-08 to 1"),
-        ("train", "bfloat16 = 1", "must be true or false"),
+        ("train", "bfloat16 = 1", 'must be one of "auto", true, false'),
         ("heads.buy", 'kind = "label"\nweight = -1', "must be a number from 0 to 1_000_000.0"),
         ("heads.buy", 'kind = "label"\nweight = nan', "must be a number from 0 to 1_000_000.0"),
         ("items", 'numeric = "price"', 'must be a list of text, for example ["a", "b"]'),

@@ -243,6 +243,18 @@ def test_training_can_overfit_one_batch(few: Data, cascade: bool) -> None:
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), losses
 
 
+def test_ranker_without_exit_set_trains_no_weights_of_it(few: Data) -> None:
+    trainer = Trainer(few, ModelConfig("ligr", SHAPE | {"set_blocks": 0}), SHORT)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.run_epoch(True)
+    same = {name for name, value in trainer.model.named_parameters() if torch.equal(value, before[name])}
+    assert same == {name for name in before if name.startswith("set_")} == {
+        "set_norm.weight", "set_norm.bias", "set_out.weight", "set_out.bias"
+    }  # fmt: skip
+    trained = sum(1 for one in trainer.optimizer.param_groups[0]["params"] if one in trainer.optimizer.state)
+    assert trained == len(before) - len(same) + 1, "and the meta-embeddings"
+
+
 def test_learning_rate_warms_up_and_ends_at_zero(few: Data) -> None:
     progress = Progress(dataclasses.replace(SHORT, learning_rate=1.0, warmup_steps=10, epochs=100), {}, False)
     assert [progress.rate(step, 10**6) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])

@@ -3,7 +3,7 @@
 The curves of a training, the levels of the baselines beside them and the verdict at its end rank the same events: the
 first held-out event of each of `held_out_users`. All of them leave out the same items, see `interactions.hidden_rows`.
 
-Called by: `train.py`, `trained.py`. Calls: `batches.py`, `interactions.py`, `metrics.py`, `sampling.py`, the ranker.
+Called by: `train.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`, `sampling.py`, the ranker.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.batches import Batch, Window, make_batch, served_window_start
 from slatewise_train.data import Data
+from slatewise_train.devices import moved
 from slatewise_train.evaluation.interactions import hidden_rows
 from slatewise_train.evaluation.metrics import gains, hits, ranks_of
 from slatewise_train.evaluation.sampling import held_out_users
@@ -81,11 +82,11 @@ def chunk_ranks(
     model: RankerModel, data: Data, table: Tensor, windows: list[Window], head: int, exits: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
     """Return `held_out_ranks` of the event after each window: (B,) by exit. table: (items, d)."""
-    batch = make_batch(data.sequences, windows)
-    rows = torch.arange(len(windows))
+    batch = moved(make_batch(data.sequences, windows), table.device)
+    rows = torch.arange(len(windows), device=table.device)
     history, encoded = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
     users = encoded[rows, batch.lengths]  # (B, d) after the last event
-    scores = (users @ (table * model.dot_scale[head]).T).numpy()  # (B, items); a bias would change no order
+    scores = (users @ (table * model.dot_scale[head]).T).cpu().numpy()  # (B, items); a bias would change no order
     scores[:, :FIRST_ITEM] = -np.inf
     targets = np.zeros(len(windows), np.int64)
     for row, (user, _, last) in enumerate(windows):
@@ -96,7 +97,7 @@ def chunk_ranks(
     if "point" in exits:
         best = torch.from_numpy(scores).topk(min(RERANKED, len(table) - FIRST_ITEM), dim=1).indices
         best = best.sort(dim=1).values  # ties are in the order of the catalogue
-        point = point_scores(model, data, table, batch, (history, users), best)[..., head].numpy()
+        point = point_scores(model, data, table, batch, (history, users), best)[..., head].cpu().numpy()
         point[np.take_along_axis(scores, best.numpy(), axis=1) == -np.inf] = -np.inf
         found = best.numpy() == targets[:, None]
         ranks["point"] = np.where(found.any(axis=1), ranks_of(point, found.argmax(axis=1)), ranks["dot"])
@@ -112,14 +113,16 @@ def point_scores(
     """
     history, users = encoded
     parts = []
-    longest = batch.items.shape[1]
+    device = table.device
+    places = torch.arange(batch.items.shape[1], device=device)
     for part in torch.arange(len(items)).split(max(1, MOST_CANDIDATES // items.shape[1])):
-        vectors = table[items[part]]  # (b, N, d)
-        numeric = torch.from_numpy(data.catalogue.numeric)[items[part]]
+        numeric = torch.from_numpy(data.catalogue.numeric)[items[part]].to(device)
+        vectors = table[items[part].to(device)]  # (b, N, d)
+        part = part.to(device)
         lengths = batch.lengths[part, None]
         context = batch.contexts[part[:, None], lengths]  # (b, 1, 4)
         fused = model.fuse(numeric, model.default_meta, context)
-        mask = (torch.arange(longest) <= lengths)[:, None, None]  # (b, 1, 1, T + 1)
+        mask = (places <= lengths)[:, None, None]  # (b, 1, 1, T + 1)
         positions = (lengths + 1).expand(-1, items.shape[1])
         state = [(key[part], value[part]) for key, value in history]
         hidden = model.hidden(vectors, state, positions, mask, fused)

@@ -2,7 +2,7 @@
 
 The checks count rows and never name a user, because a report leaves the machine with its bundle.
 
-Called by: `train.py`, `export.py`. Calls: `data.py`.
+Called by: `train_command.py`, `export.py`. Calls: `data.py`.
 """
 
 from __future__ import annotations

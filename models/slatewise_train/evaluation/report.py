@@ -1,6 +1,6 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
-Called by: `train.py`, `trained.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
+Called by: `training_log.py`, `trained.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
 `demo/show.py`. Calls: matplotlib.
 """
 

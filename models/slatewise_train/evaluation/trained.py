@@ -4,7 +4,7 @@ The first held-out event of each of `held_out_users` is ranked in the full catal
 `dot` of the torch model. The curves of the training show the same events. Export measures every exit on the test
 events.
 
-Called by: `train.py`. Calls: `baselines.py`, `held_out.py`, `verdict.py`.
+Called by: `train_command.py`. Calls: `baselines.py`, `held_out.py`, `verdict.py`.
 """
 
 from __future__ import annotations

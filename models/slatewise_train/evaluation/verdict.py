@@ -9,7 +9,7 @@ with a 95 % interval:
 
 The verdict of a ranker is that of its worst table, because a reader relies on each of them.
 
-Called by: `train.py`, `export.py`, `trained.py`. Calls: `metrics.py`, `offline.py`.
+Called by: `train_command.py`, `export.py`, `trained.py`. Calls: `metrics.py`, `offline.py`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ You can stop the command at any time; the same command continues after the last 
 `meta_block.npz`.
 
 Called by: the command line, `refresh.py`, `personalization.py`, `export.py`, `demo/content.py`. Calls: `tasks.py`,
-`checkpoint.py`; `train.py` for the ranker.
+`checkpoint.py`; `loading.py` for the ranker.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from slatewise.inference.arrays import UNKNOWN_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Data, Sequences
+from slatewise_train.loading import load_trainer
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks
 from slatewise_train.rankers.base import RankerModel
-from slatewise_train.train import load_trainer
 
 META_BLOCK = "meta_block.npz"  # in the folder of the training, and in the bundle
 CHECKPOINT = "meta.pt"

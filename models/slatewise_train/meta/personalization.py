@@ -16,7 +16,7 @@ The adapted vector is measured in float16 and int8 too. In every arm the ranker 
 
 Writes report.json, report.md and report.png into `build/personalization/NAME/`.
 
-Called by: the command line. Calls: `train.py`, `limaml.py`, `tasks.py`, `evaluation/`.
+Called by: the command line. Calls: `loading.py`, `train.py`, `limaml.py`, `tasks.py`, `evaluation/`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data
 from slatewise_train.evaluation.metrics import gains, interval, ndcg, ranks_of
 from slatewise_train.evaluation.report import personalization_table, plot_personalization
+from slatewise_train.loading import load_for_training
 from slatewise_train.meta.limaml import MetaLearner, MetaTrainer
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks, point_with
 from slatewise_train.rankers.base import RankerModel
 from slatewise_train.slates import Slates, read_slates
-from slatewise_train.train import load_for_training, train
+from slatewise_train.train import train
 
 LENGTHS = (5, 10, 20, 50)  # events; the last one stands for that many and more
 BATCH = 32  # users

@@ -177,6 +177,9 @@ class Ligr(RankerModel):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if not config.set_blocks:  # bundles and checkpoints have these weights, but no exit reads them
+            self.set_norm.requires_grad_(False)
+            self.set_out.requires_grad_(False)
         for last in (self.point_down, self.set_out):  # before training, every exit gives the logits of `dot`
             nn.init.zeros_(last.weight)
 

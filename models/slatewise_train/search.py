@@ -1,0 +1,346 @@
+"""Search better values for the keys that a TOML leaves out: slatewise train --search 30m my.toml
+
+Candidate 0 has the values of `defaults.py`; each other one changes some of them at random. Successive halving (Jamieson
+and Talwalkar, AISTATS 2016) trains all candidates for a few epochs, keeps the best third, trains these for longer, and
+so on. Candidates compare by NDCG@10 of the exit `dot` on the validation users at equal epochs. The defaults stay to the
+end, so the result is never worse than they are on these users.
+
+A candidate trains as `train` does before its last epochs. The training of the best one therefore continues from its
+checkpoint, and gives the same weights as from its start. `FOLDER/search/` has `search.json`, `search.png` and one
+checkpoint for each candidate that is still in the race; a stopped search continues after the last whole epoch.
+
+Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `train.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from slatewise_train import checkpoint
+from slatewise_train.config import Config
+from slatewise_train.data import Data
+from slatewise_train.evaluation.report import save_figure
+from slatewise_train.search_space import (
+    COST,
+    MOST_CANDIDATES,
+    Values,
+    as_lines,
+    cost,
+    described,
+    draw,
+    plan,
+    rungs_of,
+    stays,
+    with_values,
+)
+from slatewise_train.train import CHECKPOINT, CPU, Trainer
+
+# The state of a search
+
+
+@dataclass
+class Candidate:
+    """The values that a candidate changes, and the rows of its log."""
+
+    values: Values
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    diverged: bool = False
+    stopped: bool = False  # without improvement for `patience` validations: it would begin its last epochs now
+
+    @property
+    def reached(self) -> float:
+        """Epochs after which its score is known; a candidate that ended has a score for any number."""
+        return math.inf if self.diverged or self.stopped else len(self.rows)
+
+    def score(self, epochs: float) -> float:
+        """Return the best NDCG@10 of the first epochs; minus infinity if it diverged."""
+        found = [row["dot_ndcg10"] for row in self.rows if row["epoch"] <= epochs and "dot_ndcg10" in row]
+        return -math.inf if self.diverged else max(found, default=-math.inf)
+
+
+@dataclass
+class State:
+    """The content of `search.json`."""
+
+    identity: str
+    seconds: float  # the budget
+    spent: float = 0.0  # seconds of whole epochs
+    rungs: list[int] = field(default_factory=list)  # planned after the first epochs, which tell their time
+    planned: int = 0  # likely number of candidates without the defaults
+    closed: bool = False  # the first rung takes no more candidates
+    candidates: list[Candidate] = field(default_factory=list)
+    chosen: Values | None = None  # the result of a finished search
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        os.replace(unfinished, path)
+
+
+def read_state(folder: Path) -> State | None:
+    """Read the search in the folder of a training; `None` without one. Raises ValueError for a damaged file."""
+    path = folder / "search" / "search.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return State(**found | {"candidates": [Candidate(**one) for one in found["candidates"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, remove {path.parent}: {error}") from None
+
+
+def apply_found(config: Config, folder: Path) -> Config:
+    """Return the config with the values of the finished search in a training's folder, and print them.
+
+    Values in the TOML stay. Without a finished search the config is returned as it is.
+    """
+    state = read_state(folder)
+    if state is None or state.chosen is None:
+        return config
+    values = {key: value for key, value in state.chosen.items() if key not in config.stated}
+    print(f"found by the search in {folder / 'search'}: {described(values)}", flush=True)
+    return with_values(config, values)
+
+
+# The search
+
+
+def search(data: Data, config: Config, folder: Path, seconds: float, device: torch.device = CPU) -> Config:
+    """Search for the given time, and return the config with the best values.
+
+    The time is kept within one epoch and does not include the full training that follows. A finished search in the
+    folder is not repeated. Raises ValueError if nothing is to be searched or no candidate can be measured, and for a
+    folder with another search, with a training, or in which another process trains.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.alone(folder):
+        state = read_state(folder)
+        if state is not None and state.chosen is not None:
+            print(f"the search in {folder / 'search'} is finished; remove that folder and {CHECKPOINT} to search again")
+            Search(data, config, folder, state, device).hand_over()
+            return apply_found(config, folder)
+        check(data, config, folder)
+        stated = sorted(key for key in config.stated if key.startswith(("model.", "train.")))
+        made = Trainer(data, config.model, config.train).identity()
+        identity = checkpoint.identity((made, config.model, config.train, stated))
+        state = state or State(identity, seconds, candidates=[Candidate(values) for values in draw(config, 1)])
+        if state.identity != identity:
+            raise ValueError(
+                f"{folder / 'search'} belongs to other data or another TOML: remove it or use another --folder"
+            )
+        state.seconds = seconds
+        return Search(data, config, folder, state, device).run()
+
+
+def check(data: Data, config: Config, folder: Path) -> None:
+    """Raise ValueError if no search is possible."""
+    if (folder / CHECKPOINT).exists():
+        raise ValueError(f"{folder / CHECKPOINT} is a training: --search needs another --folder, or remove that file")
+    if all(head.kind != "next" for head in config.data.heads) or not len(data.split.next_users):
+        raise ValueError(
+            "--search compares the next item of validation users: it needs a head of kind next, and [split] "
+            "validation_users above 0; or leave out --search"
+        )
+    if config.train.epochs <= max(1, config.train.cascade_epochs):
+        raise ValueError(
+            f"--search compares the epochs before the last ones, and epochs = {config.train.epochs} has none: state "
+            "more [train] epochs, or leave out --search"
+        )
+
+
+class Search:
+    """A search that goes on from its state. Its folder is `search` in that of the training."""
+
+    def __init__(self, data: Data, config: Config, folder: Path, state: State, device: torch.device) -> None:
+        self.data, self.config, self.training, self.state, self.device = data, config, folder, state, device
+        self.folder = folder / "search"
+        self.now = perf_counter()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left. The time since the last call counts as spent."""
+        before, self.now = self.now, perf_counter()
+        self.state.spent += self.now - before
+        return self.state.seconds - self.state.spent
+
+    def run(self) -> Config:
+        """Train the candidates rung by rung until one rung is the last or the time is up."""
+        racing, epochs = self.race()
+        candidates = self.state.candidates
+        best = max(racing, key=lambda number: (candidates[number].score(epochs), -number))
+        self.state.chosen = candidates[best].values
+        self.state.save(self.folder / "search.json")
+        plot(candidates, best, self.folder / "search.png")
+        scores = [candidates[number].score(epochs) for number in (best, 0)]
+        epochs = min(epochs, len(candidates[best].rows))
+        compared = f"NDCG@10 {scores[0]:.4f} in {epochs} epochs against {scores[1]:.4f} of the defaults"
+        if best:
+            print(f"candidate {best} of {len(candidates)} is the best, {compared}. As lines of a TOML:")
+            print(as_lines(self.state.chosen), flush=True)
+        else:
+            print(f"no candidate of {len(candidates)} is better than the defaults", flush=True)
+        self.hand_over()
+        return with_values(self.config, self.state.chosen)
+
+    def race(self) -> tuple[list[int], float]:
+        """Run the rungs. Returns the numbers of the candidates that are left, and the epochs to compare them by."""
+        state = self.state
+        if not state.rungs:
+            last = self.config.train.epochs - max(1, self.config.train.cascade_epochs)
+            rungs = rungs_of(last, self.config.train.validate_every)
+            if not self.advance(0, rungs[0]):
+                return [0], rungs[0]
+            state.planned, state.rungs = plan(rungs, state.seconds / self.price([0]))
+            print(f"search: about {1 + state.planned} candidates, compared after the epochs {state.rungs}")
+        racing: list[int] = []
+        for rung, epochs in enumerate(state.rungs):
+            done: list[int] = []
+            for number in racing if rung else self.entrants():
+                if not self.advance(number, epochs):
+                    return self.in_time(rung, racing, done)
+                done.append(number)
+                if rung == 0:  # most candidates of a large first rung need no checkpoint for long
+                    self.drop(set(done) - set(self.best_of(done, rung)))
+            racing = self.best_of(done, rung)
+            self.drop(set(done) - set(racing))
+            plot(state.candidates, None, self.folder / "search.png")
+            if len(racing) == 1:
+                return racing, epochs
+        return racing, state.rungs[-1]
+
+    def entrants(self) -> Iterator[int]:
+        """Yield the candidates of the first rung: new ones as long as enough time is left for the later rungs."""
+        candidates, rungs = self.state.candidates, self.state.rungs
+        for number, values in enumerate(draw(self.config, MOST_CANDIDATES)):
+            if number == len(candidates):
+                default, other = self.price([0]), self.price(range(1, number)) or COST * self.price([0])
+                # The time of the plan, less that of the candidates before this one.
+                needed = default * cost(number, rungs, other / default) - (default + (number - 1) * other) * rungs[0]
+                if self.state.closed or self.left < needed:
+                    break
+                candidates.append(Candidate(values))
+            yield number
+        self.state.closed = True
+
+    def price(self, numbers: Iterable[int]) -> float:
+        """Return the mean seconds of an epoch of some candidates; 0 without epochs."""
+        seconds = [row["seconds"] for number in numbers for row in self.state.candidates[number].rows]
+        return sum(seconds) / len(seconds) if seconds else 0.0
+
+    def in_time(self, rung: int, racing: list[int], done: list[int]) -> tuple[list[int], float]:
+        """Return the candidates to compare, and by how many epochs, if the time is up in a rung.
+
+        A candidate that began the first rung and did not end it is left out.
+        """
+        compared = (done or [0]) if rung == 0 else racing
+        return compared, min(self.state.candidates[number].reached for number in compared)
+
+    def best_of(self, numbers: Iterable[int], rung: int) -> list[int]:
+        """Return the candidates that stay after a rung: the defaults, and the best of the others."""
+        state = self.state
+        others = [number for number in numbers if number and not state.candidates[number].diverged]
+        others.sort(key=lambda number: -state.candidates[number].score(state.rungs[rung]))
+        count = len(state.candidates) - 1
+        if not state.closed:  # the first rung may take more candidates than planned, and then more of them stay
+            count = 2 * max(state.planned, count)
+        return [0, *sorted(others[: stays(count, rung + 1)])]
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Remove the checkpoints of candidates that cannot win."""
+        for number in numbers:
+            shutil.rmtree(self.folder / str(number), ignore_errors=True)
+
+    def open(self, number: int) -> Trainer:
+        """Return the trainer of a candidate, after its last whole epoch."""
+        candidate = self.state.candidates[number]
+        config = with_values(self.config, candidate.values)
+        trainer = Trainer(self.data, config.model, config.train, self.device)
+        if (self.folder / str(number) / CHECKPOINT).exists():
+            trainer.load(self.folder / str(number) / CHECKPOINT)
+        candidate.rows = candidate.rows[: trainer.epoch]  # an epoch that was not saved is repeated
+        return trainer
+
+    def advance(self, number: int, epochs: int) -> bool:
+        """Train a candidate up to an epoch, or until it ends by itself. Returns False if the time is up before."""
+        candidate = self.state.candidates[number]
+        if candidate.reached >= epochs:
+            return True
+        trainer = self.open(number)
+        while candidate.reached < epochs:
+            if self.left <= 0:
+                return False
+            self.run_epoch(trainer, candidate, epochs)
+            # First the state: if the process ends before the checkpoint is written, the epoch is repeated.
+            left = self.left
+            self.state.save(self.folder / "search.json")
+            trainer.save(self.folder / str(number) / CHECKPOINT)
+        score = "diverged" if candidate.diverged else f"NDCG@10 {candidate.score(epochs):.4f}"
+        print(
+            f"search: candidate {number} ({described(candidate.values)}): epoch {len(candidate.rows)}, {score}, "
+            f"{max(0.0, left) / 60:.1f} minutes left",
+            flush=True,
+        )
+        return True
+
+    def run_epoch(self, trainer: Trainer, candidate: Candidate, epochs: int) -> None:
+        """Train a candidate for one epoch as `train` does before the last epochs, and add a row to its log.
+
+        The end of a rung is validated too. Only the validations of `train` count for its patience.
+        """
+        begin = perf_counter()
+        loss = trainer.run_epoch(cascade=False)
+        row: dict[str, Any] = {"epoch": trainer.epoch, "loss": round(loss, 4) if math.isfinite(loss) else None}
+        # Weights that are not numbers would rank every item first.
+        finite = math.isfinite(loss) and all(bool(value.isfinite().all()) for value in trainer.model.parameters())
+        due = trainer.epoch % self.config.train.validate_every == 0
+        if finite and (due or trainer.epoch == epochs):
+            found = trainer.validate(("dot",))
+            row |= {name: round(value, 6) for name, value in found.items()}
+            if due:
+                trainer.progress.compare(found["dot_ndcg10"])
+        candidate.rows.append(row | {"seconds": round(perf_counter() - begin, 6)})
+        candidate.diverged = not finite
+        candidate.stopped = trainer.progress.stopped
+
+    def hand_over(self) -> None:
+        """Give the training the checkpoint of the chosen candidate with its log, and remove those of the search."""
+        for number, candidate in enumerate(self.state.candidates):
+            chosen = candidate.values == self.state.chosen and not candidate.diverged
+            if chosen and (self.folder / str(number)).exists() and not (self.training / CHECKPOINT).exists():
+                trainer = self.open(number)
+                rounded = [{name: round(value, 4) for name, value in row.items()} for row in candidate.rows]
+                trainer.rows = [row | {"seconds": round(row["seconds"], 1)} for row in rounded]
+                trainer.save(self.training / CHECKPOINT)
+        self.drop(range(len(self.state.candidates)))
+
+
+def plot(candidates: list[Candidate], best: int | None, path: Path) -> None:
+    """Plot NDCG@10 over the epochs, a line for each candidate; the defaults and the best one are thick."""
+    figure = Figure(figsize=(8, 5))
+    axis = figure.subplots()
+    for number, candidate in enumerate(candidates):
+        rows = [row for row in candidate.rows if "dot_ndcg10" in row]
+        points = [row["epoch"] for row in rows], [row["dot_ndcg10"] for row in rows]
+        style: dict[str, Any] = {"color": "0.75", "linewidth": 1}
+        if number in (0, best):
+            name = f"candidate {number}: {described(candidate.values)}" if number else "the defaults"
+            name += " (best)" if number == best else ""
+            style = {"color": "C1" if number == best else "C0", "linewidth": 2.5, "zorder": 3, "label": name}
+        axis.plot(*points, marker=".", **style)
+    axis.set(xlabel="epoch", ylabel="NDCG@10, validation users, full catalogue", ylim=(0, None))
+    axis.set_title(f"{len(candidates)} candidates")
+    axis.legend(fontsize="x-small")
+    save_figure(figure, path, dpi=110)
