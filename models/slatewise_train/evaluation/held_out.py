@@ -3,7 +3,8 @@
 The curves of a training, the levels of the baselines beside them and the verdict at its end rank the same events: the
 first held-out event of each of `held_out_users`. All of them leave out the same items, see `interactions.hidden_rows`.
 
-Called by: `train.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`, `sampling.py`, the ranker.
+Called by: `train.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`, `sampling.py`,
+and the ranker.
 """
 
 from __future__ import annotations
