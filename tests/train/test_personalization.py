@@ -12,13 +12,16 @@ import torch
 from slatewise_train.batches import epoch_windows
 from slatewise_train.data import Data, split_sequences, training_events
 from slatewise_train.evaluation.report import ARM_METRICS, personalization_table, plot_personalization
+from slatewise_train.meta import personalization
 from slatewise_train.meta.limaml import MetaTrainer
 from slatewise_train.meta.personalization import (
     LENGTHS,
     Comparison,
+    NextEvents,
     cases_of,
     compare_lengths,
     fit_vectors,
+    next_gains,
     sign_flip,
 )
 from tests.conftest import Tiny
@@ -107,3 +110,10 @@ def test_report_has_every_arm_and_a_plot(tmp_path: Path) -> None:
     assert table.count("\n") == 2 * 3 + 1 and "| 50+ | 40 | adapted |" in table and "-0.25000" in table
     plot_personalization(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5_000
+
+
+def test_scores_that_are_not_numbers_have_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(personalization, "point_with", lambda *_: torch.full((2, 1, 5, 1), torch.nan))
+    seen = [np.array([1]), np.array([3])]
+    events = NextEvents(torch.zeros(2, 5, 3), torch.zeros(2, 5, 1), torch.tensor([0, 3]), seen)
+    assert next_gains(None, 0, events, torch.zeros(2, 4)).tolist() == [0, 0]  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ The curves of a training, the levels of the baselines beside them and the verdic
 first held-out event of each of `held_out_users`. All of them leave out the same items, see `interactions.hidden_rows`.
 
 Called by: `train.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`, `sampling.py`,
-and the ranker.
+tqdm, and the ranker.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train.batches import Batch, Window, make_batch, served_window_start
@@ -59,7 +60,7 @@ def held_out_ranks(
     ranks = {exit: np.zeros(len(users), np.int64) for exit in exits}
     firsts = [served_window_start(length, data.config.history_length) for length in lengths.tolist()]
     windows = list(zip(users.tolist(), firsts, lengths.tolist(), strict=True))
-    for rows in chunks(windows, len(table)):
+    for rows in tqdm(list(chunks(windows, len(table))), desc="validation", leave=False, mininterval=1):
         for exit, found in chunk_ranks(model, data, table, [windows[row] for row in rows], head, exits).items():
             ranks[exit][rows] = found
     return ranks
