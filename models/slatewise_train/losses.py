@@ -30,12 +30,16 @@ class SharedSoftmax(torch.autograd.Function):
         ctx: Any, users: Tensor, positive: Tensor, sampled: Tensor, target: Tensor, negatives: Tensor
     ) -> Tensor:
         total = positive.new_zeros((), dtype=torch.float32)
-        slopes = [torch.zeros_like(value, dtype=torch.float32) for value in (users, positive, sampled)]
+        slopes = [torch.empty_like(value, dtype=torch.float32) for value in (users, positive)]
+        slopes.append(torch.zeros_like(sampled, dtype=torch.float32))
         chunk = max(1, CHUNK_LOGITS // len(negatives)) if users.device.type == "cpu" else max(1, len(users))
-        for first in range(0, len(users), chunk):
+        rows, columns = equal_pairs(target, negatives)
+        edges = torch.searchsorted(rows, torch.arange(0, len(users) + chunk, chunk, device=rows.device)).tolist()
+        for k, first in enumerate(range(0, len(users), chunk)):
             part = slice(first, first + chunk)
+            same = slice(edges[k], edges[k + 1])
             logits = (users[part] @ sampled.T).float()
-            logits.masked_fill_(target[part, None] == negatives, -torch.inf)
+            logits[rows[same] - first, columns[same]] = -torch.inf
             most = logits.amax(1, keepdim=True).clamp(min=LEAST_LOGIT)  # all of them may be the positive item
             shares = logits.sub_(most).exp_()
             sums = shares.sum(1)
@@ -54,6 +58,17 @@ class SharedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slopes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*((slope * gradients[0]).to(dtype) for slope, dtype in slopes), None, None)
+
+
+def equal_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places (n,) and (n,) of equal integers in left (P,) and right (K,), ascending by the place in left."""
+    ordered, order = right.sort()
+    begin = torch.searchsorted(ordered, left)
+    count = torch.searchsorted(ordered, left, right=True) - begin
+    rows = torch.repeat_interleave(torch.arange(len(left), device=left.device), count)
+    start = count.cumsum(0) - count
+    places = torch.arange(len(rows), device=left.device) + (begin - start).repeat_interleave(count)
+    return rows, order[places]
 
 
 def shared_softmax(users: Tensor, positive: Tensor, sampled: Tensor, target: Tensor, negatives: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ class Trainer:
     def id_dropout(self, items: Tensor, table: Tensor, cold_item_vectors: Tensor) -> Tensor:
         """Look up item rows (...) -> vectors (..., d). A random share of the items gets the vector of an unknown id."""
         hidden = (torch.rand(items.shape, device=self.device) < self.config.id_dropout) & (items >= FIRST_ITEM)
+        if not self.model.config.fields:  # then all unknown items have the vector of row 0
+            return F.embedding(items.masked_fill(hidden, UNKNOWN_ITEM), table)
         return F.embedding(items + hidden * len(table), torch.cat([table, cold_item_vectors]))
 
     def draw_uniform(self) -> Tensor:

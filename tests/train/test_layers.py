@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slatewise_train.rankers.layers import Dropout, apply_together, rotate
+from slatewise_train.rankers.layers import Dropout, apply_together, gated_update, rotate
 
 torch.set_num_threads(1)
 
@@ -90,3 +90,42 @@ def test_layers_applied_together_equal_single_layers() -> None:
     assert len(seen) == 1, "a layer with a hook is called"
     layers[0] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 4))
     torch.testing.assert_close(apply_together(x, layers)[0], layers[0](x))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (4, 7, 33)])
+@pytest.mark.parametrize("training", [True, False])
+def test_gated_update_and_gradients_equal_the_slow_form(
+    share: float, shape: tuple[int, int, int], training: bool
+) -> None:
+    torch.manual_seed(1)
+    dropout = Dropout(share).train(training)
+    found_from, slow_from = ([torch.randn(shape, requires_grad=True) for _ in range(3)] for _ in range(2))
+    for mine, other in zip(found_from, slow_from, strict=True):
+        other.data.copy_(mine.data)
+    torch.manual_seed(2)
+    found = gated_update(*found_from, dropout)
+    torch.manual_seed(2)
+    x, update, gate = slow_from
+    slow = x + dropout(update) * torch.sigmoid(gate)
+    torch.testing.assert_close(found, slow)
+    weight = torch.randn(shape)
+    for mine, other in zip(
+        torch.autograd.grad((found * weight).sum(), found_from), torch.autograd.grad((slow * weight).sum(), slow_from),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mine, other)
+
+
+def test_factors_of_dropout_are_zero_or_the_scale() -> None:
+    torch.manual_seed(0)
+    for share in (0.2, 0.9, 2**-16):
+        factors = Dropout(share).draw(torch.Size([40, 50, 50]))
+        least = round(share * 2**16)
+        scale = torch.tensor(2**16 / (2**16 - least))
+        assert ((factors == 0) | (factors == scale)).all()
+        assert (factors == 0).float().mean().item() == pytest.approx(share, abs=0.01)
+    torch.manual_seed(3)
+    words = torch.empty(250, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.2).draw(torch.Size([1000])) > 0, words >= round(0.2 * 2**16) - 2**15)

@@ -283,3 +283,13 @@ def test_exits_of_an_untrained_model_are_equal() -> None:
     fresh = Ligr(LigrConfig(ITEMS, ACTIONS, {}, NUMERIC, HEADS, width=8), {}, torch.zeros(2), torch.ones(2)).eval()
     hidden = torch.randn(1, 5, 8)
     assert not fresh.point_logits(hidden).any() and not fresh.set_logits(hidden).any()
+
+
+@pytest.mark.parametrize("events", [3, 400])
+def test_tokens_of_few_and_many_events_are_equal_sums(events: int) -> None:
+    model = make_model().eval()
+    actions = torch.randint(len(model.action.weight), (2, events))
+    gaps = torch.randint(len(model.gap.weight), (2, events))
+    items = torch.randn(2, events, model.config.width)
+    found = model.tokens(items, actions, gaps)
+    assert torch.equal(found, items + (model.action.weight[actions] + model.gap.weight[gaps]))

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from slatewise_train.losses import label_loss, label_losses, log_likelihood, sampling_offset, shared_softmax
+from slatewise_train.losses import (
+    equal_pairs,
+    label_loss,
+    label_losses,
+    log_likelihood,
+    sampling_offset,
+    shared_softmax,
+)
 from slatewise_train.slates import draw_negatives
 
 
@@ -81,3 +88,14 @@ def test_draw_negatives_is_half_uniform_half_by_dot() -> None:
     expected[3] = 0.55
     torch.testing.assert_close(share, expected, rtol=0, atol=0.02)
     torch.testing.assert_close(log_rate[0, 0].exp(), (20_000 * expected)[drawn[0, 0]], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 5), (5, 0), (1, 1), (300, 40)])
+def test_equal_pairs_are_those_of_the_whole_comparison(left: int, right: int) -> None:
+    torch.manual_seed(left)
+    mine, others = torch.randint(9, (left,)), torch.randint(9, (right,))
+    rows, columns = equal_pairs(mine, others)
+    assert (rows.diff() >= 0).all()
+    found = set(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert len(found) == len(rows)
+    assert found == set(map(tuple, (mine[:, None] == others).nonzero().tolist()))

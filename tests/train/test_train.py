@@ -214,6 +214,25 @@ def test_loss_from_rows_of_the_batch_equals_the_whole_table(few: Data) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fields", [True, False])
+def test_hidden_items_are_read_as_unknown_ones(few: Data, fields: bool) -> None:
+    data = few
+    if not fields:
+        vocabulary = dataclasses.replace(few.catalogue.vocabulary, fields={})
+        catalogue = dataclasses.replace(few.catalogue, vocabulary=vocabulary, field_values={})
+        data = dataclasses.replace(few, catalogue=catalogue)
+    trainer = Trainer(data, MODEL, dataclasses.replace(SHORT, id_dropout=0.5))
+    table = trainer.model.item_table()
+    cold = trainer.model.cold_item_vectors(table)
+    items = torch.randint(0, len(table), (7, 30))
+    torch.manual_seed(0)
+    found = trainer.id_dropout(items, table, cold)
+    torch.manual_seed(0)
+    hidden = (torch.rand(items.shape) < 0.5) & (items >= FIRST_ITEM)
+    assert 0 < hidden.sum() < (items >= FIRST_ITEM).sum()
+    torch.testing.assert_close(found, torch.where(hidden[..., None], cold[items], table[items]))
+
+
 @pytest.mark.parametrize("cascade", [False, True])
 def test_training_can_overfit_one_batch(few: Data, cascade: bool) -> None:
     torch.manual_seed(0)

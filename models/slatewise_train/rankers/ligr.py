@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config_values import number
 from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
-from slatewise_train.rankers.layers import Dropout, apply_together, rotate
+from slatewise_train.rankers.layers import Dropout, apply_together, gated_update, rotate
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Block(nn.Module):
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
         )
         read = self.out(read.transpose(1, 2).flatten(2))
-        x = x + self.dropout(read) * torch.sigmoid(self.attention_gate(x))
+        x = gated_update(x, read, self.attention_gate(x), self.dropout)
         fed = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
-        return x + self.dropout(fed) * torch.sigmoid(self.feed_forward_gate(x))
+        return gated_update(x, fed, self.feed_forward_gate(x), self.dropout)
 
 
 class Ligr(RankerModel):
@@ -253,7 +253,10 @@ class Ligr(RankerModel):
         return copy.eval()
 
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
-        return self.dropout(item_vectors + self.action(actions) + self.gap(gaps))  # (B, T, d)
+        if len(self.action.weight) * GAP_BUCKETS > actions.numel():
+            return self.dropout(item_vectors + (self.action(actions) + self.gap(gaps)))  # (B, T, d)
+        sums = self.action.weight[:, None] + self.gap.weight  # one look-up instead of two, and the same sums
+        return self.dropout(item_vectors + F.embedding(actions * GAP_BUCKETS + gaps, sums.flatten(0, 1)))
 
     def encode(self, x: Tensor) -> tuple[EncodedHistory, Tensor]:
         positions = torch.arange(x.shape[1], device=x.device)
