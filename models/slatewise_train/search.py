@@ -253,7 +253,9 @@ class Search:
         state = self.state
         others = [number for number in numbers if number and not state.candidates[number].diverged]
         others.sort(key=lambda number: -state.candidates[number].score(state.rungs[rung]))
-        count = len(state.candidates) - 1 if state.closed else max(state.planned, len(state.candidates) - 1)
+        count = len(state.candidates) - 1
+        if not state.closed:  # the first rung may take more candidates than planned, and then more of them stay
+            count = 2 * max(state.planned, count)
         return [0, *sorted(others[: stays(count, rung + 1)])]
 
     def drop(self, numbers: Iterable[int]) -> None:

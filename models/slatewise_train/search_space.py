@@ -40,14 +40,14 @@ def one_of(*values: Any) -> Callable[[np.random.Generator, Any], Any]:
     return lambda rng, _: values[rng.integers(len(values))]
 
 
-# How a candidate changes a key: (random numbers, default) -> value
+# How a candidate changes a key: (random numbers, default) -> value. The size of the batch is not searched: candidates
+# compare at equal epochs, and a smaller batch has more steps in them, for more time.
 SPACE: dict[str, Callable[[np.random.Generator, Any], Any]] = {
     "model.width": times(0.5, 2),
     "model.blocks": one_of(1, 2, 3),
     "model.feed_forward": one_of(1, 2, 4),
     "model.dropout": lambda rng, value: round(min(0.8, max(0.0, value + rng.uniform(-0.2, 0.2))), 2),
     "train.learning_rate": scaled(3),
-    "train.batch_events": times(0.5, 2),
     "train.negatives": times(0.25, 0.5, 2, 4),
     "train.weight_decay": lambda rng, _: float(f"{10 ** rng.uniform(-4, -1):.2g}"),
     "train.id_dropout": one_of(0.0, 0.02, 0.05, 0.1, 0.2),
@@ -118,10 +118,6 @@ def draw(config: Config, count: int) -> list[Values]:
             break
         keys = [key for key in free if rng.random() < CHANGED]
         values = {key: SPACE[key](rng, value_of(config, key)) for key in keys}
-        if "train.batch_events" in values and "train.learning_rate" in free:  # by the root of the batch, as by default
-            rate = values.get("train.learning_rate", config.train.learning_rate)
-            factor = (values["train.batch_events"] / config.train.batch_events) ** 0.5
-            values["train.learning_rate"] = float(f"{rate * factor:.3g}")
         values = {key: value for key, value in values.items() if value != value_of(config, key)}
         if values not in drawn and fits(config, values):
             drawn.append(values)

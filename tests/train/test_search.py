@@ -167,17 +167,6 @@ def test_longer_draw_begins_with_the_shorter_one(loaded: tuple[Data, Config]) ->
     assert draw(other, 7)[1:] != draw(config, 7)[1:]
 
 
-def test_rate_of_a_candidate_follows_its_batch(loaded: tuple[Data, Config]) -> None:
-    config = dataclasses.replace(
-        loaded[1], stated=frozenset(SPACE.keys() - {"train.batch_events", "train.learning_rate"})
-    )
-    base = config.train
-    for values in draw(config, 30)[1:]:
-        assert "train.learning_rate" in values, "pasted into a TOML, the batch alone would change the default rate"
-        root = (values.get("train.batch_events", base.batch_events) / base.batch_events) ** 0.5
-        assert 0.32 < values["train.learning_rate"] / base.learning_rate / root < 3.1
-
-
 def test_few_possible_values_give_few_candidates(loaded: tuple[Data, Config]) -> None:
     config = dataclasses.replace(loaded[1], stated=frozenset(SPACE.keys() - {"model.blocks"}))
     assert len(draw(config, 50)) == 3, "one, two or three blocks"
