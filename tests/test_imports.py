@@ -183,6 +183,7 @@ TRAINING_LEVELS = (
     "training_log",
     "train",
     "search_space",
+    "search_state",
     "search",
     "loading",
     "train_command",

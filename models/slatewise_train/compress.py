@@ -183,5 +183,5 @@ def open_source(folder: Path, toml: Path | None, most_users: int | None) -> Sour
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
-    data, config = load_for_training(config)
+    data, config = load_for_training(config, Path("build/train") / config.data.name)
     return Source(folder, data, config.train, most_users)

@@ -111,6 +111,8 @@ def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool
         "embedding_std": (EMBEDDING_STD, "small vectors learn faster"),
         "cascade_draw": ("log", "short histories as well as long ones"),
     }
+    if "train.warmup_steps" in config.stated:  # it replaces the share
+        del train["warmup"]
     return dataclasses.replace(
         config,
         model=ModelConfig(config.model.family, shape),

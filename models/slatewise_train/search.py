@@ -3,24 +3,22 @@
 Candidate 0 has the values of `defaults.py`; each other one changes some of them at random. Successive halving (Jamieson
 and Talwalkar, AISTATS 2016) trains all candidates for a few epochs, keeps the best third, trains these for longer, and
 so on. Candidates compare by NDCG@10 of the exit `dot` on the validation users at equal epochs. The defaults stay to the
-end, so the result is never worse than they are on these users.
+end, and another candidate must beat them by more than the noise of these users: the best of many looks better than it
+is.
 
 A candidate trains as `train` does before its last epochs. The training of the best one therefore continues from its
 checkpoint, and gives the same weights as from its start. `FOLDER/search/` has `search.json`, `search.png` and one
 checkpoint for each candidate that is still in the race; a stopped search continues after the last whole epoch.
 
-Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `train.py`.
+Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `search_state.py`,
+`train.py`, `evaluation/held_out.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,11 +29,11 @@ from matplotlib.figure import Figure
 from slatewise_train import checkpoint
 from slatewise_train.config import Config
 from slatewise_train.data import Data
+from slatewise_train.evaluation.held_out import held_out_gains
 from slatewise_train.evaluation.report import save_figure
 from slatewise_train.search_space import (
     COST,
     MOST_CANDIDATES,
-    Values,
     as_lines,
     cost,
     described,
@@ -45,61 +43,10 @@ from slatewise_train.search_space import (
     stays,
     with_values,
 )
+from slatewise_train.search_state import Candidate, State, read_state
 from slatewise_train.train import CHECKPOINT, CPU, Trainer
 
-# The state of a search
-
-
-@dataclass
-class Candidate:
-    """The values that a candidate changes, and the rows of its log."""
-
-    values: Values
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    diverged: bool = False
-    stopped: bool = False  # without improvement for `patience` validations: it would begin its last epochs now
-
-    @property
-    def reached(self) -> float:
-        """Epochs after which its score is known; a candidate that ended has a score for any number."""
-        return math.inf if self.diverged or self.stopped else len(self.rows)
-
-    def score(self, epochs: float) -> float:
-        """Return the best NDCG@10 of the first epochs; minus infinity if it diverged."""
-        found = [row["dot_ndcg10"] for row in self.rows if row["epoch"] <= epochs and "dot_ndcg10" in row]
-        return -math.inf if self.diverged else max(found, default=-math.inf)
-
-
-@dataclass
-class State:
-    """The content of `search.json`."""
-
-    identity: str
-    seconds: float  # the budget
-    spent: float = 0.0  # seconds of whole epochs
-    rungs: list[int] = field(default_factory=list)  # planned after the first epochs, which tell their time
-    planned: int = 0  # likely number of candidates without the defaults
-    closed: bool = False  # the first rung takes no more candidates
-    candidates: list[Candidate] = field(default_factory=list)
-    chosen: Values | None = None  # the result of a finished search
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=1))
-        os.replace(unfinished, path)
-
-
-def read_state(folder: Path) -> State | None:
-    """Read the search in the folder of a training; `None` without one. Raises ValueError for a damaged file."""
-    path = folder / "search" / "search.json"
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-        return State(**found | {"candidates": [Candidate(**one) for one in found["candidates"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, remove {path.parent}: {error}") from None
+SURE = 1.645  # standard errors; equal rankers differ by more in one of twenty comparisons
 
 
 def apply_found(config: Config, folder: Path) -> Config:
@@ -108,14 +55,14 @@ def apply_found(config: Config, folder: Path) -> Config:
     Values in the TOML stay. Without a finished search the config is returned as it is.
     """
     state = read_state(folder)
-    if state is None or state.chosen is None:
+    if state is None:
+        return config
+    if state.chosen is None:
+        print(f"{folder / 'search'} is not finished: its values are not used; --search continues it", flush=True)
         return config
     values = {key: value for key, value in state.chosen.items() if key not in config.stated}
     print(f"found by the search in {folder / 'search'}: {described(values)}", flush=True)
     return with_values(config, values)
-
-
-# The search
 
 
 def search(data: Data, config: Config, folder: Path, seconds: float, device: torch.device = CPU) -> Config:
@@ -180,20 +127,34 @@ class Search:
         """Train the candidates rung by rung until one rung is the last or the time is up."""
         racing, epochs = self.race()
         candidates = self.state.candidates
-        best = max(racing, key=lambda number: (candidates[number].score(epochs), -number))
+        first = max(racing, key=lambda number: (candidates[number].score(epochs), -number))
+        best = first if first and self.beats_defaults(first) else 0
         self.state.chosen = candidates[best].values
         self.state.save(self.folder / "search.json")
         plot(candidates, best, self.folder / "search.png")
-        scores = [candidates[number].score(epochs) for number in (best, 0)]
-        epochs = min(epochs, len(candidates[best].rows))
+        scores = [candidates[number].score(epochs) for number in (first, 0)]
+        epochs = min(epochs, len(candidates[first].rows))
         compared = f"NDCG@10 {scores[0]:.4f} in {epochs} epochs against {scores[1]:.4f} of the defaults"
         if best:
             print(f"candidate {best} of {len(candidates)} is the best, {compared}. As lines of a TOML:")
             print(as_lines(self.state.chosen), flush=True)
+        elif first:
+            print(f"the defaults stay: candidate {first} is best, but not clearly better, {compared}", flush=True)
         else:
             print(f"no candidate of {len(candidates)} is better than the defaults", flush=True)
         self.hand_over()
         return with_values(self.config, self.state.chosen)
+
+    def beats_defaults(self, number: int) -> bool:
+        """Return whether a candidate beats the defaults clearly: by SURE standard errors of NDCG@10, paired by user."""
+        head = next(k for k, head in enumerate(self.data.config.heads) if head.kind == "next")
+        gains = []
+        for one in (number, 0):
+            trainer = self.open(one)
+            trainer.progress.restore_best()
+            gains.append(held_out_gains(trainer.model, self.data, head))
+        difference = gains[0] - gains[1]
+        return bool(difference.mean() > SURE * difference.std() / len(difference) ** 0.5)
 
     def race(self) -> tuple[list[int], float]:
         """Run the rungs. Returns the numbers of the candidates that are left, and the epochs to compare them by."""

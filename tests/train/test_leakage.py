@@ -90,3 +90,8 @@ def test_checks_name_no_user() -> None:
 
 def test_checks_of_data_without_test_events_are_empty() -> None:
     assert set(found(make_data({"u": ["a"], "v": ["b"]}, [])).values()) == {0}
+
+
+def test_tables_without_times_have_no_leak_in_time() -> None:
+    data = at_times(make_data(CLEAN, list("abcde")), [float("nan")] * 8)
+    assert set(found(data).values()) == {0}

@@ -24,7 +24,7 @@ from slatewise_train import training_log
 from slatewise_train.config import Config, ModelConfig, read_config
 from slatewise_train.data import Data
 from slatewise_train.loading import load_for_training, load_trainer
-from slatewise_train.search import State, apply_found, plot, read_state, search
+from slatewise_train.search import apply_found, plot, search
 from slatewise_train.search_space import (
     COST,
     KEPT,
@@ -38,6 +38,7 @@ from slatewise_train.search_space import (
     value_of,
     with_values,
 )
+from slatewise_train.search_state import State, read_state
 from slatewise_train.train import Trainer, train
 from tests.train.test_train import rows_of, state_of
 
@@ -300,6 +301,16 @@ def test_time_that_ends_in_the_first_epochs_keeps_the_defaults(
     assert search(*loaded, tmp_path, 1.0) == loaded[1]
     assert state_in(tmp_path).chosen == {}
     assert "no candidate of 1 is better than the defaults" in capsys.readouterr().out
+
+
+def test_defaults_stay_unless_they_are_clearly_beaten(
+    loaded: tuple[Data, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(monkeypatch)
+    monkeypatch.setattr(search_module, "SURE", 1e6)
+    assert search(*loaded, tmp_path, BUDGET) == loaded[1]
+    assert state_in(tmp_path).chosen == {}
+    assert "the defaults stay: candidate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("defaults", [False, True])

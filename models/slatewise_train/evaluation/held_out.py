@@ -3,8 +3,8 @@
 The curves of a training, the levels of the baselines beside them and the verdict at its end rank the same events: the
 first held-out event of each of `held_out_users`. All of them leave out the same items, see `interactions.hidden_rows`.
 
-Called by: `train.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`, `sampling.py`,
-tqdm, and the ranker.
+Called by: `train.py`, `search.py`, `trained.py`. Calls: `batches.py`, `devices.py`, `interactions.py`, `metrics.py`,
+`sampling.py`, tqdm, and the ranker.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def validate(model: RankerModel, data: Data, head: int, exits: tuple[str, ...]) 
         result[f"{exit}_hr10"] = float(hits(ranks).mean())
         result[f"{exit}_ndcg10"] = float(gains(ranks).mean())
     return result
+
+
+def held_out_gains(model: RankerModel, data: Data, head: int) -> np.ndarray:
+    """Return NDCG@10 of the exit `dot` for each of `held_out_users`: (n,). head: see `held_out_ranks`."""
+    users = held_out_users(data)
+    return gains(held_out_ranks(model, data, users, data.split.train_lengths[users], head)["dot"])
 
 
 @torch.no_grad()
