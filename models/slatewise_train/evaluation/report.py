@@ -1,7 +1,7 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
 Called by: `train.py`, `export.py`, `compress.py`, `compression/variants.py`, `meta/personalization.py`,
-`demo/show.py`. Calls: matplotlib.
+`demo/`. Calls: matplotlib.
 """
 
 from __future__ import annotations

@@ -33,9 +33,6 @@ history_actions = ["buy"]   # the other rows were only shown
 title = "title"
 categorical = ["genres"]
 
-[heads.next]
-kind = "next"
-weight = 0.0
 [heads.buy]
 kind = "label"
 weight = 1.0
@@ -47,11 +44,11 @@ history_length = 128
 
 [model]
 width = 32
-blocks = 2
+blocks = 1
 attention_heads = 2
 set_blocks = 1
 meta_size = 4
-dropout = 0.1
+dropout = 0.0
 
 [train]
 {train}
