@@ -141,8 +141,8 @@ def table(result: Result) -> list[str]:
         columns = (result.ndcg(name, 5), result.ndcg(name, 10), result.distance(name))
         rows.append([name, *(interval_cell(interval(values)) for values in columns)])
     chance = (f"{random_ndcg(result.relevance, depth).mean():.4f}" for depth in (5, 10))
-    columns = ["simulated", "NDCG@5", "NDCG@10", "genre distance of the ten best"]
-    return markdown_table(columns, [*rows, ["any order", *chance, ""]])
+    titles = ["simulated", "NDCG@5", "NDCG@10", "genre distance of the ten best"]
+    return markdown_table(titles, [*rows, ["any order", *chance, ""]])
 
 
 def difference(result: Result, name: str, other: str, depth: int) -> Interval:
@@ -164,11 +164,14 @@ def share_of_gain(result: Result, best_alone: str, depth: int = 5) -> Interval:
     return ratio(result.ndcg("set", depth) - base, result.ndcg(ORACLE, depth) - result.ndcg(best_alone, depth))
 
 
-def recovered(result: Result, unbiased: Result, exit: str) -> tuple[float, float]:
-    """Return NDCG@10 as a share of that of the ranker without click bias, and the same for the gain over any order."""
-    one, other = (float(r.ndcg(exit, 10).mean()) for r in (result, unbiased))
-    chance, fair_chance = (float(random_ndcg(r.relevance, 10).mean()) for r in (result, unbiased))
-    return one / other, (one - chance) / (other - fair_chance)
+def recovered(result: Result, unbiased: Result, exit: str) -> tuple[Interval, Interval]:
+    """Return NDCG@10 as a share of that of the ranker without click bias, and the same for the gain over any order.
+
+    The results are those of the same users, and of different slates.
+    """
+    one, other = (r.ndcg(exit, 10) for r in (result, unbiased))
+    chance, fair_chance = (random_ndcg(r.relevance, 10) for r in (result, unbiased))
+    return ratio(one, other), ratio(one - chance, other - fair_chance)
 
 
 def plot(result: Result, frontier: list[str], path: Path) -> None:
@@ -179,7 +182,8 @@ def plot(result: Result, frontier: list[str], path: Path) -> None:
     axes.plot(*zip(*(places[name] for name in ["point", *frontier]), strict=True), "o-", label="MMR on point")
     for name in ("point", "set", ALONE, ORACLE):
         axes.plot(*places[name], "o")
-        axes.annotate(name, places[name], xytext=(6, 4), textcoords="offset points")
+        beside = (6, -14) if name == ALONE else (6, 4)  # not across the line of MMR
+        axes.annotate(name, places[name], xytext=beside, textcoords="offset points")
     axes.set(xlabel="genre distance of the ten best (simulated)", ylabel="NDCG@10 (simulated)")
     axes.margins(0.15)
     axes.legend()

@@ -37,7 +37,7 @@ CHUNK = 4_096  # slates at a time: the pairs of a slate take memory
 class WorldConfig:
     """Sizes and switches. A switch at 0 is off, and changes neither users, nor items, nor their tastes."""
 
-    users: int = 2_000
+    users: int = 6_000
     items: int = 400
     slate_size: int = 20
     slates: int = 12  # of each user; the last one is for the evaluation
