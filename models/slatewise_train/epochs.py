@@ -41,7 +41,12 @@ def warm_up(step: int, steps: float) -> float:
 
 
 def gradient_step(optimizer: torch.optim.Optimizer, clipped: list[torch.nn.Parameter], loss: Tensor) -> Tensor:
-    """Change the weights by the loss's gradient, clipped to norm 1. Returns the loss without its graph, float64."""
+    """Change the weights by the loss's gradient, clipped to norm 1. Returns the loss without its graph, float64.
+
+    A batch of users without slates has no loss for heads of kind `label`, and changes nothing.
+    """
+    if not loss.requires_grad:
+        return loss.double()
     optimizer.zero_grad()
     loss.backward()
     gradients = [parameter.grad for parameter in clipped if parameter.grad is not None]

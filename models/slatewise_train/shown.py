@@ -10,8 +10,9 @@ Three things can be added to the losses of these slates; none of them is part of
 - `position_bias`: a learned logit for each position, the chance that users look there (Guo et al., PAL, RecSys 2019).
 - `propensity_power`: a positive label at position r has the weight r ** power, the inverse of the chance that users
   look there, over the mean weight. A list-wise loss of choices is then, up to a factor, that of users who look at all
-  positions alike (Joachims et al., WSDM 2017). The weighted binary cross-entropy is not unbiased: the unbiased one
-  (Saito et al., WSDM 2020) has labels above 1, so it has no minimum on the clicks of few slates, and training diverges.
+  positions alike (Joachims et al., WSDM 2017). The weighted binary cross-entropy is not unbiased: an item of relevance
+  p at position r gets the odds p / (1 - p / r ** power), up to a factor, and not p / (1 - p). The order changes little.
+  The unbiased one (Saito et al., WSDM 2020) has labels above 1, so it has no minimum on the clicks of few slates.
 
 Called by: `train.py`. Calls: `exposures.py`, `slates.py`, `losses.py`, `listwise.py`.
 

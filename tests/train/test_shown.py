@@ -172,6 +172,16 @@ def test_weighted_loss_of_choices_is_that_of_a_fair_log() -> None:
     assert abs(naive - expected) > 0.02
 
 
+def test_weighted_label_loss_is_least_at_the_stated_odds() -> None:
+    """An item of relevance p that is seen with chance 1 / r: the odds of the least mean loss are p / (1 - p / r)."""
+    for p, r in itertools.product((0.1, 0.4), (1.0, 2.0, 5.0)):
+        logit = torch.tensor([[p / (1 - p / r)]]).log().requires_grad_()
+        one = weighted_label_loss(logit, torch.ones(1, 1), torch.full((1, 1), r))
+        zero = weighted_label_loss(logit, torch.zeros(1, 1), torch.full((1, 1), r))
+        (p / r * one + (1 - p / r) * zero).backward()
+        assert logit.grad is not None and abs(float(logit.grad)) < 1e-6
+
+
 def test_list_loss_is_the_mean_over_choices() -> None:
     torch.manual_seed(0)
     scores = torch.randn(3, 4)
@@ -266,6 +276,18 @@ def test_corrections_of_positions_are_refused_without_positions(tmp_path: Path) 
         for key in ("position_bias", "propensity_power"):
             with pytest.raises(ValueError, match=rf"\[train\] {key} needs slates with positions"):
                 Trainer(found, ModelConfig(), TrainConfig(**{key: 1}))
+
+
+def test_batches_without_slates_are_passed_over(tmp_path: Path) -> None:
+    """A ranker with label heads alone has nothing to learn from users who saw no slate."""
+    config = DataConfig("shop", HEADS[1:], history_length=32, validation_users=0)
+    rows = pl.concat([shop().head(40 * 32), shop().tail(40 * 32).with_columns(slate_id=None)], how="diagonal")
+    rows = rows.with_columns(slate_id=pl.when(pl.int_range(pl.len()) < 40 * 32).then(pl.col("timestamp")))
+    data = load(tmp_path, rows, config, "label:buy")
+    trainer = Trainer(data, ModelConfig(shape={"width": 8, "blocks": 1}), TrainConfig(batch_events=1))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.run_epoch(cascade=True) > 0
+    assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
 
 
 def test_next_event_is_preferred_to_slates_without_a_choice(tmp_path: Path) -> None:

@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from slatewise.inference.arrays import FIRST_ITEM
+from slatewise_train.config import read_config
+from slatewise_train.data import load_data
 from slatewise_train.demo.movielens import read_movielens
+from slatewise_train.demo.simulated import __main__ as command
+from slatewise_train.demo.simulated import experiment
+from slatewise_train.demo.simulated.experiment import ALONE, ORACLE, Result
 from slatewise_train.demo.simulated.oracle import context_free, expected_ndcg, random_ndcg
-from slatewise_train.demo.simulated.tables import events_table, slate_time
+from slatewise_train.demo.simulated.tables import events_table, slate_time, write_world
 from slatewise_train.demo.simulated.world import (
     GENRES,
     RATE,
@@ -27,7 +34,7 @@ from slatewise_train.demo.simulated.world import (
 )
 
 FOLDER = Path(__file__).parents[1] / "data" / "ml-latest-small"
-SMALL = WorldConfig(users=60, items=80, slate_size=8, slates=5)
+SMALL = WorldConfig(users=60, items=80, slate_size=8, slates=5, organic=10)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +196,98 @@ def test_events_table_has_a_row_for_each_shown_item(world: World, log: Log) -> N
     assert before["item_id"].to_list()[-RECENT:] == [world.films["item_id"][k] for k in log.recent[2, 3].tolist()]
 
 
+def test_a_folder_of_other_options_is_refused(world: World, log: Log, tmp_path: Path) -> None:
+    toml = write_world(tmp_path, world, log, "epochs = 1")
+    assert write_world(tmp_path, world, log, "epochs = 1") == toml
+    with pytest.raises(ValueError, match="written by other options"):
+        write_world(tmp_path, world, log, "epochs = 2")
+
+
 def test_the_seed_decides_the_log(films: pl.DataFrame, log: Log) -> None:
     again = simulate(World(SMALL, films))
     assert (again.slates == log.slates).all() and (again.chosen == log.chosen).all()
     other = simulate(World(dataclasses.replace(SMALL, seed=1), films))
     assert (other.slates != log.slates).any()
+
+
+def test_the_last_slate_is_ranked_if_others_have_no_choice(films: pl.DataFrame, tmp_path: Path) -> None:
+    few = World(dataclasses.replace(SMALL, slate_size=4, position_power=3.0), films)
+    log = simulate(few)
+    assert (~log.chosen[:, -2].any(axis=1)).sum() > 5, "the split would hold out an earlier slate of these users"
+    config = read_config(write_world(tmp_path, few, log, "epochs = 1"))
+    data = load_data(config.data, config.tables)
+    users, slates = experiment.last_slates(data)
+    assert data.exposures is not None and len(users) == SMALL.users
+    names = few.films["item_id"].to_list()
+    for user, slate in zip(users, slates, strict=True):
+        rows = data.exposures.items[data.exposures.offsets[slate] : data.exposures.offsets[slate + 1]]
+        shown = [data.catalogue.vocabulary.items[row - FIRST_ITEM] for row in rows]
+        assert shown == [names[k] for k in log.slates[int(data.sequences.users[user]), -1].tolist()]
+
+
+def test_the_older_ranker_is_wrong_as_stated(films: pl.DataFrame) -> None:
+    many = dataclasses.replace(SMALL, items=200, users=300)
+    wrong, blind = (World(dataclasses.replace(many, old_ranker=r), films_of(200)) for r in (-0.9, 0.0))
+    assert (wrong.utility == blind.utility).all()
+    liked = wrong.utility.mean(axis=0)
+    assert np.corrcoef(wrong.old_scores, liked)[0, 1] < -0.8 < np.corrcoef(blind.old_scores, liked)[0, 1] - 0.5
+
+
+def films_of(count: int) -> pl.DataFrame:
+    return pick_items(*read_movielens("ml-latest-small", FOLDER), count)
+
+
+@pytest.fixture
+def result() -> Result:
+    """Slates of four users: `set` is right, `point` is not, and the oracle without neighbours is between them."""
+    rng = np.random.default_rng(1)
+    relevance = rng.random((4, 20))
+    noise = rng.random((4, 20))
+    genres = np.concatenate([[[0, 0]], np.stack([rng.integers(1, 4, 60), rng.integers(4, 7, 60)], axis=1)])
+    scores = {"point": noise, "set": relevance.copy(), ALONE: relevance + noise, ORACLE: relevance}
+    return Result(scores, relevance, rng.integers(1, 61, (4, 20)), [genres])
+
+
+def test_shares_of_the_gain_are_ratios_of_means(result: Result) -> None:
+    share, low, high = experiment.share_of_gain(result, "point")
+    assert share == low == high == 1
+    mean = {name: result.ndcg(name, 5).mean() for name in result.scores}
+    share, low, high = experiment.share_of_gain(result, ALONE)
+    assert share == pytest.approx((mean["set"] - mean["point"]) / (1 - mean[ALONE])) and low < share < high
+    worse = Result(result.scores | {"set": result.scores[ALONE]}, result.relevance, result.rows, result.fields)
+    chance = random_ndcg(result.relevance, 10).mean()
+    whole, gain = experiment.recovered(worse, result, "set")
+    found = worse.ndcg("set", 10).mean()
+    assert whole[0] == pytest.approx(found) and gain[0] == pytest.approx((found - chance) / (1 - chance))
+    assert whole[1] < whole[0] < whole[2] < 1
+
+
+def test_mmr_of_equal_distance_is_found(result: Result) -> None:
+    names = [experiment.add_mmr(result, trade) for trade in (1.0, 0.5, 0.1)]
+    np.testing.assert_array_equal(result.ndcg(names[0], 10), result.ndcg("point", 10))
+    distance = [result.distance(name).mean() for name in names]
+    assert distance[0] < distance[1] <= distance[2]
+    best = experiment.as_diverse(result, names)
+    enough = [name for name in names if result.distance(name).mean() >= result.distance("set").mean()]
+    assert best in enough and all(result.ndcg(best, 10).mean() >= result.ndcg(name, 10).mean() for name in enough)
+    assert experiment.as_diverse(result, names[:1]) == names[0], "the most diverse one, if there is no other"
+
+
+def test_picture_and_table_have_every_order(result: Result, tmp_path: Path) -> None:
+    name = experiment.add_mmr(result, 0.5)
+    experiment.plot(result, [name], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    lines = experiment.table(result)
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [*result.scores, "any order"]
+    assert f"| {ORACLE} | 1.0000 (1.0000 to 1.0000) |" in lines[5]
+
+
+def test_set_learns_the_neighbours(tmp_path: Path) -> None:
+    """A small world with strong substitution: the paired interval of set - point is above 0."""
+    torch.set_num_threads(1)
+    config = dataclasses.replace(SMALL, users=400, items=60, neighbours=6.0, factors=1)
+    lines = command.TRAIN.format(epochs=10) + 'slate_loss = "lambda"\n'
+    found = experiment.run_world(tmp_path, "tiny", config, films_of(60), lines)
+    _, low, _ = experiment.difference(found, "set", "point", 5)
+    assert low > 0
+    assert found.ndcg("set", 5).mean() > found.ndcg(ALONE, 5).mean()

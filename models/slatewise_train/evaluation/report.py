@@ -1,7 +1,7 @@
 """Markdown tables and plots of training, export, compression and personalization.
 
 Called by: `training_log.py`, `trained.py`, `export.py`, `compress.py`, `compression/variants.py`, `search.py`,
-`meta/personalization.py`, `demo/show.py`. Calls: matplotlib.
+`meta/personalization.py`, `demo/`. Calls: matplotlib.
 """
 
 from __future__ import annotations

@@ -33,9 +33,6 @@ history_actions = ["buy"]   # the other rows were only shown
 title = "title"
 categorical = ["genres"]
 
-[heads.next]
-kind = "next"
-weight = 0.0
 [heads.buy]
 kind = "label"
 weight = 1.0
@@ -47,11 +44,11 @@ history_length = 128
 
 [model]
 width = 32
-blocks = 2
+blocks = 1
 attention_heads = 2
 set_blocks = 1
 meta_size = 4
-dropout = 0.1
+dropout = 0.0
 
 [train]
 {train}
@@ -98,13 +95,16 @@ def events_table(world: World, log: Log) -> pl.DataFrame:
 def write_world(folder: Path, world: World, log: Log, train: str, name: str = "simulated") -> Path:
     """Write events.parquet, items.parquet and NAME.toml into a folder, and return the path of the TOML.
 
-    train: the lines of the table `[train]`.
+    train: the lines of the table `[train]`. Raises ValueError if the folder has another world or training: its
+    checkpoint would count as that of this one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    events_table(world, log).write_parquet(folder / "events.parquet")
-    world.films.write_parquet(folder / "items.parquet")
     toml = folder / f"{name}.toml"
     last = slate_time(world.config.slates - 1)
     text = TOML.format(name=name, folder=folder.as_posix(), seed=world.config.seed, test_from=float(last), train=train)
+    if toml.exists() and toml.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{toml}: was written by other options; choose another folder")
+    events_table(world, log).write_parquet(folder / "events.parquet")
+    world.films.write_parquet(folder / "items.parquet")
     toml.write_text(text, encoding="utf-8")
     return toml

@@ -27,6 +27,7 @@ import polars as pl
 GENRES = 8  # the most frequent ones; a slate of 20 films would have too few of the others to replace each other
 RECENT = 5  # choices that cause fatigue
 TASTE = 0.7  # standard deviation of the utility of one genre
+QUALITY = 1.0  # that of a film's quality
 RATE = 0.2  # mean relevance in slates, which the intercept is fitted to
 OLD_RANKER_NOISE = 0.5  # standard deviation, where the older ranker's scores have 1
 CHUNK = 4_096  # slates at a time: the pairs of a slate take memory
@@ -36,15 +37,16 @@ CHUNK = 4_096  # slates at a time: the pairs of a slate take memory
 class WorldConfig:
     """Sizes and switches. A switch at 0 is off, and changes neither users, nor items, nor their tastes."""
 
-    users: int = 2_000
+    users: int = 6_000
     items: int = 400
     slate_size: int = 20
     slates: int = 12  # of each user; the last one is for the evaluation
-    organic: int = 10  # choices of each user before the first slate, in no slate
+    organic: int = 30  # choices of each user before the first slate, in no slate
     factors: int = 4  # numbers of a latent vector
-    neighbours: float = 1.0  # strength of substitution
+    neighbours: float = 2.0  # strength of substitution
     fatigue: float = 1.0
     position_power: float = 0.0  # position r is examined with probability 1 / r ** position_power
+    old_ranker: float = -0.7  # correlation of the older ranker's scores with the films' quality
     seed: int = 0
 
 
@@ -92,10 +94,11 @@ class World:
         by_genre = rng.normal(size=(u, g)) @ (has / np.sqrt(count)[:, None]).T  # (U, I)
         by_factor = rng.normal(size=(u, k)) @ rng.normal(size=(k, i)) / np.sqrt(k)
         quality = rng.normal(size=i)
-        self.utility = (TASTE * by_genre + 0.3 * by_factor + 0.5 * quality).astype(
-            np.float32
-        )  # (U, I), without a slate
-        self.old_scores = rng.normal(size=i)  # of the older ranker
+        utility = TASTE * by_genre + 0.3 * by_factor + QUALITY * quality
+        self.utility = utility.astype(np.float32)  # (U, I), without a slate
+        # The older ranker is wrong in the same way for all users: it puts good films last.
+        old = config.old_ranker
+        self.old_scores = old * quality + np.sqrt(1 - old**2) * rng.normal(size=i)
         self.intercept = 0.0
         self.intercept = self.fit_intercept(np.random.default_rng([config.seed, 1]))
 
