@@ -181,10 +181,7 @@ def plot(result: Result, frontier: list[str], path: Path) -> None:
     places = {name: (result.distance(name).mean(), result.ndcg(name, 10).mean()) for name in result.scores}
     axes.plot(*zip(*(places[name] for name in ["point", *frontier]), strict=True), "o-", label="MMR on point")
     for name in ("point", "set", ALONE, ORACLE):
-        axes.plot(*places[name], "o")
-        beside = (6, -14) if name == ALONE else (6, 4)  # not across the line of MMR
-        axes.annotate(name, places[name], xytext=beside, textcoords="offset points")
+        axes.plot(*places[name], "s", label=name)
     axes.set(xlabel="genre distance of the ten best (simulated)", ylabel="NDCG@10 (simulated)")
-    axes.margins(0.15)
-    axes.legend()
+    axes.legend(loc="center left")
     save_figure(figure, path, 120)
