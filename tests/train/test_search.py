@@ -288,21 +288,27 @@ def test_killed_search_continues_to_the_same_result(
     assert compared(tmp_path) == compared(whole[0])
 
 
-@pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("epochs", [0, 1, 9])
+@pytest.mark.parametrize("rung", [0, 1])
+@pytest.mark.parametrize("trained", [1, 2, 3])
 def test_kill_between_state_and_checkpoint_changes_nothing(
-    epochs: int,
-    last: bool,
+    rung: int,
+    trained: int,
     loaded: tuple[Data, Config],
     whole: tuple[Path, Config],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last epochs are those of finalists: a search that goes on has nothing left to train but them."""
+    """The process ends after the last epoch of each finalist, or of the first candidates of the first rung."""
     clock = Clock(monkeypatch)
-    spent = sum(len(candidate["rows"]) for candidate in compared(whole[0]))
+    state = state_in(whole[0])
+    first, second = state.rungs
+    epochs = trained * first
+    if rung:
+        finalists = [candidate for candidate in state.candidates if len(candidate.rows) > first]
+        assert len(finalists) >= 3 and {len(candidate.rows) for candidate in finalists[:3]} == {second}
+        epochs = len(state.candidates) * first + trained * (second - first)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch, clock, spent - epochs if last else 1 + epochs)
+        kill(patch, clock, epochs)
         search(*loaded, tmp_path, BUDGET)
     assert search(*loaded, tmp_path, BUDGET + 1) == whole[1]
     assert compared(tmp_path) == compared(whole[0])
