@@ -11,7 +11,7 @@ measures only size and latency.
 
 You can stop the command at any time. The same command continues with the variant that was not finished.
 
-Called by: the command line. Calls: `compression/`, `bundle_writer.py`, `evaluation/`.
+Called by: the command line. Calls: `compression/`, `bundle_writer.py`, `config.py`, `evaluation/`, `loading.py`.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     bundle = "the bundle to compress: <root>/<ranker>/<version>, or a ranker's newest bundle <root>/<ranker>"
     parser.add_argument("bundle", type=Path, help=bundle)
     parser.add_argument("toml", type=Path, nargs="?", help="TOML of its training")
+    parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
     parser.add_argument("--variants", default=",".join(NAMES), help=default)
     epochs = f"epochs that low-rank models and students learn from fp32; {default}"
     parser.add_argument("--epochs", type=int, default=0, help=epochs)
@@ -174,14 +175,18 @@ def main(argv: Sequence[str]) -> None:
         distill=DistillConfig(epochs=args.epochs) if args.epochs else None,
         bits=args.bits,
     )
-    source = open_source(folder, args.toml, None if args.all_users else SAMPLED_USERS)
+    source = open_source(folder, args.toml, args.folder, None if args.all_users else SAMPLED_USERS)
     print(compress(source, folder.parents[1], names, options, args.force))
 
 
-def open_source(folder: Path, toml: Path | None, most_users: int | None) -> Source:
-    """Open the bundle in a folder, together with the data of a TOML if one is given. most_users: see `Source`."""
+def open_source(folder: Path, toml: Path | None, training: Path | None, most_users: int | None) -> Source:
+    """Open the bundle in a folder, together with the data of a TOML if one is given.
+
+    training: folder of the training, whose search may have found values; default: build/train/NAME. most_users: see
+    `Source`.
+    """
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
-    data, config = load_for_training(config, Path("build/train") / config.data.name)
+    data, config = load_for_training(config, training or Path("build/train") / config.data.name)
     return Source(folder, data, config.train, most_users)

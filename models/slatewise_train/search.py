@@ -3,26 +3,29 @@
 Candidate 0 has the values of `defaults.py`; each other one changes some of them at random. Successive halving (Jamieson
 and Talwalkar, AISTATS 2016) trains all candidates for a few epochs, keeps the best third, trains these for longer, and
 so on. Candidates compare by NDCG@10 of the exit `dot` on the validation users at equal epochs. The defaults stay to the
-end, and another candidate must beat them by more than the noise of these users: the best of many looks better than it
-is.
+end, and another candidate must beat them by more than the noise of these users, the more so the more candidates there
+were: the best of many looks better than it is.
 
 A candidate trains as `train` does before its last epochs. The training of the best one therefore continues from its
-checkpoint, and gives the same weights as from its start. `FOLDER/search/` has `search.json`, `search.png` and one
-checkpoint for each candidate that is still in the race; a stopped search continues after the last whole epoch.
+checkpoint, and gives the same weights as from its start. `FOLDER/search/` has `search.json`, `search.png` and a
+folder for each candidate in the race; a stopped search continues after the last whole epoch.
 
-Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `search_state.py`,
-`train.py`, `evaluation/held_out.py`.
+Called by: `train_command.py`, `loading.py`. Calls: `search_space.py`, `search_state.py`, `train.py`, `checkpoint.py`,
+`evaluation/held_out.py`, `evaluation/report.py`.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -46,13 +49,14 @@ from slatewise_train.search_space import (
 from slatewise_train.search_state import Candidate, State, read_state
 from slatewise_train.train import CHECKPOINT, CPU, Trainer
 
-SURE = 1.645  # standard errors; equal rankers differ by more in one of twenty comparisons
+CHANCE = 0.05  # that a search over candidates which equal the defaults replaces them
 
 
 def apply_found(config: Config, folder: Path) -> Config:
     """Return the config with the values of the finished search in a training's folder, and print them.
 
-    Values in the TOML stay. Without a finished search the config is returned as it is.
+    Values in the TOML stay. Without a finished search the config is returned as it is. Raises ValueError for values
+    that do not fit those in the TOML.
     """
     state = read_state(folder)
     if state is None:
@@ -61,8 +65,15 @@ def apply_found(config: Config, folder: Path) -> Config:
         print(f"{folder / 'search'} is not finished: its values are not used; --search continues it", flush=True)
         return config
     values = {key: value for key, value in state.chosen.items() if key not in config.stated}
+    try:
+        changed = with_values(config, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'search'} found {described(values)}, which does not fit the TOML: {error}; change the TOML, or "
+            "remove that folder to train without these values"
+        ) from None
     print(f"found by the search in {folder / 'search'}: {described(values)}", flush=True)
-    return with_values(config, values)
+    return changed
 
 
 def search(data: Data, config: Config, folder: Path, seconds: float, device: torch.device = CPU) -> Config:
@@ -77,8 +88,9 @@ def search(data: Data, config: Config, folder: Path, seconds: float, device: tor
         state = read_state(folder)
         if state is not None and state.chosen is not None:
             print(f"the search in {folder / 'search'} is finished; remove that folder and {CHECKPOINT} to search again")
+            found = apply_found(config, folder)
             Search(data, config, folder, state, device).hand_over()
-            return apply_found(config, folder)
+            return found
         check(data, config, folder)
         stated = sorted(key for key in config.stated if key.startswith(("model.", "train.")))
         made = Trainer(data, config.model, config.train).identity()
@@ -112,29 +124,32 @@ class Search:
     """A search that goes on from its state. Its folder is `search` in that of the training."""
 
     def __init__(self, data: Data, config: Config, folder: Path, state: State, device: torch.device) -> None:
-        self.data, self.config, self.training, self.state, self.device = data, config, folder, state, device
-        self.folder = folder / "search"
+        self.data, self.config, self.state, self.device = data, config, state, device
+        self.training_folder, self.folder = folder, folder / "search"
         self.now = perf_counter()
 
-    @property
-    def left(self) -> float:
-        """Seconds that are left. The time since the last call counts as spent."""
+    def time_left(self) -> float:
+        """Count the time since the last call as spent, and return the seconds that are left."""
         before, self.now = self.now, perf_counter()
         self.state.spent += self.now - before
         return self.state.seconds - self.state.spent
 
     def run(self) -> Config:
         """Train the candidates rung by rung until one rung is the last or the time is up."""
-        racing, epochs = self.race()
         candidates = self.state.candidates
+        for number in range(len(candidates)):  # of a stopped search: the last row may have no checkpoint
+            if (self.folder / str(number)).exists():
+                self.open(number)
+        racing, epochs = self.race()
+        racing = [number for number in racing if not candidates[number].diverged] or [0]
         first = max(racing, key=lambda number: (candidates[number].score(epochs), -number))
-        best = first if first and self.beats_defaults(first) else 0
+        best = first if first and (candidates[0].diverged or self.beats_defaults(first)) else 0
         self.state.chosen = candidates[best].values
         self.state.save(self.folder / "search.json")
         plot(candidates, best, self.folder / "search.png")
-        scores = [candidates[number].score(epochs) for number in (first, 0)]
-        epochs = min(epochs, len(candidates[first].rows))
-        compared = f"NDCG@10 {scores[0]:.4f} in {epochs} epochs against {scores[1]:.4f} of the defaults"
+        score, other = (candidates[number].score(epochs) for number in (first, 0))
+        defaults = "; the defaults diverged" if candidates[0].diverged else f" against {other:.4f} of the defaults"
+        compared = f"NDCG@10 {score:.4f} in {min(epochs, len(candidates[first].rows))} epochs{defaults}"
         if best:
             print(f"candidate {best} of {len(candidates)} is the best, {compared}. As lines of a TOML:")
             print(as_lines(self.state.chosen), flush=True)
@@ -146,15 +161,24 @@ class Search:
         return with_values(self.config, self.state.chosen)
 
     def beats_defaults(self, number: int) -> bool:
-        """Return whether a candidate beats the defaults clearly: by SURE standard errors of NDCG@10, paired by user."""
-        head = next(k for k, head in enumerate(self.data.config.heads) if head.kind == "next")
-        gains = []
-        for one in (number, 0):
-            trainer = self.open(one)
+        """Return whether a candidate is clearly better than the defaults after the last rung that both have ended."""
+        both = min(self.state.candidates[one].reached for one in (number, 0))
+        epochs = max(rung for rung in self.state.rungs if rung <= both)
+        return clearly_better(self.gains(number, epochs), self.gains(0, epochs), len(self.state.candidates) - 1)
+
+    def gains(self, number: int, epochs: int) -> np.ndarray:
+        """Return NDCG@10 of each validation user by a candidate's best weights of its first epochs: (n,).
+
+        The first call must be at the end of the rung. It keeps them in a file, since the checkpoint goes on.
+        """
+        path = self.folder / str(number) / f"gains-{epochs}.npy"
+        if not path.exists():
+            trainer = self.open(number)
             trainer.progress.restore_best()
-            gains.append(held_out_gains(trainer.model, self.data, head))
-        difference = gains[0] - gains[1]
-        return bool(difference.mean() > SURE * difference.std() / len(difference) ** 0.5)
+            unfinished = path.with_name("part.npy")
+            np.save(unfinished, held_out_gains(trainer.model, self.data, trainer.next_heads[0]))
+            os.replace(unfinished, path)
+        return np.load(path)
 
     def race(self) -> tuple[list[int], float]:
         """Run the rungs. Returns the numbers of the candidates that are left, and the epochs to compare them by."""
@@ -180,6 +204,9 @@ class Search:
             plot(state.candidates, None, self.folder / "search.png")
             if len(racing) == 1:
                 return racing, epochs
+            for number in racing:
+                if not state.candidates[number].diverged:
+                    self.gains(number, epochs)
         return racing, state.rungs[-1]
 
     def entrants(self) -> Iterator[int]:
@@ -190,7 +217,7 @@ class Search:
                 default, other = self.price([0]), self.price(range(1, number)) or COST * self.price([0])
                 # The time of the plan, less that of the candidates before this one.
                 needed = default * cost(number, rungs, other / default) - (default + (number - 1) * other) * rungs[0]
-                if self.state.closed or self.left < needed:
+                if self.state.closed or self.time_left() < needed:
                     break
                 candidates.append(Candidate(values))
             yield number
@@ -212,7 +239,7 @@ class Search:
     def best_of(self, numbers: Iterable[int], rung: int) -> list[int]:
         """Return the candidates that stay after a rung: the defaults, and the best of the others."""
         state = self.state
-        others = [number for number in numbers if number and not state.candidates[number].diverged]
+        others = [number for number in numbers if number and not state.candidates[number].failed(state.rungs[rung])]
         others.sort(key=lambda number: -state.candidates[number].score(state.rungs[rung]))
         count = len(state.candidates) - 1
         if not state.closed:  # the first rung may take more candidates than planned, and then more of them stay
@@ -231,7 +258,9 @@ class Search:
         trainer = Trainer(self.data, config.model, config.train, self.device)
         if (self.folder / str(number) / CHECKPOINT).exists():
             trainer.load(self.folder / str(number) / CHECKPOINT)
-        candidate.rows = candidate.rows[: trainer.epoch]  # an epoch that was not saved is repeated
+        if len(candidate.rows) > trainer.epoch:  # an epoch that was not saved is repeated
+            candidate.rows = candidate.rows[: trainer.epoch]
+            candidate.diverged, candidate.stopped = False, trainer.progress.stopped
         return trainer
 
     def advance(self, number: int, epochs: int) -> bool:
@@ -241,11 +270,12 @@ class Search:
             return True
         trainer = self.open(number)
         while candidate.reached < epochs:
-            if self.left <= 0:
+            if self.time_left() <= 0:
                 return False
             self.run_epoch(trainer, candidate, epochs)
-            # First the state: if the process ends before the checkpoint is written, the epoch is repeated.
-            left = self.left
+            # The checkpoint last: if the process ends before it is written, the epoch is repeated, see `run`.
+            (self.folder / str(number)).mkdir(parents=True, exist_ok=True)
+            left = self.time_left()
             self.state.save(self.folder / "search.json")
             trainer.save(self.folder / str(number) / CHECKPOINT)
         score = "diverged" if candidate.diverged else f"NDCG@10 {candidate.score(epochs):.4f}"
@@ -280,12 +310,25 @@ class Search:
         """Give the training the checkpoint of the chosen candidate with its log, and remove those of the search."""
         for number, candidate in enumerate(self.state.candidates):
             chosen = candidate.values == self.state.chosen and not candidate.diverged
-            if chosen and (self.folder / str(number)).exists() and not (self.training / CHECKPOINT).exists():
+            if chosen and (self.folder / str(number)).exists() and not (self.training_folder / CHECKPOINT).exists():
                 trainer = self.open(number)
                 rounded = [{name: round(value, 4) for name, value in row.items()} for row in candidate.rows]
                 trainer.rows = [row | {"seconds": round(row["seconds"], 1)} for row in rounded]
-                trainer.save(self.training / CHECKPOINT)
+                trainer.save(self.training_folder / CHECKPOINT)
         self.drop(range(len(self.state.candidates)))
+
+
+def clearly_better(gains: np.ndarray, defaults: np.ndarray, others: int) -> bool:
+    """Return whether the best of several candidates beats the defaults by more than the noise of the users.
+
+    gains, defaults: (n,) NDCG@10 of the same users; others: number of candidates without the defaults. The level of the
+    one-sided paired test is divided by it (Bonferroni). Fewer than two users show no noise, and the defaults stay.
+    """
+    if len(gains) < 2:
+        return False
+    difference = gains - defaults
+    errors = NormalDist().inv_cdf(1 - CHANCE / max(1, others))
+    return bool(difference.mean() > errors * difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 def plot(candidates: list[Candidate], best: int | None, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The space of a hyper-parameter search: its keys, the values that candidates draw, and the plan of its rungs.
 
-Called by: `search.py`. Calls: `config.py`, `rankers/families.py`.
+Called by: `search.py`, `search_state.py`, `train_command.py`. Calls: `config.py`, `config_values.py`,
+`rankers/families.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def scaled(most: float) -> Callable[[np.random.Generator, float], float]:
     return lambda rng, value: float(f"{value * most ** rng.uniform(-1, 1):.3g}")
 
 
-def times(*factors: float) -> Callable[[np.random.Generator, int], int]:
+def multiplied(*factors: float) -> Callable[[np.random.Generator, int], int]:
     """Return a draw of one of the factors, which multiplies the default."""
     return lambda rng, value: int(value * rng.choice(factors))
 
@@ -43,12 +44,12 @@ def one_of(*values: Any) -> Callable[[np.random.Generator, Any], Any]:
 # How a candidate changes a key: (random numbers, default) -> value. The size of the batch is not searched: candidates
 # compare at equal epochs, and a smaller batch has more steps in them, for more time.
 SPACE: dict[str, Callable[[np.random.Generator, Any], Any]] = {
-    "model.width": times(0.5, 2),
+    "model.width": multiplied(0.5, 2),
     "model.blocks": one_of(1, 2, 3),
     "model.feed_forward": one_of(1, 2, 4),
     "model.dropout": lambda rng, value: round(min(0.8, max(0.0, value + rng.uniform(-0.2, 0.2))), 2),
     "train.learning_rate": scaled(3),
-    "train.negatives": times(0.25, 0.5, 2, 4),
+    "train.negatives": multiplied(0.25, 0.5, 2, 4),
     "train.weight_decay": lambda rng, _: float(f"{10 ** rng.uniform(-4, -1):.2g}"),
     "train.id_dropout": one_of(0.0, 0.02, 0.05, 0.1, 0.2),
     "train.embedding_std": scaled(3),

@@ -1,6 +1,6 @@
 """The state of a hyper-parameter search, which `FOLDER/search/search.json` has.
 
-Called by: `search.py`. Calls: json.
+Called by: `search.py`. Calls: `search_space.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slatewise_train.search_space import Values
+from slatewise_train.search_space import SPACE, Values
 
 
 @dataclass
@@ -31,9 +31,13 @@ class Candidate:
         return math.inf if self.diverged or self.stopped else len(self.rows)
 
     def score(self, epochs: float) -> float:
-        """Return the best NDCG@10 of the first epochs; minus infinity if it diverged."""
+        """Return the best NDCG@10 of the first epochs; minus infinity if it diverged in them."""
         found = [row["dot_ndcg10"] for row in self.rows if row["epoch"] <= epochs and "dot_ndcg10" in row]
-        return -math.inf if self.diverged else max(found, default=-math.inf)
+        return -math.inf if self.failed(epochs) else max(found, default=-math.inf)
+
+    def failed(self, epochs: float) -> bool:
+        """Return whether it diverged in the first epochs."""
+        return self.diverged and len(self.rows) <= epochs
 
 
 @dataclass
@@ -42,7 +46,7 @@ class State:
 
     identity: str
     seconds: float  # the budget
-    spent: float = 0.0  # seconds of whole epochs
+    spent: float = 0.0  # seconds until the state was saved; an epoch that a stop lost counts too
     rungs: list[int] = field(default_factory=list)  # planned after the first epochs, which tell their time
     planned: int = 0  # likely number of candidates without the defaults
     closed: bool = False  # the first rung takes no more candidates
@@ -63,6 +67,10 @@ def read_state(folder: Path) -> State | None:
         return None
     try:
         found = json.loads(path.read_text())
-        return State(**found | {"candidates": [Candidate(**one) for one in found["candidates"]]})
+        state = State(**found | {"candidates": [Candidate(**one) for one in found["candidates"]]})
+        for values in [state.chosen or {}, *(candidate.values for candidate in state.candidates)]:
+            if unknown := dict(values).keys() - SPACE.keys():
+                raise ValueError(f"unknown key {min(unknown)}")
+        return state
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, remove {path.parent}: {error}") from None

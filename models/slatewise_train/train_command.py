@@ -5,7 +5,7 @@ You can stop the command at any time; the same command continues after the last 
 the level of the baselines. At the end it says whether the ranker beats them. docs/training.md describes a run.
 `--search 30m` first searches better values for the keys that the TOML leaves out, see `search.py`.
 
-Called by: the command line. Calls: `devices.py`, `loading.py`, `search.py`, `train.py`, `training_log.py`,
+Called by: the command line. Calls: `config.py`, `devices.py`, `loading.py`, `search.py`, `train.py`, `training_log.py`,
 `evaluation/`.
 """
 
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     device = find_device(args.device)
     config = read_config(args.toml)
     folder = args.folder or Path("build/train") / config.data.name
-    data, config = load_for_training(config, folder)
+    # A search applies the values that it found itself.
+    data, config = load_for_training(config, folder if seconds is None else None)
     vocabulary = data.catalogue.vocabulary
     print(f"{len(data.sequences)} users, {len(data.sequences.items)} events, {len(vocabulary.items)} items", flush=True)
     if seconds is not None:

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from slatewise import cli
 from slatewise.bundle.loader import load_bundle
+from slatewise_train import compress, training_log
 from slatewise_train import search as search_module
-from slatewise_train import training_log
+from slatewise_train.compression.source import Source
 from slatewise_train.config import Config, ModelConfig, read_config
 from slatewise_train.data import Data
+from slatewise_train.evaluation.held_out import held_out_gains
 from slatewise_train.loading import load_for_training, load_trainer
-from slatewise_train.search import apply_found, plot, search
+from slatewise_train.search import apply_found, clearly_better, plot, search
 from slatewise_train.search_space import (
     COST,
     KEPT,
@@ -100,6 +102,37 @@ def compared(folder: Path) -> list[dict[str, Any]]:
     for candidate in found:
         candidate["rows"] = [{k: v for k, v in row.items() if k != "seconds"} for row in candidate["rows"]]
     return found
+
+
+def gains_after(data: Data, config: Config, epochs: int) -> np.ndarray:
+    """NDCG@10 of each validation user by the best weights of a candidate that trains alone for so many epochs."""
+    trainer = Trainer(data, config.model, config.train)
+    for _ in range(epochs):
+        trainer.run_epoch(cascade=False)
+        trainer.progress.compare(trainer.validate(("dot",))["dot_ndcg10"])
+    trainer.progress.restore_best()
+    return held_out_gains(trainer.model, data, 0)
+
+
+def epoch_in(folder: Path) -> int:
+    """Epochs of the checkpoint that a search hands over."""
+    return int(torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"])
+
+
+class Killed(BaseException):
+    """Ends a process as SIGKILL does: nothing but `checkpoint.alone` handles it."""
+
+
+def kill(patch: pytest.MonkeyPatch, clock: Clock, epochs: int) -> None:
+    """End the process after so many epochs, when the state is saved and the checkpoint is not."""
+    save = Trainer.save
+
+    def killed(trainer: Trainer, path: Path) -> None:
+        if clock.epochs == epochs:
+            raise Killed
+        save(trainer, path)
+
+    patch.setattr(Trainer, "save", killed)
 
 
 def state_in(folder: Path) -> State:
@@ -255,6 +288,51 @@ def test_killed_search_continues_to_the_same_result(
     assert compared(tmp_path) == compared(whole[0])
 
 
+@pytest.mark.parametrize("rung", [0, 1])
+@pytest.mark.parametrize("trained", [1, 2, 3])
+def test_kill_between_state_and_checkpoint_changes_nothing(
+    rung: int,
+    trained: int,
+    loaded: tuple[Data, Config],
+    whole: tuple[Path, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process ends after the last epoch of each finalist, or of the first candidates of the first rung."""
+    clock = Clock(monkeypatch)
+    state = state_in(whole[0])
+    first, second = state.rungs
+    epochs = trained * first
+    if rung:
+        finalists = [candidate for candidate in state.candidates if len(candidate.rows) > first]
+        assert len(finalists) >= 3 and {len(candidate.rows) for candidate in finalists[:3]} == {second}
+        epochs = len(state.candidates) * first + trained * (second - first)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, clock, epochs)
+        search(*loaded, tmp_path, BUDGET)
+    assert search(*loaded, tmp_path, BUDGET + 1) == whole[1]
+    assert compared(tmp_path) == compared(whole[0])
+    assert epoch_in(tmp_path) == epoch_in(whole[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_killed_search_of_one_rung_repeats_the_epoch(
+    epochs: int, loaded: tuple[Data, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    train = dataclasses.replace(loaded[1].train, epochs=3, cascade_epochs=2)
+    config = dataclasses.replace(loaded[1], train=train)
+    found = search(loaded[0], config, tmp_path / "whole", 5)
+    assert state_in(tmp_path / "whole").rungs == [1] and clock.epochs > 3
+    clock.epochs = 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, clock, epochs)
+        search(loaded[0], config, tmp_path / "killed", 5)
+    assert search(loaded[0], config, tmp_path / "killed", 6) == found
+    assert compared(tmp_path / "killed") == compared(tmp_path / "whole")
+    assert epoch_in(tmp_path / "killed") == epoch_in(tmp_path / "whole") == 1
+
+
 @pytest.mark.parametrize("stop", [1, 30])
 def test_interrupted_search_continues_with_the_rest_of_its_time(
     stop: int, loaded: tuple[Data, Config], whole: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +359,8 @@ def test_time_that_ends_in_a_rung_compares_equal_epochs(
     clock = Clock(
         monkeypatch, lambda trainer: 1.0 if trainer.epoch < 4 else 3.0
     )  # later epochs are slower than planned
+    given: list[tuple[np.ndarray, np.ndarray, int]] = []
+    monkeypatch.setattr(search_module, "clearly_better", lambda *gains: not given.append(gains))
     search(*loaded, tmp_path, BUDGET)
     state = state_in(tmp_path)
     assert BUDGET <= clock.now < BUDGET + 3 and state.spent == clock.now, "kept within one epoch"
@@ -292,6 +372,12 @@ def test_time_that_ends_in_a_rung_compares_equal_epochs(
     common = min(candidate.reached for candidate in racing)
     assert common < second, "the time ended in the second rung"
     assert max(racing, key=lambda candidate: candidate.score(common)).values == state.chosen
+    assert state.chosen and len(state.candidates[0].rows) == second, "the defaults are ahead of the others"
+    ((gains, defaults, others),) = given
+    np.testing.assert_array_equal(gains, gains_after(loaded[0], with_values(loaded[1], state.chosen), first))
+    np.testing.assert_array_equal(defaults, gains_after(*loaded, first))
+    assert others == len(state.candidates) - 1
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_time_that_ends_in_the_first_epochs_keeps_the_defaults(
@@ -307,10 +393,28 @@ def test_defaults_stay_unless_they_are_clearly_beaten(
     loaded: tuple[Data, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Clock(monkeypatch)
-    monkeypatch.setattr(search_module, "SURE", 1e6)
+    monkeypatch.setattr(search_module, "clearly_better", lambda *_: False)
     assert search(*loaded, tmp_path, BUDGET) == loaded[1]
     assert state_in(tmp_path).chosen == {}
     assert "the defaults stay: candidate" in capsys.readouterr().out
+
+
+def test_more_candidates_must_beat_the_defaults_by_more() -> None:
+    """One of twenty searches over candidates that equal the defaults replaces them, however many there are."""
+    rng = np.random.default_rng(0)
+    replaced = {}
+    for others in (1, 30):
+        hits = rng.random((400, others + 1, 500)) < 0.12  # (searches, candidates, users)
+        gains = hits * rng.choice(1 / np.log2(np.arange(2, 12)), hits.shape)
+        best = 1 + gains[:, 1:].mean(2).argmax(1)
+        replaced[others] = np.mean(
+            [clearly_better(one[row], one[0], others) for one, row in zip(gains, best, strict=True)]
+        )
+    assert 0.01 < replaced[1] < 0.1 and replaced[30] < 0.1
+    difference = np.array([0.5, 0.1, 0.4, 0.2, 0.0, 0.1])  # 2.7 standard errors: 1.6 suffice for one, 3.0 for 40
+    assert clearly_better(difference, np.zeros(6), 1) and not clearly_better(difference, np.zeros(6), 40)
+    assert not clearly_better(np.ones(1), np.zeros(1), 1), "one user shows no noise"
+    assert not clearly_better(np.zeros(0), np.zeros(0), 1)
 
 
 @pytest.mark.parametrize("defaults", [False, True])
@@ -328,8 +432,11 @@ def test_search_survives_candidates_that_diverge(
         return loss
 
     monkeypatch.setattr(Trainer, "run_epoch", diverging)
+    monkeypatch.setattr(search_module, "clearly_better", lambda *_: False)
     search(*loaded, tmp_path, BUDGET)
     state = state_in(tmp_path)
+    assert bool(state.chosen) is defaults, "defaults that diverged are beaten without a comparison"
+    assert epoch_in(tmp_path) == state.rungs[-1]
     for candidate in state.candidates:
         lost = (with_values(loaded[1], candidate.values).train == base) is defaults
         assert candidate.diverged is (lost and len(candidate.rows) >= 2)
@@ -337,8 +444,44 @@ def test_search_survives_candidates_that_diverge(
     assert any(candidate.diverged for candidate in state.candidates)
 
 
+def test_late_divergence_is_the_same_after_a_stop(
+    loaded: tuple[Data, Config], whole: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    state = state_in(whole[0])
+    first = state.rungs[0]
+    lost = with_values(loaded[1], state.chosen or {})
+    run_epoch = Trainer.run_epoch
+
+    def diverging(trainer: Trainer, cascade: bool) -> float:
+        loss = run_epoch(trainer, cascade)
+        shape = Trainer(loaded[0], lost.model, lost.train).model.config
+        if trainer.config == lost.train and trainer.model.config == shape and trainer.epoch == first + 1:
+            with torch.no_grad():
+                trainer.model.get_parameter("item.weight").fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(Trainer, "run_epoch", diverging)
+    config = search(*loaded, tmp_path / "whole", BUDGET)
+    assert config != lost
+    diverged = [candidate for candidate in state_in(tmp_path / "whole").candidates if candidate.diverged]
+    assert [candidate.values for candidate in diverged] == [state.chosen]
+    spent, clock.epochs = clock.epochs, 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, clock, spent - 1)
+        search(*loaded, tmp_path / "killed", BUDGET)
+    assert search(*loaded, tmp_path / "killed", BUDGET + 1) == config
+    assert compared(tmp_path / "killed") == compared(tmp_path / "whole")
+    assert clock.epochs == spent + 1, "one epoch is repeated, and no other candidate joins the last rung"
+
+
 def test_training_after_the_search_is_as_from_its_start(
-    toml: Path, whole: tuple[Path, Config], loaded: tuple[Data, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toml: Path,
+    whole: tuple[Path, Config],
+    loaded: tuple[Data, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The other commands read the found values too: their checkpoint has another shape than the defaults'."""
     folder, config = whole
@@ -347,6 +490,7 @@ def test_training_after_the_search_is_as_from_its_start(
     monkeypatch.setattr(training_log, "plot_training", lambda log: None)  # slower than an epoch
     clock = Clock(monkeypatch)
     assert cli.main(["train", str(toml), "--folder", str(folder), "--search", "9m"]) == 0
+    assert capsys.readouterr().out.count("found by the search in") == 1
     trainer, found, _ = load_trainer(toml, folder)
     assert found.train == config.train and found.model == config.model
     assert clock.epochs == trainer.progress.epoch - begun > 0, "the search is not repeated, and its epochs count"
@@ -358,6 +502,10 @@ def test_training_after_the_search_is_as_from_its_start(
     assert [row["loss"] for row in rows_of(folder)] == [row["loss"] for row in rows_of(tmp_path)]
     assert cli.main(["export", str(toml), "--folder", str(folder), "--root", str(tmp_path), "--force"]) == 0
     assert load_bundle(tmp_path / "shop" / "1", 1).name == "shop"
+    sources: list[Source] = []
+    monkeypatch.setattr(compress, "compress", lambda source, *_: sources.append(source))
+    assert cli.main(["compress", str(tmp_path / "shop"), str(toml), "--folder", str(folder)]) == 0
+    assert sources[0].trainer().config == found.train
 
 
 def test_values_stated_after_the_search_win(
@@ -375,6 +523,35 @@ def test_unfinished_search_is_not_used(loaded: tuple[Data, Config], tmp_path: Pa
     assert apply_found(loaded[1], tmp_path) == loaded[1]
     State("x", 9.0).save(tmp_path / "search" / "search.json")
     assert apply_found(loaded[1], tmp_path) == loaded[1]
+
+
+def test_search_that_continues_does_not_ask_for_search(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    State("another", 9.0).save(tmp_path / "search" / "search.json")
+    assert cli.main(["train", str(toml), "--folder", str(tmp_path), "--search", "9s"]) == 1
+    captured = capsys.readouterr()
+    assert "--search continues it" not in captured.out and "belongs to other data" in captured.err
+
+
+def test_found_values_that_do_not_fit_the_toml_are_named(
+    toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(toml.read_text().replace("attention_heads = 4", "attention_heads = 3"))
+    State("x", 9.0, chosen={"model.width": 64}).save(tmp_path / "search" / "search.json")
+    for options in ([], ["--search", "9s"]):
+        assert cli.main(["train", str(other), "--folder", str(tmp_path), *options]) == 1
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'search'} found width = 64, which does not fit the TOML" in error
+        assert "remove that folder" in error and error.count("slatewise train: error") == 1
+
+
+@pytest.mark.parametrize("chosen", [{"foo": 64}, {"model.foo": 64}, [64], "foo", 7])
+def test_damaged_found_values_are_named(chosen: Any, loaded: tuple[Data, Config], tmp_path: Path) -> None:
+    State("x", 9.0, chosen=chosen).save(tmp_path / "search" / "search.json")
+    with pytest.raises(ValueError, match=r"^[^\n]*search\.json is damaged, remove [^\n]*search: [^\n]*$"):
+        apply_found(loaded[1], tmp_path)
 
 
 def test_found_values_are_lines_of_a_toml() -> None:
