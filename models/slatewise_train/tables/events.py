@@ -29,18 +29,8 @@ from slatewise_train.tables.files import TableFile, collect, describe_separator,
 SAMPLE = 10_000  # rows that decide how times are written
 LABEL = "label_"
 NO_VALUE = "no value"
-LABELS = {
-    NO_VALUE,
-    "",
-    "nan",
-    "NaN",
-    "0",
-    "1",
-    "0.0",
-    "1.0",
-    "true",
-    "false",
-}  # a column with another value has the fault
+# a column with another value has the fault
+LABELS = {NO_VALUE, "", "nan", "NaN", "0", "1", "0.0", "1.0", "true", "false"}
 NO_POSITION = -(2**62)  # stands for a position that is no whole number
 NO_LABEL = 2.0  # stands for a label that is no number: neither 0 nor 1
 IDS = ("user_id", "item_id", "action", "slate_id")
