@@ -1,6 +1,7 @@
 """Cut sequences into windows, and put windows into batches.
 
-Called by: `train.py`, `epochs.py`, `slates.py`, `evaluation/cases.py`, `meta/`, `compression/`. Calls: `data.py`.
+Called by: `train.py`, `epochs.py`, `slates.py`, `shown.py`, `evaluation/cases.py`, `meta/`, `compression/`,
+`demo/simulated/`. Calls: `data.py`.
 
 Letters in shapes: B windows, T the longest window.
 """

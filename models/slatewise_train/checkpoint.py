@@ -1,6 +1,6 @@
 """Save and load checkpoints, so that a stopped training resumes after its last whole epoch.
 
-Called by: `train.py`, `meta/limaml.py`, `compression/distill.py`. Calls: torch.
+Called by: `train.py`, `progress.py`, `search.py`, `meta/limaml.py`, `compression/distill.py`. Calls: torch.
 """
 
 from __future__ import annotations

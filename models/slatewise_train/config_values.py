@@ -3,7 +3,7 @@
 A field declares its range with `number`, its allowed values with `choice`, or a time with `moment`. The checks run in
 `from_table` alone, so that a value which is refused in a TOML may still be set by code.
 
-Called by: `config.py`, and the configs of `rankers/`. Calls: no module of this package.
+Called by: `config.py`, `search_space.py`, `tables/`, and the configs of `rankers/`. Calls: no module of this package.
 """
 
 from __future__ import annotations

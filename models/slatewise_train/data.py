@@ -242,6 +242,11 @@ def taken_events(events: pl.DataFrame, stated: Sequence[str], heads: tuple[Head,
     rows = events.with_columns(history_rule(stated, events.columns, place).alias("is_history"))["is_history"]
     if stated and EVERY not in stated:
         events = add_action_labels(events, rows, heads)
+        if "action" in events.columns:  # rows without the action of a head do not tell its label
+            labels = {f"label_{head.name}" for head in heads if head.kind == "label"}
+            events = events.with_columns(
+                pl.lit(None, pl.Float32).alias(name) for name in sorted(labels - set(events.columns))
+            )
     return events.filter(rows)
 
 

@@ -4,7 +4,8 @@ This file has all rules, with their reasons. Each run prints the values that it 
 changed, except for `validation_users` above the number of users that can validate. The rules come from experiments on
 a sparse and on a dense table, see LOG.md.
 
-Called by: `data.py` for `[split]`, `loading.py` for `[model]` and `[train]`. Calls: `config.py`, `split.py`.
+Called by: `data.py` for `[split]`, `loading.py` for `[model]` and `[train]`, `check_data.py`. Calls: `config.py`,
+`split.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The device that a training runs on, and the precision of its matrix products.
 
-Called by: `train_command.py`, `train.py`. Calls: torch.
+Called by: `train_command.py`, `train.py`, `evaluation/held_out.py`. Calls: torch.
 """
 
 from __future__ import annotations

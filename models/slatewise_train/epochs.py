@@ -1,6 +1,6 @@
 """Run one epoch of gradient steps, with its learning rate, random numbers and batches.
 
-Called by: `train.py`, `compression/distill.py`. Calls: `batches.py`.
+Called by: `train.py`, `progress.py`, `compression/distill.py`. Calls: `batches.py`.
 """
 
 from __future__ import annotations

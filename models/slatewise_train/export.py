@@ -82,7 +82,8 @@ def export(
     data = trainer.data
     if not all(bool(value.isfinite().all()) for value in trainer.model.parameters()):
         raise ValueError("the training diverged, weights are not finite: train again with a smaller learning_rate")
-    content = make_content(trainer, learner, config)
+    with contextlib.redirect_stdout(sys.stderr):  # the tables of `[demo]` have remarks too
+        content = make_content(trainer, learner, config)
     meta = content.model.default_meta.detach().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)

@@ -10,7 +10,7 @@
   multiplies the slate's loss by the mean weight of its positive labels. Otherwise the weight of a slate with a single
   positive label would cancel.
 
-Called by: `train.py`. Calls: torch.
+Called by: `shown.py`. Calls: torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A head of kind `next` is a softmax over the catalogue, estimated from sampled negatives. A head of kind `label` is a
 binary cross-entropy. Distillation compares two rankers' logits.
 
-Called by: `train.py`, `meta/tasks.py`, `compression/distill.py`. Calls: torch.
+Called by: `train.py`, `shown.py`, `meta/tasks.py`, `compression/distill.py`. Calls: torch.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def is_time(column: pl.Series) -> bool:
         return False
     numbers = column.drop_nulls().cast(pl.String, strict=False).cast(pl.Float64, strict=False)
     first, last = CENTURY
-    return any(bool(numbers.is_between(first * unit, last * unit).all()) for unit in times.PER_SECOND.values())
+    inside = (numbers.is_between(first * unit, last * unit).fill_null(False) for unit in times.PER_SECOND.values())
+    return bool(len(numbers)) and any(bool(found.all()) for found in inside)  # null: a text that is no number
 
 
 def count_actions(files: Sequence[TableFile], column: str) -> dict[str, int]:

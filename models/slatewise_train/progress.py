@@ -17,6 +17,8 @@ from slatewise_train.checkpoint import Stateful
 from slatewise_train.config import TrainConfig
 from slatewise_train.epochs import cosine, warm_up
 
+LENGTH = ("epochs", "cascade_epochs", "patience")  # keys that decide when a training ends
+
 
 class Progress:
     """Counts the epochs of a training, and keeps the best weights.
@@ -33,7 +35,7 @@ class Progress:
         self.joined: int | None = None  # the epoch after which the exits `point` and `set` are trained too
         self.stale = 0  # validations since the best one
         self.best: dict[str, Any] | None = None  # score, epoch and weights of the best validation
-        self.changes: list[str] = []  # of the config since the checkpoint that was loaded
+        self.changes: dict[str, str] = {}  # of the config since the checkpoint that was loaded, by key
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step of the current epoch, which has `steps` steps."""
@@ -112,12 +114,20 @@ class Progress:
         return {"epoch": self.epoch, "joined": self.joined, "stale": self.stale, "best": self.best, "train": train}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from the values of a checkpoint; a finished training gets its best weights."""
+        """Continue from the values of a checkpoint; a finished training gets its best weights.
+
+        A training that is finished stays finished, and last epochs that have begun keep their number.
+        """
         self.epoch, self.joined = state["epoch"], state["joined"]
         self.stale, self.best = state["stale"], state["best"]
         now = dataclasses.asdict(self.config)
         saved = {key: value for key, value in state.get("train", {}).items() if key in now}
-        self.changes = [f"{key} {old} -> {now[key]}" for key, old in saved.items() if old != now[key]]
+        self.changes = {key: f"{key} {old} -> {now[key]}" for key, old in saved.items() if old != now[key]}
+        stated, self.config = self.config, dataclasses.replace(self.config, **saved)
+        if self.joined is None and not self.finished:
+            self.config = stated
+        else:
+            self.config = dataclasses.replace(stated, **{key: getattr(self.config, key) for key in LENGTH})
         if self.finished:
             self.restore_best()
 
@@ -125,8 +135,14 @@ class Progress:
         """Return a sentence about a training that was loaded, with the changes of its config."""
         line = f"continuing after epoch {self.epoch} of {self.config.epochs}"
         if self.finished:
-            line = f"finished after epoch {self.epoch}; remove it to train again"
-        if not self.changes:
-            return line
-        effect = "has no effect on it" if self.finished else f"counts from epoch {self.epoch + 1} on"
-        return f"{line}. [train] differs from the checkpoint's, which {effect}: {', '.join(self.changes)}"
+            line = f"finished after epoch {self.epoch}; remove it to train again, or use another folder"
+        kept = {key for key in self.changes if self.finished or (self.joined is not None and key in LENGTH)}
+        effects = {
+            f"counts from epoch {self.epoch + 1} on": self.changes.keys() - kept,
+            "has no effect on it" if self.finished else "has no effect, as the last epochs have begun": kept,
+        }
+        for effect, keys in effects.items():
+            if keys:
+                changes = ", ".join(text for key, text in self.changes.items() if key in keys)
+                line += f". [train] differs from the checkpoint's, which {effect}: {changes}"
+        return line

@@ -1,6 +1,7 @@
 """Draw slates of candidates at positions of a batch, and score them.
 
-Called by: `train.py`, `meta/`, `compression/`. Calls: `batches.py`, and the ranker that scores a slate.
+Called by: `train.py`, `shown.py`, `meta/`, `compression/`, `demo/simulated/`. Calls: `batches.py`, and the ranker that
+scores a slate.
 
 Letters in shapes: B windows, T the longest window, S positions of a window, C candidates, K negatives, d width.
 """

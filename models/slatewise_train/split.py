@@ -1,6 +1,6 @@
 """Split the users' sequences: events for training, and events and users that are held out.
 
-Called by: `data.py`. Calls: `config.py`.
+Called by: `data.py`, `defaults.py`. Calls: `config.py`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Every epoch trains the exit `dot` at all positions by sampled softmax. The last 
 and `set` too, at a few positions of each sequence. There are two slates at each position: the user's next items, for
 heads of kind `label`, and the next item among negatives, for heads of kind `next`.
 
-Called by: `train_command.py`, `loading.py`, `compression/`, `meta/personalization.py`, `demo/simulated/`. Calls:
-`devices.py`, `epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`, `progress.py`,
-`evaluation/held_out.py`, `checkpoint.py`, `time_left.py`, `training_log.py`.
+Called by: `train_command.py`, `loading.py`, `search.py`, `export.py`, `compression/`, `meta/personalization.py`,
+`demo/simulated/`. Calls: `devices.py`, `epochs.py`, `batches.py`, `losses.py`, `new_model.py`, `shown.py`, `slates.py`,
+`progress.py`, `evaluation/held_out.py`, `checkpoint.py`, `time_left.py`, `training_log.py`.
 """
 
 from __future__ import annotations
@@ -277,7 +277,9 @@ class Trainer:
         windows = next(epoch_windows(lengths, data.config.history_length, config.batch_events, rng))
 
         def step(cascade: bool) -> None:
-            self.step_loss(windows, cascade).backward()
+            loss = self.step_loss(windows, cascade)
+            if loss.requires_grad:  # that of a batch without slates may have no gradient
+                loss.backward()
             self.optimizer.zero_grad()
             wait(self.device)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from slatewise.http.capture import Capture, appending, capture_line
@@ -15,6 +17,8 @@ from slatewise.schemas import RankRequest
 from slatewise_train.config import DataConfig, Head, TablesConfig
 from slatewise_train.data import Data, load_data
 from slatewise_train.meta.changed_users import Events
+from slatewise_train.tables import files
+from slatewise_train.tables.capture import capture_events
 
 NEXT = (Head("next", "next", 1.0),)
 
@@ -151,7 +155,11 @@ def test_captured_events_without_actions_are_taken(tmp_path: Path) -> None:
     [
         ('{"user_id": "u", "item_id": "a", "timestamp": 1}\n{"user_id"', r"events\.jsonl: line 2 is no JSON object"),
         ("[1, 2]\n", r"events\.jsonl: line 1 is no JSON object; every line is one row"),
-        ('{"candidates": 3}\n', r"events\.jsonl: cannot be read as JSON lines: .*; give a column one type"),
+        (
+            '{"candidates": {"item_ids": 3}}\n',
+            r"events\.jsonl: cannot be read as JSON lines: .*; give a column one type",
+        ),
+        ('{"candidates": 3}\n', r"events\.jsonl: no column user_id"),
         ('\xff"candidates"', r"events\.jsonl: line 1 is no JSON object"),
         ('{"user_id": "u"}\n', r"no column item_id"),
         ("", r"events\.jsonl: the file is empty"),
@@ -164,6 +172,31 @@ def test_json_lines_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, 
     with pytest.raises(ValueError, match=message) as raised:
         load(path, "*")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("candidates", [3, ["a", "b"], {"count": 3}])
+def test_rows_with_a_column_candidates_are_a_table(tmp_path: Path, candidates: object) -> None:
+    rows = [
+        {"user_id": f"u{k % 5}", "item_id": f"i{k % 7}", "timestamp": k, "candidates": candidates} for k in range(60)
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load(tmp_path / "events.jsonl").sequences.items) == 60
+
+
+def test_capture_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+
+    def count(paths: Sequence[Path]) -> pl.DataFrame:
+        parsed.append(paths)
+        return capture_events(paths)
+
+    monkeypatch.setattr(files, "capture_events", count)
+    server_capture(tmp_path / "c.jsonl", REQUESTS)
+    load(tmp_path / "c.jsonl", "taken")
+    assert len(parsed) == 1
+    events = Events([tmp_path / "c.jsonl"], ["taken"])
+    events.check()
+    assert events.newest() and events.users(None) and len(parsed) == 2
 
 
 def test_rows_of_json_lines_are_a_table(tmp_path: Path) -> None:

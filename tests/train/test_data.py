@@ -117,7 +117,7 @@ def test_clean_events_counts_unusable_rows_by_reason() -> None:
         ("u", "a", float("inf"), None, 0.0),
         ("u", "a", -1.0, None, 0.0),
         ("u", "a", 2.0, None, 0.5),
-        ("u", "a", 2.0, None, float("nan")),
+        ("u", "a", 2.0, None, float("inf")),
         ("u", "b", 0.0, None, None),
     ]
     kept, bad = clean_events(make_events(rows), 1.0)
@@ -134,7 +134,7 @@ def test_clean_events_drops_a_row_with_an_invalid_time(tmp_path: Path, time: str
     assert kept["item_id"].to_list() == ["b"]
 
 
-@pytest.mark.parametrize("label", ["2", "-1", "0.5", "NaN", "yes"])
+@pytest.mark.parametrize("label", ["2", "-1", "0.5", "inf", "yes"])
 def test_clean_events_drops_a_row_with_an_invalid_label(tmp_path: Path, label: str) -> None:
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp,label_like\nu,a,1,{label}\nu,b,2,1\nu,c,3,\n")
     kept, bad = clean_events(read_table(tmp_path / "events.csv"), 1.0)

@@ -44,7 +44,9 @@ from slatewise_train.evaluation.calibration import fit_calibrations, read_calibr
 from slatewise_train.export import ExportOptions, export, load_block, make_content
 from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.new_model import build_model
+from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.ligr import key_of
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Trainer, train
 from tests.conftest import Tiny
@@ -472,6 +474,9 @@ def test_export_of_users_with_two_events_has_an_example(tmp_path: Path, monkeypa
     assert 1 <= len(manifest.example["history"]["item_ids"]) <= 2
 
 
+SHOP = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
+
+
 def train_shop(
     folder: Path, config: DataConfig, items: int, users: int = 12, length: int = 14
 ) -> tuple[Trainer, Config]:
@@ -483,13 +488,12 @@ def train_shop(
         for k in range(length)
     ]
     pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "label_buy"], orient="row").write_csv(folder / "events.csv")
-    pl.DataFrame({"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}).write_csv(
-        folder / "items.csv"
-    )
+    columns: dict[str, list[Any]] = {name: [f"v{k % 3}" for k in range(items)] for name in config.categorical}
+    columns |= {"item_id": [f"i{k}" for k in range(items)], "price": [k + 0.5 for k in range(items)]}
+    pl.DataFrame(columns).write_csv(folder / "items.csv")
     tables = TablesConfig(str(folder / "events.csv"), str(folder / "items.csv"), history_actions=("*",))
-    shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     short = TrainConfig(epochs=2, cascade_epochs=1, batch_events=256, negatives=16, warmup_steps=1)
-    trainer = train(load_data(config, tables), ModelConfig("ligr", shape), short, folder / "train")
+    trainer = train(load_data(config, tables), ModelConfig("ligr", SHOP), short, folder / "train")
     return trainer, Config(config, tables)
 
 
@@ -550,6 +554,21 @@ def test_export_without_meta_block_serves_with_status_off(tmp_path: Path, monkey
         answer = client.post("/score", json=manifest.example).json()
     assert answer["meta_embedding"]["status"] == "off"
     np.testing.assert_allclose(answer["results"]["scores"], manifest.variants["fp32"].golden_scores, atol=FP32_BOUND)
+
+
+def test_categorical_columns_may_have_any_name(tmp_path: Path) -> None:
+    """torch refuses names with a dot, and those of its own attributes."""
+    names = ("type", "brand.name", "brand%2Ename", "%type", "keys", "weight", "ünïcode", "a b", "training")
+    config = DataConfig("shop", (NEXT, BUY), categorical=names, slate_size=2, slate_users=3, validation_users=3)
+    trainer, whole = train_shop(tmp_path, config, items=90)
+    ranker = load_bundle(export(trainer, None, whole, tmp_path / "bundles", 1, FORCED), 1)
+    assert set(ranker.manifest.fields) == set(names)
+    assert len(set(map(key_of, names))) == len(names) and key_of("a b") == "a b" and key_of("ünïcode") == "ünïcode"
+    again = Trainer(trainer.data, ModelConfig("ligr", SHOP), trainer.config)
+    again.load(tmp_path / "train" / "checkpoint.pt")
+    assert torch.equal(again.model.field_table("brand.name"), trainer.model.field_table("brand.name"))
+    student = families.shrink(trainer.model, {"feed_forward": 2})
+    assert torch.equal(student.field_table("type"), trainer.model.field_table("type"))
 
 
 def test_without_meta_gives_the_scores_of_the_default_vector(tiny: Tiny, ranker: Ranker) -> None:

@@ -162,6 +162,13 @@ def test_init_finds_times_under_another_name(tmp_path: Path, values: list[Any]) 
     assert code == 0 and read_config(path).tables.columns == {"timestamp": "t_dat"}
 
 
+@pytest.mark.parametrize("values", [["red", "blue"] * (N // 2), [None] * N, ["1700000000"] * (N - 1) + ["soon"]])
+def test_init_takes_no_other_column_as_times(tmp_path: Path, values: list[Any]) -> None:
+    code, path = write(tmp_path, table(colour=values))
+    assert code == 0 and read_config(path).tables.columns == {}
+    assert 'time_unit = "row"' in path.read_text()
+
+
 def test_init_names_the_columns_that_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert write(tmp_path, pl.DataFrame({"a": [1], "b": [2]}))[0] == 1
     assert "no column user_id, item_id; found: 'a', 'b'" in capsys.readouterr().err

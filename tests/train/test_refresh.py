@@ -340,6 +340,16 @@ def test_head_of_an_action_is_adapted_without_labels(tiny: Tiny, events: pl.Data
     assert users and np.isfinite(vectors).all()
 
 
+@pytest.mark.parametrize("rows", [None, 0])
+def test_refresh_reads_rows_without_the_action_of_a_head(
+    tiny: Tiny, events: pl.DataFrame, tmp_path: Path, rows: int | None
+) -> None:
+    folder = bundle_with(tiny, tmp_path / "1", history_actions=["like", "hate", "dislike"])
+    log = events.drop("label_like").filter(pl.col("action") != "like")
+    users, vectors = Adapter(folder).vectors_of(log.head(rows) if rows is not None else log)
+    assert bool(users) is (rows is None) and np.isfinite(vectors).all()
+
+
 def test_ids_that_are_floats_are_refreshed_as_integers(tiny: Tiny, events: pl.DataFrame, tmp_path: Path) -> None:
     adapter = Adapter(tiny.folder)
     expected, vectors = adapter.vectors_of(events)

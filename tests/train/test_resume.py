@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from slatewise_train import checkpoint
+from slatewise_train.config import TrainConfig
 from slatewise_train.data import Data
 from slatewise_train.progress import Progress
 from slatewise_train.time_left import TimeLeft, time_ratio, words
-from slatewise_train.train import Trainer, train
+from slatewise_train.train import Trainer, train, train_epoch
 from slatewise_train.training_log import rows_up_to, write_log
 from tests.support.killed_training import CONFIG, MODEL, make_table
 
@@ -115,18 +116,58 @@ def test_folder_of_a_running_training_is_refused(table: Data, tmp_path: Path) ->
 
 
 def test_changed_values_are_printed_and_count(table: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = dataclasses.replace(CONFIG, patience=0, epochs=2, cascade_epochs=0)
-    train(table, MODEL, short, tmp_path)
+    short = dataclasses.replace(CONFIG, patience=0, epochs=4, cascade_epochs=0)
+    stopped = Trainer(table, MODEL, short)
+    for _ in range(2):
+        train_epoch(stopped, tmp_path)
     assert "differs" not in capsys.readouterr().out
     longer = dataclasses.replace(short, epochs=3, learning_rate=0.5, weight_decay=0.25)
     trainer = train(table, MODEL, longer, tmp_path)
     line = next(line for line in capsys.readouterr().out.splitlines() if "differs" in line)
     assert "continuing after epoch 2 of 3" in line and "counts from epoch 3 on" in line
-    assert line.endswith("epochs 2 -> 3, learning_rate 0.03 -> 0.5, weight_decay 0.0 -> 0.25")
+    assert line.endswith("epochs 4 -> 3, learning_rate 0.03 -> 0.5, weight_decay 0.0 -> 0.25")
     assert trainer.epoch == 3 and {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.25}
     train(table, MODEL, dataclasses.replace(longer, negatives=64), tmp_path)
     out = capsys.readouterr().out
     assert "finished after epoch 3; remove it to train again" in out and "no effect on it: negatives 32 -> 64" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (dataclasses.replace(CONFIG, patience=0, epochs=3, cascade_epochs=0), {"epochs": 5}),
+        (dataclasses.replace(CONFIG, patience=0, epochs=3, cascade_epochs=1), {"cascade_epochs": 3, "epochs": 9}),
+        (dataclasses.replace(CONFIG, epochs=20, cascade_epochs=1), {"cascade_epochs": 5}),
+        (dataclasses.replace(CONFIG, epochs=20, cascade_epochs=0), {"patience": 9}),
+    ],
+)
+def test_finished_training_stays_finished(
+    table: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: TrainConfig, changes: dict[str, int]
+) -> None:
+    whole = train(table, MODEL, config, tmp_path)
+    again = train(table, MODEL, dataclasses.replace(config, **changes), tmp_path)
+    assert_equal(again, whole)
+    assert again.epoch == whole.epoch and again.progress.finished and len(log_of(tmp_path)) == whole.epoch
+    out = capsys.readouterr().out
+    assert f"finished after epoch {whole.epoch}; remove it to train again, or use another folder. [train]" in out
+    assert "which has no effect on it: " in out and all(f"{key} " in out.splitlines()[-1] for key in changes)
+
+
+def test_last_epochs_that_have_begun_keep_their_number(
+    table: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(CONFIG, patience=0, epochs=5, cascade_epochs=3)
+    stopped = Trainer(table, MODEL, config)
+    for _ in range(3):
+        train_epoch(stopped, tmp_path)
+    changed = dataclasses.replace(config, epochs=9, cascade_epochs=2, negatives=16)
+    trainer = train(table, MODEL, changed, tmp_path)
+    out = capsys.readouterr().out
+    assert "continuing after epoch 3 of 5" in out and "which counts from epoch 4 on: negatives 32 -> 16. [train]" in out
+    assert "no effect, as the last epochs have begun: epochs 5 -> 9, cascade_epochs 3 -> 2" in out
+    assert (trainer.epoch, trainer.progress.joined) == (5, 2)
+    train(table, MODEL, changed, tmp_path)
+    assert "finished after epoch 5" in capsys.readouterr().out
 
 
 class Clock:

@@ -290,6 +290,16 @@ def test_batches_without_slates_are_passed_over(tmp_path: Path) -> None:
     assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
 
 
+def test_time_of_last_epochs_needs_no_slate(tmp_path: Path) -> None:
+    config = DataConfig("shop", HEADS[1:], history_length=32, validation_users=0)
+    rows = pl.concat([shop().head(40 * 32), shop().tail(40 * 32).with_columns(slate_id=None)], how="diagonal")
+    rows = rows.with_columns(slate_id=pl.when(pl.int_range(pl.len()) < 40 * 32).then(pl.col("timestamp")))
+    data = load(tmp_path, rows, config, "label:buy")
+    model = ModelConfig(shape={"width": 8, "blocks": 1})
+    for seed in range(6):  # the measured batch is drawn, and some have no slate
+        assert Trainer(data, model, TrainConfig(batch_events=1, seed=seed)).cascade_cost() > 0
+
+
 def test_next_event_is_preferred_to_slates_without_a_choice(tmp_path: Path) -> None:
     """Items n0 to n4 are shown without success in slates of their own; o0 to o4 are never shown nor bought."""
     rng = np.random.default_rng(0)

@@ -446,6 +446,15 @@ def test_labels_of_every_type_are_zero_one_or_unknown(tmp_path: Path) -> None:
     config = DataConfig("shop", (Head("buy", "label", 1.0),))
     found = load(tmp_path / "e.csv", config).sequences.labels[:, 0]
     np.testing.assert_array_equal(found, np.array([1, 0, np.nan, 1, 0], np.float32))
+    table = pl.DataFrame(
+        {"user_id": "u", "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3], "label_buy": [1.0, np.nan, 0.0]}
+    )
+    table.write_parquet(tmp_path / "e.parquet")
+    table.write_csv(tmp_path / "e.csv")
+    for name in ("e.parquet", "e.csv"):  # NaN is unknown, as pandas and polars write it
+        data = load(tmp_path / name, config, history_actions=("*",))
+        np.testing.assert_array_equal(data.sequences.labels[:, 0], np.array([1, np.nan, 0], np.float32))
+        assert not data.bad_rows
     (tmp_path / "e.csv").write_text("user_id,item_id,timestamp,label_buy\nu,a,1,1\nu,b,2,yes\n")
     with pytest.raises(ValueError, match=r"label not 0 or 1 1; .*line 3, column label_buy: 'yes'; write 0 or 1"):
         load(tmp_path / "e.csv", config)

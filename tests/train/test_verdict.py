@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from slatewise.inference.engine import EngineError
 from slatewise.schemas import Verdict
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
-from slatewise_train.config import Config, DataConfig, Head, TablesConfig, TrainConfig
+from slatewise_train.config import Config, DataConfig, DemoConfig, Head, TablesConfig, TrainConfig
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.offline import Outcome, tabulate
 from slatewise_train.evaluation.report import plot_quality, quality_table, report_text
@@ -125,7 +126,6 @@ HEALTHY = ["3", "2", "5", "4"]
         (HEALTHY, ["", ".20", "", ".30"], "still rose at the end (0.2000 to 0.3000)"),
         (HEALTHY, [".4", ".20", "", ".30"], None),
         (HEALTHY, ["", "", "", ""], None),
-        ([], [], "not trained, epochs = 0"),
     ],
 )
 def test_suspicious_logs_are_named(
@@ -153,16 +153,12 @@ def test_losses_are_compared_within_their_phase(
     assert len(found) == (warning is not None) and all(warning in line for line in found if warning)
 
 
-def test_diverged_weights_and_negative_heads_are_named(tmp_path: Path, config: Config) -> None:
+def test_diverged_weights_are_named(tmp_path: Path, config: Config) -> None:
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
-    heads = (Head("next", "next", 1.0), Head("buy", "label", -0.5))
-    odd = dataclasses.replace(config, data=DataConfig("shop", heads))
-    found = training_warnings(odd, tmp_path / "no-log.csv", model, 2)
-    assert "head buy has the negative weight -0.5" in found[0] and "diverged" in found[1] and len(found) == 2
-    untrained = dataclasses.replace(config, train=TrainConfig(epochs=0))
-    assert "epochs = 0" in training_warnings(untrained, tmp_path / "no-log.csv", torch.nn.Linear(1, 1), None)[0]
+    found = training_warnings(config, tmp_path / "no-log.csv", model, 2)
+    assert len(found) == 1 and "diverged" in found[0]
 
 
 @pytest.fixture
@@ -196,6 +192,18 @@ def test_export_of_a_worse_ranker_needs_force(
         listed = client.get("/models").json()["models"][0]["verdict"]
         assert listed == client.get("/models/tiny").json()["verdict"] == report["verdict"]
         assert listed["grade"] == "worse" and listed["line"] == "Graded worse than item-kNN"
+
+
+def test_remarks_on_demo_tables_are_not_the_first_line(
+    tiny: Tiny, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graded(monkeypatch, "better")
+    pl.read_parquet(tiny.config.tables.events).write_csv(tmp_path / "demo.csv", separator=";")
+    demo = DemoConfig(str(tmp_path / "demo.csv"), tiny.config.tables.items)
+    export(tiny.trainer, None, dataclasses.replace(tiny.config, demo=demo), tmp_path, 1, ExportOptions(most_users=4))
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == "Graded better than item-kNN"
+    assert "demo.csv: columns are separated by semicolons" in captured.err
 
 
 @pytest.mark.parametrize("grade", ["unclear", "better", "unknown"])

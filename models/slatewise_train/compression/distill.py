@@ -4,8 +4,8 @@ The training data are the users' histories, slates that the teacher draws, and t
 shown. The teacher's probabilities are the labels (Hinton et al., arXiv 1503.02531). The item table does not change,
 because all variants share it. A stopped run resumes after its last complete epoch.
 
-Called by: `bases.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`, `epochs.py`,
-`losses.py`, `checkpoint.py`.
+Called by: `bases.py`, `compress.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`,
+`epochs.py`, `losses.py`, `checkpoint.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Without `--source` the zip is downloaded from GroupLens and its digest is checked.
 
-Called by: `make train`, `make compress`. `data.py` reads the tables.
+Called by: `make train`, `make compress`, `simulated/`. `data.py` reads the tables.
 """
 
 import argparse

@@ -127,14 +127,10 @@ def training_warnings(config: Config, log: Path, model: torch.nn.Module, joined:
     log: its log.csv, which may be missing; joined: the epoch after which the last epochs began, as in
     `Progress.joined`. The last epochs add the losses of other exits, so their losses are compared with each other only.
     """
-    found = [
-        f"WARNING: the head {h.name} has the negative weight {h.weight:g}" for h in config.data.heads if h.weight < 0
-    ]
+    found = []
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
         found.append("WARNING: the training diverged, weights are not finite: a smaller learning_rate helps")
     rows = read_log(log)
-    if not config.train.epochs or (log.exists() and not rows):
-        return [*found, "WARNING: the ranker is not trained, epochs = 0"]
     losses = [float(row["loss"]) for row in rows]
     if not all(map(isfinite, losses)):
         return [*found, "WARNING: the training loss is not a number: a smaller learning_rate helps"]

@@ -1,8 +1,8 @@
 """The table of ranker families. A new family is one entry of FAMILIES, a `RankerModel` and a `RankerGraphs`.
 
-Called by: `config.py`, `new_model.py`, `weights.py` (a config becomes a model); `bundle_writer.py`, `export.py` and
-`compression/variants.py` (a model becomes graphs); `compression/` (low-rank forms and students). Calls: `ligr.py`,
-`ligr_onnx.py`, `ligr_student.py`.
+Called by: `config.py`, `defaults.py`, `search_space.py` (configs); `new_model.py`, `weights.py`, `demo/reference.py` (a
+config becomes a model); `bundle_writer.py`, `export.py` and `compression/variants.py` (a model becomes graphs);
+`compression/` (low-rank forms and students). Calls: `ligr.py`, `ligr_onnx.py`, `ligr_student.py`.
 """
 
 from __future__ import annotations

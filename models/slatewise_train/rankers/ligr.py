@@ -132,6 +132,16 @@ class Block(nn.Module):
         return gated_update(x, fed, self.feed_forward_gate(x), self.dropout)
 
 
+def key_of(name: str) -> str:
+    """Return the key of a column in the state dict. It is the name, unless torch refuses that: `type`, `brand.name`.
+
+    Different columns have different keys.
+    """
+    if "." not in name and not name.startswith("%") and not hasattr(nn.ModuleDict(), name):
+        return name
+    return "%" + name.replace("%", "%25").replace(".", "%2E")
+
+
 class Ligr(RankerModel):
     """A ranker of the family `ligr`.
 
@@ -148,13 +158,14 @@ class Ligr(RankerModel):
         self.config = config
         d = config.width
         self.item = nn.Embedding(config.items, d)
-        self.field = nn.ModuleDict({name: nn.Embedding(rows, d) for name, rows in config.fields.items()})
+        self.field = nn.ModuleDict({key_of(name): nn.Embedding(rows, d) for name, rows in config.fields.items()})
         self.action = nn.Embedding(config.actions, d)
         self.gap = nn.Embedding(GAP_BUCKETS, d)
         for name, rows in field_values.items():
-            self.register_buffer(f"values_{name}", rows)  # (items, V)
-            self.register_buffer(f"flat_{name}", rows[rows > 0], persistent=False)  # without the padding
-            self.register_buffer(f"count_{name}", (rows > 0).sum(1), persistent=False)  # (items,)
+            key = key_of(name)
+            self.register_buffer(f"values_{key}", rows)  # (items, V)
+            self.register_buffer(f"flat_{key}", rows[rows > 0], persistent=False)  # without the padding
+            self.register_buffer(f"count_{key}", (rows > 0).sum(1), persistent=False)  # (items,)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.user_norm = nn.LayerNorm(d)
         self.dot_scale = nn.Parameter(torch.ones(config.heads))
@@ -188,7 +199,7 @@ class Ligr(RankerModel):
         return EXITS if self.config.set_blocks else EXITS[:-1]
 
     def field_table(self, name: str) -> Tensor:
-        return self.field[name].get_parameter("weight")
+        return self.field[key_of(name)].get_parameter("weight")
 
     def field_vectors(self, name: str, rows: Tensor) -> Tensor:
         """Return the mean vector of the items' values of a field, or row 0 of the field without values: (n, d).
@@ -196,12 +207,12 @@ class Ligr(RankerModel):
         rows: (n,) of the items. The time follows the number of values of these items, not the most values of one item.
         """
         table = self.field_table(name)
-        counts = self.get_buffer(f"count_{name}")
+        counts = self.get_buffer(f"count_{key_of(name)}")
         count = counts[rows]  # (n,)
         starts = count.cumsum(0) - count
         shift = (counts.cumsum(0) - counts)[rows] - starts  # from a place in this result to its place in the buffer
         places = torch.arange(int(count.sum()), device=rows.device) + shift.repeat_interleave(count)
-        sums = F.embedding_bag(self.get_buffer(f"flat_{name}")[places], table, starts, mode="sum")
+        sums = F.embedding_bag(self.get_buffer(f"flat_{key_of(name)}")[places], table, starts, mode="sum")
         vectors = torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
         return vectors.masked_fill((rows == START_ITEM)[:, None], 0.0)  # the start token has no fields
 
@@ -236,7 +247,7 @@ class Ligr(RankerModel):
 
     def resized(self, config: LigrConfig) -> "Ligr":
         """Build a ranker of another config with the same item columns and with random weights."""
-        field_values = {name: getattr(self, f"values_{name}") for name in self.config.fields}
+        field_values = {name: self.get_buffer(f"values_{key_of(name)}") for name in self.config.fields}
         return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
 
     @torch.no_grad()

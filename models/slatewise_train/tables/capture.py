@@ -69,9 +69,10 @@ def refuse(constant: str) -> None:
 def is_capture(path: Path) -> bool:
     """Whether the first line of a file of JSON lines is a request, and not a row of a table."""
     try:
-        return "candidates" in pl.read_ndjson(path, n_rows=1, infer_schema_length=1).columns
+        found = pl.read_ndjson(path, n_rows=1, infer_schema_length=1).schema.get("candidates")
     except (PolarsError, PanicException, OSError):
         return False  # `read_json_lines` says why
+    return isinstance(found, pl.Struct) and any(field.name == "item_ids" for field in found.fields)
 
 
 def read_requests(path: Path) -> pl.DataFrame:

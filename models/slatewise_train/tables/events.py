@@ -9,8 +9,8 @@
 
 Files are scanned by the streaming engine, which keeps a number in place of each id.
 
-Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/refresh.py`. Calls: `files.py`, `columns.py`, `ids.py`,
-`times.py`, `faults.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `exposures.py`, `history.py`, `meta/`. Calls: `files.py`,
+`columns.py`, `ids.py`, `times.py`, `faults.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from slatewise_train.tables.files import TableFile, collect, describe_separator,
 SAMPLE = 10_000  # rows that decide how times are written
 LABEL = "label_"
 NO_VALUE = "no value"
-LABELS = {NO_VALUE, "", "0", "1", "0.0", "1.0", "true", "false"}  # a column with another value has the fault
+# a column with another value has the fault
+LABELS = {NO_VALUE, "", "nan", "NaN", "0", "1", "0.0", "1.0", "true", "false"}
 NO_POSITION = -(2**62)  # stands for a position that is no whole number
 NO_LABEL = 2.0  # stands for a label that is no number: neither 0 nor 1
 IDS = ("user_id", "item_id", "action", "slate_id")
@@ -247,12 +248,15 @@ def canonical(
 
 
 def label(column: str, dtype: pl.DataType) -> pl.Expr:
-    """Return a label as float32: 0 or 1, null if unknown, another number for another value."""
+    """Return a label as float32: 0 or 1, null if unknown, another number for another value.
+
+    NaN is unknown too, which pandas and polars write for it.
+    """
     if dtype == pl.Boolean or dtype.is_numeric():
-        return pl.col(column).cast(pl.Float32, strict=False)
+        return pl.col(column).cast(pl.Float32, strict=False).fill_nan(None)
     text = pl.col(column).cast(pl.String, strict=False).str.strip_chars().str.to_lowercase()
     text = text.replace({"true": "1", "false": "0"})
-    return pl.when(text != "").then(text.cast(pl.Float32, strict=False).fill_null(NO_LABEL))
+    return pl.when(text != "").then(text.cast(pl.Float32, strict=False).fill_null(NO_LABEL).fill_nan(None))
 
 
 def position(column: str, dtype: pl.DataType) -> pl.Expr:

@@ -2,7 +2,7 @@
 
 These functions read a file line by line in Python. They run once, when a file has been refused.
 
-Called by: `files.py`, `events.py`, `items.py`. Calls: no module of this package.
+Called by: `files.py`, `events.py`, `capture.py`. Calls: no module of this package.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Columns of CSV files are text. Nothing is converted here; `events.py` and `items.py` do that.
 
-Called by: `data.py`, `events.py`, `items.py`, `columns.py`. Calls: `faults.py`, for the line of a fault in a CSV file;
-`capture.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `events.py`, `items.py`, `meta/`. Calls: `faults.py`, for the line
+of a fault in a CSV file; `capture.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -45,12 +46,15 @@ class TableFile:
     def __str__(self) -> str:
         return str(self.path)
 
+    @cached_property
+    def lines(self) -> pl.DataFrame:
+        """The rows of JSON lines, which are read as a whole, and once."""
+        return capture_events(self.captures) if self.captures else read_json_lines(self.path)
+
     def scan(self) -> pl.LazyFrame:
         """Return all columns, those of the folders included."""
-        if self.captures:
-            frame = capture_events(self.captures).lazy()
-        elif kind_of(self.path) == "jsonl":
-            frame = read_json_lines(self.path).lazy()
+        if self.captures or kind_of(self.path) == "jsonl":
+            frame = self.lines.lazy()
         elif self.separator is None:
             frame = pl.scan_parquet(self.path, hive_partitioning=False, glob=False)
         else:

@@ -3,7 +3,7 @@
 A row that was shown and not taken must not be read as an event of the user: it would turn the ranker around. The TOML
 states the actions that make history, unless the table leaves no doubt.
 
-Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/refresh.py`. Calls: `config_values.py`, `events.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/changed_users.py`. Calls: `config_values.py`, `events.py`.
 """
 
 from __future__ import annotations

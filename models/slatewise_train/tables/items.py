@@ -1,6 +1,7 @@
 """Read the table of items: one row for each id, with numbers that are finite.
 
-Called by: `data.py`, `check_data.py`, `demo/content.py`. Calls: `files.py`, `columns.py`, `ids.py`.
+Called by: `data.py`, `check_data.py`, `new_toml.py`, `meta/refresh.py`, `demo/content.py`. Calls: `files.py`,
+`columns.py`, `ids.py`.
 """
 
 from __future__ import annotations

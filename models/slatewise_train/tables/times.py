@@ -3,7 +3,7 @@
 Columns with a type of date or time need no setting. Numbers are seconds unless `time_unit` says otherwise; numbers that
 look like another unit are refused. Text is a number or an ISO 8601 time; times without a zone are UTC.
 
-Called by: `events.py`, `new_toml.py`. Calls: `config_values.py`.
+Called by: `events.py`, `new_toml.py`, `column_kinds.py`. Calls: `config_values.py`.
 """
 
 from __future__ import annotations
