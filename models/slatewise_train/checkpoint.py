@@ -63,7 +63,9 @@ def load(path: Path, identity: str, parts: Mapping[str, Stateful], mismatch: str
     """
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
-        raise CheckpointMismatch(f"{path} belongs to {mismatch}: remove it or use another folder")
+        raise CheckpointMismatch(
+            f"{path} belongs to {mismatch}: use another name in the TOML or another folder, or remove it"
+        )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return {name: value for name, value in state.items() if name not in parts and name != "identity"}

@@ -6,6 +6,7 @@ Called by: `train_command.py`, `export.py`, `compress.py`, `meta/`. Calls: `conf
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from slatewise_train.config import Config, read_config
@@ -18,11 +19,15 @@ from slatewise_train.train import CHECKPOINT, Trainer
 def load_for_training(config: Config, folder: Path | None = None) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError.
 
+    The config that is returned has the chosen values of all tables, `[split]` included.
     folder: of the training. Values that a finished search found there replace the chosen ones.
     """
     data = load_data(config.data, config.tables, config.stated)
     config = choose_training(
-        config, data.split.train_lengths, len(data.catalogue.vocabulary.items), data.exposures is not None
+        dataclasses.replace(config, data=data.config),
+        data.split.train_lengths,
+        len(data.catalogue.vocabulary.items),
+        data.exposures is not None,
     )
     return data, config if folder is None else apply_found(config, folder)
 
@@ -30,12 +35,16 @@ def load_for_training(config: Config, folder: Path | None = None) -> tuple[Data,
 def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path]:
     """Load a finished training. Returns it with its config and its folder (default: build/train/NAME).
 
-    Raises ValueError if the training is not finished or has another config, and OSError if there is no checkpoint.
+    Raises ValueError if there is no checkpoint, or if the training is not finished or has another config.
     """
     config = read_config(toml)
     folder = folder or Path("build/train") / config.data.name
     data, config = load_for_training(config, folder)
     trainer = Trainer(data, config.model, config.train)
+    if not (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"{folder} has no {CHECKPOINT}: `slatewise train {toml}` comes first; --folder names another one"
+        )
     trainer.load(folder / CHECKPOINT)
     if not trainer.progress.finished:
         raise ValueError(

@@ -32,6 +32,7 @@ SAMPLE = 100_000  # rows that decide about columns
 MOST_ACTIONS = 100  # a column with more values is no action
 LISTED = 10  # actions of a comment
 CENTURY = (946_684_800.0, 2_145_916_800.0)  # unix seconds of the years 2000 and 2038
+LOCAL_DATE = r"^\s*\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b"  # day and month in an order that cannot be known
 RATINGS = ("rating", "score", "stars", "overall")
 TITLES = ("title", "name", "itemname", "productname", "itemtitle")
 
@@ -125,6 +126,10 @@ def time_lines(sample: pl.DataFrame, column: str | None) -> Iterator[str]:
     """Yield the lines about the times."""
     if column is None:
         yield 'time_unit = "row"  # no column of times was found, so the order of the rows counts'
+        for values in sample.iter_columns():
+            if values.dtype == pl.String and values.drop_nulls().str.contains(LOCAL_DATE).mean() == 1:
+                yield f"# WARNING: {printable(values.name)} has dates such as {shown(values)}, which are not read."
+                yield "# Write them as 2026-01-31 and run init again, unless the rows are in order of time."
         return
     values = sample[column]
     if times.typed_seconds(column, values.dtype) is not None:

@@ -108,6 +108,15 @@ class Progress:
                 if name in self.best:  # a checkpoint of an older version lacks the part of the shown slates
                     part.load_state_dict(self.best[name])
 
+    def kept(self) -> str:
+        """Return a sentence about the weights that are the result; empty if these are the last ones."""
+        if self.best is None:
+            return ""
+        sentence = f"the result has the weights of epoch {self.best['epoch']}, which validated best"
+        if self.joined is not None and self.best["epoch"] <= self.joined:
+            sentence += "; the last epochs did not improve them, so the other exits give the order of dot"
+        return sentence
+
     def state(self) -> dict[str, Any]:
         """Return the values of a checkpoint."""
         train = dataclasses.asdict(self.config)

@@ -62,7 +62,7 @@ def apply_found(config: Config, folder: Path) -> Config:
     if state is None:
         return config
     if state.chosen is None:
-        print(f"{folder / 'search'} is not finished: its values are not used; --search continues it", flush=True)
+        print(f"{folder / 'search'} is not finished and not used; only --search continues it", flush=True)
         return config
     values = {key: value for key, value in state.chosen.items() if key not in config.stated}
     try:

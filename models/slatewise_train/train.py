@@ -306,9 +306,15 @@ def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path, dev
             write_log(folder / LOG, trainer.rows)
         trainer.progress.join()
         trainer.time_left = TimeLeft(trainer.progress, trainer.cascade_cost)
-        while not trainer.progress.finished:
-            train_epoch(trainer, folder)
+        try:
+            while not trainer.progress.finished:
+                train_epoch(trainer, folder)
+        except KeyboardInterrupt:
+            print(f"stopped after epoch {trainer.epoch}: the same command continues", flush=True)
+            raise
     trainer.progress.restore_best()
+    if kept := trainer.progress.kept():
+        print(kept, flush=True)
     trainer.model.cpu()
     return trainer
 

@@ -174,3 +174,9 @@ def test_init_names_the_columns_that_it_cannot_find(tmp_path: Path, capsys: pyte
     assert "no column user_id, item_id; found: 'a', 'b'" in capsys.readouterr().err
     assert write(tmp_path, table(), pl.DataFrame({"sku": ["i1"]}))[0] == 1
     assert "the ids stand in the column sku; name it item_id, as in the events" in capsys.readouterr().err
+
+
+def test_init_warns_of_dates_that_it_cannot_read(tmp_path: Path) -> None:
+    code, toml = write(tmp_path, table(OrderDate=[f"{k % 28 + 1:02}.05.2025" for k in range(N)]))
+    assert code == 0
+    assert "# WARNING: OrderDate has dates such as 01.05.2025, which are not read." in toml.read_text()

@@ -492,6 +492,7 @@ def test_training_after_the_search_is_as_from_its_start(
     assert cli.main(["train", str(toml), "--folder", str(folder), "--search", "9m"]) == 0
     assert capsys.readouterr().out.count("found by the search in") == 1
     trainer, found, _ = load_trainer(toml, folder)
+    assert found.data == trainer.data.config, "export writes what was chosen, such as history_length"
     assert found.train == config.train and found.model == config.model
     assert clock.epochs == trainer.progress.epoch - begun > 0, "the search is not repeated, and its epochs count"
     other = train(loaded[0], config.model, config.train, tmp_path)

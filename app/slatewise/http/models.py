@@ -59,5 +59,5 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         refused_variants=ranker.refused,
         verdict=manifest.verdict,
         report=ranker.report,
-        example=manifest.example,
+        example=manifest.example | {"ranker": ranker.name},  # accepted beside other rankers too
     )
