@@ -40,7 +40,7 @@ def test_load_with_another_identity_raises_and_changes_nothing(tmp_path: Path) -
     checkpoint.save(tmp_path / "x.pt", "me", make_parts(0), epoch=3)
     other = make_parts(1)
     before = weights(other)
-    with pytest.raises(checkpoint.CheckpointMismatch, match="belongs to another model: remove it"):
+    with pytest.raises(checkpoint.CheckpointMismatch, match="belongs to another model: use another name in the TOML"):
         checkpoint.load(tmp_path / "x.pt", "you", other, "another model")
     assert torch.equal(weights(other), before)
 

@@ -150,7 +150,10 @@ def test_finished_training_stays_finished(
     assert again.epoch == whole.epoch and again.progress.finished and len(log_of(tmp_path)) == whole.epoch
     out = capsys.readouterr().out
     assert f"finished after epoch {whole.epoch}; remove it to train again, or use another folder. [train]" in out
-    assert "which has no effect on it: " in out and all(f"{key} " in out.splitlines()[-1] for key in changes)
+    line = out.splitlines()[-1 if again.progress.best is None else -2]
+    assert "which has no effect on it: " in line and all(f"{key} " in line for key in changes)
+    if again.progress.best is not None:
+        assert out.splitlines()[-1].startswith(f"the result has the weights of epoch {again.progress.best['epoch']},")
 
 
 def test_last_epochs_that_have_begun_keep_their_number(
