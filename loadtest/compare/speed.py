@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from statistics import median
 
 from loadtest.client import closed_loop, post
@@ -77,7 +78,7 @@ def report(load: Load, found: list[tuple[Measurement, Measurement]]) -> str:
             name,
             spread([value(a) for a, _ in found], 2),
             spread([value(b) for _, b in found], 2),
-            spread([value(b) / value(a) for a, b in found], 3),
+            spread([value(b) / value(a) if value(a) else nan for a, b in found], 3),  # few requests: no tick of CPU
         )
         for name, value in values.items()
     ]

@@ -177,3 +177,4 @@ def test_speed_report_has_ratio_of_each_round() -> None:
     found = [(Measurement(a, 1.0), Measurement(2 * a, 1.5)) for a in (rng.uniform(1, 9) for _ in range(5))]
     text = speed.report(Load(Shape(200, 200), 10, 1), found)
     assert "2.000 (2.000 to 2.000) |" in text and "1.500 (1.500 to 1.500) |" in text
+    assert "nan" in speed.report(Load(Shape(200, 200), 10, 1), [(Measurement(1.0, 0.0), Measurement(1.0, 0.1))])
