@@ -40,7 +40,7 @@ from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
-from slatewise_train.loading import load_for_training
+from slatewise_train.loading import load_for_training, training_folder
 
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
@@ -188,5 +188,5 @@ def open_source(folder: Path, toml: Path | None, training: Path | None, most_use
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
-    data, config = load_for_training(config, training or Path("build/train") / config.data.name)
+    data, config = load_for_training(config, training_folder(config, training))
     return Source(folder, data, config.train, most_users)

@@ -26,7 +26,7 @@ from slatewise_train.exposures import Exposures, add_action_labels, build_exposu
 from slatewise_train.split import Split as Split  # for the callers of this module
 from slatewise_train.split import split_sequences as split_sequences
 from slatewise_train.tables.events import clean_events as clean_events  # for the callers of this module
-from slatewise_train.tables.events import read_events as read_events
+from slatewise_train.tables.events import read_events
 from slatewise_train.tables.files import read_table as read_table
 from slatewise_train.tables.history import EVERY, history_rows, history_rule
 from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists

@@ -16,6 +16,11 @@ from slatewise_train.search import apply_found
 from slatewise_train.train import CHECKPOINT, Trainer
 
 
+def training_folder(config: Config, given: Path | None) -> Path:
+    """Return the folder of a training: the one that a command was given, or build/train/NAME."""
+    return given or Path("build/train") / config.data.name
+
+
 def load_for_training(config: Config, folder: Path | None = None) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError.
 
@@ -38,7 +43,7 @@ def load_trainer(toml: Path, folder: Path | None) -> tuple[Trainer, Config, Path
     Raises ValueError if there is no checkpoint, or if the training is not finished or has another config.
     """
     config = read_config(toml)
-    folder = folder or Path("build/train") / config.data.name
+    folder = training_folder(config, folder)
     data, config = load_for_training(config, folder)
     trainer = Trainer(data, config.model, config.train)
     if not (folder / CHECKPOINT).exists():

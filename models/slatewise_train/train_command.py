@@ -20,7 +20,7 @@ from slatewise_train.devices import DEVICES, find_device
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.trained import TrainingReport
 from slatewise_train.evaluation.verdict import training_warnings
-from slatewise_train.loading import load_for_training
+from slatewise_train.loading import load_for_training, training_folder
 from slatewise_train.search import search
 from slatewise_train.search_space import seconds_of
 from slatewise_train.train import train
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     seconds = None if args.search is None else seconds_of(args.search)
     device = find_device(args.device)
     config = read_config(args.toml)
-    folder = args.folder or Path("build/train") / config.data.name
+    folder = training_folder(config, args.folder)
     # A search applies the values that it found itself.
     data, config = load_for_training(config, folder if seconds is None else None)
     vocabulary = data.catalogue.vocabulary

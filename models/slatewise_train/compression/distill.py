@@ -125,9 +125,7 @@ class Distiller:
             dot, hidden = read_slates(model, slates, *encoded, candidates, meta)
             if exists is None:
                 return model.logits_by_exit(dot, hidden)
-            found = {"dot": dot, "point": dot + model.point_logits(hidden)}
-            if "set" in model.exits:
-                found["set"] = found["point"] + model.set_logits(hidden, exists[:, None, None])
+            found = model.logits_by_exit(dot, hidden, exists[:, None, None])
             return {exit: value.where(exists[..., None], PADDED) for exit, value in found.items()}
 
         with torch.no_grad():

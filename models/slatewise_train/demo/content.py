@@ -24,15 +24,14 @@ from slatewise_train.data import (
     Data,
     Sequences,
     build_sequences,
-    read_events,
-    read_items,
     request_times,
     taken_events,
     values_of,
 )
 from slatewise_train.meta.limaml import MetaLearner, user_vectors
 from slatewise_train.rankers.base import RankerModel
-from slatewise_train.tables.items import join_ids, plain_ids
+from slatewise_train.tables.events import read_events
+from slatewise_train.tables.items import join_ids, plain_ids, read_items
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40

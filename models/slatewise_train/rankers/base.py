@@ -141,11 +141,14 @@ class RankerModel(nn.Module, ABC):
         The candidates attend to each other. mask: (B, 1, 1, N), False for padding.
         """
 
-    def logits_by_exit(self, dot: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Return logits (B, N, heads) of every exit, from `dot_logits` and `hidden`. The N candidates are one slate."""
+    def logits_by_exit(self, dot: Tensor, hidden: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return logits (B, N, heads) of every exit, from `dot_logits` and `hidden`. The N candidates are one slate.
+
+        mask: as in `set_logits`.
+        """
         logits = {"dot": dot, "point": dot + self.point_logits(hidden)}
         if "set" in self.exits:
-            logits["set"] = logits["point"] + self.set_logits(hidden)
+            logits["set"] = logits["point"] + self.set_logits(hidden, mask)
         return logits
 
 
