@@ -80,6 +80,7 @@ def test_training_of_a_sparse_table_is_small_and_of_a_dense_one_larger(capsys: p
     dense = choose_training(config_of((NEXT, LIKE)), np.full(6_000, 160), 3_700)
     assert sparse.model.shape["blocks"] == 1 and dense.model.shape["blocks"] == 2
     assert sparse.model.shape["set_blocks"] == 0 and dense.model.shape["set_blocks"] == 1
+    assert sparse.model.shape["field_dropout"] == 0.5 > dense.model.shape["field_dropout"] == 0
     assert sparse.train.batch_events == 1024 < dense.train.batch_events
     assert sparse.train.learning_rate < dense.train.learning_rate
     assert sparse.train.epochs == 200 > dense.train.epochs

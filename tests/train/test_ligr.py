@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ def test_encode_empty_history_is_the_start_token() -> None:
     assert {a.shape for pair in state for a in pair} == {(1, 2, 1, 4)}
     assert point_hidden(torch.randn(1, 3, 8), torch.randn(1, 3, NUMERIC), 0).isfinite().all()
     longer = encode(*draw_events(5))[1]
-    torch.testing.assert_close(users[:, 0], longer[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(users[:, 0], longer[:, 0], rtol=0, atol=1e-5)
 
 
 def test_encode_does_not_depend_on_right_padding() -> None:
@@ -259,6 +260,23 @@ def test_cold_item_vector_is_unknown_id_plus_fields() -> None:
     torch.testing.assert_close(cold_item_vectors[7], ids[UNKNOWN_ITEM] + field[1:].mean(0))
     torch.testing.assert_close(cold_item_vectors[4], ids[UNKNOWN_ITEM] + field[0])
     torch.testing.assert_close(cold_item_vectors[UNKNOWN_ITEM], MODEL.item_table()[UNKNOWN_ITEM])
+
+
+def test_field_dropout_drops_whole_vectors_of_fields_in_training() -> None:
+    rows = torch.full((4_000,), 6)
+    whole = MODEL.field_vectors("genre", rows)
+    config = replace(MODEL.config, field_dropout=0.75)
+    model = MODEL.resized(config)
+    model.load_state_dict(MODEL.state_dict())
+    torch.testing.assert_close(model.eval().field_vectors("genre", rows), whole, msg="only in training")
+    found = model.train().field_vectors("genre", rows)
+    kept = (found != 0).any(1)
+    assert 0.22 < kept.float().mean() < 0.28
+    torch.testing.assert_close(found[kept], whole[kept] * 4)
+    assert (found[~kept] == 0).all()
+    known, cold = model.item_vectors(torch.tensor([UNKNOWN_ITEM, *[6] * 50]))  # an item loses the field in both
+    difference = (known - cold)[1:]
+    torch.testing.assert_close(difference, difference[:1].expand(50, -1))
 
 
 def test_vectors_of_some_items_are_rows_of_the_tables() -> None:

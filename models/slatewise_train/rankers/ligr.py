@@ -37,6 +37,8 @@ class LigrConfig(RankerConfig):
     feed_forward: int = number(4, least=1, most=64)
     meta_size: int = number(16, least=1, most=8192)
     dropout: float = number(0.1, least=0, most=0.9)
+    # Share of an item's fields whose whole vector is dropped in training. A field of few values would overfit.
+    field_dropout: float = number(0.0, least=0, most=0.9)
     # Heads of keys and values; several query heads share one of them (GQA, arXiv 2305.13245). 0: attention_heads.
     key_heads: int = number(0, least=0, most=1024)
     # Size of a query or key head, which may be less than that of a value head (DARE, arXiv 2410.02604). 0: value_size.
@@ -214,7 +216,11 @@ class Ligr(RankerModel):
         places = torch.arange(int(count.sum()), device=rows.device) + shift.repeat_interleave(count)
         sums = F.embedding_bag(self.get_buffer(f"flat_{key_of(name)}")[places], table, starts, mode="sum")
         vectors = torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
-        return vectors.masked_fill((rows == START_ITEM)[:, None], 0.0)  # the start token has no fields
+        vectors = vectors.masked_fill((rows == START_ITEM)[:, None], 0.0)  # the start token has no fields
+        if not self.training or not self.config.field_dropout:
+            return vectors
+        kept = torch.rand(len(rows), 1, device=rows.device) >= self.config.field_dropout
+        return vectors * (kept / (1 - self.config.field_dropout))  # the mean stays the same
 
     def item_table(self) -> Tensor:
         folded = self.item.weight  # (items, d)
