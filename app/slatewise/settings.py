@@ -126,6 +126,7 @@ class Settings(BaseSettings):
     capture_mb: float = Field(
         100.0, gt=0, allow_inf_nan=False, description="Size limit of the capture file and of its predecessor, in MiB."
     )
+    page: bool = Field(True, description="Serve the page at `/`, with which a person tries the rankers; false: 404.")
     max_in_flight: int = Field(
         256, ge=1, description="Requests in flight; above it, new requests get 429 before their body is read."
     )

@@ -60,6 +60,7 @@ class BundleContent:
     example: dict[str, Any]
     warmup: list[dict[str, Any]]
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
+    examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
 
     @property
     def exits(self) -> list[str]:
@@ -96,6 +97,8 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     np.save(stage / "fields.npy", field_vectors)
     write_json(stage / "ids.json", content.ids)
     write_json(stage / "display.json", content.titles)
+    if len(content.examples) > 1:  # one alone is the manifest's example
+        write_json(stage / "examples.json", list(content.examples))
     (stage / "warmup.jsonl").write_text("".join(json.dumps(request) + "\n" for request in content.warmup))
     if model.meta_size:
         np.save(stage / "default_meta.npy", model.default_meta.detach().numpy())

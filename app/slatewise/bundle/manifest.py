@@ -10,6 +10,7 @@
       meta_embeddings.npy users.json   meta-embeddings of the embedded store (optional)
       meta_block.npz                   the meta block, which the refresh job adapts to users (optional)
       display.json                     titles and fields of items, for display (optional)
+      examples.json                    requests of demo users, for the page (optional)
       warmup.jsonl                     requests to warm up with (optional)
       report.json report.md report.png   quality by exit, beside baselines (optional)
       training.png                     learning curves (optional)

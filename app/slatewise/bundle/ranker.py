@@ -1,6 +1,7 @@
 """A loaded ranker: manifest, tables and engines. Converts requests to arrays.
 
-Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`.
+Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`,
+`titles.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from slatewise.bundle.features import (
     window_start,
 )
 from slatewise.bundle.manifest import Manifest
+from slatewise.bundle.titles import Titles
 from slatewise.inference.arrays import UNKNOWN_ACTION, UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
@@ -62,6 +64,8 @@ class Ranker:
     refused: dict[str, str]  # variant -> reason
     report: dict[str, Any]
     warmup: list[RankRequest]
+    titles: Titles
+    examples: list[dict[str, Any]]  # requests of demo users; the first is the manifest's example
 
     @property
     def name(self) -> str:

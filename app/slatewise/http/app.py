@@ -19,9 +19,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import VERSION
-from slatewise.http import health, models
+from slatewise.http import health, items, models
 from slatewise.http.auth import RequireKey
 from slatewise.http.capture import open_capture
+from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, PROBLEMS
 from slatewise.http.rank import rerank, score
 from slatewise.http.request_log import open_request_log
@@ -72,6 +73,9 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
     app.state.capture = None
     app.include_router(health.routes)
     app.include_router(models.routes)
+    app.include_router(items.routes)
+    if settings.page:
+        app.include_router(page_routes())
     document_hot_routes(app)
     return app
 
@@ -125,7 +129,8 @@ def document_hot_routes(app: FastAPI) -> None:
         document["components"]["schemas"]["RankRequest"] = schema
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
-        document["paths"]["/models/{ranker}"]["get"]["responses"].pop("422", None)
+        for path in ("/models/{ranker}", "/models/{ranker}/examples"):
+            document["paths"][path]["get"]["responses"].pop("422", None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -16,7 +16,12 @@ from slatewise import metrics
 from slatewise.errors import Unauthorized
 from slatewise.http.problems import header_request_id, problem
 
-OPEN_PATHS = ("/livez", "/readyz", "/metrics")
+OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/")
+OPEN_FOLDERS = ("/page/",)  # the files of the page, which holds no data
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 class RequireKey:
@@ -31,7 +36,7 @@ class RequireKey:
         self.counted = counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.keys or scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if not self.keys or scope["type"] != "http" or is_open(scope["path"]):
             return await self.app(scope, receive, send)
         entered = time.perf_counter()
         headers = Headers(scope=scope)

@@ -223,6 +223,9 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
         "degraded": sorted(ranking.degraded),
         "timings_ms": milliseconds,
     }
+    if request.return_fields is not None:
+        titles = ranking.ranker.titles
+        content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
     headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id

@@ -53,5 +53,9 @@ def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> 
     for name in request.head_weights or ():
         if name not in manifest.heads:
             yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(manifest.heads)}")
+    for k, name in enumerate(request.return_fields or ()):
+        if name not in ranker.titles.values:
+            known = ", ".join(ranker.titles.names) or "none, the bundle has no titles"
+            yield Fault(pointer("return_fields", k), f"unknown field; known: {known}")
     if request.exit not in ("auto", *manifest.exits):
         yield Fault("/exit", f"this ranker has: {', '.join(manifest.exits)}")
