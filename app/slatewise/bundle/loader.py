@@ -210,7 +210,7 @@ def read_warmup(path: Path) -> list[RankRequest]:
 
 def read_examples(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Read the requests of demo users, the manifest's example first. Raises ValueError for an invalid request."""
-    bodies = read_json(path) or []
+    bodies = read_json(path) if path.exists() else []
     if not isinstance(bodies, list) or len(bodies) > MOST_EXAMPLES:
         raise ValueError(f"{path.name} is not a list of at most {MOST_EXAMPLES} requests")
     for body in bodies:

@@ -43,6 +43,13 @@ export function comparison(state, titleOf, hover) {
       column.stale = false;
       show();
     }
+    byId("compare").setAttribute("aria-busy", "false");
+  }
+
+  // The columns belong to an earlier slate until `run` has asked again.
+  function wait() {
+    asking?.abort();
+    byId("compare").setAttribute("aria-busy", "true");
   }
 
   function head(column) {
@@ -97,12 +104,17 @@ export function comparison(state, titleOf, hover) {
           h("th", { scope: "row", title: titleOf(ids.get(key)) }, titleOf(ids.get(key))), ...columns.map((column) => cell(column, key, place)))))));
   }
 
-  function clear() {
+  function stop() {
     asking?.abort();
+    byId("compare").setAttribute("aria-busy", "false");
+  }
+
+  function clear() {
+    stop();
     columns = [];
     toggle.hidden = true;
     byId("compare").replaceChildren(h("p", { class: "empty" }, "Nothing to compare yet."));
   }
 
-  return { run, show, clear };
+  return { run, wait, stop, show, clear };
 }

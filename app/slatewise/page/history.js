@@ -31,9 +31,9 @@ export function historyList(state, titleOf, changed) {
     const actions = h("select", { "aria-label": `Action of ${title}`, onchange: () => { event.action = actions.value || null; changed(); } });
     const element = h("li", { class: "chip", draggable: "true" },
       h("span", { class: "name", title: event.id }, title),
-      state.card.actions.length ? actions : null,
       iconButton("up", `Move ${title} earlier`, () => move(event, state.history.indexOf(event) - 1), { class: "icon up" }),
       iconButton("down", `Move ${title} later`, () => move(event, state.history.indexOf(event) + 1), { class: "icon down" }),
+      state.card.actions.length ? actions : null,
       iconButton("drop", `Drop ${title}`, () => drop(event), { class: "icon drop" }),
     );
     element.addEventListener("keydown", (pressed) => {

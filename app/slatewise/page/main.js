@@ -65,6 +65,7 @@ async function changed() {
   showCode();
   ranking?.abort();
   clearTimeout(comparing);
+  compare.wait();
   showProblem(null);
   if (!state.candidates.length) {
     Object.assign(state, { answer: null, keys: [], without: null, changed: null });
@@ -125,6 +126,16 @@ function facts({ exit, variant, history, meta_embedding: meta, degraded, timings
   );
 }
 
+// The events and neighbours that moved a result most, from `explanations`; empty if the server sent none.
+function whyOf(key) {
+  if (!state.explain || state.changed) return "";
+  const found = (state.answer.explanations ?? []).find(({ index }) => state.keys[index] === key);
+  if (!found) return "";
+  const told = ({ item_ids: ids, places }) => ids.map((id, k) => `${places[k] > 0 ? "▲" : "▼"}${Math.abs(places[k]).toFixed(1)} ${titleOf(id)}`).join(", ");
+  return [["Events", told(found.events)], ["Neighbours", told(found.neighbours)]].filter(([, text]) => text).map(([name, text]) => `${name}: ${text}`).join(". ");
+}
+state.whyOf = whyOf;
+
 function announce() {
   const view = slateView(state);
   const ids = new Map(state.candidates.map((candidate) => [candidate.key, candidate.id]));
@@ -148,6 +159,7 @@ function failed(error) {
   if (error.status === 401) return askForKey(error);
   if (!(error instanceof api.ApiError)) console.error(error);
   showProblem(error);
+  compare.stop();
 }
 
 function showCode() {
@@ -178,6 +190,7 @@ async function loadExample(body) {
     history: ids.map((id, k) => event(String(id), actions?.[k], timestamps?.[k])),
     candidates: body.candidates.item_ids.map((id, k) => candidate(String(id), Object.fromEntries(columns.map(([name, column]) => [name, column[k]])))),
   });
+  byId("new-action").value = state.history.at(-1)?.action ?? "";
   byId("user").value = state.user;
   byId("demo").value = String(state.examples.indexOf(body));
   userNote();
@@ -236,6 +249,7 @@ async function toggleWithout(key) {
     state.changed = null;
     return showAnswer();
   }
+  byId("cards").setAttribute("aria-busy", "true");
   try {
     const answer = await api.rerank(bodyOf({ without: asked }));
     if (state.without !== asked) return;
@@ -245,6 +259,7 @@ async function toggleWithout(key) {
     state.without = null;
     failed(error);
   }
+  byId("cards").setAttribute("aria-busy", "false");
 }
 
 // Start
@@ -268,7 +283,7 @@ async function loadRanker(name) {
   const [card, examples] = await Promise.all([api.modelCard(name), api.examples(name)]);
   known.clear();
   Object.assign(state, { ranker: name, card, examples, exit: "auto", variant: "auto", explain: false });
-  fill(byId("demo"), [...examples.map((body, k) => [String(k), `${body.user ?? "no user"} · ${body.history?.item_ids?.length ?? 0} events`]), ["-1", "another"]], "0");
+  fill(byId("demo"), [...examples.map((body, k) => [String(k), `${body.user ?? "no user"} (${body.history?.item_ids?.length ?? 0})`]), ["-1", "another"]], "0");
   fill(byId("exit"), [["auto", `auto (${card.default_exit})`], ...card.exits.map((exit) => [exit, exit])], "auto");
   fill(byId("variant"), [["auto", `auto (${card.default_variant})`], ...Object.keys(card.variants).map((variant) => [variant, variant])], "auto");
   fill(byId("new-action"), [["", "no action"], ...card.actions.map((action) => [action, action])], card.actions[0] ?? "");
@@ -278,6 +293,7 @@ async function loadRanker(name) {
   readLatency();
   api.takesExplain().then((taken) => (byId("explain").hidden = !taken), () => {});
   await loadExample(examples[0]);
+  readLatency();
 }
 
 function notice(error) {

@@ -3,7 +3,7 @@
 import { metrics } from "./api.js";
 import { byId, details, h, milliseconds, number } from "./dom.js";
 
-const GRADES = { better: "better than the baselines", unclear: "not clearly better than the baselines", worse: "worse than a baseline", unknown: "not compared with baselines" };
+const GRADES = { better: "better than the baselines", unclear: "not clearly better than the baselines", worse: "worse than a baseline", unknown: "no verdict" };
 const TABLES = { leave_one_out: "Next item, among all items", slates: "Order within a slate" };
 const EVERY = 4000; // milliseconds between two readings
 const WINDOW = 60000; // milliseconds that the live figures cover
@@ -13,7 +13,7 @@ export function showModel(card) {
   const tables = Object.entries(TABLES).map(([name, title]) => quality(title, report[name], card)).filter(Boolean);
   byId("model").replaceChildren(
     h("p", { class: "lead" }, h("strong", {}, card.name), ` version ${card.version}`, h("span", { class: `grade ${verdict?.grade ?? "unknown"}` }, GRADES[verdict?.grade ?? "unknown"] ?? "")),
-    verdict ? h("p", { class: "note" }, verdict.line) : null ?? "",
+    verdict ? h("p", { class: "note" }, verdict.line) : "",
     ...(verdict?.warnings ?? []).map((warning) => h("p", { class: "problem" }, warning)),
     ...(tables.length ? tables : [h("p", { class: "note" }, "The bundle has no measured quality.")]),
     h("h3", {}, "Live"), h("div", { id: "live-details" }, h("p", { class: "note" }, "Waiting for the first reading.")),

@@ -16,7 +16,7 @@ export function searchBox(label, context, onpick) {
     id: name, type: "text", role: "combobox", placeholder: label, "aria-label": label, "aria-autocomplete": "list", "aria-expanded": "false",
     "aria-controls": `${name}-list`, autocomplete: "off", spellcheck: "false", maxlength: "256",
   });
-  const list = h("ul", { id: `${name}-list`, role: "listbox", "aria-label": label, hidden: true });
+  const list = h("ul", { id: `${name}-list`, role: "listbox", "aria-label": "Items found", hidden: true });
 
   function show(found) {
     options = found;

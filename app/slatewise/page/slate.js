@@ -26,7 +26,6 @@ function row(answer, k, key, move, delta) {
   return {
     key, move, delta, place: k + 1, score: scores ? scores[k] : null,
     heads: Object.entries(heads).map(([name, column]) => [name, column[k]]),
-    why: answer.explanations ?? null, at: k,
   };
 }
 
@@ -60,7 +59,7 @@ export function cardList(state, titleOf, fieldsOf, actions) {
     filled.style.setProperty("--share", String(most > 0 ? Math.max(0, value / most) : 0));
     return h("div", { class: name === "score" ? "bar main" : "bar" },
       h("span", { class: "label" }, name), h("span", { class: "track", "aria-hidden": "true" }, filled), h("span", { class: "value" }, number(value)),
-      delta === undefined ? null : h("span", { class: `delta ${delta > 0 ? "up" : delta < 0 ? "down" : ""}` }, delta === null ? "" : signed(delta)));
+      delta === undefined ? null : h("span", { class: `delta ${delta > 0 ? "up" : delta < 0 ? "down" : ""}` }, delta === null ? "" : signed(delta, 4)));
   }
 
   function update(card, row, most, candidate, unknown) {
@@ -78,7 +77,7 @@ export function cardList(state, titleOf, fieldsOf, actions) {
       ...row.heads.map(([name, value]) => bar(name, value, most[`head ${name}`])),
     ]));
     parts.without.setAttribute("aria-pressed", String(state.without === candidate.key));
-    const reason = state.whyOf?.(candidate.key) ?? "";
+    const reason = state.whyOf(candidate.key);
     parts.why.hidden = !reason;
     parts.why.textContent = reason;
   }
@@ -119,6 +118,6 @@ export function withoutText(state, titleOf) {
     const alone = ["dot", "point"].includes(state.answer.exit);
     return `Without ${name}: nothing changes.${alone ? ` At the exit ${state.answer.exit} each candidate is scored by itself; at set they see each other.` : ""}`;
   }
-  const largest = most ? ` The largest change of a score is ${signed(most.delta)}, of ${titleOf(ids.get(most.key))}.` : "";
+  const largest = most ? ` The largest change of a score is ${signed(most.delta, 4)}, of ${titleOf(ids.get(most.key))}.` : "";
   return `Without ${name}: ${moved} of ${rows.length} other candidates change their place.${largest}`;
 }
