@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from slatewise.settings import Settings
 from tests.page.support import BUNDLE, ask, compared, open_page, ranked, ready, search, shown_ids, write_bundle
@@ -130,6 +130,38 @@ def test_degraded_answer_has_its_reasons(browser: Browser, root: Path) -> None:
         assert shown_ids(page) == client.get("/models/plain").json()["example"]["candidates"]["item_ids"]
 
 
+def test_explanations_are_shown_where_the_server_has_them(browser: Browser, both: httpx.Client) -> None:
+    """The answers are changed on their way, so the test holds for a server with and without explanations."""
+    document = both.get("/openapi.json").json()
+    document["components"]["schemas"]["RankRequest"]["properties"]["explain"] = {"type": "boolean"}
+    asked = []
+
+    def explained(route: Route) -> None:
+        body = route.request.post_data_json
+        asked.append(body.pop("explain", None))
+        answer = ask(both, body)
+        if asked[-1]:
+            effects = {"item_ids": ["595", HOSTILE], "delta": [0.1, -0.2], "places": [1.25, -2.0]}
+            none = {"item_ids": [], "delta": [], "places": []}
+            events, neighbours = effects | {"position": [0, 1]}, none | {"index": []}
+            best = answer["results"]["index"][0]
+            answer["explanations"] = [{"index": best, "events": events, "neighbours": neighbours}]
+        route.fulfill(json=answer)
+
+    with open_page(browser, both, path="/?ranker=plain") as page:
+        ready(page)
+        compared(page)
+        page.route("**/openapi.json", lambda route: route.fulfill(json=document))
+        page.route("**/rerank", explained)
+        page.reload()
+        ready(page)
+        with ranked(page) as body:
+            page.click("#explain")
+        assert body["explain"] is True and asked[0] is None
+        expect(page.locator("#cards .why").first).to_have_text(f"Events: ▲1.3 595, ▼2.0 {HOSTILE}")
+        expect(page.locator("#cards .why").nth(1)).to_be_hidden()
+
+
 def test_server_that_stops_is_named(browser: Browser, root: Path) -> None:
     with serve(Settings(bundles=root)) as client, open_page(browser, client, errors=1, path="/?ranker=plain") as page:
         ready(page)
@@ -144,9 +176,7 @@ def test_slate_without_candidates_asks_for_some(browser: Browser, both: httpx.Cl
         ready(page)
         with ranked(page):
             page.select_option("#demo", "1")
-        for left in range(6, -1, -1):
-            page.locator("#cards > .card .drop").first.click()
-            expect(page.locator("#cards > .card")).to_have_count(left)
+        page.evaluate("() => document.querySelectorAll('#cards .drop').forEach(button => button.click())")
         expect(page.locator("#cards-empty")).to_be_visible()
         expect(page.locator("#copy")).to_be_disabled()
         with ranked(page):

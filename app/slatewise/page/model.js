@@ -21,7 +21,7 @@ export function showModel(card) {
     details([
       ["candidates", `${limits.max_candidates}, of which ${card.set_wise ? limits.set_wise : 0} at set`],
       ["history", `${limits.max_history} events, the newest ${limits.history_used} are read`],
-      ["score", Object.entries(card.heads).map(([name, weight]) => `${weight} × ${name}`).join(" + ")],
+      ["weights", Object.entries(card.heads).map(([name, weight]) => `${name} ${weight}`).join(", ")],
       ["features", card.features.join(", ") || "none"],
       ["fields", Object.entries(card.fields).map(([name, values]) => `${name} (${values.length})`).join(", ") || "none"],
       ["trained on", card.trained_on || "not stated"],
