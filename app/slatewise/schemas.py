@@ -111,7 +111,7 @@ CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 class Results(TypedDict):
     index: list[int]
     item_ids: list[str]
-    scores: Annotated[list[float] | None, Field(description="null for the exit `input_order`.")]
+    scores: Annotated[list[float] | None, Field(description="In [0, 1]; null for the exit `input_order`.")]
     heads: dict[str, list[float]]
     fields: NotRequired[
         Annotated[
@@ -124,7 +124,8 @@ class Results(TypedDict):
 @with_config(CLOSED)
 @dataclass(frozen=True)
 class HistoryUse:
-    """Numbers of events: read by the model, skipped by the model, read with an unknown item, and sent in wrong order.
+    """Numbers of events: read by the model, skipped by the model, read with an unknown item, read with an action that
+    the ranker does not know, and sent in wrong order.
 
     `reordered` counts the events that the request has behind a later one. The model reads all events oldest first.
     """
@@ -132,6 +133,7 @@ class HistoryUse:
     used: int
     dropped: int
     unknown: int
+    unknown_actions: int
     reordered: int
     cache: CacheResult
 
@@ -145,7 +147,7 @@ class MetaEmbeddingUse(TypedDict):
 
 @with_config(CLOSED)
 class RankResponse(TypedDict):
-    id: str | None
+    id: Annotated[str, Field(description="The id of the request, or one that the server made.")]
     ranker: str
     version: int
     variant: Annotated[str | None, Field(description="null for the exit `input_order`: no model scored the request.")]
@@ -156,7 +158,7 @@ class RankResponse(TypedDict):
     unknown_candidates: Annotated[
         list[int], Field(description="Positions of candidates whose id the ranker does not know; they are ranked too.")
     ]
-    unknown_fields: Annotated[
+    unknown_values: Annotated[
         dict[str, int],
         Field(
             description="For each field: the number of values, of unknown candidates, that the ranker does not know."
@@ -182,7 +184,7 @@ class Problem(BaseModel):
     detail: str
     error: str
     message: str
-    request_id: str | None = None
+    request_id: str
     errors: list[FaultBody] = []
 
 

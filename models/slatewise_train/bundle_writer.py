@@ -236,7 +236,10 @@ def publish(stage: Path, manifest: Manifest) -> None:
 
 
 def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:
-    """Return the scores of the manifest's example, computed by the functions with which the server checks them."""
+    """Return the weighted sums for the manifest's example, computed by the functions with which the server checks them.
+
+    They are not divided by the sum of the weights, so bundles of all versions state the same quantity.
+    """
     ranker = make_ranker(stage, manifest)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores: list[float] = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()

@@ -283,7 +283,7 @@ def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
 
 
 def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
-    """Score the golden request. Raises ManifestError if a score differs by more than the variant's golden bound."""
+    """Score the golden request. Raises ManifestError if a weighted sum differs by more than the golden bound."""
     manifest = ranker.manifest
     variant = manifest.variants[name]
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))

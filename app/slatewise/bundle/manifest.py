@@ -106,7 +106,10 @@ class Variant(Member):
     resident_bytes: int | None = Field(
         default=None, description="Resident memory that loading this variant alone adds to a process with one thread."
     )
-    golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
+    golden_scores: list[float] = Field(
+        description="Weighted sums of the heads' probabilities for the manifest's `example`, in input order. An answer "
+        "has them divided by the sum of the weights."
+    )
 
     @property
     def milliseconds(self) -> float:

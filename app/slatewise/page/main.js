@@ -121,6 +121,7 @@ function facts({ exit, variant, history, meta_embedding: meta, degraded, timings
     tag(`exit ${exit}`, "The exit that answered"), tag(variant ?? "no model", "The variant that answered"),
     tag(milliseconds(times.total), Object.entries(times).map(([stage, value]) => `${stage} ${value} ms`).join(", "), "strong"),
     tag(`history ${history.used}${history.source && history.source !== "request" ? ` ${history.source}` : ""}, ${history.cache}`, `${history.used} events read, ${history.dropped} too old, ${history.unknown} with an unknown item; cache: ${history.cache}`),
+    history.unknown_actions ? tag(`unknown actions ${history.unknown_actions}`, "Events whose action the ranker does not know", "warn") : "",
     tag(`user vector ${meta.status}`, `Meta-embedding of the user: ${meta.status}${meta.version === null ? "" : `, version ${meta.version}`}`, meta.status === "error" ? "warn" : ""),
     tag(`v${version}`, "Version of the ranker"),
   );

@@ -21,7 +21,7 @@ def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple
     if variant not in ranker.engines:
         raise NotFound(f"ranker {ranker.name} serves no such variant; served: {', '.join(ranker.engines)}")
     if faults := tuple(islice(find_faults(request, ranker, limits), MOST_FAULTS)):
-        raise Invalid("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults[:3]), faults)
+        raise Invalid.of(faults)
     exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
     if exit == "set" and len(request.candidates.item_ids) > ranker.manifest.limits.set_wise:
         exit = "point"  # documented as `limits.set_wise`, so it is not degradation
