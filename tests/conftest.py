@@ -17,6 +17,7 @@ from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.ranker import Ranker
 from slatewise.settings import Settings
 from tests.support.application import serve
+from tests.support.browser import browser as browser  # a fixture
 from tests.support.redis_binary import describe_redis
 from tests.support.redis_server import run_redis
 

@@ -27,6 +27,7 @@ LABELS = {
     "command",
     "kind",
     "size",
+    "field",
 }  # no ids
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}

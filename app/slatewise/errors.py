@@ -107,7 +107,14 @@ class Invalid(RankingError):
     @classmethod
     def at(cls, pointer: str, detail: str) -> "Invalid":
         """Build the error for a single fault."""
-        return cls(f"{pointer or '/'}: {detail}", (Fault(pointer, detail),))
+        return cls.of((Fault(pointer, detail),))
+
+    @classmethod
+    def of(cls, faults: tuple[Fault, ...]) -> "Invalid":
+        """Build the error for faults. The detail has the first three."""
+        texts = [f"{fault.pointer or '/'}: {fault.detail}" for fault in faults[:3]]
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        return cls("; ".join(texts) + more, faults)
 
 
 class Overloaded(RankingError):

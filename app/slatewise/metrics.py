@@ -95,6 +95,14 @@ HISTORY_LENGTH = Histogram("slatewise_history_length", "Events read for a ranked
 UNKNOWN_CANDIDATES = Counter(
     "slatewise_unknown_candidates_total", "Candidates whose id the ranker does not know.", ["ranker"]
 )
+UNKNOWN_ACTIONS = Counter(
+    "slatewise_unknown_actions_total", "Events read whose action the ranker does not know.", ["ranker"]
+)
+UNKNOWN_VALUES = Counter(
+    "slatewise_unknown_values_total",
+    "Values in the fields of unknown candidates that the ranker does not know.",
+    ["ranker", "field"],
+)
 EXITS = Counter("slatewise_exits_total", "Responses by exit.", ["ranker", "exit"])
 BEST_SCORE = Histogram(
     "slatewise_best_score",

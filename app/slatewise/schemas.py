@@ -7,7 +7,7 @@ Called by: `http/`, `ranking/`, `bundle/`, `store/` and `metrics.py`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypeAlias, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -97,6 +97,11 @@ class RankRequest(RequestModel):
     deadline_ms: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=600_000)] | None = None
     allow_degraded: bool = Field(True, strict=True)
     priority: int = Field(0, ge=-100, le=100, strict=True, description="Lower is more important.")
+    return_fields: list[Text] | None = Field(
+        None,
+        max_length=64,
+        description="Fields to return for each result, such as `title`: see `GET /models/{ranker}`.",
+    )
 
 
 CLOSED = ConfigDict(extra="forbid")  # a response has no other members
@@ -106,14 +111,21 @@ CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 class Results(TypedDict):
     index: list[int]
     item_ids: list[str]
-    scores: Annotated[list[float] | None, Field(description="null for the exit `input_order`.")]
+    scores: Annotated[list[float] | None, Field(description="In [0, 1]; null for the exit `input_order`.")]
     heads: dict[str, list[float]]
+    fields: NotRequired[
+        Annotated[
+            dict[str, list[str | list[str] | None]],
+            Field(description="The columns that `return_fields` names; null: not known. Absent if none was asked for."),
+        ]
+    ]
 
 
 @with_config(CLOSED)
 @dataclass(frozen=True)
 class HistoryUse:
-    """Numbers of events: read by the model, skipped by the model, read with an unknown item, and sent in wrong order.
+    """Numbers of events: read by the model, skipped by the model, read with an unknown item, read with an action that
+    the ranker does not know, and sent in wrong order.
 
     `reordered` counts the events that the request has behind a later one. The model reads all events oldest first.
     """
@@ -121,6 +133,7 @@ class HistoryUse:
     used: int
     dropped: int
     unknown: int
+    unknown_actions: int
     reordered: int
     cache: CacheResult
 
@@ -134,7 +147,7 @@ class MetaEmbeddingUse(TypedDict):
 
 @with_config(CLOSED)
 class RankResponse(TypedDict):
-    id: str | None
+    id: Annotated[str, Field(description="The id of the request, or one that the server made.")]
     ranker: str
     version: int
     variant: Annotated[str | None, Field(description="null for the exit `input_order`: no model scored the request.")]
@@ -145,7 +158,7 @@ class RankResponse(TypedDict):
     unknown_candidates: Annotated[
         list[int], Field(description="Positions of candidates whose id the ranker does not know; they are ranked too.")
     ]
-    unknown_fields: Annotated[
+    unknown_values: Annotated[
         dict[str, int],
         Field(
             description="For each field: the number of values, of unknown candidates, that the ranker does not know."
@@ -171,7 +184,7 @@ class Problem(BaseModel):
     detail: str
     error: str
     message: str
-    request_id: str | None = None
+    request_id: str
     errors: list[FaultBody] = []
 
 
@@ -228,12 +241,27 @@ class ModelCard(BaseModel):
     actions: list[str]
     features: list[str]
     fields: dict[str, list[str]]
+    return_fields: list[str] = Field(description="The names that a request's `return_fields` may contain.")
     limits: Limits
     variants: dict[str, dict[str, Any]]
     refused_variants: dict[str, str]
     verdict: Verdict | None
     report: dict[str, Any]
     example: dict[str, Any]
+
+
+class Items(BaseModel):
+    """Items of a ranker's catalogue, as columns of equal length."""
+
+    item_ids: list[str]
+    known: list[bool] = Field(description="Whether the ranker knows the id.")
+    fields: dict[str, list[str | list[str] | None]] = Field(description="Titles and fields; null: not known.")
+
+
+class Examples(BaseModel):
+    """Requests that work as they stand. The first one is the `example` of `GET /models/{ranker}`."""
+
+    examples: list[dict[str, Any]]
 
 
 class Health(BaseModel):

@@ -35,6 +35,13 @@ SERVICE_LINK = re.compile(
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
 
 
+# Scheme, host (a name, or an IPv6 address in brackets) and port of a web page. Extensions and apps have own schemes.
+ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://"
+    r"([a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
+)
+
+
 class SettingsError(ValueError):
     """Settings are invalid. The message has one line for each of the `faults`."""
 
@@ -79,6 +86,16 @@ class Settings(BaseSettings):
         SecretStr(""),
         description="Keys for `Authorization: Bearer`, separated by commas; empty: no authentication. Set it as a "
         "variable: flags show in the process list.",
+    )
+    open_pages: bool = Field(
+        True,
+        description="Whether the pages and `/openapi.json` are open when keys are set; they show no data until a key "
+        "is entered. `false`: they need a key, which a browser does not send.",
+    )
+    cors_origins: str = Field(
+        "",
+        description="Origins whose web pages may call the server, separated by commas, for example "
+        "`https://shop.example`; `*`: all; empty: none.",
     )
     threads: int = Field(
         0, ge=0, description="Threads that run the model; 0: the number of CPUs in the cgroup's quota."
@@ -126,6 +143,7 @@ class Settings(BaseSettings):
     capture_mb: float = Field(
         100.0, gt=0, allow_inf_nan=False, description="Size limit of the capture file and of its predecessor, in MiB."
     )
+    page: bool = Field(True, description="Serve the page at `/`, with which a person tries the rankers; false: 404.")
     max_in_flight: int = Field(
         256, ge=1, description="Requests in flight; above it, new requests get 429 before their body is read."
     )
@@ -156,12 +174,28 @@ class Settings(BaseSettings):
             raise ValueError("is set but contains no key; name a key, or unset it to serve without authentication")
         return keys
 
+    @field_validator("cors_origins")
+    @classmethod
+    def origins_are_as_browsers_send_them(cls, origins: str) -> str:
+        """Refuse what no browser sends in the header Origin, because it would match nothing."""
+        if not all(origin == "*" or ORIGIN.fullmatch(origin) for origin in listed(origins)):
+            raise ValueError(
+                "must be * or a list of origins as browsers send them: scheme, host and port in lower case, without a "
+                "path, a slash at the end or the default port of http and https"
+            )
+        if "*" in listed(origins) and len(listed(origins)) > 1:
+            raise ValueError("* allows all origins: list it alone")
+        return origins
+
     @field_validator("capture_key")
     @classmethod
     def capture_file_has_a_key(cls, key: SecretStr, info: ValidationInfo) -> SecretStr:
         if info.data.get("capture_file") and not key.get_secret_value():
             raise ValueError("must be set when capture_file is")
         return key
+
+    def origins(self) -> tuple[str, ...]:
+        return listed(self.cors_origins)
 
     def keys(self) -> tuple[str, ...]:
         return listed(self.api_keys.get_secret_value())

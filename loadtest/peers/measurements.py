@@ -17,8 +17,9 @@ import numpy as np
 
 from loadtest.client import ask, closed_loop, connect, post
 from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server, peer_server
-from loadtest.peers.environments import BUNDLES, RANKER
+from loadtest.peers.environments import BUNDLE, BUNDLES, RANKER
 from loadtest.workload import STEADY, Shape, W, Workload
+from slatewise.bundle.manifest import read_manifest
 
 WARM_UP = 20
 RETURNING_USERS = 40
@@ -148,10 +149,11 @@ def sample_bodies() -> list[bytes]:
 
 
 def our_scores(bodies: Sequence[bytes], logs: Path) -> list[np.ndarray]:
-    """The scores of Slatewise from POST /score, in input order."""
+    """The scores of Slatewise from POST /score, in input order, times the sum of the weights: rank.onnx gives sums."""
+    weights = sum(read_manifest(BUNDLE).heads.values())
     with EXACT.serving(None, logs) as contender:
         answers = [answer_of(contender.port, post("/score", body)) for body in bodies]
-    return [np.array(json.loads(answer)["results"]["scores"]) for answer in answers]
+    return [weights * np.array(json.loads(answer)["results"]["scores"]) for answer in answers]
 
 
 def worst_difference(entry: Entry, bodies: Sequence[bytes], expected: Sequence[np.ndarray], logs: Path) -> float:

@@ -60,6 +60,7 @@ class BundleContent:
     example: dict[str, Any]
     warmup: list[dict[str, Any]]
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
+    examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
 
     @property
     def exits(self) -> list[str]:
@@ -96,6 +97,8 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     np.save(stage / "fields.npy", field_vectors)
     write_json(stage / "ids.json", content.ids)
     write_json(stage / "display.json", content.titles)
+    if len(content.examples) > 1:  # one alone is the manifest's example
+        write_json(stage / "examples.json", list(content.examples))
     (stage / "warmup.jsonl").write_text("".join(json.dumps(request) + "\n" for request in content.warmup))
     if model.meta_size:
         np.save(stage / "default_meta.npy", model.default_meta.detach().numpy())
@@ -233,7 +236,10 @@ def publish(stage: Path, manifest: Manifest) -> None:
 
 
 def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float]:
-    """Return the scores of the manifest's example, computed by the functions with which the server checks them."""
+    """Return the weighted sums for the manifest's example, computed by the functions with which the server checks them.
+
+    They are not divided by the sum of the weights, so bundles of all versions state the same quantity.
+    """
     ranker = make_ranker(stage, manifest)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores: list[float] = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()

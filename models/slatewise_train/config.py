@@ -36,7 +36,7 @@ class Head:
 
     name: str
     kind: str = choice(MISSING, "next", "label")
-    weight: float = number(1.0, least=0, most=1e6)  # the score is the weighted sum of the heads' probabilities
+    weight: float = number(1.0, least=0, most=1e6)  # the score is the weighted mean of the heads' probabilities
 
 
 @dataclass(frozen=True)

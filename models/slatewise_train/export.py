@@ -40,7 +40,7 @@ from slatewise_train.bundle_writer import (
 )
 from slatewise_train.config import Config
 from slatewise_train.data import Data
-from slatewise_train.demo.content import demo_data, example_request, warmup_requests
+from slatewise_train.demo.content import demo_data, example_request, example_requests, warmup_requests
 from slatewise_train.evaluation.calibration import fit_calibrations, uncalibrated_heads
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.offline import run_cases, tabulate
@@ -139,6 +139,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
         example=example,
         warmup=warmup_requests(example, vocabulary.items, config.data.history_length, rng),
         history_actions=config.tables.history_actions,
+        examples=example_requests(shown, data, example, rng),
     )
 
 

@@ -776,7 +776,7 @@ def test_newest_first_history_is_read_oldest_first(ranker: Ranker, events: int) 
     }
     right = ranker.history(request_of({"item_ids": ["1"]}, history=sent))
     backwards = {name: column[::-1] for name, column in sent.items()}
-    history, late = ranker.read_history(request_of({"item_ids": ["1"]}, history=backwards))
+    history, late, _ = ranker.read_history(request_of({"item_ids": ["1"]}, history=backwards))
     assert history.equals(right)
     assert late == (events - 2 if events > 1 else 0), "the two newest events are behind no later one"
 
@@ -785,7 +785,7 @@ def test_two_exchanged_events_are_read_in_time_order(ranker: Ranker) -> None:
     ids = list(ranker.vocabulary.items)[:4]
     sent = {"item_ids": ids, "timestamps": [10, 20, 30, 40]}
     exchanged = {"item_ids": [ids[k] for k in (0, 2, 1, 3)], "timestamps": [10, 30, 20, 40]}
-    history, late = ranker.read_history(request_of({"item_ids": ["1"]}, history=exchanged))
+    history, late, _ = ranker.read_history(request_of({"item_ids": ["1"]}, history=exchanged))
     assert late == 1 and history.equals(ranker.history(request_of({"item_ids": ["1"]}, history=sent)))
 
 

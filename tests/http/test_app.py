@@ -21,7 +21,7 @@ from slatewise.settings import Settings
 
 PATHS = [("POST", "/rerank"), ("POST", "/score"), ("GET", "/rerank"), ("GET", "/models"), ("GET", "/metrics")]
 REST = [("GET", "/no-such-path"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/livez"), ("GET", "/readyz")]
-OPEN = ("/livez", "/readyz", "/metrics")
+OPEN = ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json")
 BODY = {"candidates": {"item_ids": ["1"]}}
 
 

@@ -37,7 +37,7 @@ def test_readme_shows_the_real_response_of_the_demo() -> None:
     text = (DEMO.parent.parent / "README.md").read_text()
     request, answer = (
         json.loads(text[start : text.index(end, start)])
-        for start, end in ((text.index('{"user"'), "'\n```"), (text.index('{"id": null'), "\n```"))
+        for start, end in ((text.index('{"user"'), "'\n```"), (text.index('{"id": '), "\n```"))
     )
     with serve(Settings(bundles=DEMO)) as client:
         found = ask(client, request, "/rerank")

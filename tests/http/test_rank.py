@@ -21,6 +21,7 @@ from tests.http.support import (
     assert_alive,
     assert_problem,
     by_item,
+    sums,
 )
 from tests.support.application import serve
 
@@ -79,13 +80,13 @@ def test_unknown_items_are_flagged_and_ranked_by_their_fields(client: httpx.Clie
     ids = [*example["candidates"]["item_ids"][:3], "no-such-item", "nor-this"]
     plain = ask(client, example, candidates={"item_ids": ids}, exit="point")
     assert plain["unknown_candidates"] == [3, 4] and len(plain["results"]["scores"]) == 5
-    assert plain["results"]["scores"][3] == plain["results"]["scores"][4]
+    assert plain["results"]["scores"][3] == pytest.approx(plain["results"]["scores"][4], abs=BOUND)
     fields = {
         "genres": [None, None, None, ["Comedy", "never heard of"], None],
         "decade": [None, None, None, "1990s", None],
     }
     described = ask(client, example, candidates={"item_ids": ids, "fields": fields}, exit="point")
-    assert described["results"]["scores"][3] != plain["results"]["scores"][3]
+    assert abs(described["results"]["scores"][3] - plain["results"]["scores"][3]) > 10 * BOUND
     assert described["results"]["scores"][4] == pytest.approx(plain["results"]["scores"][4], abs=BOUND)
 
 
@@ -95,9 +96,9 @@ def test_field_text_with_separators_equals_a_list(client: httpx.Client, example:
     for genres in (["Comedy", "Drama", "never heard of"], "Comedy|Drama|never heard of"):
         candidates = {"item_ids": ids, "fields": {"genres": ["never heard of", None, genres, None]}}
         answers.append(ask(client, example, candidates=candidates))
-        assert answers[-1]["unknown_fields"] == {"genres": 1}, "fields of known items are not read"
+        assert answers[-1]["unknown_values"] == {"genres": 1}, "fields of known items are not read"
     assert answers[0]["results"]["scores"] == pytest.approx(answers[1]["results"]["scores"], abs=BOUND)
-    assert ask(client, example)["unknown_fields"] == {}
+    assert ask(client, example)["unknown_values"] == {}
 
 
 def test_newest_first_history_scores_as_oldest_first(client: httpx.Client, example: dict[str, Any]) -> None:
@@ -245,3 +246,38 @@ def test_server_starts_with_limits_below_the_warm_up_requests(tiny: Tiny, exampl
     with serve(Settings(bundles=tiny.root, max_candidates=30, max_history=50)) as client:
         assert client.get("/models/tiny").json()["limits"]["max_candidates"] == 30
         ask(client, example)
+
+
+@pytest.mark.parametrize(
+    "weights", [None, {"like": 3}, {"watch": 1e6, "like": 1e-6}, {"watch": 1, "like": -1}, {"like": -2}, {"like": 0}]
+)
+def test_scores_are_in_0_to_1_for_all_weights(
+    client: httpx.Client, example: dict[str, Any], weights: dict[str, float] | None
+) -> None:
+    body = example | ({} if weights is None else {"head_weights": weights})
+    found = ask(client, body)["results"]
+    assert all(0 <= score <= 1 for score in found["scores"])
+    used = weights or client.get("/models/tiny").json()["heads"]
+    weighted = [sum(used.get(head, 0) * column[k] for head, column in found["heads"].items()) for k in found["index"]]
+    best = sorted(found["index"], key=lambda k: -weighted[k])
+    ranked = ask(client, body, "/rerank")["results"]["index"]
+    assert [weighted[k] for k in ranked] == pytest.approx(
+        [weighted[k] for k in best], abs=1e-9 * max(map(abs, used.values()))
+    )
+
+
+def test_unknown_actions_and_values_are_in_answer_and_metrics(client: httpx.Client, example: dict[str, Any]) -> None:
+    names = ("slatewise_unknown_actions_total{", 'slatewise_unknown_values_total{field="genres"')
+    before = sums(client, *names)
+    fields = {"genres": [["Drama", "Dramma"], "Dramma|Comedyy", None]}
+    wrong = {
+        "history": {"item_ids": ["1", "2", "3", "4"], "actions": ["purchase", None, "view", "purchase"]},
+        "candidates": {"item_ids": ["new", "newer", "1"], "fields": fields},
+    }
+    for path in ("/rerank", "/score"):
+        answer = ask(client, wrong, path)
+        assert answer["history"]["unknown_actions"] == 2 and answer["unknown_values"] == {"genres": 3}
+    assert [after - b for after, b in zip(sums(client, *names), before, strict=True)] == [4, 6]
+    right = ask(client, example)
+    assert right["history"]["unknown_actions"] == 0 and right["unknown_values"] == {}
+    assert [after - b for after, b in zip(sums(client, *names), before, strict=True)] == [4, 6]

@@ -296,7 +296,7 @@ def test_scores_weigh_heads_and_ties_keep_input_order(ranker: Ranker) -> None:
         ranking = run(ranker, lambda p, r=asked: rank(p, r))
         assert ranking.scored is not None
         like = ranking.scored.probabilities[:, list(ranker.manifest.heads).index("like")]
-        np.testing.assert_allclose(ranking.scored.scores, 2.0 * like, rtol=1e-12)
+        np.testing.assert_allclose(ranking.scored.scores, like, rtol=1e-12)
         assert ranking.order(None).tolist() == sorted(range(40), key=lambda k: (-like[k], k))
 
 

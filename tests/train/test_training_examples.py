@@ -124,7 +124,7 @@ def test_genres_of_a_new_film_are_written_as_in_the_table(client: httpx.Client) 
         answer = client.post("/score", json=body).json()
         cells, lists, plain = answer["results"]["scores"]
         assert cells == pytest.approx(lists, abs=1e-6) and cells != pytest.approx(plain, abs=1e-6)
-        assert answer["unknown_fields"] == {}
+        assert answer["unknown_values"] == {}
 
 
 def test_a_basket_is_in_order_of_rows_with_gaps_of_zero(folder: Path) -> None:

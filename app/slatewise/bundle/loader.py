@@ -5,7 +5,8 @@ each variant for the golden request of the manifest, on this processor. A varian
 version fails, the next older one is loaded. The operators of the graphs are checked once, when the bundle is written
 (`slatewise_train/graph_check.py`).
 
-Called by: `main.py`, `check.py`, and the package slatewise_train. Calls: `manifest.py`, `inference/engine.py`.
+Called by: `main.py`, `check.py`, and the package slatewise_train. Calls: `manifest.py`, `titles.py`,
+`inference/engine.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest, versions
 from slatewise.bundle.ranker import Ranker, Vocabulary
+from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
 from slatewise.inference.engine import Engine, EngineError
 from slatewise.inference.item_table import Int8Items, record
@@ -30,7 +32,8 @@ from slatewise.schemas import RankRequest
 log = logging.getLogger("slatewise")
 
 REQUIRED = ("items.npy", "ids.json", "fields.npy")
-OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json")
+MOST_EXAMPLES = 64
+OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json", "examples.json")
 
 
 # Versions
@@ -160,6 +163,9 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
         field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
         default_meta, embedded = load_meta(folder, manifest, len(users))
         warmup = read_warmup(folder / "warmup.jsonl")
+        vocabulary = make_vocabulary(ids, manifest)
+        titles = read_titles(folder / "display.json", vocabulary.items)
+        examples = read_examples(folder / "examples.json", manifest)
     except (OSError, ValueError, EOFError) as error:
         raise ManifestError(f"{folder}: {error}") from error
     field_rows = sum(len(field.values) + 1 for field in manifest.fields.values())
@@ -172,7 +178,7 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
         check_array(f"{folder}: {name}", array, shape)
     return Ranker(
         manifest=manifest,
-        vocabulary=make_vocabulary(ids, manifest),
+        vocabulary=vocabulary,
         items=items,
         field_vectors=field_vectors,
         field_offsets={name: field.offset for name, field in manifest.fields.items()},
@@ -183,6 +189,8 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
         refused={},
         report=report,
         warmup=warmup,
+        titles=titles,
+        examples=examples,
     )
 
 
@@ -198,6 +206,16 @@ def load_meta(folder: Path, manifest: Manifest, users: int) -> tuple[Float32, Fl
 def read_warmup(path: Path) -> list[RankRequest]:
     lines = path.read_text().splitlines() if path.exists() else []
     return [RankRequest.model_validate_json(line) for line in lines]
+
+
+def read_examples(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Read the requests of demo users, the manifest's example first. Raises ValueError for an invalid request."""
+    bodies = read_json(path) if path.exists() else []
+    if not isinstance(bodies, list) or len(bodies) > MOST_EXAMPLES:
+        raise ValueError(f"{path.name} is not a list of at most {MOST_EXAMPLES} requests")
+    for body in bodies:
+        RankRequest.model_validate(body)
+    return [manifest.example, *(body for body in bodies if body != manifest.example)]
 
 
 def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
@@ -265,7 +283,7 @@ def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
 
 
 def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
-    """Score the golden request. Raises ManifestError if a score differs by more than the variant's golden bound."""
+    """Score the golden request. Raises ManifestError if a weighted sum differs by more than the golden bound."""
     manifest = ranker.manifest
     variant = manifest.variants[name]
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))

@@ -10,6 +10,7 @@
       meta_embeddings.npy users.json   meta-embeddings of the embedded store (optional)
       meta_block.npz                   the meta block, which the refresh job adapts to users (optional)
       display.json                     titles and fields of items, for display (optional)
+      examples.json                    requests of demo users, for the page (optional)
       warmup.jsonl                     requests to warm up with (optional)
       report.json report.md report.png   quality by exit, beside baselines (optional)
       training.png                     learning curves (optional)
@@ -105,7 +106,10 @@ class Variant(Member):
     resident_bytes: int | None = Field(
         default=None, description="Resident memory that loading this variant alone adds to a process with one thread."
     )
-    golden_scores: list[float] = Field(description="Scores of the manifest's `example`, in input order.")
+    golden_scores: list[float] = Field(
+        description="Weighted sums of the heads' probabilities for the manifest's `example`, in input order. An answer "
+        "has them divided by the sum of the weights."
+    )
 
     @property
     def milliseconds(self) -> float:

@@ -1,13 +1,14 @@
 """A loaded ranker: manifest, tables and engines. Converts requests to arrays.
 
-Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`.
+Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`,
+`titles.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from slatewise.bundle.features import (
     window_start,
 )
 from slatewise.bundle.manifest import Manifest
+from slatewise.bundle.titles import Titles
 from slatewise.inference.arrays import UNKNOWN_ACTION, UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable
@@ -46,6 +48,14 @@ class Unknown:
     field_values: dict[str, int]  # column -> number of unknown values that describe these candidates, if above 0
 
 
+class ReadHistory(NamedTuple):
+    """The events of a request that the model reads, and what the request got wrong."""
+
+    events: History  # oldest first
+    reordered: int  # number of events, of all that were sent, behind a later one
+    unknown_actions: int  # number of events read whose action the ranker does not know; a null action does not count
+
+
 @dataclass(frozen=True)
 class Ranker:
     """One version of a ranker, ready to serve. Shapes: d is the width of item vectors, M of meta-embeddings."""
@@ -62,6 +72,8 @@ class Ranker:
     refused: dict[str, str]  # variant -> reason
     report: dict[str, Any]
     warmup: list[RankRequest]
+    titles: Titles
+    examples: list[dict[str, Any]]  # requests of demo users; the first is the manifest's example
 
     @property
     def name(self) -> str:
@@ -87,10 +99,9 @@ class Ranker:
 
     def history(self, request: RankRequest) -> History:
         """Return the events that the model reads, oldest first."""
-        return self.read_history(request)[0]
+        return self.read_history(request).events
 
-    def read_history(self, request: RankRequest) -> tuple[History, int]:
-        """Return the events that the model reads, oldest first, and the number of events sent behind a later one."""
+    def read_history(self, request: RankRequest) -> ReadHistory:
         sent = request.history
         first = self.window_start(request)
         times = (
@@ -98,12 +109,16 @@ class Ranker:
         )
         order, late = time_order(times)
         items = rows_of(self.vocabulary.items, events_read(sent.item_ids, first, order))
-        actions = (
-            np.full(len(items), UNKNOWN_ACTION, np.int64)
-            if sent.actions is None
-            else rows_of(self.vocabulary.actions, events_read(sent.actions, first, order))
-        )
-        return make_history(items, actions, times[first:] if order is None else times[order[first:]]), late
+        unknown = 0
+        if sent.actions is None:
+            actions = np.full(len(items), UNKNOWN_ACTION, np.int64)
+        else:
+            names = events_read(sent.actions, first, order)
+            actions = rows_of(self.vocabulary.actions, names)
+            if unknown := int(np.count_nonzero(actions == UNKNOWN_ACTION)):
+                unknown -= names.count(None)
+        events = make_history(items, actions, times[first:] if order is None else times[order[first:]])
+        return ReadHistory(events, late, unknown)
 
     def candidates(
         self, request: RankRequest, request_time: float, items: ItemTable | None = None
@@ -137,6 +152,22 @@ class Ranker:
         """Return the (M,) vector of a user in the embedded store, or the default vector."""
         row = self.embedded_users.get(user or "")
         return self.default_meta if row is None else self.embedded_meta[row]
+
+
+def weighted_mean(probabilities: Float64, weights: Float64) -> Float64:
+    """Return the (N,) scores in [0, 1]: the mean of the heads' probabilities, weighted.
+
+    probabilities: (N, heads). weights: (heads,), of any sign and sum.
+
+    A negative weight counts its head's complement, 1 - p, so the score falls as p rises: the order is that of the
+    weighted sum. If all weights are 0, all scores are 0.
+    """
+    total = np.abs(weights).sum()
+    if not total:
+        return np.zeros(len(probabilities))
+    shares = weights / total  # of a single head: exactly 1, so its probabilities are the scores, without rounding
+    scores: Float64 = np.clip(probabilities @ shares - np.minimum(shares, 0.0).sum(), 0.0, 1.0)
+    return scores
 
 
 def events_read(column: list[T], first: int, order: Int64 | None) -> list[T]:

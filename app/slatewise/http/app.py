@@ -16,17 +16,21 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import VERSION
-from slatewise.http import health, models
-from slatewise.http.auth import RequireKey
+from slatewise.http import health, items, models
+from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.capture import open_capture
-from slatewise.http.problems import HANDLERS, PROBLEMS
+from slatewise.http.openapi import complete, example_request, require_key
+from slatewise.http.page import page_routes
+from slatewise.http.problems import HANDLERS, PROBLEMS, on_unexpected_error
 from slatewise.http.rank import rerank, score
 from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import RankRequest, RankResponse
+from slatewise.schemas import RankResponse
 from slatewise.settings import Settings
 
 Handler = Callable[[Request, float], Awaitable[Response]]
@@ -39,8 +43,10 @@ HOT_ROUTES: dict[tuple[str, str], Handler] = {
 
 def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
     """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
+    open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
     middleware = [  # outermost first
-        Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
+        *allow_origins(settings.origins()),
+        Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys(), open_paths=open_paths),
         Middleware(HotRoutes, table=HOT_ROUTES),  # last, because hot routes bypass the layers after it
     ]
 
@@ -66,14 +72,37 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
         exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # names of operations, which clients are generated from
     )
     app.state.pipeline = None
     app.state.draining = False
     app.state.capture = None
     app.include_router(health.routes)
     app.include_router(models.routes)
+    app.include_router(items.routes)
+    if settings.page:
+        app.include_router(page_routes())
     document_hot_routes(app)
+    complete_document(app, settings.keys(), open_paths)
     return app
+
+
+def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
+    """Return the layers that let web pages of these origins call: outermost, so that errors carry the headers too.
+
+    A preflight needs no key. An unexpected error is answered inside of CORSMiddleware, since Starlette's own layer for
+    it is outside of all middleware.
+    """
+    if not origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("Server-Timing", "X-Request-ID", "Retry-After"),
+    )
+    return [cors, Middleware(ServerErrorMiddleware, handler=on_unexpected_error)]
 
 
 class HotRoutes:
@@ -100,8 +129,7 @@ class HotRoutes:
 def document_hot_routes(app: FastAPI) -> None:
     """Add the hot routes to the router, for two purposes: the OpenAPI document, and status 405 for other methods.
 
-    The handlers parse the body themselves. So the schema of the body is added here, and FastAPI's validation errors,
-    which never occur, are removed.
+    The handlers parse the body themselves, so the schema of the body is stated here.
     """
     schema = {"$ref": "#/components/schemas/RankRequest"}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -116,16 +144,18 @@ def document_hot_routes(app: FastAPI) -> None:
             responses=PROBLEMS,
             openapi_extra={"requestBody": body},
         )
+
+
+def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...]) -> None:
+    """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        schema = RankRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"].update(schema.pop("$defs", {}))
-        document["components"]["schemas"]["RankRequest"] = schema
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        document["paths"]["/models/{ranker}"]["get"]["responses"].pop("422", None)
+        pipeline: Pipeline | None = app.state.pipeline
+        complete(document, example_request(() if pipeline is None else pipeline.registry.serving(), not keys))
+        if keys:
+            require_key(document, open_paths)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -21,7 +21,8 @@ def content_coding(headers: Headers) -> str:
     """Return the content coding: identity, gzip or deflate. Raises UnsupportedType, also for other types than JSON."""
     kind = headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedType("the body must be application/json")
+        form = ", not a form, which curl -d sends without it" if "form" in kind else ""
+        raise UnsupportedType(f"the body must be JSON with the header Content-Type: application/json{form}")
     coding = headers.get("content-encoding", "identity").strip().lower() or "identity"
     if coding != "identity" and coding not in WINDOW_BITS:
         raise UnsupportedType(f"Content-Encoding must be one of identity, {', '.join(WINDOW_BITS)}")

@@ -45,7 +45,7 @@ async def readyz(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@routes.get("/metrics", name="metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus_metrics(request: Request) -> Response:
     """Return all metrics in the Prometheus text format."""
     pipeline: Pipeline | None = request.app.state.pipeline

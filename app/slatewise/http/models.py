@@ -49,6 +49,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         actions=manifest.actions,
         features=manifest.features,
         fields={name: field.values for name, field in manifest.fields.items()},
+        return_fields=ranker.titles.names,
         limits=Limits(
             max_candidates=limits.max_candidates,
             max_history=limits.max_history,

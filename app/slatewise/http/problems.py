@@ -8,11 +8,13 @@ Called by: `rank.py`, `auth.py`, and FastAPI through `HANDLERS`. Calls: `errors.
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -44,7 +46,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
 
 
 def problem(error: RankingError, request_id: str | None) -> Response:
-    """Build the response for an error."""
+    """Build the response for an error. `None` stands for a request without an id: it gets one."""
+    request_id = request_id or new_request_id()
     body = Problem(
         type=error.type,
         title=error.title,
@@ -55,8 +58,13 @@ def problem(error: RankingError, request_id: str | None) -> Response:
         request_id=request_id,
         errors=[FaultBody(pointer=fault.pointer, detail=fault.detail) for fault in error.faults],
     )
-    headers = dict(error.headers) | ({"X-Request-ID": request_id} if request_id else {})
+    headers = {**error.headers, "X-Request-ID": request_id}
     return Response(body.model_dump_json(), error.status, headers, media_type="application/problem+json")
+
+
+def new_request_id() -> str:
+    """Return a random id of 80 bits. It is unique, but not secret. Cheap: no system call."""
+    return f"{random.getrandbits(80):020x}"
 
 
 def header_request_id(headers: Headers) -> str | None:
@@ -69,18 +77,28 @@ def schema_error(error: ValidationError) -> RankingError:
     """Convert Pydantic's error to Invalid or NotJson. The faults do not repeat the values that were sent."""
     if error.error_count() > TOO_MANY_FAULTS:
         return Invalid.at("", f"more than {TOO_MANY_FAULTS} faults")
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return NotJson(found[0]["msg"])
+    return faults_of(found, lambda fault: fault["msg"])
+
+
+def faults_of(errors: list[ErrorDetails], describe: Callable[[ErrorDetails], str]) -> Invalid:
+    """Build the error for the faults of a body, each with the text that `describe` returns.
+
+    Faults of the same member, such as those of the branches of a union, become one.
+    """
     faults: dict[str, Fault] = {}
-    for found in error.errors(include_url=False, include_input=False, include_context=False):
-        if found["type"] == "json_invalid":
-            return NotJson(found["msg"])
+    for found in errors:
         where = pointer(*member_path(found["loc"]))
-        if where in faults:
-            faults[where] = Fault(where, f"{faults[where].detail}, or: {found['msg']}"[:400])
-        elif len(faults) < MOST_FAULTS:
-            faults[where] = Fault(where, found["msg"][:300])
-    first = next(iter(faults.values()))
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return Invalid(f"{first.pointer or '/'}: {first.detail}{more}", tuple(faults.values()))
+        if where not in faults and len(faults) == MOST_FAULTS:
+            continue
+        text = describe(found)[:300]
+        if where not in faults:
+            faults[where] = Fault(where, text)
+        elif text not in faults[where].detail:
+            faults[where] = Fault(where, f"{faults[where].detail}, or: {text}"[:400])
+    return Invalid.of(tuple(faults.values()))
 
 
 def member_path(location: tuple[int | str, ...]) -> list[int | str]:

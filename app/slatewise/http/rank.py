@@ -22,7 +22,8 @@ from slatewise import metrics
 from slatewise.errors import Invalid, NotReady, RankingError
 from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.health import ready_pipeline
-from slatewise.http.problems import header_request_id, problem, schema_error, unexpected
+from slatewise.http.mistakes import wrong_request
+from slatewise.http.problems import header_request_id, new_request_id, problem, schema_error, unexpected
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
@@ -52,11 +53,16 @@ class Exchange:
         self.trace = Trace(entered)
         self.parsed: RankRequest | None = None
         self.ranking: Ranking | None = None  # set together with the code 200
+        self.given_id: str | None = None  # id of a request that could not be parsed
         self.code = 500
         self.refusal = "internal-error"  # slug of the error; empty for a ranking
 
-    def request_id(self) -> str | None:
-        return (None if self.parsed is None else self.parsed.id) or header_request_id(self.request.headers)
+    def request_id(self) -> str:
+        """Return the id in the body or in the header, or one that the server makes: the same at every call."""
+        if self.parsed is not None and self.parsed.id is not None:
+            return self.parsed.id
+        self.given_id = self.given_id or header_request_id(self.request.headers) or new_request_id()
+        return self.given_id
 
     def record(self) -> None:
         """Count the request, and log and capture it if it is selected."""
@@ -131,11 +137,14 @@ async def read_admitted(request: Request, admission: Admission) -> bytes:
 
 
 def parse(body: bytes, headers: Headers) -> RankRequest:
-    """Parse and check the body. User and id may also come from the headers. Raises NotJson or Invalid."""
+    """Parse and check the body. User and id may also come from the headers; without an id, a new one is made.
+
+    Raises NotJson or Invalid.
+    """
     try:
         parsed = RankRequest.model_validate_json(body)
     except ValidationError as error:
-        raise schema_error(error) from None
+        raise wrong_request(error, body) from None
     changes: dict[str, Any] = {}
     user = header_text(headers, "x-user-id")
     identifier = header_text(headers, "x-request-id")
@@ -150,8 +159,9 @@ def parse(body: bytes, headers: Headers) -> RankRequest:
             RankRequest.model_validate({"candidates": {"item_ids": ["0"]}, **changes})
         except ValidationError as error:
             raise schema_error(error) from None
-        parsed = parsed.model_copy(update=changes)
-    return parsed
+    if parsed.id is None and identifier is None:
+        changes["id"] = new_request_id()
+    return parsed.model_copy(update=changes) if changes else parsed
 
 
 def header_text(headers: Headers, name: str) -> str | None:
@@ -192,6 +202,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
     """Render the ranking as JSON. The type checker compares the members with RankResponse; nothing does at run time."""
+    assert request.id is not None  # `parse` sets it
     ids = request.candidates.item_ids
     scored = ranking.scored
     index = ranking.order(request.top_n) if by_score else np.arange(ranking.candidates)
@@ -217,15 +228,19 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
             else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
         },
         "unknown_candidates": list(ranking.unknown),
-        "unknown_fields": ranking.unknown_fields,
+        "unknown_values": ranking.unknown_values,
         "history": ranking.history,
         "meta_embedding": {"status": meta.status, "version": meta.version, "age_seconds": meta.age_seconds},
         "degraded": sorted(ranking.degraded),
         "timings_ms": milliseconds,
     }
-    headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
-    if request.id is not None:
-        headers["X-Request-ID"] = request.id
+    if request.return_fields is not None:
+        titles = ranking.ranker.titles
+        content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
+    headers = {
+        "Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items()),
+        "X-Request-ID": request.id,
+    }
     return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)
 
 
@@ -256,3 +271,7 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float) -> Non
     metrics.HISTORY_LENGTH.observe(ranking.history.used)
     metrics.series(metrics.HISTORY_CACHE, ranking.history.cache).inc()
     metrics.series(metrics.UNKNOWN_CANDIDATES, name).inc(len(ranking.unknown))
+    if ranking.history.unknown_actions:
+        metrics.series(metrics.UNKNOWN_ACTIONS, name).inc(ranking.history.unknown_actions)
+    for field, values in ranking.unknown_values.items():
+        metrics.series(metrics.UNKNOWN_VALUES, name, field).inc(values)

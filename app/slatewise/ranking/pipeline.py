@@ -14,7 +14,7 @@ import numpy as np
 
 from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
-from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.errors import RankingError
 from slatewise.inference.arrays import UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64, KeptState, join
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
@@ -44,7 +44,7 @@ class Scored:
     variant: str
     exit: ModelExit
     probabilities: Float64  # (N, heads)
-    scores: Float64  # (N,)
+    scores: Float64  # (N,), in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ranking:
     candidates: int  # number of candidates
     scored: Scored | None  # `None`: no model scored the request, and the exit is `input_order`
     unknown: tuple[int, ...]  # positions of candidates whose id the ranker does not know
-    unknown_fields: dict[str, int]  # field -> number of unknown values that describe these candidates
+    unknown_values: dict[str, int]  # field -> number of unknown values that describe these candidates
     history: HistoryUse
     meta: MetaEmbedding
     degraded: frozenset[DegradedReason]
@@ -139,15 +139,15 @@ class Pipeline:
         ranker = trace.ranker = self.registry.resolve(request.ranker)
         plan = self.plan(request, ranker, trace.timings.entered)
         n = len(request.candidates.item_ids)
-        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, "none"))
+        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, 0, "none"))
         degraded = set(plan.admitted.degraded)
         if plan.admitted.exit == "input_order":
             unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
             return Ranking(ranker, n, None, unknown_ids, {}, progress.history, plan.default_meta, frozenset(degraded))
 
-        history, late = ranker.read_history(request)
-        progress.history = replace(progress.history, reordered=late)
+        history, late, unknown_actions = ranker.read_history(request)
+        progress.history = replace(progress.history, reordered=late, unknown_actions=unknown_actions)
         request_time = time.time() if request.request_time is None else request.request_time
         candidates, unknown = ranker.candidates(request, request_time, plan.engine.items)
         trace.timings.lap("features")
@@ -259,7 +259,7 @@ class Pipeline:
 def weigh(plan: Plan, best: StageScores) -> Scored:
     """Combine the probabilities of the heads into one score for each candidate."""
     weights = plan.ranker.score_weights(plan.request.head_weights)
-    return Scored(plan.variant, best.exit, best.probabilities, best.probabilities @ weights)
+    return Scored(plan.variant, best.exit, best.probabilities, weighted_mean(best.probabilities, weights))
 
 
 def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:

@@ -3,7 +3,7 @@
 It holds one version of each ranker; the loader chose the version.
 
 Called by: `main.py`, which builds it, `pipeline.py`, `http/models.py`, `http/health.py`, and the store through
-`serving`. Calls: `metrics.py` for the served variants.
+`serving`. Calls: `metrics.py` for the served variants, and the series of each ranker.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Registry:
         for ranker in self._rankers.values():
             for variant in ranker.engines:
                 metrics.MODEL_INFO.labels(ranker.name, str(ranker.manifest.version), variant).set(1)
+            metrics.UNKNOWN_ACTIONS.labels(ranker.name)
+            for field in ranker.manifest.fields:
+                metrics.UNKNOWN_VALUES.labels(ranker.name, field)
 
     def serving(self) -> tuple[Ranker, ...]:
         return tuple(self._rankers.values())

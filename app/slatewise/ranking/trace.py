@@ -50,5 +50,5 @@ class Trace:
         self.ranker: Ranker | None = None
         self.exit: AnsweredExit = "input_order"  # highest stage of the cascade that is complete
         self.variant = ""  # the variant that computed this stage
-        self.history = HistoryUse(0, 0, 0, 0, "none")
+        self.history = HistoryUse(0, 0, 0, 0, 0, "none")
         self.meta: MetaStatus | None = None

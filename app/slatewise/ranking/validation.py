@@ -21,7 +21,7 @@ def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple
     if variant not in ranker.engines:
         raise NotFound(f"ranker {ranker.name} serves no such variant; served: {', '.join(ranker.engines)}")
     if faults := tuple(islice(find_faults(request, ranker, limits), MOST_FAULTS)):
-        raise Invalid("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults[:3]), faults)
+        raise Invalid.of(faults)
     exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
     if exit == "set" and len(request.candidates.item_ids) > ranker.manifest.limits.set_wise:
         exit = "point"  # documented as `limits.set_wise`, so it is not degradation
@@ -53,5 +53,9 @@ def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> 
     for name in request.head_weights or ():
         if name not in manifest.heads:
             yield Fault(pointer("head_weights", name), f"unknown head; known: {', '.join(manifest.heads)}")
+    for k, name in enumerate(request.return_fields or ()):
+        if name not in ranker.titles.values:
+            known = ", ".join(ranker.titles.names) or "none, the bundle has no titles"
+            yield Fault(pointer("return_fields", k), f"unknown field; known: {known}")
     if request.exit not in ("auto", *manifest.exits):
         yield Fault("/exit", f"this ranker has: {', '.join(manifest.exits)}")

@@ -20,6 +20,7 @@ import onnx
 
 from slatewise.bundle.loader import sha256
 from slatewise.bundle.manifest import Variant
+from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable, read_item_table
 from slatewise.process import cpu_name
@@ -234,7 +235,7 @@ def agreement(source: Source, engine: Engine) -> dict[str, float]:
     largest = 0.0
     weights = np.array(list(source.manifest.heads.values()))
     for sample in source.samples[1::2]:
-        exact, found = (sample.score(one, exit) @ weights for one in (source.fp32, engine))
+        exact, found = (weighted_mean(sample.score(one, exit), weights) for one in (source.fp32, engine))
         first, second = (np.sign(scores[:, None] - scores) for scores in (exact, found))
         taus.append(float((first * second).sum() / max(1, np.abs(first).sum())))
         best = [set(np.argsort(-scores, kind="stable")[:10].tolist()) for scores in (exact, found)]

@@ -37,6 +37,7 @@ EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
 LONG_HISTORY = 100  # the example's user has at least this many events, if any user has
 POPULAR = 500  # the example's candidates are among this many most popular items
+EXAMPLE_USERS = 12  # demo users with a request of their own, at most
 MADE_UP_USER = "example-1"
 MADE_UP_START = 1_700_000_000  # unix seconds of the made-up user's first event
 MADE_UP_GAP = 40_000  # seconds between two events, at most
@@ -132,6 +133,21 @@ def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> di
     long = lengths >= LONG_HISTORY
     user = int(np.flatnonzero(long)[0]) if long.any() else int(lengths.argmax())
     return make_request(shown, data, user, rng)
+
+
+def example_requests(
+    shown: DemoData, data: Data, example: dict[str, Any], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Build requests of demo users with at least EXAMPLE_EVENTS events, the given one first.
+
+    The other users are spread over the demo users in the order of the length of their histories.
+    """
+    lengths = np.diff(shown.sequences.offsets)
+    long = np.flatnonzero(lengths >= EXAMPLE_EVENTS)
+    long = long[np.argsort(lengths[long], kind="stable")]
+    picked = long[np.unique(np.linspace(0, len(long) - 1, EXAMPLE_USERS).astype(int))] if len(long) else long
+    others = [make_request(shown, data, int(user), rng) for user in picked if shown.users[user] != example["user"]]
+    return [example, *others[: EXAMPLE_USERS - 1]]
 
 
 def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generator) -> dict[str, Any]:

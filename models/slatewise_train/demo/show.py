@@ -21,7 +21,7 @@ import numpy as np
 
 from slatewise.bundle.loader import load_bundle, read_json
 from slatewise.bundle.manifest import bundle_folder
-from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.cli import run_main
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Candidates
 from slatewise.schemas import RankRequest
@@ -51,10 +51,11 @@ def recommend(
     def candidates(rows: np.ndarray) -> Candidates:
         return Candidates(ranker.items[rows], data.catalogue.numeric[rows], given.context)
 
-    first = engine.point(candidates(rows), meta, state).probabilities @ weights
+    first = weighted_mean(engine.point(candidates(rows), meta, state).probabilities, weights)
     rows = rows[np.argsort(-first, kind="stable")[:RERANKED]]
     point = engine.point(candidates(rows), meta, state)
-    scores = (engine.set(point) if "set" in ranker.manifest.exits else point.probabilities) @ weights
+    probabilities = engine.set(point) if "set" in ranker.manifest.exits else point.probabilities
+    scores = weighted_mean(probabilities, weights)
     best = np.argsort(-scores, kind="stable")[:count]
     return [(data.catalogue.vocabulary.items[rows[k] - FIRST_ITEM], float(scores[k])) for k in best]
 
