@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         members["history"] = events(arguments.history)
     more = {"exit": arguments.exit, "top_n": arguments.top, "deadline_ms": arguments.deadline_ms}
     with open_source(arguments) as source:
-        ranking = source.rerank(**members, **options(arguments), **more)  # type: ignore[misc]
+        ranking = source.rerank(**members, **options(arguments), **more)
         if arguments.json:
             print(json.dumps(ranking.response, ensure_ascii=False))
             return

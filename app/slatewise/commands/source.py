@@ -9,7 +9,7 @@ import argparse
 from typing import Any, Protocol, Self, Unpack
 
 import slatewise
-from slatewise.client.body import Members
+from slatewise.client.body import Members, Options
 from slatewise.client.client import Client
 from slatewise.client.results import Ranking
 
@@ -20,7 +20,9 @@ class Source(Protocol):
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
     def rerank(self, **members: Unpack[Members]) -> Ranking: ...
-    def rank_many(self, frame: Any, *, histories: Any = None) -> Any: ...
+    def rank_many(
+        self, frame: Any, *, histories: Any = None, concurrency: int = 1, **options: Unpack[Options]
+    ) -> Any: ...
     def titles(self, ranker: str, item_ids: list[str]) -> dict[str, str]: ...
 
 

@@ -47,8 +47,9 @@ class Background:
         self.pipeline = Pipeline(
             Registry([ranker]), EmbeddedStore(), HistoryCache(cache_bytes), self.workers, Admission(LIMITS)
         )
+        self.lock = threading.Lock()  # nothing is scheduled behind `end`, where it would wait for ever
         self.stopped = False
-        self.thread = threading.Thread(target=self.loop.run_forever, name="slatewise-loop", daemon=True)
+        self.thread = threading.Thread(target=self.run, name="slatewise-loop", daemon=True)
         self.thread.start()
         self.call(self.workers.__aenter__())
 
@@ -57,11 +58,14 @@ class Background:
 
         Raises RuntimeError after `stop`, and in a forked process: it has no copy of the threads.
         """
-        if self.stopped or os.getpid() != self.process:
-            work.close()
-            where = "in the process that forked from its own" if os.getpid() != self.process else "after close()"
-            raise RuntimeError(f"this ranker cannot be used {where}; call slatewise.load again")
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        forked = os.getpid() != self.process
+        with self.lock:
+            if not (self.stopped or forked):
+                future = asyncio.run_coroutine_threadsafe(work, self.loop)
+            else:
+                work.close()
+                where = "in a process that forked from its own" if forked else "after close()"
+                raise RuntimeError(f"this ranker cannot be used {where}; call slatewise.load again")
         try:
             return future.result()
         except BaseException:
@@ -78,12 +82,27 @@ class Background:
             raise RankingError("the ranker was closed") from None
         return response_members(request, ranking, by_score, trace.timings)
 
+    def run(self) -> None:
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.close()
+
     def stop(self) -> None:
-        """End the threads. Requests that are not answered yet raise RankingError."""
-        if self.stopped or os.getpid() != self.process:
-            return
-        asyncio.run_coroutine_threadsafe(self.workers.__aexit__(), self.loop).result()
-        self.stopped = True
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        """Let the threads end, without waiting: the garbage collector may call this in one of them."""
+        with self.lock:
+            if not self.stopped and os.getpid() == self.process:
+                self.stopped = True
+                asyncio.run_coroutine_threadsafe(self.end(), self.loop)
+
+    async def end(self) -> None:
+        """End the workers. Requests that are not answered yet raise RankingError."""
+        await self.workers.__aexit__()
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest)
+        await self.loop.shutdown_default_executor()
+        self.loop.stop()
+
+    def join(self) -> None:
+        if os.getpid() == self.process:
+            self.thread.join()

@@ -68,6 +68,7 @@ class LocalRanker:
         self._folder = folder
         self._background = Background(ranker, threads, int(history_cache_mb * 2**20))
         self._finalizer = weakref.finalize(self, self._background.stop)
+        self._finalizer.atexit = False  # too late for asyncio's threads; the process ends them
         self._titles: dict[str, str] | None = None
 
     def __repr__(self) -> str:
@@ -80,7 +81,9 @@ class LocalRanker:
         self.close()
 
     def close(self) -> None:
+        """Free the threads. Requests of other threads that are not answered yet raise ServerFault."""
         self._finalizer()
+        self._background.join()
 
     def rerank(self, **members: Unpack[Members]) -> Ranking:
         """Rank the candidates, best first. The members are those of the request, all by name. Raises SlatewiseError."""
