@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from slatewise.client.body import history_columns, rank_body, to_json
 from slatewise.client.errors import Invalid
@@ -57,8 +57,8 @@ def ready() -> Call[Any]:
 
 def titles(ranker: str, item_ids: list[str]) -> Call[dict[str, str]]:
     """Titles of at most MOST_TITLES items by id."""
-    listed = quote(",".join(item_ids[:MOST_TITLES]))
-    return Call("GET", f"/models/{quote(ranker, safe='')}/items?ids={listed}", None, titles_of)
+    listed = urlencode([("id", item) for item in item_ids[:MOST_TITLES]])
+    return Call("GET", f"/models/{quote(ranker, safe='')}/items?{listed}", None, titles_of)
 
 
 def encode(user: Any, history: Any, ranker: str | None) -> Call[dict[str, Any]]:

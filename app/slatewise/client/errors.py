@@ -3,7 +3,7 @@
     SlatewiseError
       Invalid NotJson UnsupportedType TooLarge Unauthorized NotFound   the request is wrong: asking again is no help
       BodyTimeout UpgradeRefused                                       the connection failed the request
-      Overloaded OverloadedUndegraded NotReady                         later: `retry_after` seconds
+      Overloaded OverloadedUndegraded NotReady StoreFault              later: `retry_after` seconds
       DeadlineExceeded                                                 the deadline passed; never repeated by the client
       ServerFault                                                      the server failed, or something in front of it
       ConnectionFailed TimedOut                                        no answer
@@ -132,6 +132,13 @@ class OverloadedUndegraded(SlatewiseError):
     slug = "overloaded-and-not-to-be-degraded"
 
 
+class StoreFault(SlatewiseError):
+    """Redis did not take events or a deletion. Both may be repeated."""
+
+    status = 503
+    slug = "store-fault"
+
+
 class DeadlineExceeded(SlatewiseError):
     status = 504
     slug = "deadline-exceeded"
@@ -172,6 +179,7 @@ OF_THE_SERVER: tuple[type[SlatewiseError], ...] = (
     Overloaded,
     NotReady,
     OverloadedUndegraded,
+    StoreFault,
     DeadlineExceeded,
     ServerFault,
 )

@@ -78,6 +78,11 @@ class Ranking:
         except (KeyError, TypeError, AttributeError) as error:
             raise ServerFault(f"the answer is not a ranking: {error!r}", slug="", status=200) from None
 
+    @property
+    def explanations(self) -> list[dict[str, Any]] | None:
+        """What moved each result, if the request had `explain=True`."""
+        return self.response.get("explanations")
+
     def __len__(self) -> int:
         return len(self.item_ids)
 
@@ -170,9 +175,5 @@ def ranks_of(scores: list[float] | None, n: int) -> list[int]:
 
 def titles_of(response: Mapping[str, Any]) -> dict[str, str]:
     """Return titles by item id from the answer of /models/{ranker}/items, without the items that have no title."""
-    items = response.get("items")
-    return {
-        str(item["item_id"]): str(item["title"])
-        for item in (items if isinstance(items, list) else [])
-        if isinstance(item, Mapping) and item.get("item_id") is not None and item.get("title")
-    }
+    titles = response["fields"].get("title") or []
+    return {item: str(title) for item, title in zip(response["item_ids"], titles, strict=False) if title}

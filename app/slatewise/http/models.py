@@ -1,16 +1,17 @@
 """The endpoints /models and /models/{ranker}: the rankers that are served, with limits, quality and latency.
 
-Called by: `app.py`. Calls: `ranking/registry.py` and `ranking/model_card.py`.
+Called by: `app.py`. Calls: `ranking/registry.py`.
 """
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from slatewise.bundle.ranker import Ranker
 from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS
-from slatewise.ranking.model_card import model_card
-from slatewise.schemas import ModelCard, ModelName, Models
+from slatewise.ranking.admission import RequestLimits
+from slatewise.schemas import Limits, ModelCard, ModelName, Models
 
 routes = APIRouter()
 
@@ -32,3 +33,31 @@ async def show_model(ranker: str, request: Request) -> ModelCard:
     """Describe one ranker: limits, heads, quality and latency of its variants, and an example request."""
     pipeline = ready_pipeline(request.app)
     return model_card(pipeline.registry.resolve(ranker), pipeline.admission.limits)
+
+
+def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
+    manifest = ranker.manifest
+    return ModelCard(
+        name=ranker.name,
+        version=manifest.version,
+        trained_on=manifest.trained_on,
+        heads=manifest.heads,
+        exits=manifest.exits,
+        default_exit=manifest.default_exit,
+        default_variant=ranker.default_variant,
+        set_wise="set" in manifest.exits,
+        actions=manifest.actions,
+        features=manifest.features,
+        fields={name: field.values for name, field in manifest.fields.items()},
+        limits=Limits(
+            max_candidates=limits.max_candidates,
+            max_history=limits.max_history,
+            history_used=manifest.limits.history_used,
+            set_wise=manifest.limits.set_wise,
+        ),
+        variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
+        refused_variants=ranker.refused,
+        verdict=manifest.verdict,
+        report=ranker.report,
+        example=manifest.example | {"ranker": ranker.name},  # accepted beside other rankers too
+    )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+import numpy as np
 import pydantic_core
 from fastapi import Request, Response
 from pydantic import ValidationError
@@ -25,9 +26,8 @@ from slatewise.http.problems import header_request_id, problem, schema_error, un
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
-from slatewise.ranking.response import response_members
 from slatewise.ranking.trace import Timings, Trace
-from slatewise.schemas import RankRequest
+from slatewise.schemas import RankRequest, RankResponse
 
 CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
 
@@ -190,10 +190,50 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         listener.cancel()
 
 
+def response_members(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> RankResponse:
+    """Return the answer as plain Python values; a ranker in process answers with the same (`local/ranker.py`).
+
+    The type checker compares the members with RankResponse; nothing does at run time.
+    """
+    ids = request.candidates.item_ids
+    scored = ranking.scored
+    index = ranking.order(request.top_n) if by_score else np.arange(ranking.candidates)
+    positions = index.tolist()
+    heads = ranking.ranker.manifest.heads
+    milliseconds = {
+        stage: round(timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES if stage != "serialize"
+    }  # `serialize` is still running
+    milliseconds["total"] = round((timings.marked - timings.entered) * 1e3, 3)
+    meta = ranking.meta
+    content: RankResponse = {
+        "id": request.id,
+        "ranker": ranking.ranker.name,
+        "version": ranking.ranker.manifest.version,
+        "variant": None if scored is None else scored.variant,
+        "exit": ranking.exit,
+        "results": {
+            "index": positions,
+            "item_ids": list(map(ids.__getitem__, positions)),
+            "scores": None if scored is None else scored.scores[index].tolist(),
+            "heads": {}
+            if scored is None
+            else {h: scored.probabilities[index, k].tolist() for k, h in enumerate(heads)},
+        },
+        "unknown_candidates": list(ranking.unknown),
+        "unknown_fields": ranking.unknown_fields,
+        "history": ranking.history,
+        "meta_embedding": {"status": meta.status, "version": meta.version, "age_seconds": meta.age_seconds},
+        "degraded": sorted(ranking.degraded),
+        "timings_ms": milliseconds,
+    }
+    return content
+
+
 def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
     """Render the ranking as JSON."""
     content = response_members(request, ranking, by_score, timings)
-    headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in content["timings_ms"].items())}
+    milliseconds = content["timings_ms"]
+    headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id
     return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)

@@ -1,6 +1,7 @@
 """A pipeline on an event loop of its own thread, for callers without one, or with a running one (a notebook).
 
-Called by: `ranker.py`. Calls: `ranking/pipeline.py` and the constructors of its parts.
+Called by: `ranker.py`. Calls: `ranking/pipeline.py`, the constructors of its parts, and `http/rank.py` for the
+members of an answer.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any, TypeVar
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import RankingError
+from slatewise.http.rank import response_members
 from slatewise.inference.workers import Workers
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
-from slatewise.ranking.response import response_members
 from slatewise.ranking.trace import Trace
 from slatewise.schemas import RankRequest, RankResponse
 from slatewise.store.lookup import EmbeddedStore

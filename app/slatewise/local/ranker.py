@@ -24,10 +24,10 @@ from slatewise.client.body import Members, Options, rank_body, to_json
 from slatewise.client.errors import SlatewiseError, from_problem
 from slatewise.client.results import Ranking
 from slatewise.errors import RankingError
+from slatewise.http.models import model_card
 from slatewise.http.problems import schema_error
 from slatewise.local.background import LIMITS, Background
 from slatewise.process import cpu_quota
-from slatewise.ranking.model_card import model_card
 from slatewise.schemas import RankRequest
 from slatewise.settings import default_bundles
 
