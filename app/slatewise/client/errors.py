@@ -198,7 +198,7 @@ BY_STATUS: dict[int | None, type[SlatewiseError]] = {
 def from_problem(status: int, problem: Mapping[str, Any], retry_after: float | None = None) -> SlatewiseError:
     """Build the error for an RFC 9457 problem. Members of any type are accepted: a proxy may have written them."""
     slug = str(problem.get("type") or "").rpartition(":")[2]
-    default = ServerFault if status >= 500 else SlatewiseError
+    default = SlatewiseError if 300 <= status < 500 else ServerFault  # also a 200 that is no answer
     kind = BY_SLUG.get(slug) or BY_STATUS.get(status, default)
     listed = problem.get("errors")
     faults = [
