@@ -106,7 +106,7 @@ def request_of(row: dict[str, Any]) -> dict[str, Any]:
     candidates: dict[str, Any] = {"item_ids": row["item_ids"]}
     history = {}
     for name, value in row.items():
-        if name.startswith(FEATURES):
+        if name.startswith(FEATURES) and value is not None:
             candidates.setdefault("features", {})[name.removeprefix(FEATURES)] = value
         elif name.startswith("history_") and name.removeprefix("history_") in HISTORY:
             history[name.removeprefix("history_")] = value
