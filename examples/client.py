@@ -1,48 +1,37 @@
-"""A client with the standard library only: python examples/client.py [URL]
+"""Asks a server with the package's client: python examples/client.py [URL]
 
-Ranks a few films for a user, with a deadline, and shows how to read a degraded answer and an error.
+Ranks a few films for a user, with a deadline, and shows how to read a degraded answer and an error. examples/rerank.sh
+needs no package.
 """
 
-import json
 import sys
-import urllib.error
-import urllib.request
-from typing import Any
 
-
-def rerank(url: str, body: dict[str, Any], key: str | None = None) -> dict[str, Any]:
-    """The answer of POST /rerank. Raises ValueError with the server's reason when the request is refused."""
-    headers = {"Content-Type": "application/json"}
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url}/rerank", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        problem = json.load(error)  # RFC 9457
-        raise ValueError(f"{error.code}: {problem['detail']}") from None
+from slatewise import Client, SlatewiseError
 
 
 def main() -> None:
-    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-    candidates = ["595", "589", "1", "2028"]  # in the order of your first stage
-    body = {
-        "user": "small:99",
-        "history": {"item_ids": ["318", "500", "337"], "actions": ["love", "like", "like"]},
-        "candidates": {"item_ids": candidates},
-        "deadline_ms": 200,
-    }
-    answer = rerank(url, body)
-    scores = answer["results"]["scores"] or [None] * len(candidates)  # null when the model was not run
-    for item, score in zip(answer["results"]["item_ids"], scores, strict=True):
-        print(item, "unranked" if score is None else f"{score:.3f}")
-    if answer["degraded"]:
-        print("degraded:", ", ".join(answer["degraded"]), "- answered by", answer["exit"])
-    try:
-        rerank(url, {"candidates": {"item_ids": []}})
-    except ValueError as error:
-        print("refused:", error)
+    url = sys.argv[1] if len(sys.argv) > 1 else None  # default: SLATEWISE_URL, or else http://127.0.0.1:8000
+    with Client(url, timeout=5.0) as client:
+        client.wait_until_ready()
+        names = [model["name"] for model in client.models()]
+        ranker = "movielens" if "movielens" in names else names[0]  # a server with several rankers needs a name
+        ranking = client.rerank(
+            ranker=ranker,
+            user="small:99",
+            history=[("318", "love"), ("500", "like"), ("337", "like")],  # oldest first
+            candidates=["595", "589", "1", "2028"],  # in the order of your first stage
+            deadline_ms=200,
+        )
+        titles = client.titles(ranker, ranking.item_ids)
+        for row in ranking:
+            score = "unranked" if row.score is None else f"{row.score:.3f}"  # no score if no model was run
+            print(row.item_id, score, titles.get(row.item_id, ""))
+        if ranking.degraded:
+            print("degraded:", ", ".join(ranking.degraded), "- answered by", ranking.exit)
+        try:
+            client.rerank(ranker=ranker, candidates=[])
+        except SlatewiseError as error:
+            print(f"refused: {error.status}: {error.detail}")
 
 
 if __name__ == "__main__":

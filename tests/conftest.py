@@ -108,3 +108,10 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def start_redis(tmp_path: Path) -> Callable[[int | None], AbstractContextManager[int]]:
     """A Redis that a test may stop: `with start_redis(port) as port`."""
     return lambda port=None: run_redis(tmp_path, port)
+
+
+@pytest.fixture(scope="session")
+def demo_url() -> Iterator[str]:
+    """The address of a server with the committed demo."""
+    with serve(Settings(bundles=DEMO, variants="fp32")) as client:
+        yield str(client.base_url)

@@ -112,6 +112,7 @@ FAILURES = [
     ({"SLATEWISE_THREADS": "2"}, ("--threads", "-1"), r"--threads: "),
     ({"SLATEWISE_BUNDELS": "x"}, (), r"SLATEWISE_BUNDELS .*SLATEWISE_BUNDLES"),
     ({"SLATEWISE_API_KEY": "x"}, (), r"SLATEWISE_API_KEY .*SLATEWISE_API_KEYS"),
+    ({"SLATEWISE_API_KEY": "x", "SLATEWISE_API_KEYS": ","}, (), r"SLATEWISE_API_KEYS: .*no key"),
     ({"SLATEWISE_API_KEYS": ","}, (), r"SLATEWISE_API_KEYS: .*no key"),
     ({"SLATEWISE_CAPTURE_FILE": "f"}, (), r"SLATEWISE_CAPTURE_KEY: "),
     ({}, ("--redis-url", "http://h"), r"--redis-url: must start with redis://"),
@@ -134,6 +135,8 @@ def test_serve_failure_is_one_line(variables: dict[str, str], flags: tuple[str, 
 UNREACHABLE = ("--redis-url", "redis://127.0.0.1:1/0")
 FAILURES_OF_COMMANDS = {
     "serve": ("--bundles", "missing"),
+    "rank": ("u", "1", "--url", "http://127.0.0.1:1"),
+    "batch": ("missing.parquet", "out.parquet", "--bundle", str(BUNDLE)),
     "push": (str(BUNDLE), *UNREACHABLE),
     "store": ("status", str(BUNDLE), *UNREACHABLE),
     "check-bundle": ("missing",),
@@ -147,12 +150,25 @@ FAILURES_OF_COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", FAILURES_OF_COMMANDS)
 def test_failure_of_a_command_is_one_line(name: str, tmp_path: Path) -> None:
     result = run(name, *FAILURES_OF_COMMANDS[name], cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
     assert re.fullmatch(rf"slatewise {name}: error: .*(missing|127\.0\.0\.1:1).*\n", result.stderr)
+
+
+def test_only_doctor_reports_its_failures_itself() -> None:
+    assert COMMANDS.keys() - FAILURES_OF_COMMANDS.keys() == {"doctor"}
+    result = run("doctor", "--bundles", "missing", "--port", "0")
+    assert result.returncode == 1 and "fail  bundle" in result.stdout
+    assert re.fullmatch(r"slatewise doctor: 1 of \d+ checks failed: bundle\n", result.stderr)
+
+
+def test_faults_of_a_request_are_one_line_each() -> None:
+    result = run("rank", "u", "1", "--bundle", str(BUNDLE), "--top", "0", "--exit", "none")
+    assert result.returncode == 1
+    assert re.findall(r"^slatewise rank: error: (/\w+): ", result.stderr, re.MULTILINE) == ["/exit", "/top_n"]
 
 
 def test_failure_of_an_offline_tool_is_one_line(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ PLACES = {
     "uvicorn": {"http/server.py"},
     "starlette": {"http/app.py", "http/auth.py", "http/body.py", "http/problems.py", "http/rank.py"},
     "redis": {f"store/{name}.py" for name in ("client", "node", "nodes", "poll", "writer")},
+    "httpx": {f"client/{name}.py" for name in ("client", "async_client", "exchange")},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/health.py"},
 }
@@ -150,7 +151,8 @@ def test_no_import_cycle() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-LEVELS = ("", "inference", "bundle", "store", "ranking", "http")  # each imports earlier ones only
+# Each imports earlier ones only. `local` builds on the client's requests and results; the server does not.
+LEVELS = ("", "inference", "bundle", "store", "ranking", "http", "client", "local", "commands")
 
 
 def level(module: str) -> int:
@@ -161,6 +163,13 @@ def level(module: str) -> int:
 @pytest.mark.parametrize("module", sorted(SERVER.keys() - {"slatewise.main"}))
 def test_imports_point_downwards(module: str) -> None:
     assert not {name for name in modules(SERVER[module]) if level(name) > level(module)}
+
+
+@pytest.mark.parametrize("module", [name for name in SERVER if level(name) == LEVELS.index("client")])
+def test_client_imports_nothing_of_the_server(module: str) -> None:
+    assert {name for name in modules(SERVER[module]) if not name.startswith("slatewise.client")} == set()
+    used = libraries(SERVER[module]) - {"slatewise", "httpx", "numpy"} - set(sys.stdlib_module_names)
+    assert not used
 
 
 TRAINING = {name: path for name, path in SOURCES.items() if name.startswith("slatewise_train.")}

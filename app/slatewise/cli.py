@@ -21,6 +21,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXPECTED_BY_NAME = {  # a command does not load the libraries of the others
     "polars.exceptions.PolarsError",
     "redis.exceptions.RedisError",
+    "slatewise.client.errors.SlatewiseError",
+    "slatewise.client.libraries.MissingLibrary",
     "slatewise.store.writer.StoreError",
 }
 
@@ -34,6 +36,9 @@ class Command:
 
 COMMANDS = {
     "serve": Command("slatewise.main", "serve rankers over HTTP", "serve"),
+    "rank": Command("slatewise.commands.rank", "rank a few items for a user, by a server or a bundle", "serve"),
+    "batch": Command("slatewise.commands.batch", "rank a Parquet table of requests, by a bundle or a server", "serve"),
+    "doctor": Command("slatewise.commands.doctor", "check machine, settings, bundles, Redis and port", "serve"),
     "push": Command("slatewise.store.push", "write a bundle's meta-embeddings, or your own, to Redis", "serve"),
     "store": Command("slatewise.store.admin", "status, roll-back, delete-user, merge, sweep of a Redis store", "serve"),
     "check-bundle": Command("slatewise.bundle.check", "load bundles and print what the server would serve", "serve"),
@@ -89,7 +94,7 @@ def run_main(program: str, function: Callable[[Sequence[str]], int | None], argu
     except Exception as error:
         if not is_expected(error):
             raise
-        for fault in getattr(error, "faults", [error]):  # SettingsError has several
+        for fault in getattr(error, "faults", None) or [error]:  # SettingsError and Invalid have several
             print(f"{program}: error: {' '.join(str(fault).split()) or type(error).__name__}", file=sys.stderr)
         return 1
 

@@ -17,6 +17,9 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SLATEWISE_"
+# Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
+# a server without the keys that its operator meant would be open.
+CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
 PACKAGE = Path(__file__).parent
 REDIS_SCHEMES = (
     "redis://",
@@ -224,13 +227,15 @@ def flag(name: str) -> str:
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Return a message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
     known = {variable(name) for name in Settings.model_fields}
+    names = {name.upper() for name in environment}
+    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or "SLATEWISE_API_KEYS" in names}
     messages = []
     for name, value in sorted(environment.items()):
         if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):
             continue
         if name.upper().endswith("_PORT") and is_link_address(value):
             continue
-        nearest = difflib.get_close_matches(name.upper(), known, 1, 0.0)[0]
+        nearest = difflib.get_close_matches(name.upper(), known - {*CLIENT_VARIABLES}, 1, 0.0)[0]
         messages.append(f"{name} is not a setting; did you mean {nearest}?")
     return messages
 

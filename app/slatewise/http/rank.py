@@ -200,9 +200,12 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         listener.cancel()
 
 
-def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
-    """Render the ranking as JSON. The type checker compares the members with RankResponse; nothing does at run time."""
-    assert request.id is not None  # `parse` sets it
+def response_members(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> RankResponse:
+    """Return the answer as plain Python values; a ranker in process answers with the same (`local/ranker.py`).
+
+    The type checker compares the members with RankResponse; nothing does at run time.
+    """
+    assert request.id is not None  # set for every request, here and in process
     ids = request.candidates.item_ids
     scored = ranking.scored
     index = ranking.order(request.top_n) if by_score else np.arange(ranking.candidates)
@@ -237,9 +240,16 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
     if request.return_fields is not None:
         titles = ranking.ranker.titles
         content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
+    return content
+
+
+def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
+    """Render the ranking as JSON."""
+    content = response_members(request, ranking, by_score, timings)
+    milliseconds = content["timings_ms"]
     headers = {
         "Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items()),
-        "X-Request-ID": request.id,
+        "X-Request-ID": content["id"],
     }
     return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)
 

@@ -1,0 +1,145 @@
+"""The client for asyncio: `async with AsyncClient() as client: await client.rerank(user=..., candidates=[...])`.
+
+It has the methods of `Client`, each to be awaited.
+
+Called by: users, and `commands/`. Calls: `calls.py`, `exchange.py` and httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from slatewise.client import calls
+from slatewise.client.body import Members, Options
+from slatewise.client.calls import Call
+from slatewise.client.errors import NotFound, NotReady, SlatewiseError, TimedOut
+from slatewise.client.exchange import Body, Tries, make_target, name_of, read_answer
+from slatewise.client.results import Ranking
+
+T = TypeVar("T")
+
+READY_PAUSE = 0.1  # seconds between two looks at /readyz
+
+
+class AsyncClient:
+    """Asks one server from one event loop. The arguments and methods are those of `Client`, which documents them."""
+
+    def __init__(
+        self, url: str | None = None, api_key: str | None = None, timeout: float = 1.0, retries: int = 1
+    ) -> None:
+        """Raises ValueError for a wrong argument. No connection is made yet."""
+        self._target = make_target(url, api_key, timeout, retries)
+        self._http = httpx.AsyncClient(**self._target.options())
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._target.url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def rerank(self, **members: Unpack[Members]) -> Ranking:
+        """Rank the candidates, best first. The members are those of the request, all by name."""
+        return await self._send(calls.rerank(members))
+
+    async def score(self, **members: Unpack[Members]) -> Ranking:
+        """Score the candidates in input order; `ranks` has their places. `top_n` is ignored."""
+        return await self._send(calls.score(members))
+
+    async def rank_many(
+        self,
+        frame: Any,
+        *,
+        histories: Any = None,
+        user: str = "user",
+        item_id: str = "item_id",
+        concurrency: int = 8,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Rank many slates: one row per user and candidate. Returns the frame with the columns `score` and `rank`.
+
+        frame: of pandas or polars, or a list of mappings; its numeric columns are features, all other columns fields.
+        histories: a frame of events with a column `user`, or histories by user. concurrency: requests in flight.
+        """
+        from slatewise.client.frames import Slates  # needs numpy
+
+        slates = Slates(frame, user, item_id, histories)
+        await slates.rank_all_async(self.rerank, dict(options), concurrency)
+        return slates.result()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """List the rankers that are served: name, version, variants and verdict."""
+        return await self._send(calls.models())
+
+    async def model(self, name: str | None = None) -> dict[str, Any]:
+        """Describe one ranker: limits, heads, features, fields, quality, and an example. Default: the only one."""
+        return await self._send(calls.model(name_of(name, await self.models() if name is None else [])))
+
+    async def titles(self, ranker: str, item_ids: list[str]) -> dict[str, str]:
+        """Return the known titles by item id. A server that has none gives an empty result."""
+        found: dict[str, str] = {}
+        try:
+            for first in range(0, len(item_ids), calls.MOST_TITLES):
+                part = await self._send(calls.titles(ranker, item_ids[first : first + calls.MOST_TITLES]))
+                found |= part
+        except NotFound:
+            pass
+        return found
+
+    async def event(self, *, user: Any, item_id: Any, **members: Any) -> dict[str, Any]:
+        """Send one event. members: action, timestamp, request_id (of the answer that it follows), event_id."""
+        return await self.events([{"user": user, "item_id": item_id} | members])
+
+    async def events(self, rows: Any) -> dict[str, Any]:
+        """Send events: a list of mappings, or a frame, with the members of `event`."""
+        return await self._send(calls.events(rows))
+
+    async def encode(self, user: Any, history: Any = None, ranker: str | None = None) -> dict[str, Any]:
+        """Encode a history ahead of the ranking call: the given one, or the stored one."""
+        return await self._send(calls.encode(user, history, ranker))
+
+    async def delete_user(self, user: Any) -> None:
+        """Delete all that the server keeps of a user."""
+        await self._send(calls.delete_user(user))
+
+    async def wait_until_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109
+        """Wait until the server answers /readyz with 200. Raises TimedOut with the last reason."""
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                await self._once(calls.ready(), Tries(self._target, max(end - time.monotonic(), 0.001)))
+                return
+            except (NotReady, ConnectionError, TimedOut) as error:
+                if time.monotonic() + READY_PAUSE >= end:
+                    raise TimedOut(f"not ready after {timeout:g} s: {error}") from None
+            await asyncio.sleep(READY_PAUSE)
+
+    async def _send(self, call: Call[T]) -> T:
+        tries = Tries(self._target)
+        while True:
+            try:
+                return await self._once(call, tries)
+            except SlatewiseError as error:
+                pause = tries.pause_after(error)
+            await asyncio.sleep(pause)
+
+    async def _once(self, call: Call[T], tries: Tries) -> T:
+        """Make one try, within the time that is left."""
+        body = Body(tries)
+        options = self._target.request_options(call.content, tries.remaining())
+        try:
+            async with self._http.stream(call.method, call.path, **options) as response:
+                async for part in response.aiter_bytes():
+                    body.add(part)
+        except httpx.RequestError as error:
+            raise tries.failed(error) from error
+        return read_answer(response, b"".join(body.parts), call.read)

@@ -1,0 +1,114 @@
+"""The two forms of a table of requests, and how a part of it is ranked.
+
+    long form: a row per user and candidate    user, item_id, features and fields    --> score, rank
+    wide form: a row per request               user, item_ids (lists), history_*     --> ranked_* (lists)
+
+Called by: `batch.py`; `rank_part` runs in the workers. Calls: polars, `client/frames.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slatewise.client.errors import Invalid
+from slatewise.client.frames import groups
+from slatewise.client.libraries import library
+from slatewise.client.values import ids
+from slatewise.commands.source import Source
+
+ROW = "__row"  # position in the table, in the parts
+HISTORY = ("item_ids", "actions", "timestamps")
+FEATURES = "features."  # prefix of the list columns of features, in the wide form
+RANKED = ("ranked_item_ids", "ranked_scores", "ranked_index")
+
+
+class Table:
+    """A table of requests, in slices of whole requests. Raises Invalid for a table of neither form.
+
+    parts: a list of row positions by part; requests: their numbers of requests.
+    """
+
+    def __init__(self, frame: Any, histories: Any, requests_per_part: int) -> None:
+        self.frame = frame
+        self.histories = histories
+        self.wide = "item_ids" in frame.columns
+        if not self.wide and not {"user", "item_id"} <= {*frame.columns}:
+            detail = "needs the columns user and item_id (a row per candidate), or item_ids (a row per request)"
+            raise Invalid.at("", f"the table {detail}; it has {', '.join(frame.columns) or 'no column'}")
+        added = RANKED if self.wide else ("score", "rank")
+        if taken := [name for name in (*added, ROW) if name in frame.columns]:
+            raise Invalid.at("", f"the table has the column {taken[0]} already; rename or drop it first")
+        if self.wide and histories is not None:
+            raise Invalid.at("", "histories are columns of the wide form: history_item_ids, history_actions, ...")
+        if self.wide:
+            rows = np.arange(len(frame))
+            slates = [rows[k : k + 1] for k in range(len(frame))]
+        else:
+            slates = [rows for _, rows in groups(ids(frame["user"], "/user"))]
+        slices = [slates[k : k + requests_per_part] for k in range(0, len(slates), requests_per_part)]
+        self.requests = [len(part) for part in slices] or [0]
+        self.rows = [np.sort(np.concatenate(part)) for part in slices] or [np.zeros(0, np.int64)]
+
+    def part(self, k: int) -> tuple[Any, Any]:
+        """Return the rows of a part, with their positions, and the events of its users."""
+        polars = library("polars", "`slatewise batch`")
+        rows = self.rows[k]
+        frame = self.frame[rows].with_columns(polars.Series(ROW, rows, dtype=polars.Int64))
+        if self.histories is None:
+            return frame, None
+        users = frame["user"].cast(polars.String).unique().implode()
+        return frame, self.histories.filter(polars.col("user").cast(polars.String).is_in(users))
+
+    def join(self, frames: list[Any]) -> Any:
+        """Return the ranked parts as one table, in the order of its rows."""
+        return library("polars", "`slatewise batch`").concat(frames).sort(ROW).drop(ROW)
+
+
+def rank_part(source: Source, part: tuple[Any, Any], members: dict[str, Any]) -> Any:
+    """Rank the requests of one part, and return its rows with the added columns. Raises SlatewiseError.
+
+    No cheaper answer is accepted unless `members` says so.
+    """
+    frame, histories = part
+    if "item_ids" in frame.columns:
+        return rank_wide(source, frame, {"allow_degraded": False} | members)
+    ranked = source.rank_many(frame.drop(ROW), histories=histories, concurrency=1, **members)
+    return ranked.with_columns(frame[ROW])
+
+
+def rank_wide(source: Source, frame: Any, members: dict[str, Any]) -> Any:
+    polars = library("polars", "`slatewise batch`")
+    rankings = [source.rerank(**request_of(row), **members) for row in in_seconds(frame).to_dicts()]
+    columns = (
+        ([ranking.item_ids for ranking in rankings], polars.String),
+        ([ranking.scores for ranking in rankings], polars.Float64),
+        ([ranking.index for ranking in rankings], polars.Int64),
+    )
+    return frame.with_columns(
+        polars.Series(name, values, dtype=polars.List(kind))
+        for name, (values, kind) in zip(RANKED, columns, strict=True)
+    )
+
+
+def in_seconds(frame: Any) -> Any:
+    """Return the frame with the times of histories as unix seconds."""
+    polars = library("polars", "`slatewise batch`")
+    name = "history_timestamps"
+    if name in frame.columns and str(frame[name].dtype.inner.base_type()) == "Datetime":
+        return frame.with_columns(polars.col(name).list.eval(polars.element().dt.epoch("us") / 1e6))
+    return frame
+
+
+def request_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the members of the request in one row of the wide form. Raises Invalid for an unknown column."""
+    candidates: dict[str, Any] = {"item_ids": row["item_ids"]}
+    history = {}
+    for name, value in row.items():
+        if name.startswith(FEATURES) and value is not None:
+            candidates.setdefault("features", {})[name.removeprefix(FEATURES)] = value
+        elif name.startswith("history_") and name.removeprefix("history_") in HISTORY:
+            history[name.removeprefix("history_")] = value
+    found = {"user": row.get("user"), "candidates": candidates}
+    return found | ({"history": history} if history.get("item_ids") is not None else {})

@@ -1,0 +1,236 @@
+"""`slatewise doctor`: checks the machine, the installation, the settings, the bundles, Redis and the port.
+
+Each check is one line: ok, warn or fail. No line contains a secret, so the output can be pasted into an issue.
+Called by: cli.py. Calls: the module of each check; none of them changes anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from slatewise import VERSION
+from slatewise.bundle.loader import check_files, check_variant_files
+from slatewise.bundle.manifest import ManifestError, read_manifest, versions
+from slatewise.http.server import AddressError, bind
+from slatewise.process import CPUINFO, available_cpus, cpu_name, cpu_quota, memory_limit
+from slatewise.settings import Settings, SettingsError, add_flags, read_settings
+from slatewise.store.client import connect_async, disconnect, split
+
+State = Literal["ok", "warn", "fail"]
+
+PACKAGES = (
+    ("numpy", "base"),
+    ("onnxruntime", "base"),
+    ("pydantic", "base"),
+    ("httpx", "base"),
+    ("fastapi", "serve"),
+    ("uvicorn", "serve"),
+    ("redis", "serve"),
+    ("prometheus-client", "serve"),
+    ("polars", "train"),
+    ("torch", "train"),
+)
+FAST_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+REDIS_SECONDS = 2.0
+SPARE_DESCRIPTORS = 256  # for graphs, Redis, logs and libraries
+
+
+class Line(NamedTuple):
+    check: str
+    state: State
+    text: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return the exit code: 1 if a check failed."""
+    parser = argparse.ArgumentParser(
+        "slatewise doctor",
+        usage="%(prog)s [--json] [--setting VALUE ...]",
+        description="Check the machine, the installation, the settings, the bundles, Redis and the port.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    as_json = flags.pop("json")
+    lines = []
+    for line in examine(flags):
+        lines.append(line)
+        if not as_json:
+            print(f"{line.state:<4}  {line.check:<12}  {line.text}", flush=True)
+    if as_json:
+        print(json.dumps([line._asdict() for line in lines], indent=1))
+    failed = [line.check for line in lines if line.state == "fail"]
+    if failed:
+        print(f"slatewise doctor: {len(failed)} of {len(lines)} checks failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def examine(flags: dict[str, str]) -> Iterator[Line]:
+    """Yield the lines. Wrong settings are lines; the checks that need settings then use the defaults."""
+    yield Line("slatewise", "ok", f"{VERSION}, Python {platform.python_version()}, {platform.platform()}")
+    yield packages()
+    yield telemetry()
+    yield cpu()
+    yield quota()
+    try:
+        settings = read_settings(flags)
+        yield Line("settings", "ok", "every flag and variable is valid")
+    except SettingsError as error:
+        for fault in error.faults:
+            yield Line("settings", "fail", fault)
+        settings = Settings.model_construct()
+    yield memory(settings)
+    yield descriptors(settings)
+    yield from bundles(settings.bundles)
+    yield redis(settings.redis_url.get_secret_value())
+    yield port(settings)
+
+
+def packages() -> Line:
+    found = []
+    missing: dict[str, list[str]] = {}
+    for name, extra in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.setdefault(extra, []).append(name)
+    text = ", ".join(found)
+    needed = [name for extra in ("base", "serve") for name in missing.get(extra, [])]
+    if needed:
+        return Line("packages", "fail", f"{text}; missing: {', '.join(needed)}; run: pip install 'slatewise[serve]'")
+    return Line("packages", "ok", text + ("; no training: extra `train` is absent" if "train" in missing else ""))
+
+
+def telemetry() -> Line:
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
+        return Line("telemetry", "ok", "ONNX Runtime sends none: ORT_DISABLE_TELEMETRY=1")
+    text = "ORT_DISABLE_TELEMETRY is not 1, so ONNX Runtime may write a device id and look up its collector; unset it"
+    return Line("telemetry", "warn", text)
+
+
+def cpu(cpuinfo: Path = CPUINFO) -> Line:
+    flags: set[str] = set()
+    if cpuinfo.exists():
+        rows = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        flags = {flag for name, _, text in rows if name.strip() in ("flags", "Features") for flag in text.split()}
+    fast = [flag for flag in FAST_FLAGS if flag in flags]
+    text = f"{cpu_name(cpuinfo)}; flags: {', '.join(fast) or 'unknown'}"
+    if platform.machine() == "x86_64" and flags and "avx2" not in flags:
+        return Line("cpu", "warn", f"{text}; without avx2 the model is several times slower")
+    return Line("cpu", "ok", text)
+
+
+def quota() -> Line:
+    threads = cpu_quota()
+    return Line("quota", "ok", f"{threads} threads by default, of {available_cpus()} CPUs that may run this process")
+
+
+def memory(settings: Settings) -> Line:
+    limit = memory_limit()
+    text = f"{limit / 2**30:.1f} GiB, page size {resource.getpagesize()} bytes"
+    cache = settings.history_cache_mb * 2**20
+    if cache > limit / 2:
+        return Line("memory", "warn", f"{text}; history_cache_mb = {settings.history_cache_mb:g} is over half of it")
+    return Line("memory", "ok", text)
+
+
+def descriptors(settings: Settings) -> Line:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_in_flight + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        text = f"limit {soft}, but max_in_flight = {settings.max_in_flight} may need {wanted}; raise it: ulimit -n"
+        return Line("descriptors", "warn", text)
+    return Line("descriptors", "ok", f"limit {soft} (hard {hard})")
+
+
+def bundles(root: Path) -> Iterator[Line]:
+    """Check the manifest and the digest of every file of the newest version of each ranker. Loads no graph."""
+    folders = sorted(path for path in root.iterdir() if versions(path)) if root.is_dir() else []
+    if not folders:
+        text = f"{root}: no bundle; make one with `slatewise train`, then `slatewise export`, or set SLATEWISE_BUNDLES"
+        yield Line("bundle", "fail", text)
+    for folder in folders:
+        path = folder / str(versions(folder)[-1])
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest)
+            for variant in manifest.variants:
+                check_variant_files(path, manifest, variant)
+        except (ManifestError, OSError) as error:
+            yield Line("bundle", "fail", f"{path}: {' '.join(str(error).split())}")
+            continue
+        megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+        names = ", ".join(manifest.variants)
+        text = f"{folder.name} version {path.name}: {len(manifest.files)} digests agree, {megabytes:.0f} MB, {names}"
+        yield Line("bundle", "ok", text)
+
+
+def redis(url: str) -> Line:
+    if not url:
+        return Line("redis", "ok", "not set: meta-embeddings come from the bundle")
+    try:
+        place = places(url)
+        asyncio.run(asyncio.wait_for(ping(url), REDIS_SECONDS))
+    except TimeoutError:
+        return Line("redis", "fail", f"{place} did not answer PING within {REDIS_SECONDS:g} s")
+    except ValueError:  # its message may contain parts of the address
+        return Line("redis", "fail", "SLATEWISE_REDIS_URL is not a valid address")
+    except Exception as error:  # redis-py's errors; without the text, which may name the user
+        return Line("redis", "fail", f"{place}: {type(error).__name__}")
+    return Line("redis", "ok", f"{place} answers PING")
+
+
+def places(url: str) -> str:
+    """Return the hosts of a URL, without user and password."""
+    if url.startswith("unix://"):
+        return "the socket"
+    _, hosts, _, _ = split(url)
+    return ", ".join(f"{host}:{number}" for host, number in hosts)
+
+
+async def ping(url: str) -> None:
+    client = connect_async(url, REDIS_SECONDS, 1)
+    try:
+        await client.ping()
+    finally:
+        await disconnect(client)
+
+
+def port(settings: Settings) -> Line:
+    address = f"{settings.host}, port {settings.port}"
+    try:
+        with closing(bind(settings.host, settings.port)) as listener:
+            listener.listen(1)
+        return Line("port", "ok", f"{address} is free")
+    except OSError:  # another process began to listen
+        pass
+    except AddressError as error:
+        if "in use" not in str(error):
+            return Line("port", "fail", str(error))
+    if is_slatewise(settings):
+        return Line("port", "ok", f"{address}: a Slatewise server listens there")
+    return Line("port", "fail", f"{address} is used by another process; choose one with SLATEWISE_PORT (--port)")
+
+
+def is_slatewise(settings: Settings) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/livez"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=2) as answer:
+            return bool(json.load(answer) == {"status": "alive"})
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,95 @@
+"""`slatewise rank small:99 595 589`: ranks a few items for a user, and prints a table with their titles.
+
+Called by: cli.py. Calls: `source.py`, which asks a server or loads a bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import unicodedata
+from collections.abc import Sequence
+
+from slatewise.client.body import Members
+from slatewise.client.errors import SlatewiseError
+from slatewise.client.results import Ranking, shown
+from slatewise.commands.source import add_source, open_source, options
+
+WIDEST = 48  # columns of a title
+
+
+def main(argv: Sequence[str]) -> None:
+    """Raises SlatewiseError, ManifestError or ValueError."""
+    parser = argparse.ArgumentParser(
+        "slatewise rank", description="Rank items for a user by a running server, or by a bundle in this process."
+    )
+    parser.add_argument("user", metavar="USER", help="the user's id; - for a request without a user")
+    parser.add_argument("items", metavar="ITEM", nargs="+", help="ids of the candidates, in first-stage order")
+    parser.add_argument(
+        "--history",
+        metavar="ITEM[=ACTION],...",
+        help="the user's events, oldest first, for example 318=love,500=like,337",
+    )
+    parser.add_argument("--exit", help="exit of the ranker: auto, dot, point or set")
+    parser.add_argument("--top", type=int, metavar="N", help="print the best N only")
+    parser.add_argument("--deadline-ms", type=float, metavar="MS", help="time limit of the server")
+    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    add_source(parser)
+    arguments = parser.parse_args(argv)
+    members: Members = {"candidates": arguments.items}
+    if arguments.user != "-":
+        members["user"] = arguments.user
+    if arguments.history:
+        members["history"] = events(arguments.history)
+    more = {"exit": arguments.exit, "top_n": arguments.top, "deadline_ms": arguments.deadline_ms}
+    with open_source(arguments) as source:
+        ranking = source.rerank(**members, **options(arguments), **more)
+        if arguments.json:
+            print(json.dumps(ranking.response, ensure_ascii=False))
+            return
+        titles: dict[str, str] = {}
+        try:
+            titles = source.titles(ranking.ranker, ranking.item_ids)
+        except SlatewiseError as error:  # the ranking is worth printing without titles
+            print(f"slatewise rank: no titles: {error}", file=sys.stderr)
+    print(table(ranking, titles))
+    print(ranking.summary())
+
+
+def events(text: str) -> list[tuple[str, str | None]]:
+    """Return the rows of a history such as "318=love,500". An id that contains a comma or = cannot be given so."""
+    pairs = [event.partition("=") for event in text.split(",") if event]
+    return [(item, action or None) for item, _, action in pairs]
+
+
+def table(ranking: Ranking, titles: dict[str, str]) -> str:
+    """Return the ranking as lines of aligned columns; titles only if some are known."""
+    names = ["rank", "item", *(["title"] if titles else []), "score", *ranking.heads]
+    rows = [
+        [str(row.rank), row.item_id]
+        + ([cut(titles.get(row.item_id, ""))] if titles else [])
+        + [shown(row.score)]
+        + [shown(value) for value in row.heads.values()]
+        for row in ranking
+    ]
+    widths = [max(map(width, column)) for column in zip(names, *rows, strict=True)]
+    left = {1, 2} if titles else {1}  # text
+    return "\n".join(
+        "  ".join(pad(cell, widths[k], k in left) for k, cell in enumerate(row)).rstrip() for row in [names, *rows]
+    )
+
+
+def cut(title: str) -> str:
+    title = " ".join(title.split())
+    return title if len(title) <= WIDEST else title[: WIDEST - 3] + "..."
+
+
+def width(text: str) -> int:
+    """Return the columns that a text takes in a terminal: wide characters take two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def pad(cell: str, columns: int, left: bool) -> str:
+    space = " " * (columns - width(cell))
+    return cell + space if left else space + cell
