@@ -223,6 +223,8 @@ def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timi
         "degraded": sorted(ranking.degraded),
         "timings_ms": milliseconds,
     }
+    if request.explain:
+        content["explanations"] = ranking.explanations
     headers = {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items())}
     if request.id is not None:
         headers["X-Request-ID"] = request.id
