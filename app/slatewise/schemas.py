@@ -20,7 +20,7 @@ RequestedExit: TypeAlias = Literal["auto", ModelExit]
 AnsweredExit: TypeAlias = Literal[ModelExit, "input_order"]
 CacheResult: TypeAlias = Literal["miss", "hit", "extended", "none"]
 MetaStatus: TypeAlias = Literal["hit", "default", "stale", "error", "off"]
-DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "store_error"]
+DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "store_error", "explanations"]
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
@@ -102,6 +102,7 @@ class RankRequest(RequestModel):
         max_length=64,
         description="Fields to return for each result, such as `title`: see `GET /models/{ranker}`.",
     )
+    explain: bool = Field(False, strict=True, description="Also say which events and neighbours moved each result.")
 
 
 CLOSED = ConfigDict(extra="forbid")  # a response has no other members
@@ -145,6 +146,42 @@ class MetaEmbeddingUse(TypedDict):
     age_seconds: float | None
 
 
+Delta = Annotated[
+    list[float], Field(description="The score of the result minus its score without the event or neighbour.")
+]
+Places = Annotated[
+    list[float],
+    Field(description="Smoothed number of places that the event or neighbour raised the result; negative: lowered."),
+]
+
+
+@with_config(CLOSED)
+class EventEffects(TypedDict):
+    """Columns, by descending `places`: at most three events that raised the result, then as many that lowered it."""
+
+    position: Annotated[list[int], Field(description="Positions in the history of the request.")]
+    item_ids: list[str]
+    delta: Delta
+    places: Places
+
+
+@with_config(CLOSED)
+class NeighbourEffects(TypedDict):
+    """Columns, by descending `places`. Empty for the exits `dot` and `point`, which score each candidate alone."""
+
+    index: Annotated[list[int], Field(description="Positions in the candidates of the request.")]
+    item_ids: list[str]
+    delta: Delta
+    places: Places
+
+
+@with_config(CLOSED)
+class Explanation(TypedDict):
+    index: Annotated[int, Field(description="The result: its position in the candidates of the request.")]
+    events: EventEffects
+    neighbours: NeighbourEffects
+
+
 @with_config(CLOSED)
 class RankResponse(TypedDict):
     id: Annotated[str, Field(description="The id of the request, or one that the server made.")]
@@ -168,6 +205,12 @@ class RankResponse(TypedDict):
     meta_embedding: MetaEmbeddingUse
     degraded: list[DegradedReason]
     timings_ms: dict[str, float]
+    explanations: NotRequired[
+        Annotated[
+            list[Explanation] | None,
+            Field(description="Only with `explain`: of the first results, best first. null: dropped, see `degraded`."),
+        ]
+    ]
 
 
 class FaultBody(BaseModel):

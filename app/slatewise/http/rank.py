@@ -240,6 +240,8 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
     if request.return_fields is not None:
         titles = ranking.ranker.titles
         content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
+    if request.explain:
+        content["explanations"] = ranking.explanations
     return content
 
 

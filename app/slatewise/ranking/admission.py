@@ -111,7 +111,7 @@ class Admission:
         """Return the exit that the outstanding tokens allow. Raises OverloadedUndegraded."""
         limit = self.limits.max_outstanding_tokens
         load = (self.outstanding_tokens + tokens) / limit
-        if load <= 0.5 or not self.outstanding_tokens:
+        if self.has_room(tokens):
             return Admitted(wanted)
         if load > 1:
             metrics.REJECTED.labels("tokens").inc()
@@ -122,6 +122,11 @@ class Admission:
         if not allow_degraded or EXITS.index(wanted) <= EXITS.index(allowed):
             return Admitted(wanted)
         return Admitted(allowed, frozenset({"overload", "exit"}))
+
+    def has_room(self, tokens: int) -> bool:
+        """Return whether the load is low enough for every exit, and for work that may be left out."""
+        total = self.outstanding_tokens + tokens
+        return not self.outstanding_tokens or total / self.limits.max_outstanding_tokens <= 0.5
 
     def begin_work(self, tokens: int) -> None:
         """Count the tokens of an admitted request as outstanding. The caller must call `end_work` afterwards."""

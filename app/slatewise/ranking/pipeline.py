@@ -16,15 +16,26 @@ from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.errors import RankingError
-from slatewise.inference.arrays import UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64, KeptState, join
+from slatewise.inference.arrays import (
+    UNKNOWN_ITEM,
+    Candidates,
+    Float32,
+    Float64,
+    History,
+    Int64,
+    KeptState,
+    PointScores,
+    join,
+)
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
 from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.explain import Ranked, explain, explanation_tokens
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.ranking.validation import choose
-from slatewise.schemas import AnsweredExit, DegradedReason, HistoryUse, ModelExit, RankRequest
+from slatewise.schemas import AnsweredExit, DegradedReason, Explanation, HistoryUse, ModelExit, RankRequest
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
@@ -59,6 +70,7 @@ class Ranking:
     history: HistoryUse
     meta: MetaEmbedding
     degraded: frozenset[DegradedReason]
+    explanations: list[Explanation] | None = None
 
     @property
     def exit(self) -> AnsweredExit:
@@ -82,6 +94,7 @@ class Plan:
     deadline: Deadline
     dropped: int  # oldest events, which the model skips
     tokens: int
+    explain: bool = False
 
     @property
     def engine(self) -> Engine:
@@ -109,6 +122,7 @@ class Progress:
     history: HistoryUse
     meta: MetaEmbedding | None = None
     completed: list[StageScores] = field(default_factory=list)  # stages of the cascade, cheapest first
+    explanations: list[Explanation] | None = None
 
 
 class Pipeline:
@@ -168,13 +182,16 @@ class Pipeline:
                 trace.variant = plan.variant
 
         meta = progress.meta or plan.default_meta
-        if best is not None and "deadline" in degraded:
+        if best is not None and "deadline" in degraded and best.exit != plan.admitted.exit:
             degraded.add("exit")
+        if request.explain and progress.explanations is None:
+            degraded.add("explanations")
         if meta.status == "error":
             degraded.add("store_error")
         scored = None if best is None else weigh(plan, best)
         ids, values = tuple(unknown.positions.tolist()), unknown.field_values
-        return Ranking(ranker, n, scored, ids, values, progress.history, meta, frozenset(degraded))
+        reasons = frozenset(degraded)
+        return Ranking(ranker, n, scored, ids, values, progress.history, meta, reasons, progress.explanations)
 
     def plan(self, request: RankRequest, ranker: Ranker, entered: float) -> Plan:
         """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
@@ -182,8 +199,13 @@ class Pipeline:
         dropped = ranker.window_start(request)
         tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
         deadline = self.admission.deadline(request.deadline_ms, entered)
-        admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
-        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens)
+        explained = explanation_tokens(request, dropped, wanted) if request.explain else 0
+        if explained and request.allow_degraded and not self.admission.has_room(tokens + explained):
+            explained = 0
+        admitted = self.admission.admit(wanted, tokens + explained, deadline, request.allow_degraded)
+        if request.explain and (not explained or admitted.exit == "input_order"):
+            admitted = replace(admitted, degraded=admitted.degraded | {"explanations"})
+        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens + explained, bool(explained))
 
     async def score_until_deadline(
         self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
@@ -209,7 +231,13 @@ class Pipeline:
                 cascade = run_cascade(
                     plan.engine, candidates, state, meta.vector, plan.admitted.exit, dot_first, progress.completed
                 )
-                await self.run(cascade, "score", plan.request.priority, timings)
+                point = await self.run(cascade, "score", plan.request.priority, timings)
+                if plan.explain:
+                    best = progress.completed[-1]
+                    ranked = Ranked(
+                        plan.ranker, plan.engine, plan.request, history, candidates, state, meta.vector, point, *best
+                    )
+                    progress.explanations = await self.run(explain(ranked), "score", plan.request.priority, timings)
         finally:
             self.admission.end_work(plan.tokens)
 
@@ -284,11 +312,12 @@ def run_cascade(
     wanted: str,
     fallback_first: bool,
     completed: list[StageScores],
-) -> Chunks[None]:
+) -> Chunks[PointScores | None]:
     """Compute the exit `wanted` in chunks, and append each complete stage to `completed`, cheapest first.
 
     If a deadline passes, the caller takes the last complete stage. With `fallback_first`, `dot` is computed first, so
-    that one stage is complete early. Without it, `dot` is skipped unless wanted.
+    that one stage is complete early. Without it, `dot` is skipped unless wanted. The result is that of `point`, if it
+    was computed.
     """
     n = len(candidates)
     state = None
@@ -297,7 +326,7 @@ def run_cascade(
         state = kept.unpacked()
         completed.append(StageScores("dot", engine.dot(candidates, state)))
     if wanted == "dot":
-        return
+        return None
     chunks = []
     for first in range(0, n, CANDIDATE_CHUNK):
         rows = slice(first, min(first + CANDIDATE_CHUNK, n))
@@ -309,3 +338,4 @@ def run_cascade(
     if wanted == "set":
         idle = yield n
         completed.append(StageScores("set", engine.set(point, multi_threaded=idle)))
+    return point
