@@ -162,12 +162,14 @@ def weighted_mean(probabilities: Float64, weights: Float64) -> Float64:
     A negative weight counts its head's complement, 1 - p, so the score falls as p rises: the order is that of the
     weighted sum. If all weights are 0, all scores are 0.
     """
-    total = np.abs(weights).sum()
+    total = sum(map(abs, weights.tolist()))
     if not total:
         return np.zeros(len(probabilities))
     shares = weights / total  # of a single head: exactly 1, so its probabilities are the scores, without rounding
-    scores: Float64 = np.clip(probabilities @ shares - np.minimum(shares, 0.0).sum(), 0.0, 1.0)
-    return scores
+    scores: Float64 = probabilities @ shares
+    if weights.min() < 0:
+        scores = np.maximum(scores - shares[shares < 0].sum(), 0.0)
+    return np.minimum(scores, 1.0)  # 1.0000000000000002, after rounding, is no probability
 
 
 def events_read(column: list[T], first: int, order: Int64 | None) -> list[T]:

@@ -159,9 +159,10 @@ def parse(body: bytes, headers: Headers) -> RankRequest:
             RankRequest.model_validate({"candidates": {"item_ids": ["0"]}, **changes})
         except ValidationError as error:
             raise schema_error(error) from None
-    if parsed.id is None and identifier is None:
-        changes["id"] = new_request_id()
-    return parsed.model_copy(update=changes) if changes else parsed
+        parsed = parsed.model_copy(update=changes)
+    if parsed.id is None:
+        parsed.__dict__["id"] = new_request_id()  # frozen, but nobody else has it yet, and a copy costs more
+    return parsed
 
 
 def header_text(headers: Headers, name: str) -> str | None:
