@@ -52,7 +52,11 @@ def test_wheel_has_both_packages_and_the_demo(wheel: Path) -> None:
         f"slatewise/{path.relative_to(ROOT / 'models').as_posix()}" for path in tracked(ROOT / "models" / "bundles")
     }
     assert not any("/own/" in name for name in packed)
-    assert packed >= sources | bundles | {"slatewise/py.typed", "slatewise_train/py.typed"}
+    assert packed >= sources | bundles | {
+        "slatewise/__init__.pyi",
+        "slatewise/py.typed",
+        "slatewise_train/py.typed",
+    }
 
 
 def modules(root: Path) -> list[Path]:
