@@ -54,7 +54,11 @@ def test_wheel_has_both_packages_and_the_demo(wheel: Path) -> None:
     assert not any("/own/" in name for name in packed)
     page = {path.relative_to(ROOT / "app").as_posix() for path in tracked(ROOT / "app" / "slatewise" / "page")}
     assert "slatewise/page/index.html" in page
-    assert packed >= sources | bundles | page | {"slatewise/py.typed", "slatewise_train/py.typed"}
+    assert packed >= sources | bundles | page | {
+        "slatewise/__init__.pyi",
+        "slatewise/py.typed",
+        "slatewise_train/py.typed",
+    }
 
 
 def modules(root: Path) -> list[Path]:

@@ -307,9 +307,12 @@ def test_titles_come_in_parts_and_may_be_missing(ask: Ask) -> None:
 
 
 def test_waiting_for_a_server_ends(ask: Ask) -> None:
-    with scripted_server(problem(503, "not-ready"), problem(503, "not-ready"), Answer(200)) as script:
+    proxy = Answer(502, b"<html>", {"Content-Type": "text/html"})
+    with scripted_server(problem(503, "not-ready"), proxy, Answer(200)) as script:
         ask(script.url, "wait_until_ready", 20)
         assert len(script.requests) == 3
+    with scripted_server(Answer(404, b"<html>")) as script, pytest.raises(errors.NotFound):
+        ask(script.url, "wait_until_ready", 20)
     with pytest.raises(errors.TimedOut, match=r"not ready after 0\.3 s: cannot connect"):
         ask(f"http://127.0.0.1:{free_port()}", "wait_until_ready", 0.3)
 

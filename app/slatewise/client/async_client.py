@@ -16,7 +16,7 @@ import httpx
 from slatewise.client import calls
 from slatewise.client.body import Members, Options
 from slatewise.client.calls import Call
-from slatewise.client.errors import NotFound, NotReady, SlatewiseError, TimedOut
+from slatewise.client.errors import NotFound, SlatewiseError, TimedOut
 from slatewise.client.exchange import Body, Tries, make_target, name_of, read_answer
 from slatewise.client.results import Ranking
 
@@ -118,7 +118,9 @@ class AsyncClient:
             try:
                 await self._once(calls.ready(), Tries(self._target, max(end - time.monotonic(), 0.001)))
                 return
-            except (NotReady, ConnectionError, TimedOut) as error:
+            except SlatewiseError as error:
+                if error.status is not None and error.status < 500:  # another service, or a wrong address
+                    raise
                 if time.monotonic() + READY_PAUSE >= end:
                     raise TimedOut(f"not ready after {timeout:g} s: {error}") from None
             await asyncio.sleep(READY_PAUSE)
