@@ -36,6 +36,7 @@ DRAWS = 10  # of three random events
 FEWEST = 10  # known events of a user
 MOST = 256  # events sent: all of them are read
 BLOCK = 20  # requests with, then without explanations
+CPU_TICK = 0.01  # seconds, the resolution of a process's CPU time
 
 Body = dict[str, Any]
 
@@ -120,7 +121,7 @@ def cost(asker: Asker, server: ServerProcess, bodies: list[Body], name: str) -> 
     plain, explained = (median(seconds[explain]) for explain in (False, True))
     row = {"plain_ms": plain * 1e3, "explained_ms": explained * 1e3, "ratio": explained / plain}
     row |= {"plain_cpu_ms": cpu[False] / len(bodies) * 1e3, "explained_cpu_ms": cpu[True] / len(bodies) * 1e3}
-    row |= {"cpu_ratio": cpu[True] / cpu[False]}
+    row |= {"cpu_ratio": cpu[True] / max(cpu[False], CPU_TICK)}
     print(json.dumps({"cost": name} | {key: round(value, 2) for key, value in row.items()}), flush=True)
 
 
