@@ -18,6 +18,7 @@ from tests.http.support import (
 from tests.support.application import serve
 
 PAGES = (
+    "/",
     "/docs",
     "/docs/oauth2-redirect",
     "/openapi.json",
@@ -46,7 +47,7 @@ def test_api_key_is_required_except_on_open_paths(tiny: Tiny, example: dict[str,
             assert_problem(answer, 401)
             assert refused() == before + 1
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-            for path in ("/models", "/no-such-path", "/doc", "/docsx", "/static-offline-docs", "/"):
+            for path in ("/models", "/no-such-path", "/doc", "/docsx", "/static-offline-docs", "/page"):
                 assert_problem(client.get(path, headers=raw), 401)
         for key in ("first", "second"):
             assert client.post("/score", json=example, headers={"Authorization": f"Bearer {key}"}).status_code == 200

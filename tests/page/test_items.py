@@ -179,6 +179,21 @@ def test_large_file_of_titles_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_titles(path, {"a": 2}).names == []
 
 
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_members_are_those_of_the_whole_object(indent: int | None) -> None:
+    for content in ({}, {"a": 1}, {"a": {"b": [1, "}"]}, "": None, '\u00fc"': [], "c": "x"}):
+        text = f" {json.dumps(content, indent=indent)}\n"
+        assert list(titles_module.members(text)) == list(json.loads(text).items())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a"}', '{"a": 1', '{"a": 1,}', '{"a": 1} {}', "{1: 2}", '{"a": 1 "b": 2}', "null"]
+)
+def test_broken_object_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        list(titles_module.members(text))
+
+
 def slow_search(titles: Titles, texts: dict[str, str], query: str, limit: int) -> list[str]:
     """The slow reference: three passes over all items."""
     lines = {item: (item.lower(), texts.get(item, "").lower()) for item in titles.items}

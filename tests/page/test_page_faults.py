@@ -59,6 +59,7 @@ def test_markup_in_an_error_stays_text(browser: Browser, both: httpx.Client) -> 
     problem = {"title": HOSTILE, "status": 422, "detail": SCRIPT, "errors": [{"pointer": f"/{HOSTILE}", "detail": "x"}]}
     with open_page(browser, both, errors=1) as page:  # the browser itself logs the status 422
         ready(page)
+        compared(page)
         page.route(
             "**/rerank", lambda route: route.fulfill(status=422, content_type="application/problem+json", json=problem)
         )

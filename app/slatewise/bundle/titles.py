@@ -9,6 +9,7 @@ Called by: `loader.py`, which loads it; `ranking/validation.py`, `http/rank.py` 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM, Int64
 
-MOST_BYTES = 128 * 2**20  # of display.json; a larger one would take more memory than the ranker
-BLOCK = 2**20  # characters that a search reads before it lets other requests run: below a millisecond
+MOST_BYTES = 64 * 2**20  # of display.json: titles of about a million items
+BLOCK = 2**18  # characters that a search reads before it lets other requests run
+SPACE = re.compile(r"[ \t\n\r]*")
+COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 
 Value: TypeAlias = str | list[str] | None
 
@@ -98,16 +101,12 @@ def read_titles(path: Path, items: Mapping[str, int]) -> Titles:
 
     A missing file, or one above MOST_BYTES, gives no fields. Raises ValueError for content of another shape.
     """
-    empty = Titles(items, {}, {})
-    if not path.exists() or path.stat().st_size > MOST_BYTES:
-        return empty
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is of another shape")
     values: dict[str, list[Value]] = {}
     numbers: dict[str, dict[Any, int]] = {}
     codes: dict[str, NDArray[np.int32]] = {}
-    for item, fields in content.items():
+    if not path.exists() or path.stat().st_size > MOST_BYTES:
+        return Titles(items, values, codes)
+    for item, fields in members(path.read_text()):
         if not isinstance(fields, dict):
             raise ValueError(f"{path.name} is of another shape")
         row = items.get(item)
@@ -115,12 +114,36 @@ def read_titles(path: Path, items: Mapping[str, int]) -> Titles:
             if name not in values:
                 values[name], numbers[name] = [None], {None: 0}
                 codes[name] = np.zeros(len(items) + FIRST_ITEM, np.int32)
-            key = tuple(value) if isinstance(value, list) else value
-            if not (value is None or all(isinstance(text, str) for text in (key if isinstance(key, tuple) else [key]))):
+            texts = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{path.name}: field {name} holds a value that is no text")
             if row is not None:
-                code = numbers[name].setdefault(key, len(values[name]))
+                code = numbers[name].setdefault(tuple(value) if isinstance(value, list) else value, len(values[name]))
                 if code == len(values[name]):
                     values[name].append(value)
                 codes[name][row] = code
     return Titles(items, values, codes)
+
+
+def members(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield the members of a JSON object one by one, since all of a large catalogue at once take many times its bytes.
+
+    Raises ValueError if the text is not one JSON object.
+    """
+    decode = json.JSONDecoder().raw_decode
+    at = SPACE.match(text, 0).end()  # type: ignore[union-attr]  # the pattern matches everywhere
+    expected = "{"
+    while text[at : at + 1] == expected:
+        at = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+        if expected == "{" and text[at : at + 1] == "}":
+            break
+        name, at = decode(text, at)
+        colon = COLON.match(text, at)
+        if not isinstance(name, str) or colon is None:
+            raise ValueError("not a JSON object")
+        value, at = decode(text, colon.end())
+        yield name, value
+        at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+        expected = ","
+    if text[at : at + 1] != "}" or text[at + 1 :].strip():
+        raise ValueError("not a JSON object")

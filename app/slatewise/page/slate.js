@@ -59,8 +59,10 @@ export function cardList(state, titleOf, fieldsOf, actions) {
     filled.style.setProperty("--share", String(most > 0 ? Math.max(0, value / most) : 0));
     return h("div", { class: name === "score" ? "bar main" : "bar" },
       h("span", { class: "label" }, name), h("span", { class: "track", "aria-hidden": "true" }, filled), h("span", { class: "value" }, number(value)),
-      delta === undefined ? null : h("span", { class: `delta ${delta > 0 ? "up" : delta < 0 ? "down" : ""}` }, delta === null ? "" : signed(delta, 4)));
+      delta === undefined ? null : h("span", { class: `delta ${direction(delta)}` }, direction(delta) ? signed(delta, 4) : "0"));
   }
+
+  const direction = (delta) => (Math.abs(delta) < 5e-5 ? "" : delta > 0 ? "up" : "down"); // of a change that is shown
 
   function update(card, row, most, candidate, unknown) {
     const { element, parts } = card;
@@ -119,5 +121,6 @@ export function withoutText(state, titleOf) {
     return `Without ${name}: nothing changes.${alone ? ` At the exit ${state.answer.exit} each candidate is scored by itself; at set they see each other.` : ""}`;
   }
   const largest = most ? ` The largest change of a score is ${signed(most.delta, 4)}, of ${titleOf(ids.get(most.key))}.` : "";
-  return `Without ${name}: ${moved} of ${rows.length} other candidates change their place.${largest}`;
+  const places = moved ? `${moved} of ${rows.length} other candidates change their place.` : "no other candidate changes its place.";
+  return `Without ${name}: ${places}${largest}`;
 }
