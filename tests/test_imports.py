@@ -75,10 +75,18 @@ def test_command_imports_only_the_standard_library() -> None:
 
 PLACES = {
     "onnxruntime": {"inference/engine.py"},
-    "fastapi": {"main.py", "http/app.py", "http/rank.py", "http/models.py", "http/health.py", "http/server.py"},
+    "fastapi": {
+        "main.py",
+        *(f"http/{name}.py" for name in ("app", "hot_routes", "rank", "models", "health", "server")),
+        "http/calls/oip.py",
+        "http/calls/model_list.py",
+    },
     "fastapi_offline": {"http/app.py"},
     "uvicorn": {"http/server.py"},
-    "starlette": {"http/app.py", "http/auth.py", "http/body.py", "http/problems.py", "http/rank.py"},
+    "starlette": {
+        *(f"http/{name}.py" for name in ("app", "auth", "body", "dialect", "hot_routes", "problems", "rank")),
+        *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
+    },
     "redis": {f"store/{name}.py" for name in ("client", "node", "nodes", "poll", "writer")},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/health.py"},

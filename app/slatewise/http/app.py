@@ -1,47 +1,40 @@
 """The ASGI application: middleware, hot routes, FastAPI's routes and their documentation.
 
-Hot routes are the two that rank; they bypass FastAPI.
+Hot routes are those that rank, native and foreign; they bypass FastAPI.
 
 Called by: `main.py`. Calls: the other files of this folder, except `server.py`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import VERSION
 from slatewise.http import health, models
 from slatewise.http.auth import RequireKey
+from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.capture import open_capture
-from slatewise.http.problems import HANDLERS, PROBLEMS
-from slatewise.http.rank import rerank, score
+from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
+from slatewise.http.problems import HANDLERS
+from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import RankRequest, RankResponse
 from slatewise.settings import Settings
 
-Handler = Callable[[Request, float], Awaitable[Response]]
-
-HOT_ROUTES: dict[tuple[str, str], Handler] = {
-    ("POST", "/rerank"): rerank,
-    ("POST", "/score"): score,
-}
+ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
 
 
 def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
     """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
     middleware = [  # outermost first
-        Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
-        Middleware(HotRoutes, table=HOT_ROUTES),  # last, because hot routes bypass the layers after it
+        Middleware(RequireKey, keys=settings.keys(), routes=ROUTES),
+        Middleware(HotRoutes, routes=ROUTES),  # last, because hot routes bypass the layers after it
     ]
 
     @asynccontextmanager
@@ -72,65 +65,7 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
     app.state.capture = None
     app.include_router(health.routes)
     app.include_router(models.routes)
-    document_hot_routes(app)
+    app.include_router(model_list.routes)
+    app.include_router(oip.routes)
+    document_hot_routes(app, ROUTES.dialects)
     return app
-
-
-class HotRoutes:
-    """Middleware that calls the handlers of its table directly, and passes all other requests on to FastAPI.
-
-    FastAPI's layers around an endpoint (matching, dependencies, exit stacks) cost more time than reading the request
-    (docs/performance.md), and these handlers do not need them. A handler receives the time at which its call began,
-    and responds to errors itself.
-    """
-
-    def __init__(self, app: ASGIApp, table: Mapping[tuple[str, str], Handler]) -> None:
-        self.app = app
-        self.table = table
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self.table.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if handler is None:
-            return await self.app(scope, receive, send)
-        entered = time.perf_counter()
-        response = await handler(Request(scope, receive), entered)
-        await response(scope, receive, send)
-
-
-def document_hot_routes(app: FastAPI) -> None:
-    """Add the hot routes to the router, for two purposes: the OpenAPI document, and status 405 for other methods.
-
-    The handlers parse the body themselves. So the schema of the body is added here, and FastAPI's validation errors,
-    which never occur, are removed.
-    """
-    schema = {"$ref": "#/components/schemas/RankRequest"}
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    for (method, path), handler in HOT_ROUTES.items():
-        app.add_api_route(
-            path,
-            never_called,
-            methods=[method],
-            name=handler.__name__,
-            description=handler.__doc__,
-            response_model=RankResponse,
-            responses=PROBLEMS,
-            openapi_extra={"requestBody": body},
-        )
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        schema = RankRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"].update(schema.pop("$defs", {}))
-        document["components"]["schemas"]["RankRequest"] = schema
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        document["paths"]["/models/{ranker}"]["get"]["responses"].pop("422", None)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-async def never_called(request: Request) -> Response:
-    """Endpoint of the hot routes in the router. Never runs, because `HotRoutes` answers these requests first."""
-    raise NotImplementedError
