@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, NotRequired
 
@@ -22,6 +23,7 @@ from slatewise.http.calls.common import (
     AnyQuery,
     ForeignModel,
     Otherwise,
+    check_count,
     documented_errors,
     error_headers,
     members_of_query,
@@ -46,7 +48,8 @@ NAMES = {
     "/ranker": "/model",
 }
 YAML_START = "id: "  # LangChain sends a document with rank_fields=["id"] as YAML
-YAML_ID = re.compile(r"""id: (?:'((?:[^']|'')*)'|("(?:[^"\\]|\\.)*")|([^\n]*))(?:\n|$)""")
+YAML_ID = re.compile(r"""id: (?:'((?:[^']|'')*)'|"((?:[^"\\]|\\.)*)"|([^\n]*))(?:\n|$)""")
+YAML_ESCAPE = re.compile(r"\\(x..|u....|U........|.)")
 SIMPLE_YAML = re.compile(  # of documents joined by zeros: `id` alone, short and without escapes
     rf"""(?:\A|\0)id: (')?([^'"\s\0]{{1,{MAX_ID}}})(?(1)')\n(?=\0|\Z)"""
 )
@@ -109,6 +112,7 @@ class CohereError(BaseModel):
 def parse(incoming: Incoming) -> tuple[RankRequest, list[Any] | None]:
     """Parse a call. The second result is its documents, if they are to be returned."""
     sent = parse_as(CohereRequest, incoming.body)
+    check_count("/documents", len(sent.documents), incoming.limits)
     request = rank_request(
         item_ids(sent.documents, has_yaml=b'"' + YAML_START.encode() in incoming.body),
         ranker=sent.model,
@@ -145,13 +149,23 @@ def id_in_yaml(text: str, position: int) -> str:
     """Return the value of `id`, the first key of a YAML document: a plain or a quoted scalar. Raises Invalid."""
     match = YAML_ID.match(re.sub(r"\n +", " ", text))  # a long scalar goes on in indented lines
     single, double, plain = match.groups() if match else (None, None, "")
-    try:
-        found = json.loads(double) if double else plain.strip() if single is None else single.replace("''", "'")
-    except ValueError:
-        found = ""
+    found = ""
+    if single is not None:
+        found = single.replace("''", "'")
+    elif double is None:
+        found = plain.strip()
+    else:
+        with suppress(ValueError):
+            found = YAML_ESCAPE.sub(unescape, double)
     if not 1 <= len(found) <= MAX_ID:
         raise Invalid.at(f"/documents/{position}", f"its YAML has no `id` of 1 to {MAX_ID} characters")
-    return str(found)
+    return found
+
+
+def unescape(match: re.Match[str]) -> str:
+    """Return the character of an escape sequence in YAML. Raises ValueError."""
+    name = match[1]
+    return json.loads(f'"\\{name}"') if len(name) == 1 else chr(int(name[1:], 16))
 
 
 def render(

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotJson, RankingError
 from slatewise.http.problems import PROBLEMS, schema_error
 from slatewise.http.rank import response_headers, stage_milliseconds
+from slatewise.ranking.admission import RequestLimits
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings
 from slatewise.schemas import (
@@ -114,6 +115,12 @@ def rank_request(ids: list[str], **members: Any) -> RankRequest:
     """Build a request from checked members, without checking them again. `None`: the member is not set."""
     given = {name: value for name, value in members.items() if value is not None}
     return RankRequest.model_construct(candidates=Candidates.model_construct(item_ids=ids), **given)
+
+
+def check_count(pointer: str, count: int, limits: RequestLimits) -> None:
+    """Check the number of candidates as `validation.py` does, but before any work for each of them. Raises Invalid."""
+    if count > limits.max_candidates:
+        raise Invalid.at(pointer, f"{count} candidates, limit {limits.max_candidates}")
 
 
 def request_id(identifier: object) -> str | None:

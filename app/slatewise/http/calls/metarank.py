@@ -6,6 +6,7 @@ Called by: `rank.py` through the dialect. Calls: `common.py`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, NotRequired
@@ -19,6 +20,7 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.errors import Invalid, NotJson, RankingError
 from slatewise.http.calls.common import (
     ForeignModel,
+    check_count,
     rank_request,
     ranked,
     renamed,
@@ -89,8 +91,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
     """Parse a call. The second result has the number of ignored values by the names of their fields."""
     sent = read(incoming.body)
     items = sent.items
-    if len(items) > incoming.limits.max_candidates:  # here too, before any work for each item
-        raise Invalid.at("/items", f"{len(items)} candidates, limit {incoming.limits.max_candidates}")
+    check_count("/items", len(items), incoming.limits)
     ranker = incoming.registry.resolve(incoming.path["model"])
     ids = ids_of(items)
     request = rank_request(
@@ -144,25 +145,32 @@ def columns_of(items: list[MetarankItem], ranker: Ranker) -> Columns:
     fields: dict[str, list[Any]] = {name: [None] * len(items) for name in ranker.manifest.fields}
     ignored: Counter[str] = Counter()
     for position, item in enumerate(items):
-        for field in item.get("fields") or ():
-            try:
-                name, value = field["name"], field["value"]
-                is_feature, is_field = name in features, name in fields
-            except (KeyError, TypeError):
-                raise Invalid.at(f"/items/{position}/fields", "must be objects with `name` and `value`") from None
-            if is_feature and isinstance(value, (int, float)):
-                features[name][position] = value + 0.0  # a float, also of a boolean
-            elif is_field and isinstance(value, (str, list)):
-                fields[name][position] = value
-            else:
-                ignored[str(name)[:MAX_ID]] += 1
+        try:
+            for name, value in pairs_of(item):
+                if name in features and isinstance(value, (int, float)):
+                    features[name][position] = float(value)
+                elif name in fields and isinstance(value, (str, list)):
+                    fields[name][position] = value
+                else:
+                    ignored[name[:MAX_ID]] += 1
+        except (KeyError, TypeError, OverflowError):
+            detail = "must be a list of objects with `name` and `value`, and numbers finite"
+            raise Invalid.at(f"/items/{position}/fields", detail) from None
     return Columns(features, fields, dict(ignored.most_common(MOST_NAMES)))
+
+
+def pairs_of(item: MetarankItem) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of one item's fields. Raises KeyError or TypeError if they are malformed."""
+    for field in item.get("fields") or ():
+        if not isinstance(field["name"], str):
+            raise TypeError
+        yield field["name"], field["value"]
 
 
 def seconds(timestamp: str | int) -> float:
     """Convert milliseconds, also as text, or ISO 8601 (without a zone: UTC) to unix seconds. Raises Invalid."""
     try:
-        if isinstance(timestamp, int) or timestamp.isdecimal():
+        if isinstance(timestamp, int) or (timestamp.isascii() and timestamp.isdecimal()):
             result = int(timestamp) / 1e3
         else:
             moment = datetime.fromisoformat(timestamp)

@@ -38,8 +38,13 @@ def elements(column: list[Any]) -> list[bytes]:
     text = pydantic_core.to_json(column)[1:-1]
     if isinstance(column[0], (int, float)):
         return text.split(b",")
-    found = text.replace(b'","', b'"\n"').split(b"\n")  # JSON escapes the newlines inside texts
-    return found if len(found) == len(column) else [pydantic_core.to_json(value) for value in column]
+    if b'\\"' in text:  # a quote inside an element, or what looks like one
+        return [pydantic_core.to_json(value) for value in column]
+    # From inside the first element on, each `","` is between two elements. JSON escapes the newlines inside texts.
+    found = text[1:-1].replace(b'","', b'"\n"').split(b"\n")
+    found[0] = b'"' + found[0]
+    found[-1] += b'"'
+    return found
 
 
 def with_member(content: dict[str, Any], name: str, value: bytes) -> bytes:
