@@ -109,13 +109,15 @@ def main() -> None:
     exit_on_sigterm()
     calls, model = requests_of(Workload(args.bundles), args.candidates)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    with ServerProcess({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            for turn in range(-1, args.rounds):  # the first round warms up
-                for name, (request, native) in calls.items():
-                    pair = [batch(server, connection, r, args.batch) for r in (request, native)]
-                    if turn >= 0:
-                        times[name].append((pair[0], pair[1]))
+    with (
+        ServerProcess({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        for turn in range(-1, args.rounds):  # the first round warms up
+            for name, (request, native) in calls.items():
+                pair = [batch(server, connection, r, args.batch) for r in (request, native)]
+                if turn >= 0:
+                    times[name].append((pair[0], pair[1]))
     print(json.dumps({"machine": cpu_name(), "ranker": model, "candidates": args.candidates, "rounds": args.rounds}))
     for name, pairs in times.items():
         row = {

@@ -34,7 +34,7 @@ from slatewise.http.calls.common import (
     respond,
     warnings_of,
 )
-from slatewise.http.calls.rows import elements, render_rows, with_member
+from slatewise.http.calls.rows import render_rows, with_member
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings
@@ -63,11 +63,11 @@ class DocumentObject(TypedDict):
     text: NotRequired[Id]
 
 
-Document = Annotated[
+Document = Annotated[  # the most frequent forms first: each failed attempt takes time
     Text
-    | Annotated[str, Field(pattern=f"^{YAML_START}", max_length=MOST_YAML, strict=True)]
+    | DocumentObject
     | Integer
-    | DocumentObject,
+    | Annotated[str, Field(pattern=f"^{YAML_START}", max_length=MOST_YAML, strict=True)],
     Field(union_mode="left_to_right"),
     Otherwise(f"must be the id of an item, of 1 to {MAX_ID} characters, or an object with `id`; texts are not ranked"),
 ]
@@ -174,9 +174,7 @@ def render(
     index, scores = ranked(ranking, request.top_n)
     columns: dict[str, list[Any]] = {"index": index, "relevance_score": scores}
     if documents is not None:
-        ids = request.candidates.item_ids
-        texts = [documents[i] if isinstance(documents[i], str) else ids[i] for i in index]
-        columns["document"] = [b'{"text":' + text + b"}" for text in elements(texts)]
+        columns["document.text"] = list(map(texts_of(documents, request.candidates.item_ids).__getitem__, index))
     warnings = warnings_of(request, ranking)
     tokens = ranking.history.used + ranking.candidates
     content = {
@@ -186,6 +184,13 @@ def render(
         "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}, "warnings": warnings},
     }
     return respond(with_member(content, "results", render_rows(columns)), request, timings, warnings)
+
+
+def texts_of(documents: list[Any], ids: list[str]) -> list[str]:
+    """Return the documents as text: as they were sent, or the id of an object."""
+    if set(map(type, documents)) <= {str}:
+        return documents
+    return [sent if isinstance(sent, str) else identifier for sent, identifier in zip(documents, ids)]
 
 
 def render_error(error: RankingError, identifier: str | None) -> Response:

@@ -15,26 +15,27 @@ import pydantic_core
 
 
 def render_rows(columns: dict[str, list[Any]]) -> bytes:
-    """Return a JSON array with one object for each row. The columns have equal lengths."""
+    """Return a JSON array with one object for each row. The columns have equal lengths, of texts or of numbers.
+
+    The column `a.b` is the member `b` of an object `a`.
+    """
     n = len(next(iter(columns.values())))
     if not n:
         return b"[]"
+    paths = [[pydantic_core.to_json(step) for step in name.split(".")] for name in columns]
+    closings = [b"}" * (len(path) - 1) for path in paths]  # of the objects inside a row
     width = 2 * len(columns)
     parts = [b""] * (width * n)
-    for k, (name, column) in enumerate(columns.items()):
-        opening = (b"," if k else b"},{") + pydantic_core.to_json(name) + b":"
-        parts[2 * k :: width] = [opening] * n
+    for k, column in enumerate(columns.values()):
+        before = closings[k - 1] + b"," if k else closings[-1] + b"},{"
+        parts[2 * k :: width] = [before + b":{".join(paths[k]) + b":"] * n
         parts[2 * k + 1 :: width] = elements(column)
-    return b"[" + b"".join(parts)[2:] + b"}]"
+    rows = b"".join(parts)[len(closings[-1]) + 2 :]
+    return b"[" + rows + closings[-1] + b"}]"
 
 
 def elements(column: list[Any]) -> list[bytes]:
-    """Return the JSON of each element of a column. The whole column is rendered at once and then split.
-
-    Elements of bytes are JSON already.
-    """
-    if isinstance(column[0], bytes):
-        return column
+    """Return the JSON of each element of a column. The whole column is rendered at once and then split."""
     text = pydantic_core.to_json(column)[1:-1]
     if isinstance(column[0], (int, float)):
         return text.split(b",")
