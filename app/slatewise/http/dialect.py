@@ -56,5 +56,5 @@ class Dialect(Generic[T]):
     render_error: Callable[[RankingError, str | None], Response]
     body: type[BaseModel]  # schema of the request, for the OpenAPI document
     answer: Any  # schema of the answer, for the OpenAPI document
-    errors: Mapping[int | str, dict[str, Any]]  # for the OpenAPI document
+    responses: Mapping[int | str, dict[str, Any]]  # errors and other forms of the answer, for the OpenAPI document
     any_type: bool = False  # accepts every Content-Type, not only JSON

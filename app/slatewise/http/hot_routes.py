@@ -84,7 +84,7 @@ def document_hot_routes(app: FastAPI, dialects: Collection[Dialect[Any]]) -> Non
             name=dialect.name,
             description=dialect.description,
             response_model=dialect.answer,
-            responses=dict(dialect.errors),
+            responses=dict(dialect.responses),
             openapi_extra={"requestBody": body} | ({"parameters": parameters} if parameters else {}),
         )
     generate = app.openapi
@@ -99,8 +99,9 @@ def document_hot_routes(app: FastAPI, dialects: Collection[Dialect[Any]]) -> Non
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for operations in document["paths"].values():
-            if "get" in operations:
-                operations["get"]["responses"].pop("422", None)
+            for operation in operations.values():
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

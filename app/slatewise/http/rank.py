@@ -284,7 +284,7 @@ RERANK: Dialect[None] = Dialect(
     render_error=problem,
     body=RankRequest,
     answer=RankResponse,
-    errors=PROBLEMS,
+    responses=PROBLEMS,
 )
 SCORE: Dialect[None] = replace(
     RERANK,

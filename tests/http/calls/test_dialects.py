@@ -21,10 +21,11 @@ from slatewise.http.calls.cohere import CohereAnswer, CohereError
 from slatewise.http.calls.metarank import MetarankAnswer
 from slatewise.http.calls.oip import InferAnswer, OipError
 from slatewise.http.calls.tei import TeiError, TeiResult
+from slatewise.http.capture import capture_line
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.ranking.admission import RequestLimits
 from slatewise.ranking.registry import Registry
-from slatewise.schemas import Problem
+from slatewise.schemas import Problem, RankRequest
 from tests.conftest import DEMO
 from tests.http.calls.support import FILMS, MODEL, USER
 
@@ -122,6 +123,8 @@ def test_history_is_unset_when_the_call_brings_none(demo: httpx.Client, path: st
     request, _ = dialect.parse(Incoming(body, Headers({}), parameters, registry, LIMITS))
     assert request.user == USER and request.candidates.item_ids == FILMS
     assert "history" not in request.model_fields_set and request.history.item_ids == []
+    captured = RankRequest.model_validate_json(capture_line(request, 1.0, b"key"))
+    assert captured.candidates == request.candidates and captured.ranker == request.ranker
 
 
 @EVERY_CALL

@@ -113,6 +113,6 @@ DIALECT: Dialect[bool] = Dialect(
     render_error=render_error,
     body=AwsRequest,
     answer=AwsAnswer,
-    errors=ERRORS,
+    responses=ERRORS,
     any_type=True,
 )

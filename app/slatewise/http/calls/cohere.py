@@ -215,7 +215,7 @@ DIALECTS: list[Dialect[list[Any] | None]] = [
         render_error=render_error,
         body=CohereRequest,
         answer=CohereAnswer,
-        errors=documented_errors(CohereError),
+        responses=documented_errors(CohereError),
     )
     for version in ("2", "1")
 ]

@@ -209,6 +209,6 @@ DIALECT: Dialect[dict[str, int]] = Dialect(
     render_error=render_error,
     body=MetarankRequest,
     answer=MetarankAnswer,
-    errors=PROBLEMS,
+    responses=PROBLEMS,
     any_type=True,
 )

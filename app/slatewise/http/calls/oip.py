@@ -226,7 +226,7 @@ INFER: Dialect[InferCall] = Dialect(
     render_error=render_error,
     body=InferRequest,
     answer=InferAnswer,
-    errors=documented_errors(OipError),
+    responses=documented_errors(OipError) | {200: {"content": {"application/octet-stream": {}}}},
     any_type=True,
 )
 DIALECTS = [INFER, replace(INFER, path="/v2/models/{model}/versions/{version}/infer", name="infer_by_version")]

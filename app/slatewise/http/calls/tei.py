@@ -107,5 +107,6 @@ DIALECT: Dialect[bool] = Dialect(
     render_error=render_error,
     body=TeiRequest,
     answer=list[TeiResult],
-    errors=documented_errors(TeiError) | {424: {"model": TeiError, "description": "The model failed on this request."}},
+    responses=documented_errors(TeiError)
+    | {424: {"model": TeiError, "description": "The model failed on this request."}},
 )
