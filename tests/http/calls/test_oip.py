@@ -103,7 +103,9 @@ def test_parameters_are_translated(demo: httpx.Client) -> None:
     assert order(answer) == native_order(demo, exit="dot") and answer.json()["parameters"]["exit"] == "dot"
     assert infer(demo, user, parameters={"timeout": 1}).json()["parameters"]["degraded"] == "deadline"
     assert "not done within" in refused(infer(demo, parameters={"timeout": 1, "allow_degraded": False}), 504)
-    assert refused(infer(demo, parameters={"exit": "none"})).startswith("/exit")
+    for wrong in ({"exit": "none"}, {"priority": -1}, {"timeout": 0.5}, {"allow_degraded": "no"}):
+        assert refused(infer(demo, parameters=wrong)).startswith("/parameters/" + next(iter(wrong)))
+    assert order(infer(demo, user, parameters={"timeout": 2**63})) == native_order(demo)
     assert "variant" in refused(infer(demo, parameters={"variant": "none"}), 404)
 
 

@@ -49,7 +49,9 @@ class AwsRequest(ForeignModel):
     )
     user_id: User = Field(alias="userId")
     input_list: SomeIds = Field(alias="inputList", description="Ids of the items to rank.")
-    filter_arn: Any = Field(None, alias="filterArn", description="Ignored, with a warning in a header.")
+    filter_arn: Annotated[str, Field(strict=True)] | None = Field(
+        None, alias="filterArn", description="Ignored, with a warning in a header."
+    )
 
 
 @with_config(CLOSED)

@@ -7,7 +7,6 @@ Called by: `rank.py` through the dialects, and `app.py` for the other routes. Ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired
 
@@ -39,7 +38,7 @@ from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings
-from slatewise.schemas import CLOSED, RankRequest
+from slatewise.schemas import CLOSED, Milliseconds, RankRequest, RequestedExit, Text
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 NAMES = {
@@ -53,6 +52,7 @@ NAMES = {
     "/user": "user",
     "/request_time": "request_time",
 }
+MOST_MILLISECONDS = 600_000.0  # of a RankRequest
 ONE_VALUE = ("user", "history.offset", "request_time")
 INPUTS = {  # name -> datatype in the metadata; other types are converted
     "user": "BYTES",
@@ -63,7 +63,18 @@ INPUTS = {  # name -> datatype in the metadata; other types are converted
     "history.offset": "INT64",
     "request_time": "FP64",
 }
-PARAMETERS = ("exit", "variant", "deadline_ms", "allow_degraded")  # those with the names and values of a native request
+
+
+class InferParameters(ForeignModel):
+    """The first four have the names and values of a native request, the others those of Triton."""
+
+    exit: RequestedExit | None = None
+    variant: Text | None = None
+    deadline_ms: Milliseconds | None = None
+    allow_degraded: bool | None = Field(None, strict=True)
+    priority: int | None = Field(None, ge=0, strict=True, description="Lower is more important.")
+    timeout: int | None = Field(None, ge=0, strict=True, description="Microseconds; 0: none.")
+    binary_data_output: bool | None = Field(None, strict=True)
 
 
 class OutputParameters(ForeignModel):
@@ -79,9 +90,7 @@ class InferRequest(ForeignModel):
     """A call of `infer`. Other members and parameters are ignored; an unknown input or output is an error."""
 
     id: str | None = Field(None, max_length=1_000, strict=True)
-    parameters: dict[str, Any] = Field(
-        default={}, description="priority; timeout in microseconds; exit, variant, deadline_ms and allow_degraded."
-    )
+    parameters: InferParameters = InferParameters()
     inputs: list[Tensor] = Field(min_length=1, max_length=100)
     outputs: list[WantedOutput] = Field(default=[], max_length=100)
 
@@ -118,7 +127,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
         request = RankRequest.model_validate(members)
     except ValidationError as error:
         raise schema_error(error) from None
-    by_default = sent.parameters.get("binary_data_output") is True
+    by_default = bool(sent.parameters.binary_data_output)
     known = output_names(ranker)
     wanted = {
         o.name: by_default if o.parameters.binary_data is None else o.parameters.binary_data for o in sent.outputs
@@ -147,14 +156,14 @@ def resolve(registry: Registry, model: str, version: str | None) -> Ranker:
     return ranker
 
 
-def parameters_of(sent: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(sent: InferParameters) -> dict[str, Any]:
     """Return the members of a RankRequest that parameters give. Triton's timeout is in microseconds."""
-    members = {name: sent[name] for name in PARAMETERS if name in sent}
-    priority, timeout = sent.get("priority"), sent.get("timeout")
-    if isinstance(priority, int):
-        members["priority"] = max(0, min(priority, LOWEST_PRIORITY))
-    if isinstance(timeout, int) and timeout > 0:
-        members["deadline_ms"] = timeout / 1e3
+    names = ("exit", "variant", "deadline_ms", "allow_degraded")
+    members = {name: value for name in names if (value := getattr(sent, name)) is not None}
+    if sent.priority is not None:
+        members["priority"] = min(sent.priority, LOWEST_PRIORITY)
+    if sent.timeout:
+        members["deadline_ms"] = min(sent.timeout / 1e3, MOST_MILLISECONDS)
     return members
 
 
