@@ -27,6 +27,7 @@ Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Id = Annotated[Text | Integer, Field(union_mode="left_to_right")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=99_999_999_999)]
+Milliseconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=600_000)]
 REQUEST_ID = r"[!-~]{1,128}"
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 
@@ -94,7 +95,7 @@ class RankRequest(RequestModel):
         None, min_length=1
     )
     top_n: int | None = Field(None, ge=1, strict=True)
-    deadline_ms: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=600_000)] | None = None
+    deadline_ms: Milliseconds | None = None
     allow_degraded: bool = Field(True, strict=True)
     priority: int = Field(0, ge=-100, le=100, strict=True, description="Lower is more important.")
     return_fields: list[Text] | None = Field(
@@ -252,22 +253,23 @@ class Verdict(BaseModel):
     warnings: list[str] = Field(default=[], description="Signs of an unsuccessful training.")
 
 
-class ModelName(BaseModel):
-    name: str
-    version: int
-    variants: list[str]
-    verdict: Verdict | None
-
-
-class Models(BaseModel):
-    models: list[ModelName]
-
-
 class Limits(BaseModel):
     max_candidates: int
     max_history: int
     history_used: int
     set_wise: int
+
+
+class ModelName(BaseModel):
+    name: str
+    version: int
+    variants: list[str]
+    verdict: Verdict | None
+    limits: Limits
+
+
+class Models(BaseModel):
+    models: list[ModelName]
 
 
 class ModelCard(BaseModel):

@@ -13,8 +13,9 @@ from prometheus_client import REGISTRY
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise.bundle.ranker import Ranker
-from slatewise.http.app import HOT_ROUTES, HotRoutes
+from slatewise.http.app import ROUTES
 from slatewise.http.auth import RequireKey
+from slatewise.http.hot_routes import HotRoutes
 from slatewise.main import build_app
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.settings import Settings
@@ -91,9 +92,9 @@ def test_authentication_runs_before_the_hot_routes(ranker: Ranker) -> None:
 def test_hot_routes_are_the_documented_ranking_routes(ranker: Ranker) -> None:
     app = app_of(ranker)
     paths = app.openapi()["paths"]
-    for method, path in HOT_ROUTES:
-        schema = paths[path][method.lower()]["requestBody"]["content"]["application/json"]["schema"]
-        assert schema == {"$ref": "#/components/schemas/RankRequest"}
+    for dialect in ROUTES.dialects:
+        schema = paths[dialect.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": f"#/components/schemas/{dialect.body.__name__}"}
 
 
 def test_hot_route_adds_no_key_to_the_scope(ranker: Ranker) -> None:

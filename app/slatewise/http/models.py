@@ -19,11 +19,17 @@ routes = APIRouter()
 @routes.get("/models", response_model=Models, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
 async def list_models(request: Request) -> Models:
     """List the rankers that are served."""
-    rankers = ready_pipeline(request.app).registry.serving()
+    pipeline = ready_pipeline(request.app)
     return Models(
         models=[
-            ModelName(name=r.name, version=r.manifest.version, variants=list(r.engines), verdict=r.manifest.verdict)
-            for r in rankers
+            ModelName(
+                name=ranker.name,
+                version=ranker.manifest.version,
+                variants=list(ranker.engines),
+                verdict=ranker.manifest.verdict,
+                limits=limits_of(ranker, pipeline.admission.limits),
+            )
+            for ranker in pipeline.registry.serving()
         ]
     )
 
@@ -33,6 +39,16 @@ async def show_model(ranker: str, request: Request) -> ModelCard:
     """Describe one ranker: limits, heads, quality and latency of its variants, and an example request."""
     pipeline = ready_pipeline(request.app)
     return model_card(pipeline.registry.resolve(ranker), pipeline.admission.limits)
+
+
+def limits_of(ranker: Ranker, limits: RequestLimits) -> Limits:
+    """Return the limits of the server and of the ranker."""
+    return Limits(
+        max_candidates=limits.max_candidates,
+        max_history=limits.max_history,
+        history_used=ranker.manifest.limits.history_used,
+        set_wise=ranker.manifest.limits.set_wise,
+    )
 
 
 def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
@@ -50,12 +66,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         features=manifest.features,
         fields={name: field.values for name, field in manifest.fields.items()},
         return_fields=ranker.titles.names,
-        limits=Limits(
-            max_candidates=limits.max_candidates,
-            max_history=limits.max_history,
-            history_used=manifest.limits.history_used,
-            set_wise=manifest.limits.set_wise,
-        ),
+        limits=limits_of(ranker, limits),
         variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
         refused_variants=ranker.refused,
         verdict=manifest.verdict,

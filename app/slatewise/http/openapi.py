@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from slatewise.bundle.ranker import Ranker
+from slatewise.http.dialect import Dialect
 from slatewise.schemas import RankRequest
 
-RANKING_PATHS = ("/rerank", "/score")
 SHOWN = 5  # most events and candidates in the example
 
 # Every ranker accepts it; the demo knows the user and the films.
@@ -43,21 +43,26 @@ def shortened(request: dict[str, Any]) -> dict[str, Any]:
     return {name: cut(value) if name in ("history", "candidates") else value for name, value in request.items()}
 
 
-def complete(document: dict[str, Any], example: dict[str, Any]) -> None:
-    """Add the schema and an example of the body of the ranking routes, and remove FastAPI's validation errors.
+def complete(document: dict[str, Any], dialects: Collection[Dialect[Any]], example: dict[str, Any]) -> None:
+    """Add the schemas of the bodies and an example of the native one, and remove FastAPI's validation errors.
 
     The hot routes parse the body themselves, so FastAPI does not know its schema, and its own errors never occur.
     """
-    schema = RankRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = document["components"]["schemas"]
-    schemas.update(schema.pop("$defs", {}))
-    schemas["RankRequest"] = schema
+    for model in {dialect.body for dialect in dialects}:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for path in ("/models/{ranker}", "/models/{ranker}/examples"):
-        document["paths"][path]["get"]["responses"].pop("422", None)
-    for path in RANKING_PATHS:
-        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+    for dialect in dialects:
+        if dialect.body is RankRequest:
+            body = document["paths"][dialect.path]["post"]["requestBody"]
+            body["content"]["application/json"]["example"] = example
 
 
 def require_key(document: dict[str, Any], open_paths: Collection[str]) -> None:

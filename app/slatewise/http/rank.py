@@ -1,14 +1,15 @@
-"""The endpoints /rerank and /score: read, parse, rank, respond.
+"""The life of a call that ranks, in any dialect: read, parse, rank, respond; and the native calls /rerank and /score.
 
-Called by: the hot-route table of `app.py`. Calls: `body.py`, `ranking/pipeline.py` and `problems.py`, and at the end
-the request log and the capture that `app.py` has opened.
+Called by: `hot_routes.py`. Calls: the functions of the dialect, `body.py`, `ranking/pipeline.py` and `problems.py`, and
+at the end the request log and the capture that `app.py` has opened.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,9 +22,10 @@ from starlette.requests import ClientDisconnect
 from slatewise import metrics
 from slatewise.errors import Invalid, NotReady, RankingError
 from slatewise.http.body import content_coding, content_length, read_body
+from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_request
-from slatewise.http.problems import header_request_id, new_request_id, problem, schema_error, unexpected
+from slatewise.http.problems import PROBLEMS, header_request_id, new_request_id, problem, schema_error, unexpected
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
@@ -35,21 +37,12 @@ CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain t
 T = TypeVar("T")
 
 
-async def rerank(request: Request, entered: float) -> Response:
-    """Rank the candidates by descending score, cut to `top_n`."""
-    return await answer(request, entered, by_score=True)
-
-
-async def score(request: Request, entered: float) -> Response:
-    """Score the candidates as /rerank does, but return them in input order; `top_n` is ignored."""
-    return await answer(request, entered, by_score=False)
-
-
 class Exchange:
     """A request and its outcome, which is counted and logged once, when the request ends."""
 
-    def __init__(self, request: Request, entered: float) -> None:
+    def __init__(self, request: Request, dialect: Dialect[Any], entered: float) -> None:
         self.request = request
+        self.dialect = dialect
         self.trace = Trace(entered)
         self.parsed: RankRequest | None = None
         self.ranking: Ranking | None = None  # set together with the code 200
@@ -64,11 +57,18 @@ class Exchange:
         self.given_id = self.given_id or header_request_id(self.request.headers) or new_request_id()
         return self.given_id
 
+    def refuse(self, error: RankingError) -> Response:
+        """Render an error in the dialect of the request, and note it as the outcome."""
+        response = self.dialect.render_error(error, self.request_id())
+        self.code = response.status_code
+        self.refusal = error.slug
+        return response
+
     def record(self) -> None:
         """Count the request, and log and capture it if it is selected."""
         state = self.request.app.state
         seconds = time.perf_counter() - self.trace.timings.entered
-        labels = count(self.request.scope["path"], self.code, seconds, self.trace)
+        labels = count(self.dialect.path, self.code, seconds, self.trace)
         degraded: tuple[str, ...] = ()
         if self.parsed is not None and self.ranking is not None:
             degraded = tuple(sorted(self.ranking.degraded))
@@ -80,44 +80,45 @@ class Exchange:
         state.request_log.record(outcome, self.trace, candidates, self.request_id)
 
 
-async def answer(request: Request, entered: float, *, by_score: bool) -> Response:
+async def answer(request: Request, dialect: Dialect[Any], path: Mapping[str, str], entered: float) -> Response:
     """Return the response, whatever the outcome is.
 
-    entered: time.perf_counter() at the time from which the deadline counts.
+    path: parameters of the route. entered: time.perf_counter() at the time from which the deadline counts.
     """
     try:
         pipeline = ready_pipeline(request.app)
     except NotReady as error:
-        return problem(error, header_request_id(request.headers))
-    exchange = Exchange(request, entered)
+        return dialect.render_error(error, header_request_id(request.headers))
+    exchange = Exchange(request, dialect, entered)
     try:
         pipeline.admission.enter()
-        return await rank(exchange, pipeline, by_score)
+        return await rank(exchange, pipeline, path)
     except RankingError as error:
-        exchange.code = error.status
-        exchange.refusal = error.slug
-        return problem(error, exchange.request_id())
+        return exchange.refuse(error)
     except ClientDisconnect:
         exchange.code = CLIENT_GONE
         exchange.refusal = "client-gone"
         metrics.DISCONNECTS.inc()
         return Response(status_code=CLIENT_GONE)  # not sent: the connection is closed
     except Exception as error:
-        return problem(unexpected(error), exchange.request_id())
+        return exchange.refuse(unexpected(error))
     finally:
         pipeline.admission.leave()
         exchange.record()
 
 
-async def rank(exchange: Exchange, pipeline: Pipeline, by_score: bool) -> Response:
+async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) -> Response:
     """Read, parse and rank the request, and render the ranking. Raises RankingError and ClientDisconnect."""
     request = exchange.request
+    dialect = exchange.dialect
     trace = exchange.trace
-    body = await read_admitted(request, pipeline.admission)
-    parsed = exchange.parsed = parse(body, request.headers)
+    body = await read_admitted(request, pipeline.admission, dialect.any_type)
+    incoming = Incoming(body, request.headers, path, pipeline.registry, pipeline.admission.limits)
+    parsed, call = dialect.parse(incoming)
+    parsed = exchange.parsed = with_headers(parsed, request.headers)
     trace.timings.lap("parse")
     ranking = await while_connected(request, pipeline.rank(parsed, trace))
-    response = render(parsed, ranking, by_score, trace.timings)
+    response = dialect.render(parsed, call, ranking, trace.timings)
     trace.timings.lap("serialize")
     exchange.ranking = ranking
     exchange.code = 200
@@ -125,26 +126,27 @@ async def rank(exchange: Exchange, pipeline: Pipeline, by_score: bool) -> Respon
     return response
 
 
-async def read_admitted(request: Request, admission: Admission) -> bytes:
+async def read_admitted(request: Request, admission: Admission, any_type: bool = False) -> bytes:
     """Check the headers, then read and decompress the body.
 
     Raises TooLarge (by the Content-Length, before a byte is read) and the errors of `body.py`.
     """
     limits = admission.limits
-    coding = content_coding(request.headers)
+    coding = content_coding(request.headers, any_type)
     admission.check_content_length(content_length(request.headers))
     return await read_body(request, coding, limits.max_body_bytes, limits.body_timeout_s)
 
 
-def parse(body: bytes, headers: Headers) -> RankRequest:
-    """Parse and check the body. User and id may also come from the headers; without an id, a new one is made.
-
-    Raises NotJson or Invalid.
-    """
+def parse(incoming: Incoming) -> tuple[RankRequest, None]:
+    """Parse and check a native body. Raises NotJson or Invalid."""
     try:
-        parsed = RankRequest.model_validate_json(body)
+        return RankRequest.model_validate_json(incoming.body), None
     except ValidationError as error:
-        raise wrong_request(error, body) from None
+        raise wrong_request(error, incoming.body) from None
+
+
+def with_headers(parsed: RankRequest, headers: Headers) -> RankRequest:
+    """Add user and id, which may also come from the headers; without an id, a new one is made. Raises Invalid."""
     changes: dict[str, Any] = {}
     user = header_text(headers, "x-user-id")
     identifier = header_text(headers, "x-request-id")
@@ -212,10 +214,7 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
     index = ranking.order(request.top_n) if by_score else np.arange(ranking.candidates)
     positions = index.tolist()
     heads = ranking.ranker.manifest.heads
-    milliseconds = {
-        stage: round(timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES if stage != "serialize"
-    }  # `serialize` is still running
-    milliseconds["total"] = round((timings.marked - timings.entered) * 1e3, 3)
+    milliseconds = stage_milliseconds(timings)
     meta = ranking.meta
     content: RankResponse = {
         "id": request.id,
@@ -249,12 +248,26 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
 def render(request: RankRequest, ranking: Ranking, by_score: bool, timings: Timings) -> Response:
     """Render the ranking as JSON."""
     content = response_members(request, ranking, by_score, timings)
-    milliseconds = content["timings_ms"]
-    headers = {
-        "Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items()),
-        "X-Request-ID": content["id"],
-    }
+    headers = response_headers(request, content["timings_ms"])
     return Response(pydantic_core.to_json(content), media_type="application/json", headers=headers)
+
+
+def stage_milliseconds(timings: Timings) -> dict[str, float]:
+    """Return the milliseconds of each stage up to now, and their `total`."""
+    milliseconds = {
+        stage: round(timings.seconds.get(stage, 0.0) * 1e3, 3) for stage in metrics.STAGES if stage != "serialize"
+    }  # `serialize` is still running
+    milliseconds["total"] = round((timings.marked - timings.entered) * 1e3, 3)
+    return milliseconds
+
+
+def response_headers(request: RankRequest, milliseconds: dict[str, float]) -> dict[str, str]:
+    """Return the headers of every answer with a ranking: the stages, and the id of the request."""
+    assert request.id is not None  # set for every request
+    return {
+        "Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in milliseconds.items()),
+        "X-Request-ID": request.id,
+    }
 
 
 def count(endpoint: str, code: int, seconds: float, trace: Trace) -> dict[str, str]:
@@ -288,3 +301,23 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float) -> Non
         metrics.series(metrics.UNKNOWN_ACTIONS, name).inc(ranking.history.unknown_actions)
     for field, values in ranking.unknown_values.items():
         metrics.series(metrics.UNKNOWN_VALUES, name, field).inc(values)
+
+
+RERANK: Dialect[None] = Dialect(
+    path="/rerank",
+    name="rerank",
+    description="Rank the candidates by descending score, cut to `top_n`.",
+    parse=parse,
+    render=lambda request, _, ranking, timings: render(request, ranking, True, timings),
+    render_error=problem,
+    body=RankRequest,
+    answer=RankResponse,
+    responses=PROBLEMS,
+)
+SCORE: Dialect[None] = replace(
+    RERANK,
+    path="/score",
+    name="score",
+    description="Score the candidates as /rerank does, but return them in input order; `top_n` is ignored.",
+    render=lambda request, _, ranking, timings: render(request, ranking, False, timings),
+)
