@@ -154,6 +154,13 @@ class Ranker:
         return self.default_meta if row is None else self.embedded_meta[row]
 
 
+def weight_shares(weights: Float64) -> Float64:
+    """Return the (heads,) weights over the sum of their absolute values: differences of scores are linear in them."""
+    total = sum(map(abs, weights.tolist()))
+    # of a single head: exactly 1, so its probabilities are the scores, without rounding
+    return weights / total if total else weights
+
+
 def weighted_mean(probabilities: Float64, weights: Float64) -> Float64:
     """Return the (N,) scores in [0, 1]: the mean of the heads' probabilities, weighted.
 
@@ -162,10 +169,7 @@ def weighted_mean(probabilities: Float64, weights: Float64) -> Float64:
     A negative weight counts its head's complement, 1 - p, so the score falls as p rises: the order is that of the
     weighted sum. If all weights are 0, all scores are 0.
     """
-    total = sum(map(abs, weights.tolist()))
-    if not total:
-        return np.zeros(len(probabilities))
-    shares = weights / total  # of a single head: exactly 1, so its probabilities are the scores, without rounding
+    shares = weight_shares(weights)
     scores: Float64 = probabilities @ shares
     if weights.min() < 0:
         scores = np.maximum(scores - shares[shares < 0].sum(), 0.0)

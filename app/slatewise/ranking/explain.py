@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slatewise.bundle.features import gap_buckets, time_order
-from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.ranker import Ranker, weight_shares
 from slatewise.inference import batched as model
 from slatewise.inference.arrays import (
     GAP_FIRST,
@@ -88,7 +88,7 @@ def neighbour_count(candidates: int) -> int:
 
 def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
     """Explain the first results, best result first, in chunks. Raises EngineError."""
-    weights = ranked.ranker.score_weights(ranked.request.head_weights)
+    weights = weight_shares(ranked.ranker.score_weights(ranked.request.head_weights))
     order = np.argsort(-(ranked.probabilities @ weights), kind="stable")
     results = min(RESULTS, len(order), ranked.request.top_n or RESULTS)
     positions, times = events_read(ranked.ranker, ranked.request)
