@@ -30,9 +30,9 @@ export function comparison(state, titleOf, hover) {
     if (exit === "input_order") columns = columns.filter((column) => column.exit !== exit);
     show();
     for (const column of columns) {
-      const same = column.exit === exit && column.variant === answer.variant;
+      const same = column.exit === exit && column.variant === answer.variant && !state.explain; // explaining takes time
       try {
-        column.answer = same ? answer : await rerank(bodyOf({ exit: column.exit, variant: column.variant }), signal);
+        column.answer = same ? answer : await rerank(bodyOf({ exit: column.exit, variant: column.variant, explain: false }), signal);
         column.error = null;
       } catch (error) {
         if (error.name === "AbortError") return;

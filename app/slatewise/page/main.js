@@ -37,7 +37,7 @@ const context = { ranker: () => state.ranker, titleOf: (item) => item.fields.tit
 
 // The request
 
-function bodyOf({ exit = state.exit, variant = state.variant, without = null } = {}) {
+function bodyOf({ exit = state.exit, variant = state.variant, without = null, explain = state.explain && !without } = {}) {
   const { history } = state;
   const candidates = state.candidates.filter((candidate) => candidate.key !== without);
   const body = { ranker: state.ranker };
@@ -55,7 +55,7 @@ function bodyOf({ exit = state.exit, variant = state.variant, without = null } =
   if (exit !== "auto") body.exit = exit;
   if (variant !== "auto") body.variant = variant;
   if (state.card.return_fields.length) body.return_fields = state.card.return_fields;
-  if (state.explain) body.explain = true;
+  if (explain) body.explain = true;
   return body;
 }
 
@@ -132,8 +132,10 @@ function whyOf(key) {
   if (!state.explain || state.changed) return "";
   const found = (state.answer.explanations ?? []).find(({ index }) => state.keys[index] === key);
   if (!found) return "";
-  const told = ({ item_ids: ids, places }) => ids.map((id, k) => `${places[k] > 0 ? "▲" : "▼"}${Math.abs(places[k]).toFixed(1)} ${titleOf(id)}`).join(", ");
-  return [["Events", told(found.events)], ["Neighbours", told(found.neighbours)]].filter(([, text]) => text).map(([name, text]) => `${name}: ${text}`).join(". ");
+  const told = ({ item_ids: ids, places }) =>
+    ids.map((id, k) => [places[k], titleOf(id)]).filter(([moved]) => Math.abs(moved) >= 0.05).map(([moved, title]) => `${moved > 0 ? "▲" : "▼"}${Math.abs(moved).toFixed(1)} ${title}`).join(", ");
+  const parts = [["Events", told(found.events)], ["Neighbours", told(found.neighbours)]].filter(([, text]) => text);
+  return parts.map(([name, text]) => `${name}: ${text}`).join(". ") || "No single event or neighbour moves it.";
 }
 state.whyOf = whyOf;
 
