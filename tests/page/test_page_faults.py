@@ -142,9 +142,9 @@ def test_explanations_are_shown_where_the_server_has_them(browser: Browser, both
         asked.append(body.pop("explain", None))
         answer = ask(both, body)
         if asked[-1]:
-            effects = {"item_ids": ["595", HOSTILE], "delta": [0.1, -0.2], "places": [1.25, -2.0]}
+            effects = {"item_ids": ["595", "1", HOSTILE], "delta": [0.1, 0.0, -0.2], "places": [1.25, 0.04, -2.0]}
             none = {"item_ids": [], "delta": [], "places": []}
-            events, neighbours = effects | {"position": [0, 1]}, none | {"index": []}
+            events, neighbours = effects | {"position": [0, 1, 2]}, none | {"index": []}
             best = answer["results"]["index"][0]
             answer["explanations"] = [{"index": best, "events": events, "neighbours": neighbours}]
         route.fulfill(json=answer)

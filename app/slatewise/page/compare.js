@@ -12,7 +12,10 @@ export function comparison(state, titleOf, hover) {
   let asking = null;
   let all = false;
   const toggle = byId("rows");
-  toggle.addEventListener("click", () => { all = !all; show(); });
+  toggle.addEventListener("click", () => {
+    all = !all;
+    show();
+  });
 
   // bodyOf({exit, variant}) is the request on screen with another exit or variant. Requests run one after the other, so
   // that none of them waits for another.
@@ -26,13 +29,22 @@ export function comparison(state, titleOf, hover) {
     columns = [
       ...card.exits.map((name) => ({ group: `exit, by ${variant}`, name, exit: name, variant })),
       ...Object.keys(card.variants).map((name) => ({ group: `variant, at ${exit}`, name, exit, variant: name })),
-    ].slice(0, MOST).map((column, k) => ({ ...column, keys, answer: known[k]?.name === column.name ? known[k].answer : null, stale: true }));
+    ]
+      .slice(0, MOST)
+      .map((column, k) => ({
+        ...column,
+        keys,
+        answer: known[k]?.name === column.name ? known[k].answer : null,
+        stale: true,
+      }));
     if (exit === "input_order") columns = columns.filter((column) => column.exit !== exit);
     show();
     for (const column of columns) {
-      const same = column.exit === exit && column.variant === answer.variant;
+      const same = column.exit === exit && column.variant === answer.variant && !state.explain; // explaining takes time
       try {
-        column.answer = same ? answer : await rerank(bodyOf({ exit: column.exit, variant: column.variant }), signal);
+        column.answer = same
+          ? answer
+          : await rerank(bodyOf({ exit: column.exit, variant: column.variant, explain: false }), signal);
         column.error = null;
       } catch (error) {
         if (error.name === "AbortError") return;
@@ -54,17 +66,38 @@ export function comparison(state, titleOf, hover) {
 
   function head(column) {
     const times = column.answer?.timings_ms;
-    const label = h("th", { scope: "col", "data-exit": column.exit, "data-variant": column.variant, "aria-busy": column.stale ? "true" : null }, column.name);
+    const label = h(
+      "th",
+      {
+        scope: "col",
+        "data-exit": column.exit,
+        "data-variant": column.variant,
+        "aria-busy": column.stale ? "true" : null,
+      },
+      column.name,
+    );
     if (column.error) label.append(h("span", { class: "ms error", title: column.error.detail }, "error"));
     else if (times) {
-      const stages = h("span", { class: "stages", "aria-hidden": "true" }, ...STAGES.map((stage) => {
-        const part = h("i", { class: stage });
-        part.style.setProperty("--share", String(times[stage] ?? 0));
-        return part;
-      }));
+      const stages = h(
+        "span",
+        { class: "stages", "aria-hidden": "true" },
+        ...STAGES.map((stage) => {
+          const part = h("i", { class: stage });
+          part.style.setProperty("--share", String(times[stage] ?? 0));
+          return part;
+        }),
+      );
       const told = STAGES.map((stage) => `${stage} ${times[stage] ?? 0} ms`).join(", ");
       const changed = column.answer.exit === column.exit ? "" : `, answered by ${column.answer.exit}`;
-      label.append(h("span", { class: "ms", title: `${told}; history ${column.answer.history.cache}${changed}` }, milliseconds(times.total), changed ? "*" : ""), stages);
+      label.append(
+        h(
+          "span",
+          { class: "ms", title: `${told}; history ${column.answer.history.cache}${changed}` },
+          milliseconds(times.total),
+          changed ? "*" : "",
+        ),
+        stages,
+      );
     } else label.append(h("span", { class: "ms" }, "…"));
     return label;
   }
@@ -73,7 +106,12 @@ export function comparison(state, titleOf, hover) {
     const at = column.answer ? placesOf(column).get(key) : undefined;
     if (at === undefined) return h("td", {}, "…");
     const move = place - at;
-    const element = h("td", { class: move > 0 ? "up" : move < 0 ? "down" : null, "data-place": at + 1 }, h("span", { class: "n" }, at + 1), moveMark(move) ?? "");
+    const element = h(
+      "td",
+      { class: move > 0 ? "up" : move < 0 ? "down" : null, "data-place": at + 1 },
+      h("span", { class: "n" }, at + 1),
+      moveMark(move) ?? "",
+    );
     element.style.setProperty("--size", String(Math.min(1, Math.abs(move) / 6)));
     return element;
   }
@@ -95,13 +133,37 @@ export function comparison(state, titleOf, hover) {
     toggle.hidden = order.length <= SHOWN;
     toggle.textContent = all ? `First ${SHOWN}` : `All ${order.length}`;
     toggle.setAttribute("aria-expanded", String(all));
-    byId("compare").replaceChildren(h("table", {},
-      h("thead", {},
-        h("tr", {}, h("td", {}), ...groups.map((group) => h("th", { scope: "colgroup", colspan: columns.filter((column) => column.group === group).length }, group))),
-        h("tr", {}, h("th", { scope: "col", class: "first" }, "item"), ...columns.map(head))),
-      h("tbody", {}, ...shown.map((key, place) =>
-        h("tr", { "data-key": key, onpointerenter: () => hover(key), onpointerleave: () => hover(null) },
-          h("th", { scope: "row", title: titleOf(ids.get(key)) }, titleOf(ids.get(key))), ...columns.map((column) => cell(column, key, place)))))));
+    byId("compare").replaceChildren(
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            h("td", {}),
+            ...groups.map((group) =>
+              h("th", { scope: "colgroup", colspan: columns.filter((column) => column.group === group).length }, group),
+            ),
+          ),
+          h("tr", {}, h("th", { scope: "col", class: "first" }, "item"), ...columns.map(head)),
+        ),
+        h(
+          "tbody",
+          {},
+          ...shown.map((key, place) =>
+            h(
+              "tr",
+              { "data-key": key, onpointerenter: () => hover(key), onpointerleave: () => hover(null) },
+              h("th", { scope: "row", title: titleOf(ids.get(key)) }, titleOf(ids.get(key))),
+              ...columns.map((column) => cell(column, key, place)),
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   function stop() {

@@ -5,7 +5,8 @@ const ICONS = {
   drop: "M6 6l12 12M18 6L6 18",
   up: "M12 19V6M6 11l6-6 6 6",
   down: "M12 5v13M6 13l6 6 6-6",
-  without: "M4 4l16 16M9.9 5.6A9.6 9.6 0 0 1 12 5.4c5 0 8.4 4 9.4 6.6a11 11 0 0 1-2.6 3.6M6.3 7.4A11.6 11.6 0 0 0 2.6 12c1 2.6 4.4 6.6 9.4 6.600a9 9 0 0 0 4.3-1.1",
+  without:
+    "M4 4l16 16M9.9 5.6A9.6 9.6 0 0 1 12 5.4c5 0 8.4 4 9.4 6.6a11 11 0 0 1-2.6 3.6M6.3 7.4A11.6 11.6 0 0 0 2.6 12c1 2.6 4.4 6.6 9.4 6.600a9 9 0 0 0 4.3-1.1",
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2v2.5M12 19.5V22M2 12h2.5M19.5 12H22M5 5l1.7 1.7M17.3 17.3L19 19M5 19l1.7-1.7M17.3 6.7L19 5",
   moon: "M20 14.5A8 8 0 0 1 9.5 4a8 8 0 1 0 10.5 10.5z",
 };
@@ -35,7 +36,11 @@ export function icon(name) {
 }
 
 export function iconButton(name, label, onclick, more = {}) {
-  return h("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick, ...more }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon", "aria-label": label, title: label, onclick, ...more },
+    icon(name),
+  );
 }
 
 export function fill(select, values, chosen) {
@@ -76,7 +81,12 @@ export const milliseconds = (value) => `${value < 10 ? value.toFixed(1) : Math.r
 export function moveMark(move, label = "") {
   if (!move) return null;
   const words = `${Math.abs(move)} ${Math.abs(move) === 1 ? "place" : "places"} ${move > 0 ? "up" : "down"}${label}`;
-  return h("span", { class: `move ${move > 0 ? "up" : "down"}`, title: words }, h("span", { "aria-hidden": "true" }, `${move > 0 ? "▲" : "▼"}${Math.abs(move)}`), h("span", { class: "sr" }, words));
+  return h(
+    "span",
+    { class: `move ${move > 0 ? "up" : "down"}`, title: words },
+    h("span", { "aria-hidden": "true" }, `${move > 0 ? "▲" : "▼"}${Math.abs(move)}`),
+    h("span", { class: "sr" }, words),
+  );
 }
 
 export function details(pairs) {

@@ -28,23 +28,47 @@ export function historyList(state, titleOf, changed) {
 
   function chip(event) {
     const title = titleOf(event.id);
-    const actions = h("select", { "aria-label": `Action of ${title}`, onchange: () => { event.action = actions.value || null; changed(); } });
-    const element = h("li", { class: "chip", draggable: "true" },
+    const actions = h("select", {
+      "aria-label": `Action of ${title}`,
+      onchange: () => {
+        event.action = actions.value || null;
+        changed();
+      },
+    });
+    const element = h(
+      "li",
+      { class: "chip", draggable: "true" },
       h("span", { class: "name", title: event.id }, title),
-      iconButton("up", `Move ${title} earlier`, () => move(event, state.history.indexOf(event) - 1), { class: "icon up" }),
-      iconButton("down", `Move ${title} later`, () => move(event, state.history.indexOf(event) + 1), { class: "icon down" }),
+      iconButton("up", `Move ${title} earlier`, () => move(event, state.history.indexOf(event) - 1), {
+        class: "icon up",
+      }),
+      iconButton("down", `Move ${title} later`, () => move(event, state.history.indexOf(event) + 1), {
+        class: "icon down",
+      }),
       state.card.actions.length ? actions : null,
       iconButton("drop", `Drop ${title}`, () => drop(event), { class: "icon drop" }),
     );
     element.addEventListener("keydown", (pressed) => {
       const step = { ArrowUp: -1, ArrowDown: 1 }[pressed.key];
-      if (step && pressed.altKey) { pressed.preventDefault(); move(event, state.history.indexOf(event) + step); }
-      else if (pressed.key === "Delete" && pressed.target.tagName === "BUTTON") { pressed.preventDefault(); drop(event); }
+      if (step && pressed.altKey) {
+        pressed.preventDefault();
+        move(event, state.history.indexOf(event) + step);
+      } else if (pressed.key === "Delete" && pressed.target.tagName === "BUTTON") {
+        pressed.preventDefault();
+        drop(event);
+      }
     });
-    element.addEventListener("dragstart", () => { dragged = event; element.classList.add("dragged"); });
+    element.addEventListener("dragstart", () => {
+      dragged = event;
+      element.classList.add("dragged");
+    });
     element.addEventListener("dragend", () => element.classList.remove("dragged"));
     element.addEventListener("dragover", (over) => over.preventDefault());
-    element.addEventListener("drop", (over) => { over.preventDefault(); if (dragged) move(dragged, state.history.indexOf(event)); dragged = null; });
+    element.addEventListener("drop", (over) => {
+      over.preventDefault();
+      if (dragged) move(dragged, state.history.indexOf(event));
+      dragged = null;
+    });
     return element;
   }
 
@@ -55,14 +79,19 @@ export function historyList(state, titleOf, changed) {
       if (!chips.has(event.key)) chips.set(event.key, chip(event));
       const element = chips.get(event.key);
       const name = element.querySelector(".name");
-      if (name.textContent !== titleOf(event.id)) { chips.set(event.key, chip(event)); }
+      if (name.textContent !== titleOf(event.id)) {
+        chips.set(event.key, chip(event));
+      }
       const select = chips.get(event.key).querySelector("select");
-      if (select && (select.value || null) !== event.action || select?.options.length === 0) {
+      if ((select && (select.value || null) !== event.action) || select?.options.length === 0) {
         const known = [...new Set([...state.card.actions, ...(event.action ? [event.action] : [])])];
         fill(select, [["", "no action"], ...known.map((action) => [action, action])], event.action ?? "");
       }
     }
-    arrange(byId("history"), state.history.map((event) => chips.get(event.key)));
+    arrange(
+      byId("history"),
+      state.history.map((event) => chips.get(event.key)),
+    );
     byId("history-empty").hidden = state.history.length > 0;
     byId("events").textContent = state.history.length;
   };

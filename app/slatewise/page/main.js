@@ -1,63 +1,27 @@
-// The page: its state, the ranking after each change, and the parts that show both.
+// The page: the ranking after each change, the changes that a person can make, and the start.
 
 import * as api from "./api.js";
-import { byId, fill, h, icon, milliseconds } from "./dom.js";
-import { cardList, slateView, withoutText } from "./slate.js";
+import { byId, fill, h, icon } from "./dom.js";
+import { cardList, withoutText } from "./slate.js";
 import { comparison } from "./compare.js";
 import { historyList } from "./history.js";
 import { searchBox } from "./search.js";
 import { showModel, watchLatency } from "./model.js";
 import { curl, python } from "./snippets.js";
+import { bodyOf, candidate, event, fieldsOf, known, state, titleOf } from "./state.js";
+import { announce, facts, hover, showProblem, whyOf } from "./told.js";
 
 const COMPARE_AFTER = 250; // milliseconds without a change until the comparison runs
 
-const state = {
-  ranker: null, card: null, examples: [],
-  user: "", history: [], candidates: [], requestTime: null, exit: "auto", variant: "auto",
-  answer: null, // of the last ranking
-  keys: [], // keys of its candidates, in the order of the request
-  before: new Map(), // key -> place in the answer before
-  without: null, // key of the candidate that is left out
-  changed: null, // the answer without it
-  explain: false,
-};
-const known = new Map(); // id -> fields
-let keys = 0;
 let ranking = null; // AbortController of the ranking in flight
 let comparing = 0; // timer
 let language = "curl";
 
-const titleOf = (id) => known.get(id)?.title || id;
-const fieldsOf = (id) => known.get(id) ?? {};
 const list = historyList(state, titleOf, changed);
-const cards = cardList(state, titleOf, fieldsOf, { drop: dropCandidate, toggle: toggleWithout, hover });
+const cards = cardList(state, { titleOf, fieldsOf, whyOf }, { drop: dropCandidate, toggle: toggleWithout, hover });
 const compare = comparison(state, titleOf, hover);
 const readLatency = watchLatency(() => state.ranker);
 const context = { ranker: () => state.ranker, titleOf: (item) => item.fields.title || item.id };
-
-// The request
-
-function bodyOf({ exit = state.exit, variant = state.variant, without = null } = {}) {
-  const { history } = state;
-  const candidates = state.candidates.filter((candidate) => candidate.key !== without);
-  const body = { ranker: state.ranker };
-  if (state.user) body.user = state.user;
-  if (history.length) {
-    body.history = { item_ids: history.map((event) => event.id) };
-    if (history.some((event) => event.action)) body.history.actions = history.map((event) => event.action);
-    if (history.some((event) => event.time !== null)) body.history.timestamps = history.map((event) => event.time);
-  }
-  body.candidates = { item_ids: candidates.map((candidate) => candidate.id) };
-  const features = state.card.features.filter((name) => candidates.some((candidate) => name in candidate.features));
-  if (features.length)
-    body.candidates.features = Object.fromEntries(features.map((name) => [name, candidates.map((candidate) => candidate.features[name] ?? null)]));
-  if (state.requestTime !== null) body.request_time = state.requestTime;
-  if (exit !== "auto") body.exit = exit;
-  if (variant !== "auto") body.variant = variant;
-  if (state.card.return_fields.length) body.return_fields = state.card.return_fields;
-  if (state.explain) body.explain = true;
-  return body;
-}
 
 // After each change of the user, the history, the candidates or the options.
 async function changed() {
@@ -80,7 +44,8 @@ async function changed() {
     const sent = state.candidates.map((candidate) => candidate.key);
     if (!sent.includes(state.without)) state.without = null;
     const answer = await api.rerank(bodyOf(), signal);
-    const without = state.without && sent.length > 1 ? await api.rerank(bodyOf({ without: state.without }), signal) : null;
+    const without =
+      state.without && sent.length > 1 ? await api.rerank(bodyOf({ without: state.without }), signal) : null;
     const before = state.answer ? new Map(state.answer.results.index.map((at, k) => [state.keys[at], k])) : new Map();
     Object.assign(state, { answer, keys: sent, before, changed: without });
     if (!without) state.without = null;
@@ -96,7 +61,10 @@ async function changed() {
 
 function learn(answer) {
   const columns = answer.results.fields;
-  if (columns) answer.results.item_ids.forEach((id, k) => known.set(id, Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column[k]]))));
+  if (columns)
+    answer.results.item_ids.forEach((id, k) =>
+      known.set(id, Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column[k]]))),
+    );
 }
 
 // What is shown
@@ -109,57 +77,18 @@ function showAnswer() {
   note.hidden = !state.changed;
   if (state.changed) {
     const text = withoutText(state, titleOf);
-    note.replaceChildren(h("span", {}, text), h("button", { type: "button", class: "quiet", onclick: () => toggleWithout(state.without) }, "Put it back"));
+    note.replaceChildren(
+      h("span", {}, text),
+      h("button", { type: "button", class: "quiet", onclick: () => toggleWithout(state.without) }, "Put it back"),
+    );
   }
   announce();
-}
-
-function facts({ exit, variant, history, meta_embedding: meta, degraded, timings_ms: times, version }) {
-  const tag = (text, title, kind = "") => h("span", { class: `tag ${kind}`, title }, text);
-  byId("facts").replaceChildren(
-    ...degraded.map((reason) => tag(`degraded: ${reason}`, "The answer is cheaper than was asked for", "warn")),
-    tag(`exit ${exit}`, "The exit that answered"), tag(variant ?? "no model", "The variant that answered"),
-    tag(milliseconds(times.total), Object.entries(times).map(([stage, value]) => `${stage} ${value} ms`).join(", "), "strong"),
-    tag(`history ${history.used}${history.source && history.source !== "request" ? ` ${history.source}` : ""}, ${history.cache}`, `${history.used} events read, ${history.dropped} too old, ${history.unknown} with an unknown item; cache: ${history.cache}`),
-    history.unknown_actions ? tag(`unknown actions ${history.unknown_actions}`, "Events whose action the ranker does not know", "warn") : "",
-    tag(`user vector ${meta.status}`, `Meta-embedding of the user: ${meta.status}${meta.version === null ? "" : `, version ${meta.version}`}`, meta.status === "error" ? "warn" : ""),
-    tag(`v${version}`, "Version of the ranker"),
-  );
-}
-
-// The events and neighbours that moved a result most, from `explanations`; empty if the server sent none.
-function whyOf(key) {
-  if (!state.explain || state.changed) return "";
-  const found = (state.answer.explanations ?? []).find(({ index }) => state.keys[index] === key);
-  if (!found) return "";
-  const told = ({ item_ids: ids, places }) => ids.map((id, k) => `${places[k] > 0 ? "▲" : "▼"}${Math.abs(places[k]).toFixed(1)} ${titleOf(id)}`).join(", ");
-  return [["Events", told(found.events)], ["Neighbours", told(found.neighbours)]].filter(([, text]) => text).map(([name, text]) => `${name}: ${text}`).join(". ");
-}
-state.whyOf = whyOf;
-
-function announce() {
-  const view = slateView(state);
-  const ids = new Map(state.candidates.map((candidate) => [candidate.key, candidate.id]));
-  const first = view.rows.filter((row) => !row.ghost).slice(0, 3).map((row) => `${row.place} ${titleOf(ids.get(row.key))}`);
-  const moved = view.rows.filter((row) => row.move).length;
-  byId("announce").textContent = `New order: ${first.join(", ")}. ${moved} moved. ${state.changed ? byId("without").firstChild.textContent : ""}`;
-}
-
-function showProblem(error) {
-  const place = byId("problem");
-  place.hidden = !error;
-  if (!error) return;
-  const where = (error.faults ?? []).filter((fault) => fault && !String(error.detail).includes(fault.pointer)).map((fault) => h("li", {}, `${fault.pointer} ${fault.detail}`));
-  place.replaceChildren(
-    h("strong", {}, error.status ? `${error.title} (${error.status})` : error.title ?? "Error"), h("p", {}, error.detail ?? error.message),
-    ...(where.length ? [h("ul", {}, ...where)] : []), h("button", { type: "button", onclick: changed }, "Try again"),
-  );
 }
 
 function failed(error) {
   if (error.status === 401) return askForKey(error);
   if (!(error instanceof api.ApiError)) console.error(error);
-  showProblem(error);
+  showProblem(error, changed);
   compare.stop();
 }
 
@@ -170,40 +99,41 @@ function showCode() {
   byId("copy").disabled = empty;
 }
 
-function hover(key) {
-  const ids = new Map(state.candidates.map((candidate) => [candidate.key, candidate.id]));
-  for (const element of document.querySelectorAll(".hovered")) element.classList.remove("hovered");
-  if (key === null) return;
-  document.querySelector(`#compare [data-key="${key}"]`)?.classList.add("hovered");
-  for (const element of document.querySelectorAll("#cards > .card")) if (element.dataset.id === ids.get(key)) element.classList.add("hovered");
-}
-
 // Changes
-
-const event = (id, action, time) => ({ key: `event-${++keys}`, id, action: action ?? null, time: time ?? null });
-const candidate = (id, features = {}) => ({ key: `candidate-${++keys}`, id, features });
 
 async function loadExample(body) {
   const { item_ids: ids = [], actions, timestamps } = body.history ?? {};
   const columns = Object.entries(body.candidates.features ?? {});
   Object.assign(state, {
-    user: body.user ?? "", requestTime: body.request_time ?? null, without: null, changed: null, answer: null, keys: [],
+    user: body.user ?? "",
+    requestTime: body.request_time ?? null,
+    without: null,
+    changed: null,
+    answer: null,
+    keys: [],
     history: ids.map((id, k) => event(String(id), actions?.[k], timestamps?.[k])),
-    candidates: body.candidates.item_ids.map((id, k) => candidate(String(id), Object.fromEntries(columns.map(([name, column]) => [name, column[k]])))),
+    candidates: body.candidates.item_ids.map((id, k) =>
+      candidate(String(id), Object.fromEntries(columns.map(([name, column]) => [name, column[k]]))),
+    ),
   });
   byId("new-action").value = state.history.at(-1)?.action ?? "";
   byId("user").value = state.user;
   byId("demo").value = String(state.examples.indexOf(body));
   userNote();
   const missing = [...new Set(state.history.map((each) => each.id))].filter((id) => !known.has(id));
-  if (missing.length && state.card.return_fields.length) for (const item of await api.items(state.ranker, missing)) known.set(item.id, item.fields);
+  if (missing.length && state.card.return_fields.length)
+    for (const item of await api.items(state.ranker, missing)) known.set(item.id, item.fields);
   await changed();
   byId("history").scrollTop = byId("history").scrollHeight;
 }
 
 function userNote() {
   const isDemo = state.examples.some((body) => body.user === state.user);
-  byId("user-note").textContent = isDemo ? "" : state.user ? "Not a demo user: the history starts empty." : "Without a user: no user vector, and no cache of the history.";
+  byId("user-note").textContent = isDemo
+    ? ""
+    : state.user
+      ? "Not a demo user: the history starts empty."
+      : "Without a user: no user vector, and no cache of the history.";
 }
 
 function setUser(user) {
@@ -227,7 +157,12 @@ function addEvent(id, item) {
 
 function addCandidate(id, item) {
   if (!known.has(id)) known.set(id, item.fields);
-  const told = state.examples.flatMap((body) => { const k = body.candidates.item_ids.indexOf(id); return k < 0 ? [] : [Object.fromEntries(Object.entries(body.candidates.features ?? {}).map(([name, column]) => [name, column[k]]))]; });
+  const told = state.examples.flatMap((body) => {
+    const k = body.candidates.item_ids.indexOf(id);
+    return k < 0
+      ? []
+      : [Object.fromEntries(Object.entries(body.candidates.features ?? {}).map(([name, column]) => [name, column[k]]))];
+  });
   state.candidates.push(candidate(id, told[0]));
   changed();
 }
@@ -271,7 +206,11 @@ async function start() {
   try {
     const models = await api.listModels();
     const asked = new URLSearchParams(location.search).get("ranker");
-    fill(byId("ranker"), models.map(({ name }) => [name, name]), models.some(({ name }) => name === asked) ? asked : models[0]?.name);
+    fill(
+      byId("ranker"),
+      models.map(({ name }) => [name, name]),
+      models.some(({ name }) => name === asked) ? asked : models[0]?.name,
+    );
     byId("ranker").disabled = models.length < 2;
     await loadRanker(byId("ranker").value);
   } catch (error) {
@@ -284,15 +223,33 @@ async function loadRanker(name) {
   const [card, examples] = await Promise.all([api.modelCard(name), api.examples(name)]);
   known.clear();
   Object.assign(state, { ranker: name, card, examples, exit: "auto", variant: "auto", explain: false });
-  fill(byId("demo"), [...examples.map((body, k) => [String(k), `${body.user ?? "no user"} (${body.history?.item_ids?.length ?? 0})`]), ["-1", "another"]], "0");
+  fill(
+    byId("demo"),
+    [
+      ...examples.map((body, k) => [String(k), `${body.user ?? "no user"} (${body.history?.item_ids?.length ?? 0})`]),
+      ["-1", "another"],
+    ],
+    "0",
+  );
   fill(byId("exit"), [["auto", `auto (${card.default_exit})`], ...card.exits.map((exit) => [exit, exit])], "auto");
-  fill(byId("variant"), [["auto", `auto (${card.default_variant})`], ...Object.keys(card.variants).map((variant) => [variant, variant])], "auto");
-  fill(byId("new-action"), [["", "no action"], ...card.actions.map((action) => [action, action])], card.actions[0] ?? "");
+  fill(
+    byId("variant"),
+    [["auto", `auto (${card.default_variant})`], ...Object.keys(card.variants).map((variant) => [variant, variant])],
+    "auto",
+  );
+  fill(
+    byId("new-action"),
+    [["", "no action"], ...card.actions.map((action) => [action, action])],
+    card.actions[0] ?? "",
+  );
   byId("new-action").hidden = !card.actions.length;
   byId("main").hidden = false;
   showModel(card);
   readLatency();
-  api.takesExplain().then((taken) => (byId("explain").hidden = !taken), () => {});
+  api.takesExplain().then(
+    (taken) => (byId("explain").hidden = !taken),
+    () => {},
+  );
   await loadExample(examples[0]);
   readLatency();
 }
@@ -300,7 +257,10 @@ async function loadRanker(name) {
 function notice(error) {
   const place = byId("notice");
   place.hidden = false;
-  place.replaceChildren(h("p", {}, h("strong", {}, error.title ?? "Error"), ` ${error.detail ?? error.message}`), h("button", { type: "button", onclick: start }, "Try again"));
+  place.replaceChildren(
+    h("p", {}, h("strong", {}, error.title ?? "Error"), ` ${error.detail ?? error.message}`),
+    h("button", { type: "button", onclick: start }, "Try again"),
+  );
 }
 
 function askForKey(error) {
@@ -326,17 +286,39 @@ function wire() {
   byId("history-search").replaceWith(searchBox("Add an event: title or id", context, addEvent));
   byId("candidate-search").replaceWith(searchBox("Add a candidate: title or id", context, addCandidate));
   byId("ranker").onchange = () => loadRanker(byId("ranker").value).catch(notice);
-  byId("demo").onchange = () => (byId("demo").value === "-1" ? byId("user").focus() : loadExample(state.examples[Number(byId("demo").value)]).catch(failed));
+  byId("demo").onchange = () =>
+    byId("demo").value === "-1"
+      ? byId("user").focus()
+      : loadExample(state.examples[Number(byId("demo").value)]).catch(failed);
   byId("user").onchange = () => setUser(byId("user").value.trim());
   byId("reset").onclick = () => loadExample(state.examples[Math.max(0, Number(byId("demo").value))]).catch(failed);
-  byId("clear").onclick = () => { state.history = []; changed(); };
-  for (const name of ["exit", "variant"]) byId(name).onchange = () => { state[name] = byId(name).value; changed(); };
-  byId("explain").onclick = () => { state.explain = !state.explain; byId("explain").setAttribute("aria-pressed", String(state.explain)); changed(); };
-  byId("key-form").onsubmit = (submitted) => { submitted.preventDefault(); api.setKey(byId("key").value.trim()); byId("key").value = ""; start(); };
+  byId("clear").onclick = () => {
+    state.history = [];
+    changed();
+  };
+  for (const name of ["exit", "variant"])
+    byId(name).onchange = () => {
+      state[name] = byId(name).value;
+      changed();
+    };
+  byId("explain").onclick = () => {
+    state.explain = !state.explain;
+    byId("explain").setAttribute("aria-pressed", String(state.explain));
+    changed();
+  };
+  byId("key-form").onsubmit = (submitted) => {
+    submitted.preventDefault();
+    api.setKey(byId("key").value.trim());
+    byId("key").value = "";
+    start();
+  };
   const tabs = ["curl", "python"];
   const choose = (name) => {
     language = name;
-    for (const each of tabs) { byId(`tab-${each}`).setAttribute("aria-selected", String(each === name)); byId(`tab-${each}`).tabIndex = each === name ? 0 : -1; }
+    for (const each of tabs) {
+      byId(`tab-${each}`).setAttribute("aria-selected", String(each === name));
+      byId(`tab-${each}`).tabIndex = each === name ? 0 : -1;
+    }
     byId("code").setAttribute("aria-labelledby", `tab-${name}`);
     showCode();
   };
@@ -350,7 +332,10 @@ function wire() {
     };
   }
   byId("copy").onclick = async () => {
-    const copied = await navigator.clipboard?.writeText(byId("code").textContent).then(() => true, () => false);
+    const copied = await navigator.clipboard?.writeText(byId("code").textContent).then(
+      () => true,
+      () => false,
+    );
     if (!copied) getSelection().selectAllChildren(byId("code")); // no clipboard without HTTPS: the text is selected instead
     byId("copy").textContent = copied ? "Copied" : "Selected";
     setTimeout(() => (byId("copy").textContent = "Copy"), 1500);

@@ -13,8 +13,17 @@ export function searchBox(label, context, onpick) {
   let waiting = 0;
   let asking = null;
   const input = h("input", {
-    id: name, type: "text", role: "combobox", placeholder: label, "aria-label": label, "aria-autocomplete": "list", "aria-expanded": "false",
-    "aria-controls": `${name}-list`, autocomplete: "off", spellcheck: "false", maxlength: "256",
+    id: name,
+    type: "text",
+    role: "combobox",
+    placeholder: label,
+    "aria-label": label,
+    "aria-autocomplete": "list",
+    "aria-expanded": "false",
+    "aria-controls": `${name}-list`,
+    autocomplete: "off",
+    spellcheck: "false",
+    maxlength: "256",
   });
   const list = h("ul", { id: `${name}-list`, role: "listbox", "aria-label": "Items found", hidden: true });
 
@@ -23,10 +32,20 @@ export function searchBox(label, context, onpick) {
     active = found.length ? 0 : -1;
     list.replaceChildren(
       ...found.map((item, k) =>
-        h("li", {
-          id: `${name}-${k}`, role: "option", "aria-selected": "false",
-          onpointerdown: (event) => { event.preventDefault(); pick(k); },
-        }, item.typed ? `Add the id ${item.id}` : h("span", {}, context.titleOf(item)), item.typed ? null : h("small", {}, item.id)),
+        h(
+          "li",
+          {
+            id: `${name}-${k}`,
+            role: "option",
+            "aria-selected": "false",
+            onpointerdown: (event) => {
+              event.preventDefault();
+              pick(k);
+            },
+          },
+          item.typed ? `Add the id ${item.id}` : h("span", {}, context.titleOf(item)),
+          item.typed ? null : h("small", {}, item.id),
+        ),
       ),
     );
     list.hidden = found.length === 0;

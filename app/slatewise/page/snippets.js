@@ -14,7 +14,9 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 // One member a line.
 function json(body) {
-  return `{\n${Object.entries(body).map(([name, value]) => ` ${JSON.stringify(name)}: ${spaced(value, literal)}`).join(",\n")}\n}`;
+  return `{\n${Object.entries(body)
+    .map(([name, value]) => ` ${JSON.stringify(name)}: ${spaced(value, literal)}`)
+    .join(",\n")}\n}`;
 }
 
 export function python(body) {
@@ -26,7 +28,9 @@ export function python(body) {
 function spaced(value, write) {
   if (Array.isArray(value)) return `[${value.map((each) => spaced(each, write)).join(", ")}]`;
   if (value !== null && typeof value === "object")
-    return `{${Object.entries(value).map(([name, each]) => `${write(name)}: ${spaced(each, write)}`).join(", ")}}`;
+    return `{${Object.entries(value)
+      .map(([name, each]) => `${write(name)}: ${spaced(each, write)}`)
+      .join(", ")}}`;
   return write(value);
 }
 
