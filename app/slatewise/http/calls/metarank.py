@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, SkipValidation, TypeAdapter, ValidationError, with_config
@@ -102,7 +103,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
         user=sent.session if sent.user is None else sent.user,
         request_time=None if sent.timestamp is None else seconds(sent.timestamp),
     )
-    if not any("fields" in item for item in items):
+    if set(map(len, items)) == {1} or not any("fields" in item for item in items):
         return request, {}
     columns = columns_of(items, ranker)
     try:
@@ -130,7 +131,7 @@ def read(body: bytes) -> MetarankRequest:
 def ids_of(items: list[MetarankItem]) -> list[str]:
     """Check the items and return their ids. Raises Invalid."""
     try:
-        ids = [item["id"] for item in items]
+        ids = list(map(itemgetter("id"), items))
     except (KeyError, TypeError):
         right = [isinstance(item, dict) and "id" in item for item in items]
         raise Invalid.at(f"/items/{right.index(False)}", "must be an object with `id`") from None
