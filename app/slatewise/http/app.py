@@ -19,7 +19,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import VERSION
-from slatewise.http import health, models
+from slatewise.events.writer import EventWriter
+from slatewise.http import events, health, models
 from slatewise.http.auth import RequireKey
 from slatewise.http.capture import open_capture
 from slatewise.http.problems import HANDLERS, PROBLEMS
@@ -37,8 +38,12 @@ HOT_ROUTES: dict[tuple[str, str], Handler] = {
 }
 
 
-def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
-    """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
+def create_app(
+    settings: Settings,
+    open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]],
+    open_events: Callable[[Pipeline], AbstractAsyncContextManager[EventWriter]],
+) -> FastAPI:
+    """Build the application. It opens pipeline and writer of events when it starts, and closes them when it ends."""
     middleware = [  # outermost first
         Middleware(RequireKey, keys=settings.keys(), counted=HOT_ROUTES.keys()),
         Middleware(HotRoutes, table=HOT_ROUTES),  # last, because hot routes bypass the layers after it
@@ -53,7 +58,9 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
                 key = settings.capture_key.get_secret_value().encode()
                 capture = open_capture(Path(settings.capture_file), most_bytes, settings.capture_share, key)
                 app.state.capture = stack.enter_context(capture)
-            app.state.pipeline = await stack.enter_async_context(open_pipeline())
+            pipeline = await stack.enter_async_context(open_pipeline())
+            app.state.events = await stack.enter_async_context(open_events(pipeline))
+            app.state.pipeline = pipeline
             yield
             app.state.pipeline = None
 
@@ -70,9 +77,12 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
     app.state.pipeline = None
     app.state.draining = False
     app.state.capture = None
+    app.state.max_events = settings.max_events
     app.include_router(health.routes)
     app.include_router(models.routes)
+    app.include_router(events.routes)
     document_hot_routes(app)
+    events.document_events(app)
     return app
 
 

@@ -17,10 +17,13 @@ WINDOW_BITS = {"gzip": 31, "deflate": 15}
 MOST_DIGITS = 18  # of a Content-Length; int() refuses very long numbers
 
 
-def content_coding(headers: Headers) -> str:
-    """Return the content coding: identity, gzip or deflate. Raises UnsupportedType, also for other types than JSON."""
+def content_coding(headers: Headers, any_type: bool = False) -> str:
+    """Return the content coding: identity, gzip or deflate.
+
+    Raises UnsupportedType, also for other types than JSON unless `any_type` is set.
+    """
     kind = headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
+    if not any_type and kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedType("the body must be application/json")
     coding = headers.get("content-encoding", "identity").strip().lower() or "identity"
     if coding != "identity" and coding not in WINDOW_BITS:

@@ -1,12 +1,13 @@
 """Ranks one parsed request: `Pipeline.rank`. Knows nothing of HTTP.
 
-Called by: `http/rank.py`. Calls: `validation.py`, `admission.py`, `registry.py`, `history_cache.py`, `store/lookup.py`,
-and `inference/engine.py` in chunks on the threads of `inference/workers.py`.
+Called by: `http/rank.py`, `ahead.py`. Calls: `given.py`, `validation.py`, `admission.py`, `registry.py`,
+`history_cache.py`, `store/lookup.py`, and `inference/engine.py` in chunks on the threads of `inference/workers.py`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -16,10 +17,12 @@ from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import RankingError
+from slatewise.events.histories import Histories
 from slatewise.inference.arrays import UNKNOWN_ITEM, Candidates, Float32, Float64, History, Int64, KeptState, join
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
 from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.given import Given, with_history
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
@@ -82,6 +85,7 @@ class Plan:
     deadline: Deadline
     dropped: int  # oldest events, which the model skips
     tokens: int
+    given: Given
 
     @property
     def engine(self) -> Engine:
@@ -122,6 +126,7 @@ class Pipeline:
         workers: Workers,
         admission: Admission,
         *,
+        histories: Histories | None = None,
         pack_history: bool = False,
     ) -> None:
         self.registry = registry
@@ -129,6 +134,7 @@ class Pipeline:
         self.cache = cache
         self.workers = workers
         self.admission = admission
+        self.histories = histories
         self.pack_history = pack_history
 
     async def rank(self, request: RankRequest, trace: Trace) -> Ranking:
@@ -137,10 +143,14 @@ class Pipeline:
         Raises NotFound, Invalid, OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
         """
         ranker = trace.ranker = self.registry.resolve(request.ranker)
-        plan = self.plan(request, ranker, trace.timings.entered)
+        given = await self.with_history(request, ranker, trace.timings)
+        request = given.request
+        plan = self.plan(given, ranker, trace.timings.entered)
         n = len(request.candidates.item_ids)
-        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, "none"))
+        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, "none", given.source))
         degraded = set(plan.admitted.degraded)
+        if given.fault:
+            degraded.add("store_error")
         if plan.admitted.exit == "input_order":
             unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
@@ -176,14 +186,19 @@ class Pipeline:
         ids, values = tuple(unknown.positions.tolist()), unknown.field_values
         return Ranking(ranker, n, scored, ids, values, progress.history, meta, frozenset(degraded))
 
-    def plan(self, request: RankRequest, ranker: Ranker, entered: float) -> Plan:
+    async def with_history(self, request: RankRequest, ranker: Ranker, timings: Timings) -> Given:
+        """As `given.with_history`, with the parts of this pipeline."""
+        return await with_history(request, ranker, timings, self.histories, self.store, self.admission)
+
+    def plan(self, given: Given, ranker: Ranker, entered: float) -> Plan:
         """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
+        request = given.request
         variant, wanted = choose(request, ranker, self.admission.limits)
         dropped = ranker.window_start(request)
         tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
         deadline = self.admission.deadline(request.deadline_ms, entered)
         admitted = self.admission.admit(wanted, tokens, deadline, request.allow_degraded)
-        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens)
+        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens, given)
 
     async def score_until_deadline(
         self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
@@ -195,8 +210,7 @@ class Pipeline:
         self.admission.begin_work(plan.tokens)
         try:
             async with plan.deadline.timeout():
-                user = plan.meta_user
-                look_up = None if user is None else self.store.look_up(plan.ranker, user)  # the look-up starts here
+                look_up = self.begin_look_up(plan)
                 reuse = self.find_cached(plan, history)
                 progress.history = replace(progress.history, cache=reuse.result)
                 state = await self.encode(plan, history, reuse, timings)
@@ -212,6 +226,11 @@ class Pipeline:
                 await self.run(cascade, "score", plan.request.priority, timings)
         finally:
             self.admission.end_work(plan.tokens)
+
+    def begin_look_up(self, plan: Plan) -> Awaitable[MetaEmbedding] | None:
+        """Start to look the user up, unless that was done with the stored history."""
+        user = plan.meta_user
+        return plan.given.look_up or (None if user is None else self.store.look_up(plan.ranker, user))
 
     async def run(self, chunks: Chunks[T], stage: str, priority: int, timings: Timings) -> T:
         """Run the generator in a worker thread and return its value. The wait for a thread counts as `queue`."""
@@ -241,6 +260,7 @@ class Pipeline:
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state
         base = engine.start if reuse.state is None else reuse.state
+        deletions = self.cache.deletions
         job: Job[KeptState] | None = None  # stays `None` if another request already encodes the same events
 
         def submit() -> Job[KeptState]:
@@ -252,8 +272,15 @@ class Pipeline:
             state = await self.cache.once(plan.cache_key, history, submit)
         finally:
             timings.lap("encode", 0.0 if job is None else job.queued)
-        self.cache.put(plan.cache_key, Entry(history, state))
+        if deletions == self.cache.deletions:
+            self.cache.put(plan.cache_key, Entry(history, state))
         return state
+
+    def forget(self, user: str | None) -> None:
+        """Drop the kept states of a deleted user, or with `None` those of all users."""
+        versions = [(ranker.name, ranker.manifest.version, ranker.engines) for ranker in self.registry.serving()]
+        keys = [(name, version, variant, user) for name, version, variants in versions for variant in variants]
+        self.cache.forget(None if user is None else keys)
 
 
 def weigh(plan: Plan, best: StageScores) -> Scored:
