@@ -1,7 +1,7 @@
 """Appends events to a folder of Parquet files, which the commands of `slatewise_train` read as they are.
 
-    events-<time>-<number>.parquet      whole files: written under another name, and renamed
-    .journal-<time>-<number>.jsonl      the events since the last file; one line is a batch, as columns
+    events-<time>-<random>.parquet      whole files: written under another name, and renamed
+    .journal-<time>-<random>.jsonl      the events since the last file; one line is a batch, as columns
 
 An event is in the journal before its request is answered, so the end of the process loses none. At its end, and when
 the journal is old or large enough, it becomes a Parquet file. The journal of a process that was killed becomes one when
@@ -19,9 +19,11 @@ import importlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +50,6 @@ class Tap:
         self.most_bytes = most_bytes
         self.journal: IO[bytes] | None = None
         self.began = 0.0  # time.monotonic() of the first event in the journal
-        self.number = 0
         self.appender = ThreadPoolExecutor(1, "slatewise-journal")
         self.converter = ThreadPoolExecutor(1, "slatewise-tap")  # so that no answer waits for a file
 
@@ -91,13 +92,11 @@ class Tap:
             self.rotate()  # no line follows one that may be incomplete
         self.rotate_if_due()
 
-    def new_name(self) -> str:
-        self.number += 1
-        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{self.number}"
-
     def new_journal(self) -> IO[bytes]:
         """Open a journal and lock it. It has no buffer: what is written survives the process."""
-        file = open(self.folder / f".journal-{self.new_name()}.jsonl", "xb", buffering=0)  # noqa: SIM115 - kept open
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        name = f".journal-{now}-{secrets.token_hex(4)}.jsonl"  # containers that share the folder have equal process ids
+        file = open(self.folder / name, "xb", buffering=0)  # noqa: SIM115 - kept open
         fcntl.flock(file, fcntl.LOCK_EX)
         return file
 

@@ -21,7 +21,7 @@ from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
 from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.health import ready_pipeline
-from slatewise.http.problems import PROBLEMS, schema_error
+from slatewise.http.problems import PROBLEMS, header_request_id, problem, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.schemas import EncodeRequest, EncodeResponse, User
@@ -124,13 +124,11 @@ async def post_events(request: Request) -> Response:
         if not is_aws:
             raise
         name = AWS_ERRORS.get(error.status, "InvalidInputException")
-        status = error.status if error.status in AWS_ERRORS else 400
-        return Response(
-            pydantic_core.to_json({"message": error.detail}),
-            status,
-            {"x-amzn-ErrorType": name} | error.headers,
-            media_type="application/json",
-        )
+        if error.status not in AWS_ERRORS:
+            error.status = 400
+        response = problem(error, header_request_id(request.headers))  # AWS clients read `message`
+        response.headers["x-amzn-ErrorType"] = name
+        return response
     if is_aws:
         return Response(status_code=200)
     return Response(counts.model_dump_json(), 202, media_type="application/json")
