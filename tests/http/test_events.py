@@ -169,6 +169,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"user": "u", "item_id": ""}, "/item_id"),
     ({"user": "u", "item_id": "i", "timestamp": 1_700_000_000_000}, "/timestamp"),
     ({"user": "u", "item_id": "i", "timestamp": 9e9}, "/timestamp"),
+    ({"user": "u", "item_id": "i", "timestamp": 10**400}, "/timestamp"),
+    ({"user": 10**400, "item_id": "i"}, "/user"),
     ({"user": "u", "item_id": "i", "timestamp": "now"}, "/timestamp"),
     ({"user": "u", "item_id": "i", "action": 5}, "/action"),
     ({"user": "u", "item_id": "i", "request_id": "a b"}, "/request_id"),
@@ -289,6 +291,9 @@ def test_metarank_feedback_is_taken(server: httpx.Client, example: dict[str, Any
         ({"event": "interaction", "id": "1", "item": "1", "type": "t"}, "/0/user"),
         ({"event": "interaction", "id": "1", "user": "u"}, "/0/item"),
         ({"event": "interaction", "timestamp": "yesterday", "user": "u", "item": "1", "type": "t"}, "/0/timestamp"),
+        ({"event": "interaction", "timestamp": 10**400, "user": "u", "item": "1", "type": "t"}, "/0/timestamp"),
+        ({"event": "interaction", "timestamp": "9" * 400, "user": "u", "item": "1", "type": "t"}, "/0/timestamp"),
+        ({"event": "interaction", "timestamp": True, "user": "u", "item": "1", "type": "t"}, "/0/timestamp"),
     ],
 )
 def test_wrong_feedback_is_refused(client: httpx.Client, body: dict[str, Any], pointer: str) -> None:

@@ -1,6 +1,6 @@
 """Events as clients of other services send them: PutEvents of Amazon Personalize, and the feedback of Metarank.
 
-Unknown members are ignored. The last part of the file has the parts of both that become an `Event`.
+Unknown members are ignored.
 Called by: `http/events.py`. Calls: `event.py`.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from slatewise.errors import Invalid, pointer
 from slatewise.events.event import SHOWN, Event
@@ -54,7 +54,16 @@ def metarank_seconds(value: Any) -> Any:
             return int(value) / 1000 if len(value) < 20 else value
         moment = datetime.fromisoformat(value)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return value / 1000 if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return value / 1000 if abs(value) < 1e18 else value  # a larger integer may be no float
+
+
+MetarankTime = Annotated[
+    UnixSeconds,
+    BeforeValidator(metarank_seconds),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}], "description": "Milliseconds, or ISO 8601."}),
+]
 
 
 class Shown(Lenient):
@@ -66,7 +75,7 @@ class Feedback(Lenient):
 
     event: Literal["item", "user", "ranking", "interaction"]
     id: RequestId | None = None
-    timestamp: Annotated[UnixSeconds, BeforeValidator(metarank_seconds)] | None = None
+    timestamp: MetarankTime | None = None
     user: ForeignId | None = None
     session: ForeignId | None = None
     item: ForeignId | None = None

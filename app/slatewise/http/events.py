@@ -21,7 +21,7 @@ from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
 from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.health import ready_pipeline
-from slatewise.http.problems import PROBLEMS, header_request_id, problem, schema_error
+from slatewise.http.problems import PROBLEMS, on_ranking_error, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.schemas import EncodeRequest, EncodeResponse, User
@@ -38,9 +38,11 @@ FAULTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def body_of(*models: type[BaseModel]) -> dict[str, Any]:
+def body_of(*models: type[BaseModel], or_list: bool = False) -> dict[str, Any]:
     """Describe a body that the endpoint parses itself, for the OpenAPI document."""
-    refs = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
+    refs: list[dict[str, Any]] = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
+    if or_list:
+        refs.append({"type": "array", "items": refs[0]})
     schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -126,7 +128,7 @@ async def post_events(request: Request) -> Response:
         name = AWS_ERRORS.get(error.status, "InvalidInputException")
         if error.status not in AWS_ERRORS:
             error.status = 400
-        response = problem(error, header_request_id(request.headers))  # AWS clients read `message`
+        response = await on_ranking_error(request, error)  # AWS clients read `message`
         response.headers["x-amzn-ErrorType"] = name
         return response
     if is_aws:
@@ -159,7 +161,7 @@ async def put_events(request: Request, content: Any, writer: EventWriter) -> Eve
     "/feedback",
     response_model=FeedbackAnswer,
     responses=FAULTS,
-    openapi_extra=body_of(Feedback),
+    openapi_extra=body_of(Feedback, or_list=True),
 )
 async def post_feedback(request: Request) -> Response:
     """Store events in the form of Metarank: one, or a list. Other media types than JSON are taken, as curl sends them.
