@@ -80,6 +80,18 @@ def test_many_users_of_one_batch_are_kept_apart(run: Callable[..., None]) -> Non
     run(check)
 
 
+def test_more_users_than_a_round_trip_has_are_all_stored(run: Callable[..., None], client: redis.Redis) -> None:
+    async def check(histories: Histories) -> None:
+        for turn in range(2):  # the first time, Redis does not know the script
+            client.script_flush()
+            batch = pairs([event(f"i{turn}", NOW + turn, f"u{k}") for k in range(350)])
+            assert await histories.write(batch) == "N" * 350
+        for k in (0, 99, 100, 349):
+            assert await items(histories, f"u{k}") == ["i0", "i1"]
+
+    run(check)
+
+
 def test_no_events_are_no_write(run: Callable[..., None]) -> None:
     async def check(histories: Histories) -> None:
         assert await histories.write([]) == ""

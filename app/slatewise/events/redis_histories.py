@@ -10,13 +10,14 @@ Called by: `writer.py`, `ranking/stored.py`; `main.py` makes them. Calls: `store
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from slatewise import metrics
 from slatewise.errors import StoreFault
@@ -27,6 +28,8 @@ from slatewise.store.client import disconnect, is_wrong_type
 from slatewise.store.lookup import RedisStore
 from slatewise.store.node import CLOSED, RedisNode, ValueRead, call_after
 
+EXTEND_DIGEST = hashlib.sha1(EXTEND.encode()).hexdigest()
+TRIP_USERS = 100  # users in a round trip: making the commands of more would delay rankings
 WRITE_SECONDS = 1.0  # longest round trip of a write: no ranking waits for it
 
 
@@ -65,22 +68,28 @@ class RedisHistories:
         return future
 
     async def write(self, events: Sequence[tuple[Event, float]]) -> str:
-        """As `Histories.write`. The users of one node of a Cluster share a round trip."""
+        """As `Histories.write`. The users of one node of a Cluster share round trips."""
         letters = [FAILED] * len(events)
         users = by_user(events)
         nodes: dict[RedisNode, list[str]] = {}
         for user in users:
             nodes.setdefault(self.store.nodes.of_key(history_key(user)), []).append(user)
 
-        async def write_node(node: RedisNode, listed: list[str]) -> None:
-            commands = []
-            for user in listed:
-                given = [part for k in users[user] for part in arguments(*events[k])]
-                commands.append(("EVAL", EXTEND, 1, history_key(user), self.most_events, self.ttl, *given))
-            for user, reply in zip(listed, await self.execute(node, commands), strict=True):
-                if isinstance(reply, bytes) and len(reply) == len(users[user]):
-                    for position, letter in zip(users[user], reply.decode(), strict=True):
-                        letters[position] = letter
+        async def write_node(node: RedisNode, mine: list[str]) -> None:
+            for first in range(0, len(mine), TRIP_USERS):
+                trip = mine[first : first + TRIP_USERS]
+                commands: list[tuple[Any, ...]] = []
+                for user in trip:
+                    script = ("EVALSHA", EXTEND_DIGEST) if commands else ("EVAL", EXTEND)  # EVAL loads the script
+                    given = [part for k in users[user] for part in arguments(*events[k])]
+                    commands.append((*script, 1, history_key(user), self.most_events, self.ttl, *given))
+                replies = await self.execute(node, commands)
+                for user, reply in zip(trip, replies, strict=True):
+                    if isinstance(reply, bytes) and len(reply) == len(users[user]):
+                        for position, letter in zip(users[user], reply.decode(), strict=True):
+                            letters[position] = letter
+                if not any(isinstance(reply, bytes | ResponseError) for reply in replies):
+                    break  # no answer at all: the next round trip would wait as long
 
         await asyncio.gather(*(write_node(*each) for each in nodes.items()))
         return "".join(letters)
