@@ -78,16 +78,18 @@ PLACES = {
     "fastapi": {
         "main.py",
         *(f"http/{name}.py" for name in ("app", "hot_routes", "rank", "models", "health", "server", "items", "page")),
+        "http/events.py",
         "http/calls/oip.py",
         "http/calls/model_list.py",
     },
     "fastapi_offline": {"http/app.py"},
     "uvicorn": {"http/server.py"},
     "starlette": {
-        *(f"http/{name}.py" for name in ("app", "auth", "body", "dialect", "hot_routes", "problems", "rank")),
+        *(f"http/{name}.py" for name in ("app", "auth", "body", "dialect", "events", "hot_routes", "problems", "rank")),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
-    "redis": {f"store/{name}.py" for name in ("client", "node", "nodes", "poll", "writer")},
+    "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "writer")}
+    | {"events/redis_histories.py"},
     "httpx": {f"client/{name}.py" for name in ("client", "async_client", "exchange")},
     "pydantic_settings": {"settings.py"},
     "prometheus_client": {"metrics.py", "http/health.py"},
@@ -151,7 +153,7 @@ def test_no_import_cycle() -> None:
 
 
 # Each imports earlier ones only. `local` builds on the client's requests and results; the server does not.
-LEVELS = ("", "inference", "bundle", "store", "ranking", "http", "client", "local", "commands")
+LEVELS = ("", "inference", "bundle", "store", "events", "ranking", "http", "client", "local", "commands")
 
 
 def level(module: str) -> int:

@@ -137,6 +137,14 @@ class OverloadedUndegraded(RankingError):
     headers = {"Retry-After": "1"}
 
 
+class StoreFault(RankingError):
+    """Redis did not take a write. The client may repeat the request: events and deletions are idempotent."""
+
+    status = 503
+    title = "Store fault"
+    headers = {"Retry-After": "1"}
+
+
 class DeadlineExceeded(RankingError):
     status = 504
     title = "Deadline exceeded"

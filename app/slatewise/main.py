@@ -2,7 +2,7 @@
 
 Bundles are loaded before the port listens, so every server that accepts a connection can rank.
 Called by: cli.py. Calls: settings.py, process.py, bundle/loader.py, http/app.py, http/server.py, and the constructors
-of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py).
+of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py, events/).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -23,11 +24,16 @@ from slatewise import metrics
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
+from slatewise.events.histories import EmbeddedHistories, Histories
+from slatewise.events.redis_histories import RedisHistories
+from slatewise.events.tap import Tap
+from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
 from slatewise.http.server import bind, run
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
+from slatewise.ranking.ahead import AheadOfRequests
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
@@ -69,19 +75,47 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
                 max_age_seconds=settings.embedding_max_age_s,
             )
             store = await stack.enter_async_context(redis)
-        yield Pipeline(
+        histories = make_histories(settings, store)
+        pipeline = Pipeline(
             registry,
             store,
             cache,
             workers,
             Admission(limits),
+            histories=histories,
             pack_history=settings.history_cache_dtype == "int8",
         )
+        if isinstance(store, RedisStore):
+            store.deletions.forget = pipeline.forget
+        yield pipeline
+
+
+def make_histories(settings: Settings, store: Store) -> Histories:
+    """Return the histories of the users: in Redis if it is set, else in this process."""
+    seconds = settings.stored_history_days * 86_400
+    if isinstance(store, RedisStore):
+        return RedisHistories(store, settings.stored_history_events, seconds)
+    log.info("histories from POST /events are kept in this process and end with it; SLATEWISE_REDIS_URL keeps them")
+    return EmbeddedHistories(settings.stored_history_events, seconds, int(settings.stored_histories_mb * 2**20))
+
+
+@asynccontextmanager
+async def open_events(settings: Settings, pipeline: Pipeline) -> AsyncIterator[EventWriter]:
+    """Open the writer of events, with the tap and the encoding ahead that the settings ask for."""
+    async with AsyncExitStack() as stack:
+        tap = None
+        if settings.events_dir:
+            most_bytes = int(settings.events_dir_mb * 2**20)
+            tap = await stack.enter_async_context(Tap(Path(settings.events_dir), settings.events_file_s, most_bytes))
+        ahead = await stack.enter_async_context(AheadOfRequests(pipeline)) if settings.encode_on_events else None
+        assert pipeline.histories is not None  # `open_pipeline` sets them
+        writer = EventWriter(pipeline.histories, tap, settings.max_events_waiting, None if ahead is None else ahead.add)
+        yield await stack.enter_async_context(writer)
 
 
 def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
     """Build the application for rankers that are loaded and warmed up."""
-    return create_app(settings, partial(open_pipeline, settings, rankers))
+    return create_app(settings, partial(open_pipeline, settings, rankers), partial(open_events, settings))
 
 
 def load(settings: Settings) -> dict[str, Ranker]:
@@ -103,6 +137,8 @@ def serve(settings: Settings) -> int:
     """Serve until a signal stops the server. Return the exit code."""
     listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
     bound_malloc()
+    if settings.events_dir:
+        Path(settings.events_dir).mkdir(parents=True, exist_ok=True)
     return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
 
 

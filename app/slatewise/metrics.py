@@ -141,6 +141,15 @@ REDIS_DURATION = Histogram(
     "slatewise_redis_command_duration_seconds", "Time of one Redis command.", ["command"], buckets=BUCKETS
 )
 REDIS_ERRORS = Counter("slatewise_redis_errors_total", "Redis commands that failed, by kind.", ["kind"])
+EVENTS = Counter("slatewise_events_total", "Events that were sent, by result.", ["result"])
+EVENTS_WAITING = Gauge("slatewise_events_waiting", "Events that wait to be written.")
+EVENTS_WRITE_DURATION = Histogram(
+    "slatewise_events_write_duration_seconds", "Time to write one batch of events.", buckets=BUCKETS
+)
+EVENTS_TAPPED = Counter("slatewise_events_tapped_total", "Events for the Parquet files, by result.", ["result"])
+HISTORY_READS = Counter("slatewise_history_reads_total", "Reads of stored histories by result.", ["result"])
+HISTORIES_USERS = Gauge("slatewise_embedded_histories_users", "Users with a history in this process.")
+HISTORIES_BYTES = Gauge("slatewise_embedded_histories_bytes", "Bytes of the histories in this process.")
 LINES = Counter(
     "slatewise_lines_total", "Lines of the request log and the capture, written or dropped.", ["kind", "result"]
 )
@@ -164,6 +173,12 @@ EMBEDDINGS_BY_RESULT = {
     result: EMBEDDINGS.labels(result)
     for result in ("hit_local", "hit_redis", "miss", "miss_local", "stale", "mismatched", "corrupt", "error")
 }
+EVENTS_BY_RESULT = {
+    result: EVENTS.labels(result) for result in ("accepted", "duplicate", "dropped", "refused", "failed")
+}
+for _result in ("written", "dropped"):
+    EVENTS_TAPPED.labels(_result)
+HISTORY_READS_BY_RESULT = {result: HISTORY_READS.labels(result) for result in ("hit", "miss", "corrupt", "error")}
 DURATIONS = {size: DURATION_BY_SIZE.labels(size) for _, size in (*SIZES, (0, LARGER))}
 
 

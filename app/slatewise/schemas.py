@@ -20,6 +20,7 @@ RequestedExit: TypeAlias = Literal["auto", ModelExit]
 AnsweredExit: TypeAlias = Literal[ModelExit, "input_order"]
 CacheResult: TypeAlias = Literal["miss", "hit", "extended", "none"]
 MetaStatus: TypeAlias = Literal["hit", "default", "stale", "error", "off"]
+HistorySource: TypeAlias = Literal["request", "stored", "none"]
 DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "store_error", "explanations"]
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
@@ -106,6 +107,15 @@ class RankRequest(RequestModel):
     explain: bool = Field(False, strict=True, description="Also say which events and neighbours moved each result.")
 
 
+class EncodeRequest(RequestModel):
+    """A history to encode ahead of a rank request. Without `history`, the stored one of the user."""
+
+    ranker: Text | None = Field(None, description="Name of the ranker; optional if the server has only one.")
+    variant: Text = "auto"
+    user: User
+    history: History = Field(default_factory=History)
+
+
 CLOSED = ConfigDict(extra="forbid")  # a response has no other members
 
 
@@ -130,6 +140,7 @@ class HistoryUse:
     the ranker does not know, and sent in wrong order.
 
     `reordered` counts the events that the request has behind a later one. The model reads all events oldest first.
+    `source`: the history was in the request, was stored for the user, or there was none.
     """
 
     used: int
@@ -138,6 +149,7 @@ class HistoryUse:
     unknown_actions: int
     reordered: int
     cache: CacheResult
+    source: HistorySource = "none"
 
 
 @with_config(CLOSED)
@@ -212,6 +224,24 @@ class RankResponse(TypedDict):
             Field(description="Only with `explain`: of the first results, best first. null: dropped, see `degraded`."),
         ]
     ]
+
+
+class EncodedHistory(BaseModel):
+    """Numbers of events that the model read and skipped."""
+
+    used: int
+    dropped: int
+    cache: CacheResult
+    source: HistorySource
+
+
+class EncodeResponse(BaseModel):
+    """What was encoded. A rank request with the same user, history and variant then uses the kept state."""
+
+    ranker: str
+    version: int
+    variant: str
+    history: EncodedHistory
 
 
 class FaultBody(BaseModel):

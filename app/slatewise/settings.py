@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -119,6 +120,43 @@ class Settings(BaseSettings):
     max_history: int = Field(
         4096, ge=1, description="Maximum number of history events in a request; the ranker reads the newest of them."
     )
+    stored_history_events: int = Field(
+        512,
+        ge=1,
+        le=100_000,
+        description="Maximum number of events in the stored history of a user; the oldest are trimmed.",
+    )
+    stored_history_days: float = Field(
+        90.0,
+        ge=0,
+        le=36_500,
+        description="Days after the last event at which a stored history is deleted; 0: never.",
+    )
+    stored_histories_mb: float = Field(
+        64.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Size limit of the stored histories in this process, in MiB, without `redis_url`.",
+    )
+    max_events: int = Field(1_000, ge=1, description="Maximum number of events in a request.")
+    max_events_waiting: int = Field(
+        10_000, ge=1, description="Events that wait to be written; above it, new ones get 429."
+    )
+    encode_on_events: bool = Field(
+        False, description="Whether the events of a user start the encoding of the stored history for the next ranking."
+    )
+    events_dir: str = Field(
+        "", description="Folder that new events are appended to as Parquet files, for training; empty: off."
+    )
+    events_file_s: float = Field(
+        300.0, ge=1, allow_inf_nan=False, description="Age of events, in seconds, at which they become a file."
+    )
+    events_dir_mb: float = Field(
+        10_000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Size limit of the files in the events folder, in MiB; the oldest are removed.",
+    )
     max_body_bytes: int = Field(
         1_000_000, ge=1, description="Maximum size of a request body, before and after decompression."
     )
@@ -189,6 +227,13 @@ class Settings(BaseSettings):
         if "*" in listed(origins) and len(listed(origins)) > 1:
             raise ValueError("* allows all origins: list it alone")
         return origins
+
+    @field_validator("events_dir")
+    @classmethod
+    def parquet_can_be_written(cls, folder: str) -> str:
+        if folder and importlib.util.find_spec("polars") is None:
+            raise ValueError("needs a package for Parquet: pip install polars")
+        return folder
 
     @field_validator("capture_key")
     @classmethod

@@ -26,7 +26,7 @@ from slatewise.inference.arrays import Candidates, History, KeptState
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.workers import Chunks
 from slatewise.process import cpu_name
-from slatewise.ranking.pipeline import extend, run_cascade
+from slatewise.ranking.cascade import extend, run_cascade
 
 EVENTS = (256, 512, 1_024, 2_048)
 CANDIDATES = (200, 512, 1_024, 2_048, 4_096)

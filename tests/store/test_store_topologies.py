@@ -18,6 +18,8 @@ import redis
 import trustme
 from redis.cluster import key_slot
 
+from slatewise.events.event import Event
+from slatewise.events.redis_histories import RedisHistories, history_key
 from slatewise.store.client import connect
 from slatewise.store.codec import pointer_key, unpack, user_key
 from slatewise.store.generations import Generations
@@ -180,6 +182,38 @@ def test_moving_slots_of_a_cluster_loses_no_look_up(cluster: list[redis.Redis]) 
     asyncio.run(main())
 
 
+def test_moving_slots_of_a_cluster_lose_no_event(cluster: list[redis.Redis]) -> None:
+    emptied(cluster)
+    users = [str(user) for user in range(60)]
+    with connect(cluster_url(cluster[:1])) as client:
+        fill(client)
+
+    async def main() -> None:
+        async with RedisStore(cluster_url(cluster), 5.0, lambda: [RANKER]) as store:
+            await until_closed(store)
+            histories = RedisHistories(store, 1_000, 0.0)
+            letters = ""
+            slots = sorted({key_slot(history_key(user).encode()) for user in users})
+            for turn, slot in enumerate(slots[:6]):
+                source = owner(cluster, slot)
+                target, *others = [node for node in cluster if node is not source]
+                moving = asyncio.ensure_future(asyncio.to_thread(move, slot, source, target, others, 0.05))
+                events = [Event(user, f"i{turn}", "", 1.0 + turn, "", "") for user in users]
+                answer = await histories.write([(event, time.time()) for event in events])
+                await moving
+                failed = [event for event, letter in zip(events, answer, strict=True) if letter == "F"]
+                answer += await histories.write([(event, time.time()) for event in failed])
+                letters += answer
+            found = await asyncio.gather(*(histories.read(user, 100) for user in users))
+            assert all(each.history and len(each.history.item_ids) == 6 for each in found)
+            await histories.delete(users[0])
+            await store.delete_user(users[0])
+            assert (await histories.read(users[0], 100)).history is None
+            assert (await store.look_up(RANKER, users[0])).status == "default"
+
+    asyncio.run(main())
+
+
 def test_every_operation_of_the_writer_works_on_a_cluster(cluster: list[redis.Redis]) -> None:
     emptied(cluster)
     with connect(cluster_url(cluster)) as client:
@@ -280,9 +314,21 @@ def test_a_fail_over_takes_seconds_and_gives_no_wrong_vector(tmp_path: Path) -> 
                 async with loaded(store) as load:
                     await asyncio.sleep(0.5)
                     assert set(load.since(0.0)) == {"hit"}
+                    histories = RedisHistories(store, 100, 0.0)
+                    event = Event("5", "before", "", 1.0, "", "")
+                    assert await histories.write([(event, time.time())]) == "N"
+                    await asyncio.sleep(0.2)  # until the replica has it
                     process.kill()
                     await until(lambda: circuit(store) == OPEN, 3.0)
+                    assert (await histories.read("5", 10)).fault
+                    assert await histories.write([(event._replace(item_id="during"), time.time())]) == "F"
                     await until_closed(store, 30.0)
+                    async with asyncio.timeout(10):
+                        while await histories.write([(event._replace(item_id="after"), time.time())]) == "F":  # noqa: ASYNC110
+                            await asyncio.sleep(0.1)
+                    found_history = (await histories.read("5", 10)).history
+                    assert found_history is not None
+                    assert found_history.item_ids == ["before", "after"]
                     back = time.perf_counter()
                     await asyncio.sleep(0.5)
                 assert load.since(back)["hit"] > 10 and "default" not in load.since(0.0)

@@ -19,7 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from slatewise import VERSION
-from slatewise.http import health, items, models
+from slatewise.events.writer import EventWriter
+from slatewise.http import events, health, items, models
 from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.capture import open_capture
@@ -35,8 +36,12 @@ from slatewise.settings import Settings
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
 
 
-def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]]) -> FastAPI:
-    """Build the application. It opens the pipeline with `open_pipeline` when it starts, and closes it when it ends."""
+def create_app(
+    settings: Settings,
+    open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]],
+    open_events: Callable[[Pipeline], AbstractAsyncContextManager[EventWriter]],
+) -> FastAPI:
+    """Build the application. It opens pipeline and writer of events when it starts, and closes them when it ends."""
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
@@ -53,7 +58,9 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
                 key = settings.capture_key.get_secret_value().encode()
                 capture = open_capture(Path(settings.capture_file), most_bytes, settings.capture_share, key)
                 app.state.capture = stack.enter_context(capture)
-            app.state.pipeline = await stack.enter_async_context(open_pipeline())
+            pipeline = await stack.enter_async_context(open_pipeline())
+            app.state.events = await stack.enter_async_context(open_events(pipeline))
+            app.state.pipeline = pipeline
             yield
             app.state.pipeline = None
 
@@ -71,6 +78,7 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
     app.state.pipeline = None
     app.state.draining = False
     app.state.capture = None
+    app.state.max_events = settings.max_events
     app.include_router(health.routes)
     app.include_router(models.routes)
     app.include_router(items.routes)
@@ -78,6 +86,7 @@ def create_app(settings: Settings, open_pipeline: Callable[[], AbstractAsyncCont
         app.include_router(page_routes())
     app.include_router(model_list.routes)
     app.include_router(oip.routes)
+    app.include_router(events.routes)
     document_hot_routes(app, ROUTES.dialects)
     complete_document(app, settings.keys(), open_paths)
     return app
@@ -109,7 +118,7 @@ def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str
         document = generate()
         pipeline: Pipeline | None = app.state.pipeline
         example = example_request(() if pipeline is None else pipeline.registry.serving(), not keys)
-        complete(document, ROUTES.dialects, example)
+        complete(document, ROUTES.dialects, events.BODIES, example)
         if keys:
             require_key(document, open_paths)
         return document

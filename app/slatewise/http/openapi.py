@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.dialect import Dialect
 from slatewise.schemas import RankRequest
@@ -43,13 +45,18 @@ def shortened(request: dict[str, Any]) -> dict[str, Any]:
     return {name: cut(value) if name in ("history", "candidates") else value for name, value in request.items()}
 
 
-def complete(document: dict[str, Any], dialects: Collection[Dialect[Any]], example: dict[str, Any]) -> None:
+def complete(
+    document: dict[str, Any],
+    dialects: Collection[Dialect[Any]],
+    other_bodies: Collection[type[BaseModel]],
+    example: dict[str, Any],
+) -> None:
     """Add the schemas of the bodies and an example of the native one, and remove FastAPI's validation errors.
 
-    The hot routes parse the body themselves, so FastAPI does not know its schema, and its own errors never occur.
+    These routes parse the body themselves, so FastAPI does not know its schema, and its own errors never occur.
     """
     schemas = document["components"]["schemas"]
-    for model in {dialect.body for dialect in dialects}:
+    for model in {*(dialect.body for dialect in dialects), *other_bodies}:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema

@@ -104,8 +104,7 @@ def faults_of(errors: list[ErrorDetails], describe: Callable[[ErrorDetails], str
 def member_path(location: tuple[int | str, ...]) -> list[int | str]:
     """Convert Pydantic's location to a path in the body: without branches of unions and keys of dictionaries."""
     path = [step for step in location if not str(step).startswith(("constrained-", "list["))]
-    is_branch = len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int)
-    return path[:-1] if is_branch or path[-1:] == ["[key]"] else path
+    return path[:-1] if path[-1:] == ["[key]"] else path
 
 
 async def on_ranking_error(request: Request, error: Exception) -> Response:

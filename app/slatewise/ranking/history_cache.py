@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,6 +57,7 @@ class HistoryCache:
         self.nbytes = 0
         self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self.encoding: dict[Hashable, list[Encoding]] = {}
+        self.deletions = 0  # a state that was begun at another number is not cached: its user may be deleted
 
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry, which becomes the most recently used one."""
@@ -95,6 +96,12 @@ class HistoryCache:
         entry = self.entries.pop(key, None)
         if entry is not None:
             self.nbytes -= entry.nbytes
+
+    def forget(self, keys: Iterable[Hashable] | None) -> None:
+        """Remove the entries of a deleted user, or with `None` all entries, also those that are being encoded."""
+        self.deletions += 1
+        for key in list(self.entries) if keys is None else keys:
+            self.remove(key)
 
     async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> KeptState:
         """Return the result of `encode()`. Concurrent requests of one user with equal events share one call.

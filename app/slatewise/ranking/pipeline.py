@@ -1,14 +1,15 @@
 """Ranks one parsed request: `Pipeline.rank`. Knows nothing of HTTP.
 
-Called by: `http/rank.py`. Calls: `validation.py`, `admission.py`, `registry.py`, `history_cache.py`, `store/lookup.py`,
-and `inference/engine.py` in chunks on the threads of `inference/workers.py`.
+Called by: `http/rank.py`, `ahead.py`. Calls: `given.py`, `validation.py`, `admission.py`, `registry.py`,
+`history_cache.py`, `store/lookup.py`, and `cascade.py` in chunks on the threads of `inference/workers.py`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,21 +17,21 @@ from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.errors import RankingError
+from slatewise.events.histories import Histories
 from slatewise.inference.arrays import (
     UNKNOWN_ITEM,
     Candidates,
-    Float32,
     Float64,
     History,
     Int64,
     KeptState,
-    PointScores,
-    join,
 )
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine, EngineError
+from slatewise.inference.engine import Engine, EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
 from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.cascade import StageScores, extend, run_cascade
 from slatewise.ranking.explain import Ranked, explain, explanation_tokens
+from slatewise.ranking.given import Given, with_history
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
@@ -39,13 +40,6 @@ from slatewise.schemas import AnsweredExit, DegradedReason, Explanation, History
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
-
-
-class StageScores(NamedTuple):
-    """The result of one stage of the cascade."""
-
-    exit: ModelExit
-    probabilities: Float64  # (N, heads)
 
 
 @dataclass(frozen=True)
@@ -94,6 +88,7 @@ class Plan:
     deadline: Deadline
     dropped: int  # oldest events, which the model skips
     tokens: int
+    given: Given
     explain: bool = False
 
     @property
@@ -136,6 +131,7 @@ class Pipeline:
         workers: Workers,
         admission: Admission,
         *,
+        histories: Histories | None = None,
         pack_history: bool = False,
     ) -> None:
         self.registry = registry
@@ -143,6 +139,7 @@ class Pipeline:
         self.cache = cache
         self.workers = workers
         self.admission = admission
+        self.histories = histories
         self.pack_history = pack_history
 
     async def rank(self, request: RankRequest, trace: Trace) -> Ranking:
@@ -151,10 +148,14 @@ class Pipeline:
         Raises NotFound, Invalid, OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
         """
         ranker = trace.ranker = self.registry.resolve(request.ranker)
-        plan = self.plan(request, ranker, trace.timings.entered)
+        given = await self.with_history(request, ranker, trace.timings)
+        request = given.request
+        plan = self.plan(given, ranker, trace.timings.entered)
         n = len(request.candidates.item_ids)
-        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, 0, "none"))
+        progress = Progress(HistoryUse(0, plan.dropped, 0, 0, 0, "none", given.source))
         degraded = set(plan.admitted.degraded)
+        if given.fault:
+            degraded.add("store_error")
         if plan.admitted.exit == "input_order":
             unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
@@ -193,8 +194,13 @@ class Pipeline:
         reasons = frozenset(degraded)
         return Ranking(ranker, n, scored, ids, values, progress.history, meta, reasons, progress.explanations)
 
-    def plan(self, request: RankRequest, ranker: Ranker, entered: float) -> Plan:
+    async def with_history(self, request: RankRequest, ranker: Ranker, timings: Timings) -> Given:
+        """As `given.with_history`, with the parts of this pipeline."""
+        return await with_history(request, ranker, timings, self.histories, self.store, self.admission)
+
+    def plan(self, given: Given, ranker: Ranker, entered: float) -> Plan:
         """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
+        request = given.request
         variant, wanted = choose(request, ranker, self.admission.limits)
         dropped = ranker.window_start(request)
         tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
@@ -205,7 +211,7 @@ class Pipeline:
         admitted = self.admission.admit(wanted, tokens + explained, deadline, request.allow_degraded)
         if request.explain and (not explained or admitted.exit == "input_order"):
             admitted = replace(admitted, degraded=admitted.degraded | {"explanations"})
-        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens + explained, bool(explained))
+        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens + explained, given, bool(explained))
 
     async def score_until_deadline(
         self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
@@ -217,8 +223,7 @@ class Pipeline:
         self.admission.begin_work(plan.tokens)
         try:
             async with plan.deadline.timeout():
-                user = plan.meta_user
-                look_up = None if user is None else self.store.look_up(plan.ranker, user)  # the look-up starts here
+                look_up = self.begin_look_up(plan)
                 reuse = self.find_cached(plan, history)
                 progress.history = replace(progress.history, cache=reuse.result)
                 state = await self.encode(plan, history, reuse, timings)
@@ -240,6 +245,11 @@ class Pipeline:
                     progress.explanations = await self.run(explain(ranked), "score", plan.request.priority, timings)
         finally:
             self.admission.end_work(plan.tokens)
+
+    def begin_look_up(self, plan: Plan) -> Awaitable[MetaEmbedding] | None:
+        """Start to look the user up, unless that was done with the stored history."""
+        user = plan.meta_user
+        return plan.given.look_up or (None if user is None else self.store.look_up(plan.ranker, user))
 
     async def run(self, chunks: Chunks[T], stage: str, priority: int, timings: Timings) -> T:
         """Run the generator in a worker thread and return its value. The wait for a thread counts as `queue`."""
@@ -269,6 +279,7 @@ class Pipeline:
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state
         base = engine.start if reuse.state is None else reuse.state
+        deletions = self.cache.deletions
         job: Job[KeptState] | None = None  # stays `None` if another request already encodes the same events
 
         def submit() -> Job[KeptState]:
@@ -280,62 +291,18 @@ class Pipeline:
             state = await self.cache.once(plan.cache_key, history, submit)
         finally:
             timings.lap("encode", 0.0 if job is None else job.queued)
-        self.cache.put(plan.cache_key, Entry(history, state))
+        if deletions == self.cache.deletions:
+            self.cache.put(plan.cache_key, Entry(history, state))
         return state
+
+    def forget(self, user: str | None) -> None:
+        """Drop the kept states of a deleted user, or with `None` those of all users."""
+        versions = [(ranker.name, ranker.manifest.version, ranker.engines) for ranker in self.registry.serving()]
+        keys = [(name, version, variant, user) for name, version, variants in versions for variant in variants]
+        self.cache.forget(None if user is None else keys)
 
 
 def weigh(plan: Plan, best: StageScores) -> Scored:
     """Combine the probabilities of the heads into one score for each candidate."""
     weights = plan.ranker.score_weights(plan.request.head_weights)
     return Scored(plan.variant, best.exit, best.probabilities, weighted_mean(best.probabilities, weights))
-
-
-def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:
-    """Compute the state of a history in chunks. `base` already contains its first `reused` events."""
-    state = None
-    for first in range(reused, len(history), HISTORY_CHUNK):
-        chunk = history[first : first + HISTORY_CHUNK]
-        idle = yield len(chunk)
-        state = engine.extend(
-            engine.prefix(base.unpacked(), reused) if state is None else state, chunk, multi_threaded=idle
-        )
-        metrics.HISTORY_ENCODED.inc(len(chunk))
-    assert state is not None
-    return state.packed() if pack else state
-
-
-def run_cascade(
-    engine: Engine,
-    candidates: Candidates,
-    kept: KeptState,
-    meta: Float32,
-    wanted: str,
-    fallback_first: bool,
-    completed: list[StageScores],
-) -> Chunks[PointScores | None]:
-    """Compute the exit `wanted` in chunks, and append each complete stage to `completed`, cheapest first.
-
-    If a deadline passes, the caller takes the last complete stage. With `fallback_first`, `dot` is computed first, so
-    that one stage is complete early. Without it, `dot` is skipped unless wanted. The result is that of `point`, if it
-    was computed.
-    """
-    n = len(candidates)
-    state = None
-    if wanted == "dot" or fallback_first:
-        yield n
-        state = kept.unpacked()
-        completed.append(StageScores("dot", engine.dot(candidates, state)))
-    if wanted == "dot":
-        return None
-    chunks = []
-    for first in range(0, n, CANDIDATE_CHUNK):
-        rows = slice(first, min(first + CANDIDATE_CHUNK, n))
-        idle = yield rows.stop - rows.start
-        state = state or kept.unpacked()
-        chunks.append(engine.point(candidates, meta, state, rows, multi_threaded=idle))
-    point = join(chunks)
-    completed.append(StageScores("point", point.probabilities))
-    if wanted == "set":
-        idle = yield n
-        completed.append(StageScores("set", engine.set(point, multi_threaded=idle)))
-    return point

@@ -21,12 +21,14 @@ from typing import Any, Protocol
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
+from slatewise.errors import StoreFault
 from slatewise.inference.arrays import Float32
 from slatewise.schemas import MetaStatus
 from slatewise.store.client import connect_async, is_wrong_type
 from slatewise.store.codec import Corrupt, Mismatched, unpack, user_key
+from slatewise.store.deletion import Deletions, delete_user
 from slatewise.store.embedding_cache import EmbeddingCache, Found, UserKey
-from slatewise.store.node import CLOSED, Read, RedisNode, call_after
+from slatewise.store.node import CLOSED, RedisNode, VectorRead, call_after
 from slatewise.store.nodes import Nodes
 from slatewise.store.poll import Poller
 
@@ -42,6 +44,9 @@ class MetaEmbedding:
 class Store(Protocol):
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
         """Start to look up a user at once. Never raises. The caller may drop the result without awaiting it."""
+
+    async def delete_user(self, user: str) -> None:
+        """Delete what is stored of a user, also in other replicas. Raises StoreFault."""
 
 
 def found_vector(vector: Float32, version: str, created_at: float, max_age_seconds: float, place: str) -> MetaEmbedding:
@@ -79,12 +84,15 @@ class EmbeddedStore:
             ranker.embedded_meta[row], str(ranker.manifest.version), created_at, self.max_age_seconds, "hit_local"
         )
 
+    async def delete_user(self, user: str) -> None:
+        """Do nothing: a bundle is never changed. Export a new one without the user."""
+
 
 @dataclass(eq=False)
 class LookUp:
     """A read that is queued or sent, and the requests that wait for its vector."""
 
-    read: Read
+    read: VectorRead
     waiting: list[tuple[Ranker, asyncio.Future[MetaEmbedding]]] = field(default_factory=list)
 
 
@@ -111,8 +119,11 @@ class RedisStore:
         self.client: Any = connect_async(url, patience, 4 * RedisNode.ROUND_TRIPS)  # redis-py types both APIs as one
         self.cache = EmbeddingCache(cache_users, cache_seconds)
         self.nodes = Nodes(self.client, timeout_seconds, patience)
-        self.poller = Poller(self.client, serving, self.nodes, self.cache, patience)
+        self.serving = serving
+        self.deletions = Deletions(self.client, lambda _: None)  # `main.py` sets what forgets the users
+        self.poller = Poller(self.client, serving, self.nodes, self.cache, patience, self.deletions)
         self.pending: dict[UserKey, LookUp] = {}
+        self.deleting = asyncio.Lock()  # one connection at most
 
     async def __aenter__(self) -> RedisStore:
         metrics.CIRCUIT_STATE.set_function(lambda: self.nodes.worst)
@@ -150,6 +161,17 @@ class RedisStore:
         self.wait(ranker, look_up, future)
         return future
 
+    async def delete_user(self, user: str) -> None:
+        """As `Store.delete_user`, for the spaces of the served rankers. Other replicas learn of it by their poll."""
+        spaces = dict.fromkeys((ranker.name, ranker.manifest.space) for ranker in self.serving())
+        try:
+            async with self.deleting:
+                await delete_user(self.client, spaces, user)
+        except Exception as error:  # includes errors of redis-py's parser on bytes that are not Redis' protocol
+            metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
+            raise StoreFault("Redis did not delete the vectors; repeat the request") from error
+        await self.poller.poll()  # reads the pointers that have changed: their vectors are not cached again
+
     def without_redis(self, ranker: Ranker, key: UserKey) -> MetaEmbedding | None:
         """Return the result if it is known without a read, from the cache or the state of the space; else `None`."""
         cached = self.cache.get(key)
@@ -176,7 +198,7 @@ class RedisStore:
 
         future.add_done_callback(ended)
 
-    def complete(self, key: UserKey, look_up: LookUp, read: Read) -> None:
+    def complete(self, key: UserKey, look_up: LookUp, read: VectorRead) -> None:
         """Resolve the waiting requests with the reply.
 
         Cache it if every value was readable and the pointer has not changed.
@@ -208,7 +230,7 @@ def give_up(ranker: Ranker, future: asyncio.Future[MetaEmbedding]) -> None:
         future.set_result(default(ranker, "error", "error"))
 
 
-def decode(read: Read, size: int) -> tuple[Found | None, bool]:
+def decode(read: VectorRead, size: int) -> tuple[Found | None, bool]:
     """Decode a reply to (the newest readable vector, whether every value was readable); `None` for a fault.
 
     An unreadable value is counted, and the value of an older generation is used instead.

@@ -1,8 +1,9 @@
 """One Redis server: batches reads into round trips, and has a circuit breaker that opens after repeated failures.
 
 `RedisNode.read` returns a future at once. A background task sends the reads in batches and resolves each with its
-reply. So cancelling a request never leaves a part of a reply on a connection. `lookup.py` decodes the values.
-Called by: `nodes.py`, which makes and probes the nodes, and `lookup.py` (reads). Calls: the redis-py client.
+reply. So cancelling a request never leaves a part of a reply on a connection. The callers decode the values.
+Called by: `nodes.py`, which makes and probes the nodes, `lookup.py` and `events/redis_histories.py` (reads). Calls: the
+redis-py client.
 """
 
 from __future__ import annotations
@@ -46,19 +47,52 @@ def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
     return lambda: handle.cancel()
 
 
-class Read(asyncio.Future[list[bytes | None] | Exception]):
-    """A future for the reply to one HMGET: a value or `None` for each of `live.fields`, or the exception.
+class Read(asyncio.Future[Any]):
+    """A future for the reply to one command: its value, or the exception. Subclasses name the command.
 
     The node cancels a read instead of sending it if no request waits for it any more.
     """
 
-    def __init__(self, key: str, space: Space) -> None:
+    def __init__(self, key: str) -> None:
         super().__init__()
         self.key = key
-        self.space = space
         self.waiters = 0  # requests that wait; counted by the caller
-        self.live: Live | None = None  # the generations that were requested; set when the read is sent
         self.is_late = False  # whether the round trip has exceeded the time budget; set by the node
+
+    def send(self, pipe: Any) -> None:
+        """Add the command to a pipeline of redis-py."""
+        raise NotImplementedError
+
+    def is_answer(self, reply: object) -> bool:
+        """Return whether a reply that is not an error has the form that the command answers."""
+        raise NotImplementedError
+
+
+class VectorRead(Read):
+    """HMGET of a user's vectors: a value or `None` for each of `live.fields`."""
+
+    def __init__(self, key: str, space: Space) -> None:
+        super().__init__(key)
+        self.space = space
+        self.live: Live | None = None  # the generations that were requested; set when the read is sent
+
+    def send(self, pipe: Any) -> None:
+        self.live = self.space.live
+        pipe.hmget(self.key, self.live.fields)
+
+    def is_answer(self, reply: object) -> bool:
+        assert self.live is not None
+        return isinstance(reply, list) and len(reply) == len(self.live.fields)
+
+
+class ValueRead(Read):
+    """GET of one value: bytes, or `None`."""
+
+    def send(self, pipe: Any) -> None:
+        pipe.get(self.key)
+
+    def is_answer(self, reply: object) -> bool:
+        return isinstance(reply, bytes | None)
 
 
 class RedisNode:
@@ -89,12 +123,16 @@ class RedisNode:
         await asyncio.gather(*self.under_way, *self.late, return_exceptions=True)
         self.refuse_queue()
 
-    def read(self, key: str, space: Space) -> Read:
+    def read(self, key: str, space: Space) -> VectorRead:
         """Queue a read of a user's hash. It requests the generations that are live when it is sent."""
-        read = Read(key, space)
+        read = VectorRead(key, space)
+        self.enqueue(read)
+        return read
+
+    def enqueue(self, read: Read) -> None:
+        """Queue a read. Reads that are queued before the event loop continues share a round trip."""
         self.queue.append(read)
         self.arrived.set()
-        return read
 
     async def dispatch(self) -> None:
         """Send the queued reads until the task is cancelled."""
@@ -162,15 +200,13 @@ class RedisNode:
     async def fetch(self, batch: list[Read]) -> list[Any]:
         """Send the reads in one round trip. Return a reply or an exception for each. Raises redis-py's exceptions."""
         pipe = self.client.pipeline(transaction=False)
-        asked = [read.space.live for read in batch]
-        for read, live in zip(batch, asked, strict=True):
-            read.live = live
-            pipe.hmget(read.key, live.fields)
+        for read in batch:
+            read.send(pipe)
         replies: list[Any] = await pipe.execute(raise_on_error=False)
-        for reply, live in zip(replies, asked, strict=True):
-            if not isinstance(reply, Exception) and (not isinstance(reply, list) or len(reply) != len(live.fields)):
+        for read, reply in zip(batch, replies, strict=True):
+            if not isinstance(reply, Exception) and not read.is_answer(reply):
                 await disconnect(self.client)  # the stream may be out of step: its next bytes may answer another read
-                raise RedisError("not an answer to HMGET")
+                raise RedisError("not an answer to the command")
         return replies
 
     def failed(self, begin: float) -> None:
@@ -192,7 +228,7 @@ class RedisNode:
             log.info("redis%s: answers", self.name and f" {self.name}")
         if circuit == OPEN and self.circuit == CLOSED:
             log.warning(
-                "redis%s: no answer in time, meta-embeddings fall back to the default vector",
+                "redis%s: no answer in time, requests do without stored histories and meta-embeddings",
                 self.name and f" {self.name}",
             )
         self.circuit = circuit

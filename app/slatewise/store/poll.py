@@ -20,6 +20,7 @@ from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
 from slatewise.store.client import disconnect
 from slatewise.store.codec import metadata_key, pointer_key, read_pointer
+from slatewise.store.deletion import Deletions
 from slatewise.store.embedding_cache import EmbeddingCache
 from slatewise.store.node import OPEN
 from slatewise.store.nodes import SINGLE, Nodes
@@ -40,12 +41,14 @@ class Poller:
         nodes: Nodes,
         cache: EmbeddingCache,
         patience_seconds: float,
+        deletions: Deletions,
     ) -> None:
         self.client = client
         self.serving = serving
         self.nodes = nodes
         self.cache = cache
         self.patience = patience_seconds
+        self.deletions = deletions
         self.spaces: dict[SpaceKey, Space] = {}  # spaces whose pointer has been read, in the order of `serving`
         self.closing = False
 
@@ -94,6 +97,7 @@ class Poller:
                         raise RedisError("not an answer to GET")
                     self.apply_pointer(key, value)
                     await self.read_created_at(key)
+                await self.deletions.read()
         except Exception as error:
             metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
             raise
