@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from slatewise.http.problems import new_request_id
-from slatewise.http.rank import parse
-from slatewise.schemas import REQUEST_ID
+from slatewise.http.rank import with_headers
+from slatewise.schemas import REQUEST_ID, RankRequest
 from slatewise.settings import Settings
 from tests.conftest import Tiny
 from tests.http.support import assert_problem
@@ -38,11 +37,11 @@ def test_answer_has_an_id_where_none_was_sent(client: httpx.Client, more: dict[s
 
 
 def test_id_of_the_client_is_kept() -> None:
-    body = json.dumps(BODY | {"id": "mine"}).encode()
-    assert parse(body, Headers({})).id == "mine"
-    assert parse(body, Headers({"X-Request-ID": "other"})).id == "mine"
-    assert parse(json.dumps(BODY).encode(), Headers({"X-Request-ID": "other", "X-User-ID": "u"})).id == "other"
-    assert parse(json.dumps(BODY).encode(), Headers({"X-User-ID": "u"})).id
+    given, unnamed = (RankRequest.model_validate(BODY | more) for more in ({"id": "mine"}, {}))
+    assert with_headers(given, Headers({})).id == "mine"
+    assert with_headers(given, Headers({"X-Request-ID": "other"})).id == "mine"
+    assert with_headers(unnamed, Headers({"X-Request-ID": "other", "X-User-ID": "u"})).id == "other"
+    assert with_headers(unnamed, Headers({"X-User-ID": "u"})).id
 
 
 def test_every_problem_has_an_id(client: httpx.Client, tiny: Tiny) -> None:

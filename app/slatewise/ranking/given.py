@@ -47,8 +47,8 @@ async def with_history(
     try:
         async with admission.deadline(request.deadline_ms, timings.entered).timeout():
             history, fault = await reading
-    except TimeoutError:
-        history, fault = None, True
+    except TimeoutError:  # the request's deadline; the store's own budget is a fault
+        history, fault = None, False
     timings.lap("embed")
     if history is None:
         return Given(request, "none", fault, look_up)
