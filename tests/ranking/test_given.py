@@ -108,7 +108,8 @@ def test_a_deadline_ends_the_wait_for_a_history(ranker: Ranker) -> None:
         begin = time.perf_counter()
         ranking = await rank(pipeline, ranker, user="u", deadline_ms=30)
         assert time.perf_counter() - begin < 5
-        assert ranking.degraded >= {"store_error", "deadline"} and ranking.history.source == "none"
+        assert "deadline" in ranking.degraded and "store_error" not in ranking.degraded
+        assert ranking.history.source == "none"
 
     run(ranker, work)
 
