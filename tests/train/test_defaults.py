@@ -80,12 +80,19 @@ def test_training_of_a_sparse_table_is_small_and_of_a_dense_one_larger(capsys: p
     dense = choose_training(config_of((NEXT, LIKE)), np.full(6_000, 160), 3_700)
     assert sparse.model.shape["blocks"] == 1 and dense.model.shape["blocks"] == 2
     assert sparse.model.shape["set_blocks"] == 0 and dense.model.shape["set_blocks"] == 1
-    assert sparse.model.shape["field_dropout"] == 0.5 > dense.model.shape["field_dropout"] == 0
     assert sparse.train.batch_events == 1024 < dense.train.batch_events
     assert sparse.train.learning_rate < dense.train.learning_rate
     assert sparse.train.epochs == 200 > dense.train.epochs
     assert sparse.train.patience and sparse.train.cascade_draw == "log"
     assert "[model]: width = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("length", "share"), [(8, 0.5), (160, 0.0)])
+def test_fields_of_short_histories_are_dropped_half_of_the_time(length: int, share: float) -> None:
+    config = config_of()
+    assert "field_dropout" not in choose_training(config, np.full(900, length), 500).model.shape, "no fields"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, categorical=("genres",)))
+    assert choose_training(config, np.full(900, length), 500).model.shape["field_dropout"] == share
 
 
 def test_stated_keys_of_model_and_training_stay() -> None:
