@@ -8,7 +8,7 @@ import pytest
 
 from slatewise.client.errors import ConnectionFailed, Invalid
 from slatewise.client.results import Ranking
-from slatewise.commands.rank import events, main, table
+from slatewise.commands.rank import events, main, reasons, table
 from tests.client.test_results import RESPONSE, without_scores
 from tests.support.network import free_port
 
@@ -23,6 +23,29 @@ def test_bundle_prints_titles_in_a_table(capsys: pytest.CaptureFixture[str]) -> 
     assert any("Terminator 2: Judgment Day (1991)" in row for row in rows)
     assert len({len(row) for row in (head, *rows)}) == 1, "the columns are aligned"
     assert last.startswith("3 candidates by movielens version")
+
+
+def test_explanations_name_events_and_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["small:99", *ITEMS, "--bundle", "movielens", "--history", "318=love,500"]
+    main([*arguments, "--explain"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("Terminator 2: Judgment Day (1991):") == 1
+    named = [line.split(maxsplit=2) for line in lines if line.startswith("  ") and line.lstrip()[0] in "+-"]
+    assert {kind for _, kind, _ in named} == {"event", "neighbour"}
+    assert {title for _, kind, title in named if kind == "event"} <= {
+        "Shawshank Redemption, The (1994)",
+        "Mrs. Doubtfire (1993)",
+    }
+    main([*arguments, "--explain", "--exit", "dot"])
+    assert "neighbour " not in capsys.readouterr().out
+    main(arguments)
+    assert "event" not in capsys.readouterr().out
+
+
+def test_answer_without_explanations_says_so() -> None:
+    assert reasons(Ranking.from_response(RESPONSE), ["b", "a"], {}) == [
+        "no explanations: the server was too busy, or no model ranked the request"
+    ]
 
 
 def test_server_gives_the_same_order(demo_url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--exit", help="exit of the ranker: auto, dot, point or set")
     parser.add_argument("--top", type=int, metavar="N", help="print the best N only")
     parser.add_argument("--deadline-ms", type=float, metavar="MS", help="time limit of the server")
+    parser.add_argument(
+        "--explain", action="store_true", help="also print which events and neighbours moved the first results"
+    )
     parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     add_source(parser)
     arguments = parser.parse_args(argv)
@@ -42,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
         members["user"] = arguments.user
     if arguments.history:
         members["history"] = events(arguments.history)
+    if arguments.explain:
+        members["explain"] = True
     more = {"exit": arguments.exit, "top_n": arguments.top, "deadline_ms": arguments.deadline_ms}
     with open_source(arguments) as source:
         ranking = source.rerank(**members, **options(arguments), **more)
@@ -50,11 +55,34 @@ def main(argv: Sequence[str]) -> None:
             return
         titles: dict[str, str] = {}
         try:
-            titles = source.titles(ranking.ranker, ranking.item_ids)
+            titles = source.titles(ranking.ranker, [*ranking.item_ids, *movers(ranking)])
         except SlatewiseError as error:  # the ranking is worth printing without titles
             print(f"slatewise rank: no titles: {error}", file=sys.stderr)
     print(table(ranking, titles))
     print(ranking.summary())
+    if arguments.explain:
+        print("\n".join(reasons(ranking, arguments.items, titles)))
+
+
+def movers(ranking: Ranking) -> list[str]:
+    """Return the ids of the events and neighbours that explanations name."""
+    effects = [each[kind] for each in ranking.explanations or [] for kind in ("events", "neighbours")]
+    named = (item for one in effects for item in one["item_ids"])
+    return list(dict.fromkeys(named))
+
+
+def reasons(ranking: Ranking, items: Sequence[str], titles: dict[str, str]) -> list[str]:
+    """Return a line for each explained result, and for each event and neighbour the change of its score."""
+    if ranking.explanations is None:
+        return ["no explanations: the server was too busy, or no model ranked the request"]
+    lines = []
+    for each in ranking.explanations:
+        lines.append(f"{titles.get(items[each['index']], items[each['index']])}:")
+        for kind in ("events", "neighbours"):
+            effects = each[kind]
+            for item, delta in zip(effects["item_ids"], effects["delta"], strict=True):
+                lines.append(f"  {delta:+.4f}  {kind.removesuffix('s'):<9}  {titles.get(item, item)}")
+    return lines
 
 
 def events(text: str) -> list[tuple[str, str | None]]:
