@@ -49,6 +49,7 @@ CASES: list[dict[str, Any]] = [
     MEMBERS | {"user": None, "exit": "dot"},
     MEMBERS | {"candidates": ["1"], "exit": "point"},
     MEMBERS | {"head_weights": {"like": 3.0}, "top_n": 2},
+    MEMBERS | {"explain": True, "return_fields": ["title", "genres"], "id": "mine"},
     {"candidates": [*range(1500)], "history": [*range(1, 700)]},
     {
         "candidates": {
@@ -66,7 +67,9 @@ def test_answer_is_the_servers_bit_for_bit(
     local: LocalRanker, remote: Client, members: dict[str, Any], method: str
 ) -> None:
     here, there = (getattr(ranker, method)(**members, **AT).response for ranker in (local, remote))
+    assert (here["id"] == there["id"]) == ("id" in members) and len(here["id"]) == len(there["id"])
     for response in (here, there):
+        response.pop("id")
         response.pop("timings_ms")
         response["history"].pop("cache")
         response["meta_embedding"].pop("age_seconds")
@@ -77,6 +80,8 @@ WRONG: list[dict[str, Any]] = [
     {"candidates": []},
     {"candidates": [1], "top_n": 0, "priority": 1000},
     {"candidates": [1], "nothing": 1},
+    {"candidates": [1], "request_time": 1.7e12},
+    {"candidates": [1], "return_fields": ["nothing"]},
     {"candidates": [1], "ranker": "other"},
     {"candidates": [1], "variant": "other"},
     {"candidates": [1], "exit": "other"},

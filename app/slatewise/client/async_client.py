@@ -77,7 +77,7 @@ class AsyncClient:
         return slates.result()
 
     async def models(self) -> list[dict[str, Any]]:
-        """List the rankers that are served: name, version, variants and verdict."""
+        """List the rankers that are served: name, version, variants, verdict and limits."""
         return await self._send(calls.models())
 
     async def model(self, name: str | None = None) -> dict[str, Any]:
