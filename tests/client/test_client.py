@@ -321,6 +321,9 @@ def test_waiting_for_a_server_ends(ask: Ask) -> None:
     ("arguments", "text"),
     [
         ({"url": "127.0.0.1:8000"}, "must start with http://"),
+        ({"url": "http://127.0.0.1:99999"}, "a host and a valid port"),
+        ({"url": "http://[::1"}, "a host and a valid port"),
+        ({"url": "http://"}, "a host and a valid port"),
         ({"timeout": 0}, "timeout must be above 0"),
         ({"timeout": float("nan")}, "timeout must be above 0"),
         ({"retries": -1}, "retries must be 0 or more"),
