@@ -209,6 +209,24 @@ else:
     assert "forked" in done.stdout and done.stderr == "" and done.returncode == 0
 
 
+def test_interrupt_ends_a_request_quietly() -> None:
+    code = f"""
+import gc, signal, slatewise
+ranker = slatewise.load({str(DEMO / "movielens")!r}, "int8", threads=1)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try:
+    while True:
+        ranker.rerank(candidates=[*range(4000)], history=[*range(2000)])
+except KeyboardInterrupt:
+    print(len(ranker.rerank(candidates=[1])))
+ranker.close()
+gc.collect()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
 def test_process_ends_quietly_without_close() -> None:
     code = f'import slatewise; print(slatewise.load({str(DEMO / "movielens")!r}, "int8").rerank(candidates=[1]))'
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
