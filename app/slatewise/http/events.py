@@ -25,7 +25,7 @@ from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import EncodeRequest, EncodeResponse, User
+from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
 
 CLIENT_GONE = 499
 
@@ -89,6 +89,7 @@ async def admitted(request: Request) -> AsyncIterator[tuple[Pipeline, EventWrite
     status_code=202,
     response_model=EventCounts,
     responses=FAULTS
+    | {status: FAULTS[status] | {"model": Problem | aws.AwsError} for status in (400, 429, 503)}
     | {
         200: {"description": "PutEvents was taken."},
         403: {"model": aws.AwsError, "description": "The access key id of PutEvents is no key of this server."},
