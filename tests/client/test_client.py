@@ -7,8 +7,10 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from typing import Any
 
@@ -321,6 +323,9 @@ def test_waiting_for_a_server_ends(ask: Ask) -> None:
     ("arguments", "text"),
     [
         ({"url": "127.0.0.1:8000"}, "must start with http://"),
+        ({"url": "http://127.0.0.1:99999"}, "a host and a valid port"),
+        ({"url": "http://[::1"}, "a host and a valid port"),
+        ({"url": "http://"}, "a host and a valid port"),
         ({"timeout": 0}, "timeout must be above 0"),
         ({"timeout": float("nan")}, "timeout must be above 0"),
         ({"retries": -1}, "retries must be 0 or more"),
@@ -359,6 +364,28 @@ def test_endless_connecting_is_bounded(ask: Ask, silent_port: int) -> None:
     with pytest.raises((errors.ConnectionFailed, errors.TimedOut)):
         ask(f"http://127.0.0.1:{silent_port}", "models", options={"timeout": 0.4, "retries": 3})
     assert time.monotonic() - begin < 3
+
+
+def test_headers_that_arrive_slowly_are_bounded() -> None:
+    """Each line of the answer's head arrives within the time, and all of them do not."""
+
+    def trickle(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(100):
+                time.sleep(0.1)
+                connection.sendall(b"A: b\r\n")
+
+    begin = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener,))
+        thread.start()
+        with pytest.raises(errors.TimedOut, match=r"0\.4 s"):
+            async_ask(f"http://127.0.0.1:{listener.getsockname()[1]}", "models", options={"timeout": 0.4})
+        assert time.monotonic() - begin < 4
+        thread.join(20)
 
 
 @pytest.mark.parametrize("name", ["Client", "AsyncClient", "Ranking", "SlatewiseError"])

@@ -49,6 +49,7 @@ CASES: list[dict[str, Any]] = [
     MEMBERS | {"user": None, "exit": "dot"},
     MEMBERS | {"candidates": ["1"], "exit": "point"},
     MEMBERS | {"head_weights": {"like": 3.0}, "top_n": 2},
+    MEMBERS | {"explain": True, "return_fields": ["title", "genres"], "id": "mine"},
     {"candidates": [*range(1500)], "history": [*range(1, 700)]},
     {
         "candidates": {
@@ -66,7 +67,9 @@ def test_answer_is_the_servers_bit_for_bit(
     local: LocalRanker, remote: Client, members: dict[str, Any], method: str
 ) -> None:
     here, there = (getattr(ranker, method)(**members, **AT).response for ranker in (local, remote))
+    assert (here["id"] == there["id"]) == ("id" in members) and len(here["id"]) == len(there["id"])
     for response in (here, there):
+        response.pop("id")
         response.pop("timings_ms")
         response["history"].pop("cache")
         response["meta_embedding"].pop("age_seconds")
@@ -77,6 +80,8 @@ WRONG: list[dict[str, Any]] = [
     {"candidates": []},
     {"candidates": [1], "top_n": 0, "priority": 1000},
     {"candidates": [1], "nothing": 1},
+    {"candidates": [1], "request_time": 1.7e12},
+    {"candidates": [1], "return_fields": ["nothing"]},
     {"candidates": [1], "ranker": "other"},
     {"candidates": [1], "variant": "other"},
     {"candidates": [1], "exit": "other"},
@@ -202,6 +207,24 @@ else:
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert "forked" in done.stdout and done.stderr == "" and done.returncode == 0
+
+
+def test_interrupt_ends_a_request_quietly() -> None:
+    code = f"""
+import gc, signal, slatewise
+ranker = slatewise.load({str(DEMO / "movielens")!r}, "int8", threads=1)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+try:
+    while True:
+        ranker.rerank(candidates=[*range(4000)], history=[*range(2000)])
+except KeyboardInterrupt:
+    print(len(ranker.rerank(candidates=[1])))
+ranker.close()
+gc.collect()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_process_ends_quietly_without_close() -> None:

@@ -77,7 +77,7 @@ class AsyncClient:
         return slates.result()
 
     async def models(self) -> list[dict[str, Any]]:
-        """List the rankers that are served: name, version, variants and verdict."""
+        """List the rankers that are served: name, version, variants, verdict and limits."""
         return await self._send(calls.models())
 
     async def model(self, name: str | None = None) -> dict[str, Any]:
@@ -139,9 +139,14 @@ class AsyncClient:
         body = Body(tries)
         options = self._target.request_options(call.content, tries.remaining())
         try:
-            async with self._http.stream(call.method, call.path, **options) as response:
+            async with (
+                asyncio.timeout(tries.remaining()),  # httpx bounds each read, not all of them
+                self._http.stream(call.method, call.path, **options) as response,
+            ):
                 async for part in response.aiter_bytes():
                     body.add(part)
         except httpx.RequestError as error:
             raise tries.failed(error) from error
+        except TimeoutError:
+            raise tries.timed_out() from None
         return read_answer(response, b"".join(body.parts), call.read)

@@ -79,7 +79,7 @@ class Client:
         return slates.result()
 
     def models(self) -> list[dict[str, Any]]:
-        """List the rankers that are served: name, version, variants and verdict."""
+        """List the rankers that are served: name, version, variants, verdict and limits."""
         return self._send(calls.models())
 
     def model(self, name: str | None = None) -> dict[str, Any]:

@@ -73,6 +73,13 @@ def make_target(url: str | None, api_key: str | None, timeout: float, retries: i
     source = "url" if url else "SLATEWISE_URL"
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"{source} must start with http:// or https://, for example {DEFAULT_URL}")
+    try:
+        parsed = httpx.URL(address)
+        valid = bool(parsed.host) and 0 < (parsed.port or 80) < 1 << 16
+    except httpx.InvalidURL:
+        valid = False
+    if not valid:
+        raise ValueError(f"{source} must be an address with a host and a valid port, for example {DEFAULT_URL}")
     if not timeout > 0:
         raise ValueError("timeout must be above 0 seconds")
     if retries < 0:

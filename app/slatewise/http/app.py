@@ -23,6 +23,7 @@ from slatewise.events.writer import EventWriter
 from slatewise.http import events, health, items, models
 from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
+from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
 from slatewise.http.openapi import complete, example_request, require_key
@@ -33,6 +34,7 @@ from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.settings import Settings
 
+FOREIGN_HEADERS = (WARNINGS, aws.ERROR_TYPE, oip.HEADER_LENGTH)  # of the answers of foreign calls
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
 
 
@@ -105,7 +107,7 @@ def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
         allow_origins=origins,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("Server-Timing", "X-Request-ID", "Retry-After"),
+        expose_headers=("Server-Timing", "X-Request-ID", "Retry-After", *FOREIGN_HEADERS),
     )
     return [cors, Middleware(ServerErrorMiddleware, handler=on_unexpected_error)]
 

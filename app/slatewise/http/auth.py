@@ -1,6 +1,6 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `problems.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `problems.py` and `calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import metrics
 from slatewise.errors import Unauthorized
+from slatewise.http.calls import aws
 from slatewise.http.hot_routes import Routes
-from slatewise.http.problems import header_request_id, problem
+from slatewise.http.problems import problem, request_id_of
 
 OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 # Open unless a setting closes them: they show no data of the rankers. A slash at the end stands for all paths below.
@@ -28,7 +29,8 @@ class RequireKey:
     """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set.
 
     The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. A refused request
-    to one of `routes` gets the error of its dialect, and is added to `slatewise_requests_total`.
+    to one of `routes` gets the error of its dialect, and is added to `slatewise_requests_total`. AWS clients get theirs
+    for events too.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], routes: Routes, open_paths: Iterable[str]) -> None:
@@ -49,11 +51,13 @@ class RequireKey:
         metrics.REJECTED.labels("key").inc()
         if found := self.routes.find(scope):
             dialect = found[0]
-            response = dialect.render_error(error, header_request_id(headers))
+            response = dialect.render_error(error, request_id_of(headers))
             metrics.series(metrics.REQUESTS, dialect.path, "", "", "", str(response.status_code)).inc()
             metrics.series(metrics.DURATION, dialect.path, "", "").observe(time.perf_counter() - entered)
+        elif aws.is_signed(headers) and scope["path"] in AWS_PATHS:
+            response = aws.render_error(error, request_id_of(headers))
         else:
-            response = problem(error, header_request_id(headers))
+            response = problem(error, request_id_of(headers))
         await response(scope, receive, send)
 
     def is_open(self, path: str) -> bool:
@@ -75,7 +79,7 @@ def given_key(authorization: str, path: str) -> str:
     scheme, _, given = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return given.strip()
-    if scheme == "AWS4-HMAC-SHA256" and path in AWS_PATHS:
+    if scheme == aws.SIGNATURE and path in AWS_PATHS:
         _, _, credential = given.partition("Credential=")
         parts = credential.split(",")[0].strip().rsplit("/", SCOPE_PARTS)
         return parts[0] if len(parts) == 1 + SCOPE_PARTS else ""

@@ -45,7 +45,7 @@ class Dialect(Generic[T]):
     """One ranking call. `T` holds the facts of the foreign request that rendering needs and a RankRequest lacks.
 
     parse: raises RankingError. It leaves `history` unset if the call brings none.
-    render_error: the second argument is the id of the request, `None` if it is unknown.
+    render_error: the second argument is the id of the request.
     """
 
     path: str  # template of the route, and the metrics' label `endpoint`
@@ -53,7 +53,7 @@ class Dialect(Generic[T]):
     description: str
     parse: Callable[[Incoming], tuple[RankRequest, T]]
     render: Callable[[RankRequest, T, Ranking, Timings], Response]
-    render_error: Callable[[RankingError, str | None], Response]
+    render_error: Callable[[RankingError, str], Response]
     body: type[BaseModel]  # schema of the request, for the OpenAPI document
     answer: Any  # schema of the answer, for the OpenAPI document
     responses: Mapping[int | str, dict[str, Any]]  # errors and other forms of the answer, for the OpenAPI document

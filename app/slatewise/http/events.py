@@ -1,6 +1,6 @@
 """The endpoints for users: POST /events, /feedback and /encode, DELETE /users/{user}.
 
-Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `problems.py`.
+Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `problems.py`, `calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from slatewise.events.event import EventBody, EventCounts, EventsBody, check_tim
 from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
 from slatewise.http.body import content_coding, content_length, read_body
+from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
-from slatewise.http.problems import PROBLEMS, on_ranking_error, schema_error
+from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import EncodeRequest, EncodeResponse, User
+from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
 
 CLIENT_GONE = 499
-AWS_ERRORS = {429: "ThrottlingException", 503: "ServiceUnavailable"}
 
 routes = APIRouter()
 Model = TypeVar("Model", bound=BaseModel)
@@ -88,7 +88,12 @@ async def admitted(request: Request) -> AsyncIterator[tuple[Pipeline, EventWrite
     "/events",
     status_code=202,
     response_model=EventCounts,
-    responses=FAULTS | {200: {"description": "PutEvents was taken."}},
+    responses=FAULTS
+    | {status: FAULTS[status] | {"model": Problem | aws.AwsError} for status in (400, 429, 503)}
+    | {
+        200: {"description": "PutEvents was taken."},
+        403: {"model": aws.AwsError, "description": "The access key id of PutEvents is no key of this server."},
+    },
     openapi_extra=body_of(EventBody, EventsBody, PutEventsBody),
 )
 async def post_events(request: Request) -> Response:
@@ -96,7 +101,7 @@ async def post_events(request: Request) -> Response:
 
     A body with `eventList` is PutEvents of Amazon Personalize, and gets the answers of that service.
     """
-    is_aws = False
+    is_aws = aws.is_signed(request.headers)  # until the body is read
     try:
         async with admitted(request) as (pipeline, writer):
             content = await read_json(request, pipeline)
@@ -107,12 +112,7 @@ async def post_events(request: Request) -> Response:
     except RankingError as error:
         if not is_aws:
             raise
-        name = AWS_ERRORS.get(error.status, "InvalidInputException")
-        if error.status not in AWS_ERRORS:
-            error.status = 400
-        response = await on_ranking_error(request, error)  # AWS clients read `message`
-        response.headers["x-amzn-ErrorType"] = name
-        return response
+        return aws.render_error(error, request_id_of(request.headers))
     if is_aws:
         return Response(status_code=200)
     return Response(counts.model_dump_json(), 202, media_type="application/json")

@@ -59,17 +59,6 @@ OTHER_COLUMN_NAMES = {
     "fields": "metadata categorical",
 }
 COLUMNS = {
-    name: meant
-    for names, meant in {
-        ("items", "ids", "id", "item", "itemid", "documents", "events"): "item_ids",
-        ("types", "eventtypes", "action", "events"): "actions",
-        ("times", "time", "timestamp", "ts", "datetimes"): "timestamps",
-        ("numeric", "numericfeatures"): "features",
-        ("metadata", "categorical"): "fields",
-    }.items()
-    for name in names
-}
-COLUMNS = {
     "candidates": 'must be an object of columns: {"item_ids": [...]}',
     "history": 'must be an object of columns: {"item_ids": [...], "timestamps": [...]}',
 }

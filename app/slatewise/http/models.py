@@ -20,18 +20,8 @@ routes = APIRouter()
 async def list_models(request: Request) -> Models:
     """List the rankers that are served."""
     pipeline = ready_pipeline(request.app)
-    return Models(
-        models=[
-            ModelName(
-                name=ranker.name,
-                version=ranker.manifest.version,
-                variants=list(ranker.engines),
-                verdict=ranker.manifest.verdict,
-                limits=limits_of(ranker, pipeline.admission.limits),
-            )
-            for ranker in pipeline.registry.serving()
-        ]
-    )
+    limits = pipeline.admission.limits
+    return Models(models=[model_name(ranker, limits) for ranker in pipeline.registry.serving()])
 
 
 @routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
@@ -48,6 +38,16 @@ def limits_of(ranker: Ranker, limits: RequestLimits) -> Limits:
         max_history=limits.max_history,
         history_used=ranker.manifest.limits.history_used,
         set_wise=ranker.manifest.limits.set_wise,
+    )
+
+
+def model_name(ranker: Ranker, limits: RequestLimits) -> ModelName:
+    return ModelName(
+        name=ranker.name,
+        version=ranker.manifest.version,
+        variants=list(ranker.engines),
+        verdict=ranker.manifest.verdict,
+        limits=limits_of(ranker, limits),
     )
 
 

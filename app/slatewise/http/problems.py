@@ -45,9 +45,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
 }
 
 
-def problem(error: RankingError, request_id: str | None) -> Response:
-    """Build the response for an error. `None` stands for a request without an id: it gets one."""
-    request_id = request_id or new_request_id()
+def problem(error: RankingError, request_id: str) -> Response:
+    """Build the response for an error."""
     body = Problem(
         type=error.type,
         title=error.title,
@@ -67,10 +66,10 @@ def new_request_id() -> str:
     return f"{random.getrandbits(80):020x}"
 
 
-def header_request_id(headers: Headers) -> str | None:
-    """Return the header X-Request-ID, or `None` if it is missing or not a valid id."""
+def request_id_of(headers: Headers) -> str:
+    """Return the header X-Request-ID, or a new id if it is missing or not a valid one."""
     identifier = headers.get("x-request-id", "")
-    return identifier if re.fullmatch(REQUEST_ID, identifier) else None
+    return identifier if re.fullmatch(REQUEST_ID, identifier) else new_request_id()
 
 
 def schema_error(error: ValidationError) -> RankingError:
@@ -109,7 +108,7 @@ def member_path(location: tuple[int | str, ...]) -> list[int | str]:
 
 async def on_ranking_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RankingError)
-    return problem(error, header_request_id(request.headers))
+    return problem(error, request_id_of(request.headers))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -120,11 +119,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code != 404:
         wrapped.title = str(error.detail)
     wrapped.headers = dict(error.headers or {})
-    return problem(wrapped, header_request_id(request.headers))
+    return problem(wrapped, request_id_of(request.headers))
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    return problem(unexpected(error), header_request_id(request.headers))
+    return problem(unexpected(error), request_id_of(request.headers))
 
 
 def unexpected(error: Exception) -> RankingError:

@@ -25,7 +25,7 @@ from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_request
-from slatewise.http.problems import PROBLEMS, header_request_id, new_request_id, problem, schema_error, unexpected
+from slatewise.http.problems import PROBLEMS, new_request_id, problem, request_id_of, schema_error, unexpected
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
@@ -54,7 +54,7 @@ class Exchange:
         """Return the id in the body or in the header, or one that the server makes: the same at every call."""
         if self.parsed is not None and self.parsed.id is not None:
             return self.parsed.id
-        self.given_id = self.given_id or header_request_id(self.request.headers) or new_request_id()
+        self.given_id = self.given_id or request_id_of(self.request.headers)
         return self.given_id
 
     def refuse(self, error: RankingError) -> Response:
@@ -88,7 +88,7 @@ async def answer(request: Request, dialect: Dialect[Any], path: Mapping[str, str
     try:
         pipeline = ready_pipeline(request.app)
     except NotReady as error:
-        return dialect.render_error(error, header_request_id(request.headers))
+        return dialect.render_error(error, request_id_of(request.headers))
     exchange = Exchange(request, dialect, entered)
     try:
         pipeline.admission.enter()

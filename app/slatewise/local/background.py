@@ -80,6 +80,8 @@ class Background:
         try:
             ranking = await self.pipeline.rank(request, trace)
         except asyncio.CancelledError:
+            if not self.stopped:  # the caller was interrupted, and waits no longer
+                raise
             raise RankingError("the ranker was closed") from None
         return response_members(request, ranking, by_score, trace.timings)
 

@@ -23,8 +23,9 @@ from slatewise.client.body import Members, Options, rank_body, to_json
 from slatewise.client.errors import SlatewiseError, from_problem
 from slatewise.client.results import Ranking
 from slatewise.errors import RankingError
-from slatewise.http.models import model_card
-from slatewise.http.problems import new_request_id, schema_error
+from slatewise.http.mistakes import wrong_request
+from slatewise.http.models import model_card, model_name
+from slatewise.http.problems import new_request_id
 from slatewise.local.background import LIMITS, Background
 from slatewise.process import cpu_quota
 from slatewise.schemas import RankRequest
@@ -108,9 +109,8 @@ class LocalRanker:
         return slates.result()
 
     def models(self) -> list[dict[str, Any]]:
-        """List the ranker: name, version, variants and verdict."""
-        card = self.model()
-        return [{name: card[name] for name in ("name", "version", "verdict")} | {"variants": [*card["variants"]]}]
+        """List the ranker: name, version, variants, verdict and limits."""
+        return [model_name(self._ranker, LIMITS).model_dump(mode="json")]
 
     def model(self, name: str | None = None) -> dict[str, Any]:
         """Describe the ranker: limits, heads, features, fields, quality, and an example. Raises NotFound."""
@@ -142,7 +142,7 @@ class LocalRanker:
                 request = request.model_copy(update={"id": new_request_id()})
             response = self._background.call(self._background.rank(request, by_score, entered))
         except ValidationError as error:
-            raise client_error(schema_error(error)) from None
+            raise client_error(wrong_request(error, body)) from None
         except RankingError as error:
             raise client_error(error) from error
         return Ranking.from_response(dict(response) | {"history": vars(response["history"])})

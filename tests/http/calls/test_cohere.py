@@ -93,7 +93,11 @@ def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["id: ''\n", "id: \n", 'id: "\\q"\n', 'id: "\\xZZ"\n', 'id: "\\U00ffffff"\n', "id: '" + "x" * 257 + "'\n"]
+    "text",
+    [
+        *("id: ''\n", "id: \n", "id: '" + "x" * 257 + "'\n"),
+        *(f'id: "\\{escape}"\n' for escape in ("q", "xZZ", "U00ffffff", "Uffffffff", "ud800")),
+    ],
 )
 def test_yaml_without_a_usable_id_is_refused(text: str) -> None:
     with pytest.raises(Invalid, match="/documents/1: its YAML has no `id`"):

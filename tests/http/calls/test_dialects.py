@@ -27,7 +27,7 @@ from slatewise.ranking.admission import RequestLimits
 from slatewise.ranking.registry import Registry
 from slatewise.schemas import Problem, RankRequest
 from tests.conftest import DEMO
-from tests.http.calls.support import FILMS, MODEL, USER
+from tests.http.calls.support import FILMS, KEY, MODEL, USER
 
 WARNINGS = "X-Slatewise-Warnings"
 LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 4096, 4096, 0.0)
@@ -209,6 +209,31 @@ def test_access_key_id_is_the_key_on_paths_of_aws_alone(demo: httpx.Client) -> N
     ):
         headers = {"Authorization": f"AWS4-HMAC-SHA256 {broken}"}
         assert demo.post("/personalize-ranking", json=aws(FILMS), headers=headers).status_code == 403
+
+
+def test_events_signed_for_aws_get_its_errors(demo: httpx.Client) -> None:
+    """Before the body is read too: a wrong key, and a body that is no JSON."""
+    signed = "AWS4-HMAC-SHA256 Credential={}/20260101/x/personalize/aws4_request, SignedHeaders=host, Signature=0"
+    for key, status, name in (
+        ("wrong", 403, "UnrecognizedClientException"),
+        (KEY, 400, "InvalidInputException"),
+    ):
+        answer = demo.post("/events", content=b"{", headers={"Authorization": signed.format(key)})
+        check_error(answer, AwsError, status)
+        assert answer.headers["x-amzn-ErrorType"] == name
+    check_error(demo.post("/events", content=b"{", headers={"Authorization": "Bearer wrong"}), Problem, 401)
+    check_error(demo.post("/models", headers={"Authorization": signed.format("wrong")}), Problem, 401)
+
+
+@EVERY_CALL
+def test_error_has_an_id_where_none_was_sent(demo: httpx.Client, path: str) -> None:
+    """Also for a request that is refused before it is read."""
+    body, _, _ = CALLS[path]
+    for key, sent in ((KEY, body([])), ("wrong", body(FILMS))):
+        answers = [demo.post(path, json=sent, headers={"Authorization": f"Bearer {key}"}) for _ in range(2)]
+        ids = {answer.headers["X-Request-ID"] for answer in answers}
+        assert len(ids) == 2 and set(map(len, ids)) == {20}
+        assert {answer.json().get("id", answer.headers["X-Request-ID"]) for answer in answers} == ids
 
 
 @EVERY_CALL

@@ -1,6 +1,6 @@
 """POST /personalize-ranking, as Amazon Personalize has it: GetPersonalizedRanking of boto3 with `endpoint_url`.
 
-Called by: `rank.py` through the dialect. Calls: `common.py`.
+Called by: `rank.py` through the dialect; `auth.py` and `events.py` for the errors. Calls: `common.py`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, NotRequired
 
 from pydantic import BaseModel, Field, with_config
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
@@ -39,6 +40,8 @@ EXCEPTIONS = {  # status of this server -> exception of AWS and the status that 
     504: ("ServiceUnavailableException", 504),
 }
 OTHERWISE = "InvalidInputException", 400
+ERROR_TYPE = "x-amzn-ErrorType"
+SIGNATURE = "AWS4-HMAC-SHA256"  # the scheme of the header Authorization
 
 
 class AwsRequest(ForeignModel):
@@ -72,6 +75,11 @@ class AwsError(BaseModel):
     message: str
 
 
+def is_signed(headers: Headers) -> bool:
+    """Whether a client of AWS sent the request. Clients sign in every case, also where a server has no keys."""
+    return headers.get("authorization", "").startswith(SIGNATURE + " ")
+
+
 def parse(incoming: Incoming) -> tuple[RankRequest, bool]:
     """Parse a call. The second result is whether the call has a filter, which is ignored."""
     sent = parse_as(AwsRequest, incoming.body)
@@ -90,11 +98,11 @@ def render(request: RankRequest, filtered: bool, ranking: Ranking, timings: Timi
     return respond(body, request, timings, warnings)
 
 
-def render_error(error: RankingError, identifier: str | None) -> Response:
+def render_error(error: RankingError, identifier: str) -> Response:
     error = renamed(error, NAMES)
     name, status = EXCEPTIONS.get(error.status, OTHERWISE)
     detail = "the access key id must be a key of this server" if error.status == 401 else error.detail
-    headers = error_headers(error, identifier) | {"x-amzn-ErrorType": name}
+    headers = error_headers(error, identifier) | {ERROR_TYPE: name}
     headers.pop("WWW-Authenticate", None)
     return Response(AwsError(message=detail).model_dump_json(), status, headers, media_type="application/json")
 

@@ -155,15 +155,15 @@ def id_in_yaml(text: str, position: int) -> str:
     elif double is None:
         found = plain.strip()
     else:
-        with suppress(ValueError):
-            found = YAML_ESCAPE.sub(unescape, double)
+        with suppress(ValueError, OverflowError):
+            found = YAML_ESCAPE.sub(unescape, double).encode().decode()  # refuses half of a surrogate pair
     if not 1 <= len(found) <= MAX_ID:
         raise Invalid.at(f"/documents/{position}", f"its YAML has no `id` of 1 to {MAX_ID} characters")
     return found
 
 
 def unescape(match: re.Match[str]) -> str:
-    """Return the character of an escape sequence in YAML. Raises ValueError."""
+    """Return the character of an escape sequence in YAML. Raises ValueError or OverflowError."""
     name = match[1]
     return json.loads(f'"\\{name}"') if len(name) == 1 else chr(int(name[1:], 16))
 
@@ -193,10 +193,10 @@ def texts_of(documents: list[Any], ids: list[str]) -> list[str]:
     return [sent if isinstance(sent, str) else identifier for sent, identifier in zip(documents, ids)]
 
 
-def render_error(error: RankingError, identifier: str | None) -> Response:
+def render_error(error: RankingError, identifier: str) -> Response:
     error = renamed(error, NAMES)
     body = CohereError(
-        id=identifier or "",
+        id=identifier,
         message=error.detail,
         detail=error.detail,
         errors=[FaultBody(pointer=fault.pointer, detail=fault.detail) for fault in error.faults],

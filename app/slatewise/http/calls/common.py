@@ -180,8 +180,8 @@ def new_name(pointer: str, names: Mapping[str, str]) -> str:
     return pointer
 
 
-def error_headers(error: RankingError, identifier: str | None) -> dict[str, str]:
-    return dict(error.headers) | ({"X-Request-ID": identifier} if identifier else {})
+def error_headers(error: RankingError, identifier: str) -> dict[str, str]:
+    return dict(error.headers) | {"X-Request-ID": identifier}
 
 
 def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:

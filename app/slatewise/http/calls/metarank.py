@@ -196,7 +196,7 @@ def render(request: RankRequest, ignored: dict[str, int], ranking: Ranking, timi
     return respond(with_member(content, "items", rows), request, timings, warnings_of(request, ranking))
 
 
-def render_error(error: RankingError, identifier: str | None) -> Response:
+def render_error(error: RankingError, identifier: str) -> Response:
     """Render an error as the native calls do: Metarank defines no shape."""
     return problem(renamed(error, NAMES), identifier)
 

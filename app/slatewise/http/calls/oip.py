@@ -219,7 +219,7 @@ def render(request: RankRequest, call: InferCall, ranking: Ranking, timings: Tim
     return Response(body, media_type="application/octet-stream", headers=headers | {HEADER_LENGTH: str(length)})
 
 
-def render_error(error: RankingError, identifier: str | None) -> Response:
+def render_error(error: RankingError, identifier: str) -> Response:
     error = renamed(error, NAMES)
     headers = error_headers(error, identifier)
     body = OipError(error=error.detail).model_dump_json()

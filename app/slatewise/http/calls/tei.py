@@ -77,7 +77,7 @@ def render(request: RankRequest, return_text: bool, ranking: Ranking, timings: T
     return respond(render_rows(columns), request, timings, warnings_of(request, ranking))
 
 
-def render_error(error: RankingError, identifier: str | None) -> Response:
+def render_error(error: RankingError, identifier: str) -> Response:
     error = renamed(error, NAMES)
     kind, status = kind_of(error)
     body = TeiError(error=error.detail, error_type=kind)
