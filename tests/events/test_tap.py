@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -129,6 +130,22 @@ def test_the_journal_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> No
 
     asyncio.run(main())
     assert sorted(row["item_id"] for row in read(tmp_path)) == ["a", "b", "c"]
+
+
+def test_a_journal_without_its_lock_yet_loses_no_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process starts between the creation of a journal and its lock, and removes it."""
+    flock = fcntl.flock
+    starts = [Tap(tmp_path, 3_600, 10**9)]
+
+    def late(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and starts:
+            starts.pop().convert_abandoned()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    asyncio.run(submit(tmp_path, [event("a")], [event("b")]))
+    assert not starts
+    assert [row["item_id"] for row in read(tmp_path)] == ["a", "b"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0 and not Path("/dev/full").exists(), reason="no full device")
