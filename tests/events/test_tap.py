@@ -22,10 +22,12 @@ from slatewise.events.event import Event
 from slatewise.events.histories import EmbeddedHistories
 from slatewise.events.tap import COLUMNS, Tap
 from slatewise.events.writer import EventWriter
-from slatewise.settings import Settings
+from slatewise.main import serve
+from slatewise.settings import Settings, SettingsError
 from slatewise_train.check_data import main as validate
 from slatewise_train.new_toml import main as init
 from tests.events.support import NOW, event
+from tests.support.network import free_port
 
 
 def parquet(folder: Path) -> list[Path]:
@@ -192,6 +194,12 @@ def test_training_reads_the_folder_as_it_is(
     asyncio.run(main())
     output = capsys.readouterr().out
     assert "800" in output.replace(",", ""), "all events of both files, and none of the journal"
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "/proc/none"])
+def test_a_folder_that_cannot_be_written_stops_the_start(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(SettingsError, match=f"SLATEWISE_EVENTS_DIR .*{folder}: "):
+        serve(Settings(bundles=tmp_path, events_dir=folder, port=free_port()))
 
 
 def test_the_setting_without_polars_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
