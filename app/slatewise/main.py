@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -37,7 +38,7 @@ from slatewise.ranking.ahead import AheadOfRequests
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
-from slatewise.settings import Settings, add_flags, is_link_address, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
 log = logging.getLogger("slatewise")
@@ -135,11 +136,22 @@ def load(settings: Settings) -> dict[str, Ranker]:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal stops the server. Return the exit code."""
+    if settings.events_dir:
+        check_writable(Path(settings.events_dir))
     listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
     bound_malloc()
-    if settings.events_dir:
-        Path(settings.events_dir).mkdir(parents=True, exist_ok=True)
     return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of events, and a file in it for a moment. Raises SettingsError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fault = f"SLATEWISE_EVENTS_DIR (--events-dir): cannot write to {folder}: {error.strerror}"
+        raise SettingsError([fault]) from None
 
 
 def leave(code: int, *_: object) -> None:

@@ -110,6 +110,7 @@ def test_a_deleted_user_is_not_resurrected_by_events_in_flight(run: Callable[...
         assert await items(histories) == []
         await asyncio.sleep(0.01)
         assert await histories.write(pairs([event("new", 3.0), event("a", 1.0)])) == "NN"
+        assert await histories.write(in_flight) == "G", "after a newer event too"
         assert await items(histories) == ["a", "new"]
         assert await items(histories, "other") == ["b"]
 
@@ -125,6 +126,14 @@ def test_histories_expire(run: Callable[..., None]) -> None:
                 await asyncio.sleep(0.1)
 
     run(check, ttl_seconds=1.0)
+
+
+def test_the_shortest_time_to_live_is_a_second_in_redis(client: redis.Redis, redis_port: int) -> None:
+    async def check(histories: Histories) -> None:
+        await histories.write(pairs([event("a")]))
+        assert 0 < client.pttl("slatewise:history:{u}") <= 1_000
+
+    on_redis(redis_port, check, ttl_seconds=0.1)
 
 
 def test_trace_of_a_deletion_ends(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ def test_a_deletion_refuses_what_was_received_before() -> None:
     history = unpack(value, 10)
     assert history is not None and history.item_ids == ["c"]
     assert unpack(tombstone(10.0), 10) is None
+    assert merge(value, [(event("d", 4), 9.5)], 10) == (value, "G"), "after a newer event too"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_a_deletion_refuses_what_was_received_before() -> None:
         b"h1\xff0\xff1\xff1.0\xffa\xff\xffyesterday\xff\xfeid\xff",
         b"h1\xff0\xff1\xff1.0\xff\xc3\xff\xff1.0\xff\xfeid\xff",
         b"h2\xff0\xff0\xff1\xff",
+        b"h1x\xff0\xff0\xff1\xff",
     ],
 )
 def test_other_bytes_are_unreadable(value: bytes) -> None:

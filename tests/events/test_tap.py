@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -21,10 +22,12 @@ from slatewise.events.event import Event
 from slatewise.events.histories import EmbeddedHistories
 from slatewise.events.tap import COLUMNS, Tap
 from slatewise.events.writer import EventWriter
-from slatewise.settings import Settings
+from slatewise.main import serve
+from slatewise.settings import Settings, SettingsError
 from slatewise_train.check_data import main as validate
 from slatewise_train.new_toml import main as init
 from tests.events.support import NOW, event
+from tests.support.network import free_port
 
 
 def parquet(folder: Path) -> list[Path]:
@@ -131,6 +134,22 @@ def test_the_journal_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> No
     assert sorted(row["item_id"] for row in read(tmp_path)) == ["a", "b", "c"]
 
 
+def test_a_journal_without_its_lock_yet_loses_no_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process starts between the creation of a journal and its lock, and removes it."""
+    flock = fcntl.flock
+    starts = [Tap(tmp_path, 3_600, 10**9)]
+
+    def late(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and starts:
+            starts.pop().convert_abandoned()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    asyncio.run(submit(tmp_path, [event("a")], [event("b")]))
+    assert not starts
+    assert [row["item_id"] for row in read(tmp_path)] == ["a", "b"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0 and not Path("/dev/full").exists(), reason="no full device")
 def test_a_full_disk_costs_the_tap_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tap: Tap) -> Any:
@@ -175,6 +194,12 @@ def test_training_reads_the_folder_as_it_is(
     asyncio.run(main())
     output = capsys.readouterr().out
     assert "800" in output.replace(",", ""), "all events of both files, and none of the journal"
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "/proc/none"])
+def test_a_folder_that_cannot_be_written_stops_the_start(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(SettingsError, match=f"SLATEWISE_EVENTS_DIR .*{folder}: "):
+        serve(Settings(bundles=tmp_path, events_dir=folder, port=free_port()))
 
 
 def test_the_setting_without_polars_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -163,6 +163,59 @@ def test_explanations_are_shown_where_the_server_has_them(browser: Browser, both
         expect(page.locator("#cards .why").nth(1)).to_be_hidden()
 
 
+def test_late_answer_without_a_neighbour_is_dropped(browser: Browser, both: httpx.Client) -> None:
+    """The slate changes while the answer without one of its items is on its way."""
+    late: list[Route] = []
+    with open_page(browser, both, path="/?ranker=plain") as page:
+        ready(page)
+        compared(page)
+        page.route("**/rerank", lambda route: route.continue_() if late else late.append(route))
+        page.locator("#cards .gone").first.click()
+        expect(page.locator("#cards")).to_have_attribute("aria-busy", "true")
+        page.wait_for_timeout(50)
+        assert len(late) == 1
+        page.select_option("#exit", "point")
+        expect(page.locator("#without")).to_contain_text("At the exit point")
+        text = page.locator("#without").inner_text()
+        late[0].fulfill(json=ask(both, late[0].request.post_data_json))
+        page.wait_for_timeout(200)
+        assert page.locator("#without").inner_text() == text
+        compared(page)
+
+
+def test_neighbour_put_back_before_its_answer(browser: Browser, both: httpx.Client) -> None:
+    late: list[Route] = []
+    with open_page(browser, both, path="/?ranker=plain") as page:
+        ready(page)
+        compared(page)
+        page.route("**/rerank", lambda route: late.append(route))
+        page.locator("#cards .gone").first.click()
+        expect(page.locator("#cards")).to_have_attribute("aria-busy", "true")
+        page.locator("#cards .gone").first.click()
+        expect(page.locator("#cards")).to_have_attribute("aria-busy", "false")
+        expect(page.locator("#without")).to_be_hidden()
+
+
+def test_last_ranker_chosen_is_shown(browser: Browser, both: httpx.Client) -> None:
+    """The card of the first ranker arrives after that of the second."""
+    late: list[Route] = []
+    with open_page(browser, both, path="/?ranker=plain") as page:
+        ready(page)
+        compared(page)
+        page.route("**/models/plain", lambda route: late.append(route))
+        page.select_option("#ranker", HOSTILE)
+        expect(page.locator("#model")).to_contain_text(HOSTILE)
+        page.select_option("#ranker", "plain")
+        page.wait_for_timeout(50)
+        with ranked(page) as body:
+            page.select_option("#ranker", HOSTILE)
+        assert body["ranker"] == HOSTILE
+        late[0].fulfill(json=both.get("/models/plain").json())
+        page.wait_for_timeout(300)
+        expect(page.locator("#model")).to_contain_text(HOSTILE)
+        compared(page)
+
+
 def test_server_that_stops_is_named(browser: Browser, root: Path) -> None:
     with serve(Settings(bundles=root)) as client, open_page(browser, client, errors=1, path="/?ranker=plain") as page:
         ready(page)

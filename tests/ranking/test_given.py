@@ -137,6 +137,27 @@ def test_users_that_wait_for_an_encoding_are_bounded(ranker: Ranker, monkeypatch
     assert encoded == [f"u{k}" for k in range(ahead.MOST_WAITING)]
 
 
+def test_a_defect_costs_the_encoding_of_one_user(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+
+    async def broken(pipeline: Pipeline, body: EncodeRequest, priority: int = 0) -> None:
+        if body.user == "u0":
+            raise ValueError("a defect")
+        encoded.append(body.user)
+
+    monkeypatch.setattr(ahead, "encode_ahead", broken)
+
+    async def work(pipeline: Pipeline) -> None:
+        async with AheadOfRequests(pipeline) as waiting:
+            waiting.add(["u0", "u1"])
+            async with asyncio.timeout(10):
+                while waiting.users and not waiting.task.done():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+    run(ranker, work)
+    assert encoded == ["u1"]
+
+
 # Deletion
 
 

@@ -5,7 +5,8 @@
 
 Each part ends with the byte 255, which UTF-8 never contains. An id is the byte 254 and 16 hexadecimal digits.
 `offset` is the number of older events that were trimmed. The value of a deleted user refuses events that were received
-before the deletion. `merge` is the reference for `EXTEND`, and the embedded histories use it.
+before the deletion. If a newer event makes it a history, its first part is `h1`, a space and the time of the deletion,
+and it refuses them still. `merge` is the reference for `EXTEND`, and the embedded histories use it.
 
 Called by: `histories.py`, `redis_histories.py`. Calls: `schemas.py`.
 """
@@ -28,19 +29,20 @@ NEW, KNOWN, OLD, GONE = "NKOG"  # stored; known already; older than a full histo
 # time at which it was received. Returns one letter for each event.
 EXTEND = r"""
 local most, ttl = tonumber(ARGV[1]), tonumber(ARGV[2])
-local offset, count, newest, records, deleted = 0, 0, '-1', '', nil
+local offset, count, newest, records, deletion = 0, 0, '-1', '', nil
 local value = redis.pcall('GET', KEYS[1])
 if type(value) == 'string' then
-  local o, c, n, first = string.match(value, '^h1\255(%d+)\255(%d+)\255([^\255]*)\255()')
+  local d, o, c, n, first = string.match(value, '^h1 ?([%d.]*)\255(%d+)\255(%d+)\255([^\255]*)\255()')
   if o then offset, count, newest, records = tonumber(o), tonumber(c), n, string.sub(value, first) end
-  deleted = string.match(value, '^d1\255([^\255]*)\255$')
+  deletion = d or string.match(value, '^d1\255([^\255]*)\255$')
 end
+local deleted = tonumber(deletion or '')
 local answers, changed = {}, false
 for k = 3, #ARGV, 5 do
   local at, id = ARGV[k + 2], ARGV[k + 3]
   local record = ARGV[k] .. '\255' .. ARGV[k + 1] .. '\255' .. at .. '\255' .. id .. '\255'
   local answer = 'N'
-  if deleted and tonumber(ARGV[k + 4]) <= tonumber(deleted) then
+  if deleted and tonumber(ARGV[k + 4]) <= deleted then
     answer = 'G'
   elseif string.find(records, id, 1, true) then
     answer = 'K'
@@ -68,7 +70,8 @@ for k = 3, #ARGV, 5 do
   answers[#answers + 1] = answer
 end
 if changed then
-  local head = 'h1\255' .. string.format('%d\255%d', offset, count) .. '\255' .. newest .. '\255'
+  local head = deleted and 'h1 ' .. deletion or 'h1'
+  head = head .. '\255' .. string.format('%d\255%d', offset, count) .. '\255' .. newest .. '\255'
   if ttl > 0 then redis.call('SET', KEYS[1], head .. records, 'EX', ttl)
   else redis.call('SET', KEYS[1], head .. records) end
 end
@@ -92,14 +95,18 @@ def arguments(event: Event, received: float) -> tuple[bytes, bytes, bytes, bytes
     )
 
 
-def split(value: bytes) -> tuple[int, list[bytes]]:
-    """Return (offset, parts of the events). Raises Unreadable; the value of a deleted user has no events."""
+def split(value: bytes) -> tuple[bytes, int, list[bytes]]:
+    """Return (time of the deletion or nothing, offset, parts of the events). Raises Unreadable.
+
+    The value of a deleted user has no events.
+    """
     start, *parts = value.split(END)
+    kind, _, deletion = start.partition(b" ")
     try:
-        if start == HISTORY and parts.pop() == b"" and len(parts) == PARTS - 1 + PARTS * int(parts[1]):
-            return int(parts[0]), parts[PARTS - 1 :]
+        if kind == HISTORY and parts.pop() == b"" and len(parts) == PARTS - 1 + PARTS * int(parts[1]):
+            return deletion, int(parts[0]), parts[PARTS - 1 :]
         if start == DELETED and parts.pop() == b"":
-            return 0, []
+            return parts[0], 0, []
     except (ValueError, IndexError):
         pass
     raise Unreadable("not a stored history")
@@ -107,7 +114,7 @@ def split(value: bytes) -> tuple[int, list[bytes]]:
 
 def unpack(value: bytes, most: int) -> History | None:
     """Return the newest events, at most `most`; `None` without events. Raises Unreadable."""
-    offset, parts = split(value)
+    _, offset, parts = split(value)
     cut = max(0, len(parts) // PARTS - most)
     parts = parts[PARTS * cut :]
     if not parts:
@@ -130,10 +137,10 @@ def tombstone(at: float) -> bytes:
 def merge(value: bytes | None, events: Sequence[tuple[Event, float]], most: int) -> tuple[bytes | None, str]:
     """Add (event, time at which it was received) pairs to a value. Return the new value and a letter for each event."""
     try:
-        offset, parts = split(value or b"")
-    except Unreadable:
-        offset, parts = 0, []
-    deleted = float(value.split(END)[1]) if value and value.startswith(DELETED + END) else -1.0
+        deletion, offset, parts = split(value or b"")
+        deleted = float(deletion or -1)
+    except ValueError:
+        deletion, deleted, offset, parts = b"", -1.0, 0, []
     records = [parts[k : k + PARTS] for k in range(0, len(parts), PARTS)]
     answers = ""
     for event, received in events:
@@ -153,5 +160,6 @@ def merge(value: bytes | None, events: Sequence[tuple[Event, float]], most: int)
             del records[: max(0, len(records) - most)]
     if NEW not in answers:
         return value, answers
-    head = [HISTORY, b"%d" % offset, b"%d" % len(records), records[-1][2]]
+    start = HISTORY + b" " + deletion if deletion else HISTORY
+    head = [start, b"%d" % offset, b"%d" % len(records), records[-1][2]]
     return END.join([*head, *(part for record in records for part in record), b""]), answers

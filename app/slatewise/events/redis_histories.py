@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Sequence
 from functools import partial
@@ -43,7 +44,7 @@ class RedisHistories:
     def __init__(self, store: RedisStore, most_events: int, ttl_seconds: float) -> None:
         self.store = store
         self.most_events = most_events
-        self.ttl = int(ttl_seconds)
+        self.ttl = math.ceil(ttl_seconds)
         self.deleting = asyncio.Lock()  # one connection at most
 
     def read(self, user: str, most: int) -> Awaitable[Stored]:

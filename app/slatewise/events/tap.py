@@ -95,10 +95,13 @@ class Tap:
     def new_journal(self) -> IO[bytes]:
         """Open a journal and lock it. It has no buffer: what is written survives the process."""
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        name = f".journal-{now}-{secrets.token_hex(4)}.jsonl"  # containers that share the folder have equal process ids
-        file = open(self.folder / name, "xb", buffering=0)  # noqa: SIM115 - kept open
+        path = self.folder / f".journal-{now}-{secrets.token_hex(4)}.jsonl"  # process ids may be equal in containers
+        file = open(path, "xb", buffering=0)  # noqa: SIM115 - kept open
         fcntl.flock(file, fcntl.LOCK_EX)
-        return file
+        if path.exists():
+            return file
+        file.close()  # a process that started took it for an abandoned one, before the lock
+        return self.new_journal()
 
     def rotate_if_due(self) -> None:
         if self.journal is not None and (
@@ -119,7 +122,8 @@ class Tap:
                 path = Path(journal.name)
                 write_parquet(read_journal(path), self.folder / f"events-{path.stem.removeprefix('.journal-')}.parquet")
                 path.unlink()
-            self.remove_oldest()
+            with contextlib.suppress(FileNotFoundError):  # another process removed one at the same time
+                self.remove_oldest()
         except Exception as error:
             log.error("events folder: %s stays a journal: %s", journal.name, error)
 
@@ -130,10 +134,12 @@ class Tap:
                 file = open(path, "rb")  # noqa: SIM115 - `convert` closes it
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    is_abandoned = path.exists()  # else its process has made it a file meanwhile
                 except OSError:
-                    file.close()
-                    continue
-                self.convert(file)
+                    is_abandoned = False
+                if is_abandoned:
+                    self.convert(file)
+                file.close()
 
     def remove_oldest(self) -> None:
         files = sorted(self.folder.glob("events-*.parquet"))

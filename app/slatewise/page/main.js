@@ -13,7 +13,8 @@ import { announce, facts, hover, showProblem, whyOf } from "./told.js";
 
 const COMPARE_AFTER = 250; // milliseconds without a change until the comparison runs
 
-let ranking = null; // AbortController of the ranking in flight
+let ranking = null; // AbortController of the ranking in flight; null without one
+let leaving = null; // AbortController of the ranking without one candidate, after a click
 let comparing = 0; // timer
 let language = "curl";
 
@@ -27,14 +28,13 @@ const context = { ranker: () => state.ranker, titleOf: (item) => item.fields.tit
 async function changed() {
   list();
   showCode();
-  ranking?.abort();
-  clearTimeout(comparing);
-  compare.wait();
+  cancel();
   showProblem(null);
   if (!state.candidates.length) {
     Object.assign(state, { answer: null, keys: [], without: null, changed: null });
     byId("facts").replaceChildren();
     byId("without").hidden = true;
+    byId("cards").setAttribute("aria-busy", "false");
     cards();
     return compare.clear();
   }
@@ -56,7 +56,18 @@ async function changed() {
     if (error.name === "AbortError") return;
     failed(error);
   }
-  if (!signal.aborted) byId("cards").setAttribute("aria-busy", "false");
+  if (signal.aborted) return;
+  ranking = null;
+  byId("cards").setAttribute("aria-busy", "false");
+}
+
+// No answer that is on its way belongs to what is on screen next.
+function cancel() {
+  ranking?.abort();
+  leaving?.abort();
+  ranking = leaving = null;
+  clearTimeout(comparing);
+  compare.wait();
 }
 
 function learn(answer) {
@@ -86,6 +97,7 @@ function showAnswer() {
 }
 
 function failed(error) {
+  byId("cards").setAttribute("aria-busy", "false");
   if (error.status === 401) return askForKey(error);
   if (!(error instanceof api.ApiError)) console.error(error);
   showProblem(error, changed);
@@ -104,6 +116,7 @@ function showCode() {
 async function loadExample(body) {
   const { item_ids: ids = [], actions, timestamps } = body.history ?? {};
   const columns = Object.entries(body.candidates.features ?? {});
+  cancel();
   Object.assign(state, {
     user: body.user ?? "",
     requestTime: body.request_time ?? null,
@@ -179,23 +192,25 @@ function dropCandidate(key) {
 
 async function toggleWithout(key) {
   state.without = state.without === key || state.candidates.length < 2 ? null : key;
-  const asked = state.without;
   state.before = new Map();
-  if (!asked) {
+  if (ranking) return changed(); // asks for both answers, of the same slate
+  leaving?.abort();
+  if (!state.without) {
     state.changed = null;
+    byId("cards").setAttribute("aria-busy", "false");
     return showAnswer();
   }
+  const { signal } = (leaving = new AbortController());
   byId("cards").setAttribute("aria-busy", "true");
   try {
-    const answer = await api.rerank(bodyOf({ without: asked }));
-    if (state.without !== asked) return;
-    state.changed = answer;
+    state.changed = await api.rerank(bodyOf({ without: state.without }), signal);
     showAnswer();
   } catch (error) {
+    if (error.name === "AbortError") return;
     state.without = null;
     failed(error);
   }
-  byId("cards").setAttribute("aria-busy", "false");
+  if (!signal.aborted) byId("cards").setAttribute("aria-busy", "false");
 }
 
 // Start
@@ -221,6 +236,7 @@ async function start() {
 
 async function loadRanker(name) {
   const [card, examples] = await Promise.all([api.modelCard(name), api.examples(name)]);
+  if (byId("ranker").value !== name) return; // another one was chosen meanwhile
   known.clear();
   Object.assign(state, { ranker: name, card, examples, exit: "auto", variant: "auto", explain: false });
   fill(

@@ -97,3 +97,5 @@ class AheadOfRequests:
                         await encode_ahead(self.pipeline, EncodeRequest(user=user, ranker=ranker.name), LAST)
                     except RankingError as error:  # overload: the next request of the user encodes
                         log.debug("encoding ahead: %s", error)
+                    except Exception as error:  # a defect costs this user's encoding, and not those after it
+                        log.error("encoding ahead", exc_info=error)
