@@ -93,7 +93,17 @@ def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["id: ''\n", "id: \n", 'id: "\\q"\n', 'id: "\\xZZ"\n', 'id: "\\U00ffffff"\n', "id: '" + "x" * 257 + "'\n"]
+    "text",
+    [
+        "id: ''\n",
+        "id: \n",
+        'id: "\\q"\n',
+        'id: "\\xZZ"\n',
+        'id: "\\U00ffffff"\n',
+        'id: "\\UFFFFFFFF"\n',
+        'id: "\\ud800"\n',
+        "id: '" + "x" * 257 + "'\n",
+    ],
 )
 def test_yaml_without_a_usable_id_is_refused(text: str) -> None:
     with pytest.raises(Invalid, match="/documents/1: its YAML has no `id`"):

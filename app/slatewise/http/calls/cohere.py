@@ -155,8 +155,8 @@ def id_in_yaml(text: str, position: int) -> str:
     elif double is None:
         found = plain.strip()
     else:
-        with suppress(ValueError):
-            found = YAML_ESCAPE.sub(unescape, double)
+        with suppress(ValueError, OverflowError):
+            found = YAML_ESCAPE.sub(unescape, double).encode().decode()  # half of a surrogate pair is no text
     if not 1 <= len(found) <= MAX_ID:
         raise Invalid.at(f"/documents/{position}", f"its YAML has no `id` of 1 to {MAX_ID} characters")
     return found
