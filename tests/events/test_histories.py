@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from slatewise.events import histories as module
-from slatewise.events.histories import ENTRY_OVERHEAD, EmbeddedHistories, Histories
+from slatewise.events.histories import ENTRY_OVERHEAD, EmbeddedHistories, Histories, entry_bytes
 from slatewise.events.redis_histories import RedisHistories, history_key
 from slatewise.store.lookup import RedisStore
 from tests.events.support import NOW, event, items, pairs, stored
@@ -161,9 +161,7 @@ def test_embedded_histories_are_bounded_and_the_idle_go_first() -> None:
             assert await items(histories, "u0") == ["a"], "read, so it is not idle"
         assert 10 <= len(histories.values) <= 20
         assert await items(histories, "u1") == [] and await items(histories, "u999") == ["a"]
-        assert histories.nbytes == sum(
-            len(value) + len(user) + ENTRY_OVERHEAD for user, (_, value) in histories.values.items()
-        )
+        assert histories.nbytes == sum(entry_bytes(user, value) for user, (_, value) in histories.values.items())
 
     asyncio.run(main())
 

@@ -301,6 +301,13 @@ def test_wrong_feedback_is_refused(client: httpx.Client, body: dict[str, Any], p
     assert problem["errors"][0]["pointer"] == pointer
 
 
+def test_items_of_feedback_count_as_events(client: httpx.Client) -> None:
+    """Otherwise a body of a megabyte is 60,000 events."""
+    shown = {"event": "ranking", "id": "r", "user": "u", "items": [{"id": "1"}] * 600}
+    assert client.post("/feedback", json=shown).status_code == 200
+    assert "1200 events, limit 1000" in assert_problem(client.post("/feedback", json=[shown, shown]), 422)["detail"]
+
+
 # Encoding ahead
 
 
@@ -377,7 +384,7 @@ def test_deletion_removes_history_state_and_vector_everywhere(
     assert ask(replicas[0], body)["history"]["used"] == 1, "the user may come back"
 
 
-@pytest.mark.parametrize("name", ["never seen", "a/b", "\u00e9", "u" * 256])
+@pytest.mark.parametrize("name", ["never seen", "a/b", "\u00e9", "u" * 256, "a%0Ab", "a%0A", "%00"])
 def test_deletion_of_any_user_is_204(server: httpx.Client, name: str) -> None:
     for _ in range(2):
         answer = server.delete(f"/users/{name}")
@@ -386,7 +393,18 @@ def test_deletion_of_any_user_is_204(server: httpx.Client, name: str) -> None:
 
 def test_deletion_of_what_is_no_user_is_refused(client: httpx.Client) -> None:
     assert_problem(client.delete("/users/" + "u" * 257), 422)
+    assert_problem(client.delete("/users/caf%E9"), 422)
     assert client.delete("/users/").status_code in (404, 422)
+
+
+def test_deletion_takes_line_breaks_as_they_are(server: httpx.Client, example: dict[str, Any], user: str) -> None:
+    """The router's own parameter of a path drops a line break at the end, which names another user."""
+    for name in (user, f"{user}\n"):
+        send(server, {"user": name, "item_id": "1"})
+    assert server.delete(f"/users/{user}%0A").status_code == 204
+    body = without_history(example, user)
+    assert ask(server, body)["history"]["used"] == 1
+    assert ask(server, body, user=f"{user}\n")["history"]["used"] == 0
 
 
 # Faults of the store, limits

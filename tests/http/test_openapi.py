@@ -17,6 +17,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.testclient import TestClient
 
 from slatewise.bundle.ranker import Ranker
+from slatewise.http import app as application
 from slatewise.http.openapi import EXAMPLE, example_request
 from slatewise.main import build_app
 from slatewise.schemas import RankRequest
@@ -103,6 +104,17 @@ def test_document_with_keys_has_a_security_scheme(ranker: Ranker) -> None:
     assert opened == {"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"}
     document = document_of(ranker)
     assert "security" not in document and "securitySchemes" not in document["components"]
+
+
+def test_document_is_completed_once(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be open, and completing it takes 20 ms of the event loop."""
+    calls: list[Any] = []
+    complete = application.complete
+    monkeypatch.setattr(application, "complete", lambda *given: calls.append(complete(*given)))
+    app = build_app(Settings(api_keys="key"), {ranker.name: ranker})  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        first, second = (client.get("/openapi.json").json() for _ in range(2))
+    assert first == second and len(calls) == 1
 
 
 def test_operation_ids_are_names_for_clients(ranker: Ranker) -> None:

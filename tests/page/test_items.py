@@ -90,6 +90,7 @@ def test_search_is_bounded_and_puts_beginnings_first(demo: httpx.Client) -> None
         ({"query": "a", "limit": 0}, "from 1 to 100"),
         ({"query": "a", "limit": MOST_FOUND + 1}, "from 1 to 100"),
         ({"query": "a", "limit": "9" * 5000}, "from 1 to 100"),
+        ({"query": "a", "limit": "0000000019"}, "from 1 to 100"),
         ({"query": "a", "limit": "two"}, "from 1 to 100"),
         ({"query": "a" * (MAX_ID + 1)}, "limit 256"),
         ({"ids": ",".join(["1"] * (MOST_ITEMS + 1))}, "501 ids, limit 500"),

@@ -6,6 +6,7 @@ Called by: `writer.py` (writes), `ranking/stored.py` (reads); `main.py` makes th
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
@@ -17,7 +18,7 @@ from slatewise.events.packed import Unreadable, merge, tombstone, unpack
 from slatewise.schemas import History
 
 DELETED_SECONDS = 60  # time for which events that were received before a deletion are refused
-ENTRY_OVERHEAD = 200  # bytes of the Python objects around a value, rounded up
+ENTRY_OVERHEAD = 300  # bytes of the Python objects around a user and a value, rounded up
 FAILED = "F"  # not stored, because of a fault of the store
 
 
@@ -58,6 +59,10 @@ def by_user(events: Sequence[tuple[Event, float]]) -> dict[str, list[int]]:
     return users
 
 
+def entry_bytes(user: str, value: bytes) -> int:
+    return len(value) + sys.getsizeof(user) + ENTRY_OVERHEAD  # a text may take four bytes a character
+
+
 class EmbeddedHistories:
     """Histories in this process. They end with it. Users who were not read or written for longest go first."""
 
@@ -82,7 +87,7 @@ class EmbeddedHistories:
     def put(self, user: str, value: bytes, seconds: float) -> None:
         self.remove(user)
         self.values[user] = time.monotonic() + seconds, value
-        self.nbytes += len(value) + len(user) + ENTRY_OVERHEAD
+        self.nbytes += entry_bytes(user, value)
         while self.nbytes > self.limit_bytes:
             self.remove(next(iter(self.values)))
         metrics.HISTORIES_USERS.set(len(self.values))
@@ -91,7 +96,7 @@ class EmbeddedHistories:
     def remove(self, user: str) -> None:
         entry = self.values.pop(user, None)
         if entry is not None:
-            self.nbytes -= len(entry[1]) + len(user) + ENTRY_OVERHEAD
+            self.nbytes -= entry_bytes(user, entry[1])
 
     def read(self, user: str, most: int) -> Awaitable[Stored]:
         found: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()

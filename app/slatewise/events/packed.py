@@ -27,49 +27,81 @@ NEW, KNOWN, OLD, GONE = "NKOG"  # stored; known already; older than a full histo
 
 # KEYS: the user's. ARGV: most events, time to live in seconds (0: none), then for each event: item, action, time, id,
 # time at which it was received. Returns one letter for each event.
+# Two events are put into the text. More would copy it as often, and hold Redis for a second: they go into a list.
 EXTEND = r"""
 local most, ttl = tonumber(ARGV[1]), tonumber(ARGV[2])
 local offset, count, newest, records, deletion = 0, 0, '-1', '', nil
 local value = redis.pcall('GET', KEYS[1])
 if type(value) == 'string' then
   local d, o, c, n, first = string.match(value, '^h1 ?([%d.]*)\255(%d+)\255(%d+)\255([^\255]*)\255()')
-  if o then offset, count, newest, records = tonumber(o), tonumber(c), n, string.sub(value, first) end
+  if o and tonumber(n) then offset, count, newest, records = tonumber(o), tonumber(c), n, string.sub(value, first) end
   deletion = d or string.match(value, '^d1\255([^\255]*)\255$')
 end
 local deleted = tonumber(deletion or '')
-local answers, changed = {}, false
-for k = 3, #ARGV, 5 do
-  local at, id = ARGV[k + 2], ARGV[k + 3]
-  local record = ARGV[k] .. '\255' .. ARGV[k + 1] .. '\255' .. at .. '\255' .. id .. '\255'
-  local answer = 'N'
-  if deleted and tonumber(ARGV[k + 4]) <= deleted then
-    answer = 'G'
-  elseif string.find(records, id, 1, true) then
-    answer = 'K'
-  elseif tonumber(at) >= tonumber(newest) then
+
+local function into_text(record, at, id)
+  if string.find(records, id, 1, true) then return 'K' end
+  if tonumber(at) >= tonumber(newest) then
     records, newest = records .. record, at
   else
     local position = 1
     for first, time in string.gmatch(records, '()[^\255]*\255[^\255]*\255([^\255]*)\255[^\255]*\255') do
       position = first
-      if tonumber(time) > tonumber(at) then break end
+      if (tonumber(time) or 0) > tonumber(at) then break end
     end
-    if position == 1 and count >= most then
-      answer = 'O'
-    else
-      records = string.sub(records, 1, position - 1) .. record .. string.sub(records, position)
-    end
+    if position == 1 and count >= most then return 'O' end
+    records = string.sub(records, 1, position - 1) .. record .. string.sub(records, position)
   end
-  if answer == 'N' then
-    count, changed = count + 1, true
-    while count > most do
-      records = string.sub(records, string.match(records, '^[^\255]*\255[^\255]*\255[^\255]*\255[^\255]*\255()'))
-      count, offset = count - 1, offset + 1
-    end
+  count = count + 1
+  while count > most do
+    records = string.sub(records, string.match(records, '^[^\255]*\255[^\255]*\255[^\255]*\255[^\255]*\255()'))
+    count, offset = count - 1, offset + 1
   end
+  return 'N'
+end
+
+local list, known = {}, {}
+local function into_list(record, at, id)
+  if known[id] then return 'K' end
+  local low, high = 1, #list + 1
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if (tonumber(list[middle][2]) or 0) > tonumber(at) then high = middle else low = middle + 1 end
+  end
+  if low == 1 and #list >= most then return 'O' end
+  table.insert(list, low, {record, at, id})
+  known[id] = true
+  while #list > most do
+    known[table.remove(list, 1)[3]] = nil
+    offset = offset + 1
+  end
+  return 'N'
+end
+
+local many = #ARGV > 2 + 5 * 2
+if many then
+  for record, at, id in string.gmatch(records, '([^\255]*\255[^\255]*\255([^\255]*)\255([^\255]*)\255)') do
+    list[#list + 1] = {record, at, id}
+    known[id] = true
+  end
+end
+local add = many and into_list or into_text
+local answers, changed = {}, false
+for k = 3, #ARGV, 5 do
+  local at, id = ARGV[k + 2], ARGV[k + 3]
+  local answer = 'G'
+  if not deleted or tonumber(ARGV[k + 4]) > deleted then
+    answer = add(ARGV[k] .. '\255' .. ARGV[k + 1] .. '\255' .. at .. '\255' .. id .. '\255', at, id)
+  end
+  changed = changed or answer == 'N'
   answers[#answers + 1] = answer
 end
 if changed then
+  if many then
+    local texts = {}
+    for k, entry in ipairs(list) do texts[k] = entry[1] end
+    records, count, newest = table.concat(texts), #list, list[#list][2]
+  end
   local head = deleted and 'h1 ' .. deletion or 'h1'
   head = head .. '\255' .. string.format('%d\255%d', offset, count) .. '\255' .. newest .. '\255'
   if ttl > 0 then redis.call('SET', KEYS[1], head .. records, 'EX', ttl)
@@ -142,12 +174,13 @@ def merge(value: bytes | None, events: Sequence[tuple[Event, float]], most: int)
     except ValueError:
         deletion, deleted, offset, parts = b"", -1.0, 0, []
     records = [parts[k : k + PARTS] for k in range(0, len(parts), PARTS)]
+    known = {record[3] for record in records}
     answers = ""
     for event, received in events:
         *record, _ = arguments(event, received)
         if received <= deleted:
             answers += GONE
-        elif any(record[3] == other[3] for other in records):
+        elif record[3] in known:
             answers += KNOWN
         else:
             position = bisect_right(records, event.timestamp, key=lambda other: float(other[2]))
@@ -155,9 +188,11 @@ def merge(value: bytes | None, events: Sequence[tuple[Event, float]], most: int)
                 answers += OLD
                 continue
             records.insert(position, record)
+            known.add(record[3])
             answers += NEW
-            offset += max(0, len(records) - most)
-            del records[: max(0, len(records) - most)]
+            while len(records) > most:
+                known.remove(records.pop(0)[3])
+                offset += 1
     if NEW not in answers:
         return value, answers
     start = HISTORY + b" " + deletion if deletion else HISTORY

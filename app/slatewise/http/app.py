@@ -113,16 +113,23 @@ def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
 
 
 def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...]) -> None:
-    """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open."""
-    generate = app.openapi
+    """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open.
+
+    That takes 20 ms of the event loop, and the document may be open, so it is done once for each example.
+    """
+    generate = app.openapi  # keeps its result
+    shown: dict[str, Any] | None = None
 
     def openapi() -> dict[str, Any]:
+        nonlocal shown
         document = generate()
         pipeline: Pipeline | None = app.state.pipeline
         example = example_request(() if pipeline is None else pipeline.registry.serving(), not keys)
-        complete(document, ROUTES.dialects, events.BODIES, example)
-        if keys:
-            require_key(document, open_paths)
+        if example != shown:
+            complete(document, ROUTES.dialects, events.BODIES, example)
+            if keys:
+                require_key(document, open_paths)
+            shown = example
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

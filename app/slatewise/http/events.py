@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import pydantic_core
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect
 
 from slatewise.errors import Invalid, NotJson, RankingError
@@ -139,6 +141,12 @@ async def put_events(request: Request, content: Any, writer: EventWriter) -> Eve
     return await writer.submit(events)
 
 
+def events_in(feedback: Any) -> int:
+    """Count the events that one event of Metarank becomes, before it is checked: a ranking has one for each item."""
+    items = feedback.get("items") if isinstance(feedback, dict) else None
+    return len(items) if isinstance(items, list) and items else 1
+
+
 @routes.post(
     "/feedback",
     response_model=FeedbackAnswer,
@@ -156,7 +164,7 @@ async def post_feedback(request: Request) -> Response:
         async with admitted(request) as (pipeline, writer):
             content = await read_json(request, pipeline, any_type=True)
             listed = content if isinstance(content, list) else [content]
-            check_count(request, len(listed), "")
+            check_count(request, sum(map(events_in, listed)), "")
             try:
                 bodies = FEEDBACK.validate_python(listed)
             except ValidationError as error:
@@ -196,8 +204,23 @@ async def post_encode(request: Request) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
+class AnyText(Convertor[str]):
+    """The rest of a path, line breaks included: `path` would cut one at the end, and name another user."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", AnyText())
+
+
 @routes.delete(
-    "/users/{user:path}",
+    "/users/{user:any}",
     status_code=204,
     response_class=Response,
     responses={status: PROBLEMS[status] for status in (401, 422, 429, 503)},
@@ -208,9 +231,10 @@ async def delete_user(user: str, request: Request) -> Response:
     Other replicas drop what they keep within two seconds. Files with events are not changed.
     """
     try:
+        unquote_to_bytes(request.scope.get("raw_path", b"")).decode()  # in `user`, other bytes are replaced
         name = USER.validate_python(user)
-    except ValidationError:
-        raise Invalid.at("", "a user id has 1 to 256 characters") from None
+    except ValueError:
+        raise Invalid.at("", "a user id has 1 to 256 characters, in UTF-8") from None
     async with admitted(request) as (pipeline, writer):
         pipeline.forget(name)  # first, so that a fault of Redis leaves nothing here
         await writer.histories.delete(name)

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from slatewise.errors import NotFound
 from slatewise.http.dialect import Dialect
 from slatewise.http.rank import answer
 
@@ -77,7 +78,7 @@ def document_hot_routes(app: FastAPI, dialects: Collection[Dialect[Any]]) -> Non
         ]
         app.add_api_route(
             dialect.path,
-            never_called,
+            other_path,
             methods=["POST"],
             name=dialect.name,
             description=dialect.description,
@@ -87,6 +88,9 @@ def document_hot_routes(app: FastAPI, dialects: Collection[Dialect[Any]]) -> Non
         )
 
 
-async def never_called(request: Request) -> Response:
-    """Endpoint of the hot routes in the router. Never runs, because `HotRoutes` answers these requests first."""
-    raise NotImplementedError
+async def other_path(request: Request) -> Response:
+    """Endpoint of the hot routes in the router. `HotRoutes` answers their requests first, so the path is another one.
+
+    The router ignores a line break at the end of a path.
+    """
+    raise NotFound("no such path")

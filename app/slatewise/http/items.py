@@ -43,7 +43,7 @@ async def show_items(
     elif named:
         raise Invalid("`query` and ids exclude each other")
     else:
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MOST_FOUND):
+        if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and 1 <= int(limit) <= MOST_FOUND):
             raise Invalid(f"`limit` must be an integer from 1 to {MOST_FOUND}")
         if len(query) > MAX_ID:
             raise Invalid(f"`query` has {len(query)} characters, limit {MAX_ID}")

@@ -301,6 +301,7 @@ def test_other_methods_and_paths_are_problems(demo: httpx.Client) -> None:
     for path in CALLS:
         assert demo.get(path).status_code == 405 or "models" in path
     assert demo.post("/v3/rerank", json=cohere(FILMS)).status_code == 404
+    assert demo.post("/v2/rerank%0A", json=cohere(FILMS)).status_code == 404
 
 
 def test_limits_are_listed(demo: httpx.Client) -> None:

@@ -156,6 +156,7 @@ def test_binary_answer_holds_its_outputs_behind_the_json(demo: httpx.Client) -> 
         ([binary_tensor("candidates.item_ids", b"1234567", 1, "INT64")], b"1234567", "7 bytes for 1 values of INT64"),
         ([binary_tensor("candidates.item_ids", b"", 10**18)], b"", "values, limit 4096"),
         ([tensor("candidates.item_ids", [], shape=[0])], b"", "candidates.item_ids: "),
+        ([tensor("candidates.item_ids", ["1"], shape=[10**4000, 10**4000])], b"", "too many values, limit 4096"),
         ([tensor("candidates.item_ids", ["1"], shape=[2])], b"", "1 values for a shape of 2"),
         ([tensor("candidates.item_ids", ["1"], "TEXT")], b"", "datatype must be one of BYTES, INT8"),
         ([{"name": "candidates.item_ids", "shape": [1], "datatype": "BYTES"}], b"", "has neither `data` nor"),

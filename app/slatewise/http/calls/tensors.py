@@ -60,7 +60,8 @@ def read_values(tensor: Tensor, raw: bytes | None, most: int) -> list[Any]:
     """
     count = math.prod(tensor.shape)
     if count > most:
-        raise Invalid.at(tensor.name, f"{count} values, limit {most}")
+        shown = count if count < 10**18 else "too many"  # a number of thousands of digits has no text
+        raise Invalid.at(tensor.name, f"{shown} values, limit {most}")
     if tensor.datatype not in DATATYPES:
         raise Invalid.at(tensor.name, f"datatype must be one of {', '.join(DATATYPES)}")
     if raw is None:
