@@ -242,6 +242,7 @@ class EncodeResponse(BaseModel):
     version: int
     variant: str
     history: EncodedHistory
+    degraded: list[DegradedReason]  # `store_error`: the stored history could not be read
 
 
 class FaultBody(BaseModel):

@@ -332,6 +332,15 @@ def test_refresh_reads_the_tables_as_the_toml_says(
         Events([tmp_path / "log.csv"], (), read_config(tmp_path / "my.toml").tables).parquet()
 
 
+def test_events_without_labels_have_unknown_labels(tiny: Tiny, events: pl.DataFrame) -> None:
+    adapter = Adapter(tiny.folder)
+    mine = events.filter(pl.col("user_id") == events["user_id"][0])
+    users, found = adapter.vectors_of(mine.drop("label_like"))
+    wanted = adapter.vectors_of(mine.with_columns(label_like=pl.lit(None, pl.Float32)))
+    assert users == wanted[0] and len(users) == 1
+    np.testing.assert_array_equal(found, wanted[1])
+
+
 def test_head_of_an_action_is_adapted_without_labels(tiny: Tiny, events: pl.DataFrame, tmp_path: Path) -> None:
     """A head `like` learns from the action `like` of a log without label columns, in training as in a refresh."""
     folder = bundle_with(tiny, tmp_path / "1", history_actions=["like", "view"])

@@ -17,7 +17,7 @@ from slatewise.errors import DeadlineExceeded, RankingError
 from slatewise.inference.engine import EngineError
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.trace import Timings
-from slatewise.schemas import Candidates, EncodedHistory, EncodeRequest, EncodeResponse, RankRequest
+from slatewise.schemas import Candidates, DegradedReason, EncodedHistory, EncodeRequest, EncodeResponse, RankRequest
 
 log = logging.getLogger("slatewise")
 
@@ -59,7 +59,9 @@ async def encode_ahead(pipeline: Pipeline, body: EncodeRequest, priority: int = 
     finally:
         pipeline.admission.end_work(plan.tokens)
     use = EncodedHistory(used=len(history), dropped=plan.dropped, cache=reuse.result, source=given.source)
-    return EncodeResponse(ranker=ranker.name, version=ranker.manifest.version, variant=plan.variant, history=use)
+    faults: list[DegradedReason] = ["store_error"] if given.fault else []
+    version = ranker.manifest.version
+    return EncodeResponse(ranker=ranker.name, version=version, variant=plan.variant, history=use, degraded=faults)
 
 
 class AheadOfRequests:

@@ -67,17 +67,21 @@ class Adapter:
         heads = tuple(
             Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
         )
+        self.labels = [f"label_{head.name}" for head in heads if head.kind == "label"]
         self.config = DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used)
         self.history_actions = manifest.history_actions or stated
 
     def vectors_of(self, events: pl.DataFrame) -> tuple[list[str], np.ndarray]:
         """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32.
 
-        events: the rows of a table, those that were only shown included.
+        events: the rows of a table, those that were only shown included. Without the column of a label, the label is
+        unknown: a log of events as they happen has none yet.
         """
         clean, _ = clean_events(events, max_bad_share=1.0)
         _, clean = join_ids(self.items, clean)
         taken = taken_events(clean, self.history_actions, self.config.heads, "events")
+        unlabelled = [name for name in self.labels if name not in taken.columns]
+        taken = taken.with_columns(pl.lit(None, pl.Float32).alias(name) for name in unlabelled)
         known = known_events(build_sequences(taken, self.vocabulary, self.config))
         vectors = user_vectors(self.learner, self.ranker, self.kinds, known, self.config.history_length)
         rows = np.flatnonzero(np.diff(known.offsets))
