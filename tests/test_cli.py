@@ -218,9 +218,8 @@ def test_missing_package_names_the_extra() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
-    assert (
-        result.stderr == "slatewise train: error: the package torch is missing; run: pip install 'slatewise[train]'\n"
-    )
+    remedy = "pip install 'slatewise[train]' (in a clone: pip install '.[train]')"
+    assert result.stderr == f"slatewise train: error: the package torch is missing; run: {remedy}\n"
 
 
 def test_check_bundle_prints_variants_and_refusals(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def test_links_lead_to_files_and_headings(path: Path) -> None:
     assert broken == []
 
 
+def test_installs_work_without_a_release() -> None:
+    """No release is on PyPI, so documents install from a clone. The torch that they name is that of pyproject.toml."""
+    texts = [path.read_text() for path in (*DOCUMENTS, *(ROOT / "examples").glob("*.ipynb"))]
+    installs = [line for text in texts for line in re.findall(r"pip install .*", text)]
+    assert any("'.[serve]'" in line for line in installs)
+    assert [line for line in installs if re.search(r"install '?slatewise\b", line)] == []
+    pinned = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned is not None
+    assert {name for line in installs for name in re.findall(r"torch==[\d.]+", line)} == {pinned[1]}
+
+
 def test_the_index_names_every_document() -> None:
     named = {(ROOT / "docs" / link).resolve() for link in links(ROOT / "docs/index.md")}
     written = {path for path in (ROOT / "docs").glob("*.md") if path.name != "index.md"}

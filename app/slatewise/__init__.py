@@ -30,7 +30,8 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if _PLACES[name].startswith("slatewise.client") or str(error.name).startswith("slatewise"):
             raise
-        reason = f"slatewise.{name} needs {error.name}; run: pip install 'slatewise[serve]'"
+        remedy = "pip install 'slatewise[serve]' (in a clone: pip install '.[serve]')"
+        reason = f"slatewise.{name} needs {error.name}; run: {remedy}"
         raise ImportError(reason) from error
     return getattr(module, name)
 

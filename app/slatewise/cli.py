@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith(("slatewise.", "slatewise_train.")):
             raise
-        reason = f"the package {error.name} is missing; run: pip install 'slatewise[{command.extra}]'"
+        remedy = f"pip install 'slatewise[{command.extra}]' (in a clone: pip install '.[{command.extra}]')"
+        reason = f"the package {error.name} is missing; run: {remedy}"
         print(f"slatewise {name}: error: {reason}", file=sys.stderr)
         return 1
 

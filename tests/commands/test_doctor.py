@@ -131,4 +131,5 @@ def test_telemetry_and_old_processors_are_warnings(tmp_path: Path, monkeypatch: 
 def test_missing_package_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", (("numpy", "base"), ("no-such-package", "serve"), ("nor-this", "train")))
     line = doctor.packages()
-    assert line.state == "fail" and "missing: no-such-package; run: pip install 'slatewise[serve]'" in line.text
+    remedy = "pip install 'slatewise[serve]' (in a clone: pip install '.[serve]')"
+    assert line.state == "fail" and line.text.endswith(f"missing: no-such-package; run: {remedy}")

@@ -291,6 +291,47 @@ def test_notes_warn_of_missing_keys() -> None:
     assert "no authentication" not in chart.render(ALL, name="slatewise")["slatewise/templates/NOTES.txt"]
 
 
+def notes_of(values: dict[str, Any]) -> str:
+    return helm_python.Chart.load(CHART).render(values, name="slatewise").get("slatewise/templates/NOTES.txt", "")
+
+
+SINGLE = {"replicas": 1, "pdb": {"enabled": False}}
+WITH_REDIS = {"secrets": {"redis_url": SECRET}}
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ({}, True),
+        (SINGLE, False),
+        (SINGLE | {"autoscaling": {"enabled": True}}, True),
+        (SINGLE | KEDA, True),
+        (WITH_REDIS, False),
+        (WITH_REDIS | KEDA, False),
+    ],
+)
+def test_notes_warn_of_events_kept_by_one_pod(values: dict[str, Any], warned: bool) -> None:
+    assert ("kept by one pod only" in notes_of(values)) is warned
+
+
+@pytest.mark.parametrize("entrance", ["ingress", "gateway"])
+def test_notes_warn_of_an_entrance_without_keys(entrance: str) -> None:
+    values = {entrance: ALL[entrance]}
+    assert f"reaches the {entrance} can send events (POST /events)" in notes_of(values)
+    assert "WARNING: everybody" not in notes_of(values | {"secrets": {"api_keys": SECRET}})
+    assert "WARNING: everybody" not in notes_of({})
+
+
+def test_bundles_variable_of_an_image_stands() -> None:
+    """The variable of the Dockerfile in the document, which the chart does not replace unless there is a volume."""
+    document = (ROOT / "docs" / "kubernetes.md").read_text()
+    copied, served = re.findall(r"^  COPY my-bundles (\S+)$|^  ENV SLATEWISE_BUNDLES=(\S+)$", document, re.MULTILINE)
+    assert copied[0] == served[1] and not copied[0].startswith("/srv/models/bundles")
+    manifests = render({"image": {"repository": "registry.example.com/my-ranker"}})
+    assert "SLATEWISE_BUNDLES" not in manifests["ConfigMap"]["data"]
+    assert "env" not in container(manifests)
+
+
 def test_chart_has_the_version_of_the_package() -> None:
     metadata = helm_python.Chart.load(CHART).metadata
     assert metadata["version"] == metadata["appVersion"] == VERSION

@@ -6,15 +6,21 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 from compose_spec import PyCompose
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from slatewise import VERSION
 from slatewise.settings import Settings
+from tests.support.network import free_port
+from tests.support.redis_binary import redis_binary
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -70,7 +76,9 @@ def test_setting_in_env_file_reaches_each_replica(tool: list[str], tmp_path: Pat
 
 def test_every_setting_passes_from_the_environment() -> None:
     names = {f"SLATEWISE_{name.upper()}" for name in Settings.model_fields if name not in OF_THE_CONTAINER}
-    assert SERVICES["slatewise"]["environment"].keys() == names
+    for replica in ("slatewise", "slatewise-2"):
+        passed = SERVICES[replica]["environment"].keys()
+        assert (names - passed, passed - names) == (set(), set())
 
 
 def test_example_environment_names_every_setting() -> None:
@@ -148,11 +156,58 @@ def test_replicas_differ_only_in_the_open_port() -> None:
     assert first["cpus"] == 2 and first["mem_limit"] == "1g"
 
 
-def test_redis_neither_evicts_nor_persists() -> None:
+def test_redis_does_not_evict_and_its_memory_suffices() -> None:
     command = " ".join(SERVICES["redis"]["command"])
     assert "--maxmemory-policy noeviction" in command
-    assert "--save  --appendonly no" in command
     assert int(re.findall(r"--maxmemory (\d+)mb", command)[0]) < int(SERVICES["redis"]["mem_limit"].removesuffix("m"))
+
+
+def test_redis_keeps_its_data_when_it_is_killed(tmp_path: Path) -> None:
+    """Stored histories live there. The real server, with the command of the compose file."""
+    service = SERVICES["redis"]
+    _, *options = service["command"]
+    assert service["volumes"] == ["redis:/data"] and "redis" in COMPOSE["volumes"] and "tmpfs" not in service
+    folder = options.index("/data")
+    options[folder] = str(tmp_path)
+    for expected in (None, b"kept"):
+        port = free_port()
+        command = [redis_binary(), *options, "--port", str(port), "--bind", "127.0.0.1"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.02), 500)) as client:
+                assert client.get("history") == expected
+                client.set("history", "kept")
+                assert client.config_get("appendfsync") == {"appendfsync": "everysec"}
+                wait_until_written(client)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_until_written(client: redis.Redis) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        info = client.info("persistence")
+        if not info["aof_rewrite_in_progress"] and info["aof_buffer_length"] == 0:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the append-only file was not written")
+
+
+def test_dockerfile_takes_packages_beyond_the_lock() -> None:
+    """And the documents name the argument as it is."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.search(r'^ARG PACKAGES=""$', dockerfile, re.MULTILINE)
+    assert re.search(r"^RUN .*--python /venv/bin/python install .* \$PACKAGES$", dockerfile, re.MULTILINE)
+    for text in (EXAMPLE, (ROOT / "docs/events.md").read_text(), (ROOT / "docs/kubernetes.md").read_text()):
+        assert "--build-arg PACKAGES=polars" in text
+
+
+def test_server_stage_has_no_model() -> None:
+    """Only the last stage, which is the default, adds the demo."""
+    *_, server, last = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert server.splitlines()[0].endswith(" AS server") and "bundles" not in server and "/demo" not in server
+    assert last.splitlines() == ["server", "COPY --from=build /demo /srv/models/bundles"]
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy (apt-get install haproxy)")

@@ -249,7 +249,8 @@ def test_bundles_are_found_by_name_and_path(tmp_path: Path, monkeypatch: pytest.
 def test_missing_package_names_the_extra() -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; import slatewise; slatewise.load"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "slatewise.load needs prometheus_client; run: pip install 'slatewise[serve]'" in done.stderr
+    remedy = "pip install 'slatewise[serve]' (in a clone: pip install '.[serve]')"
+    assert f"slatewise.load needs prometheus_client; run: {remedy}\n" in done.stderr
 
 
 def test_values_are_refused_before_they_are_sent(local: LocalRanker) -> None:

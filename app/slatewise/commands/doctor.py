@@ -110,7 +110,8 @@ def packages() -> Line:
     text = ", ".join(found)
     needed = [name for extra in ("base", "serve") for name in missing.get(extra, [])]
     if needed:
-        return Line("packages", "fail", f"{text}; missing: {', '.join(needed)}; run: pip install 'slatewise[serve]'")
+        remedy = "pip install 'slatewise[serve]' (in a clone: pip install '.[serve]')"
+        return Line("packages", "fail", f"{text}; missing: {', '.join(needed)}; run: {remedy}")
     return Line("packages", "ok", text + ("; no training: extra `train` is absent" if "train" in missing else ""))
 
 
