@@ -60,9 +60,9 @@ def shown_ids(page: Page) -> list[str]:
 
 
 def search(page: Page, kind: str, text: str, found: str) -> None:
-    """Type into the search box of a "candidate" or an "event", and wait until an option with a text is selected."""
+    """Type into the search box of a "candidate" or an "event", and wait until the first option has a text."""
     page.get_by_placeholder(f"Add {'an' if kind == 'event' else 'a'} {kind}").fill(text)
-    expect(page.locator(".search [aria-selected=true]")).to_contain_text(found)
+    expect(page.locator(".search [role=option]").first).to_contain_text(found)
 
 
 @contextmanager

@@ -159,7 +159,9 @@ def test_explanations_are_shown_where_the_server_has_them(browser: Browser, both
         with ranked(page) as body:
             page.click("#explain")
         assert body["explain"] is True and asked[0] is None
-        expect(page.locator("#cards .why").first).to_have_text(f"Events: ▲1.3 595, ▼2.0 {HOSTILE}")
+        expect(page.locator("#cards .why").first).to_have_text(
+            f"Events: ▲1.3 (+0.100) 595, ▼2.0 (\N{MINUS SIGN}0.200) {HOSTILE}"
+        )
         expect(page.locator("#cards .why").nth(1)).to_be_hidden()
 
 

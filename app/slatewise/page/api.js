@@ -54,11 +54,11 @@ export function search(ranker, query, signal) {
 
 const CHUNK = 100; // ids of one call: an address has a limited length
 
-export async function items(ranker, ids) {
+export async function items(ranker, ids, signal) {
   const found = [];
   for (let k = 0; k < ids.length; k += CHUNK) {
     const query = new URLSearchParams(ids.slice(k, k + CHUNK).map((id) => ["id", id]));
-    found.push(...rows(await call(`${of(ranker)}/items?${query}`)));
+    found.push(...rows(await call(`${of(ranker)}/items?${query}`, null, signal)));
   }
   return found;
 }

@@ -92,7 +92,5 @@ export function historyList(state, titleOf, changed) {
       byId("history"),
       state.history.map((event) => chips.get(event.key)),
     );
-    byId("history-empty").hidden = state.history.length > 0;
-    byId("events").textContent = state.history.length;
   };
 }

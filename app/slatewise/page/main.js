@@ -7,26 +7,28 @@ import { comparison } from "./compare.js";
 import { historyList } from "./history.js";
 import { searchBox } from "./search.js";
 import { showModel, watchLatency } from "./model.js";
-import { curl, python } from "./snippets.js";
+import { codePanel } from "./snippets.js";
 import { bodyOf, candidate, event, fieldsOf, known, state, titleOf } from "./state.js";
-import { announce, facts, hover, showProblem, whyOf } from "./told.js";
+import { announce, facts, historyTold, hover, named, repeats, showProblem, whyLegend, whyOf } from "./told.js";
 
 const COMPARE_AFTER = 250; // milliseconds without a change until the comparison runs
 
 let ranking = null; // AbortController of the ranking in flight; null without one
 let leaving = null; // AbortController of the ranking without one candidate, after a click
 let comparing = 0; // timer
-let language = "curl";
 
 const list = historyList(state, titleOf, changed);
 const cards = cardList(state, { titleOf, fieldsOf, whyOf }, { drop: dropCandidate, toggle: toggleWithout, hover });
 const compare = comparison(state, titleOf, hover);
+const showCode = codePanel(bodyOf, () => !state.candidates.length);
 const readLatency = watchLatency(() => state.ranker);
 const context = { ranker: () => state.ranker, titleOf: (item) => item.fields.title || item.id };
 
 // After each change of the user, the history, the candidates or the options.
 async function changed() {
   list();
+  historyTold();
+  repeats();
   showCode();
   cancel();
   showProblem(null);
@@ -35,6 +37,7 @@ async function changed() {
     byId("facts").replaceChildren();
     byId("without").hidden = true;
     byId("cards").setAttribute("aria-busy", "false");
+    whyLegend();
     cards();
     return compare.clear();
   }
@@ -47,9 +50,11 @@ async function changed() {
     const without =
       state.without && sent.length > 1 ? await api.rerank(bodyOf({ without: state.without }), signal) : null;
     const before = state.answer ? new Map(state.answer.results.index.map((at, k) => [state.keys[at], k])) : new Map();
-    Object.assign(state, { answer, keys: sent, before, changed: without });
+    await learn(answer, signal);
+    signal.throwIfAborted();
+    Object.assign(state, { answer, keys: sent, before, changed: without, read: answer.history });
+    if (!state.sends) state.stored = answer.history.source === "stored" ? answer.history.used : 0;
     if (!without) state.without = null;
-    learn(answer);
     showAnswer();
     comparing = setTimeout(() => compare.run(bodyOf), COMPARE_AFTER);
   } catch (error) {
@@ -70,12 +75,22 @@ function cancel() {
   compare.wait();
 }
 
-function learn(answer) {
+// Keep the fields of the results, and ask for the titles of events that an explanation names.
+async function learn(answer, signal) {
   const columns = answer.results.fields;
   if (columns)
     answer.results.item_ids.forEach((id, k) =>
       known.set(id, Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column[k]]))),
     );
+  await learnTitles(named(answer), signal).catch((error) => {
+    if (error.name === "AbortError") throw error; // after another fault the ids are shown
+  });
+}
+
+async function learnTitles(ids, signal) {
+  const missing = [...new Set(ids)].filter((id) => !known.has(id));
+  if (missing.length && state.card.return_fields.length)
+    for (const item of await api.items(state.ranker, missing, signal)) known.set(item.id, item.fields);
 }
 
 // What is shown
@@ -83,6 +98,8 @@ function learn(answer) {
 function showAnswer() {
   cards();
   facts(state.answer);
+  historyTold();
+  whyLegend();
   compare.show();
   const note = byId("without");
   note.hidden = !state.changed;
@@ -104,13 +121,6 @@ function failed(error) {
   compare.stop();
 }
 
-function showCode() {
-  const body = bodyOf();
-  const empty = !state.candidates.length;
-  byId("code").textContent = empty ? "" : language === "curl" ? curl(body) : python(body);
-  byId("copy").disabled = empty;
-}
-
 // Changes
 
 async function loadExample(body) {
@@ -125,36 +135,33 @@ async function loadExample(body) {
     answer: null,
     keys: [],
     history: ids.map((id, k) => event(String(id), actions?.[k], timestamps?.[k])),
+    sends: "history" in body,
+    read: null,
+    stored: null,
     candidates: body.candidates.item_ids.map((id, k) =>
       candidate(String(id), Object.fromEntries(columns.map(([name, column]) => [name, column[k]]))),
     ),
   });
+  state.given = new Set(state.history.map((each) => each.key));
   byId("new-action").value = state.history.at(-1)?.action ?? "";
   byId("user").value = state.user;
   byId("demo").value = String(state.examples.indexOf(body));
-  userNote();
-  const missing = [...new Set(state.history.map((each) => each.id))].filter((id) => !known.has(id));
-  if (missing.length && state.card.return_fields.length)
-    for (const item of await api.items(state.ranker, missing)) known.set(item.id, item.fields);
+  await learnTitles(state.history.map((each) => each.id));
   await changed();
   byId("history").scrollTop = byId("history").scrollHeight;
-}
-
-function userNote() {
-  const isDemo = state.examples.some((body) => body.user === state.user);
-  byId("user-note").textContent = isDemo
-    ? ""
-    : state.user
-      ? "Not a demo user: the history starts empty."
-      : "Without a user: no user vector, and no cache of the history.";
 }
 
 function setUser(user) {
   const example = state.examples.find((body) => body.user === user);
   if (example) return loadExample(example).catch(failed);
-  Object.assign(state, { user, history: [], without: null, changed: null });
+  Object.assign(state, { user, stored: null, without: null, changed: null });
   byId("demo").value = "-1";
-  userNote();
+  return setHistory(false);
+}
+
+// Without events: rank by an empty history that is sent, or send none, so that the server reads the stored events.
+function setHistory(sends) {
+  Object.assign(state, { history: [], sends, read: null, requestTime: null, given: new Set() });
   return changed();
 }
 
@@ -164,6 +171,7 @@ function addEvent(id, item) {
   const time = !last || last.time === null ? null : last.time + 60;
   if (time !== null && state.requestTime !== null) state.requestTime = Math.max(state.requestTime, time);
   state.history.push(event(id, byId("new-action").value || null, time));
+  state.sends = true;
   changed();
   byId("history").scrollTop = byId("history").scrollHeight;
 }
@@ -227,11 +235,18 @@ async function start() {
       models.some(({ name }) => name === asked) ? asked : models[0]?.name,
     );
     byId("ranker").disabled = models.length < 2;
+    if (asked !== null && asked !== byId("ranker").value) keepInAddress(byId("ranker").value);
     await loadRanker(byId("ranker").value);
   } catch (error) {
     if (error.status === 401) return askForKey(error);
     notice(error);
   }
+}
+
+function keepInAddress(ranker) {
+  const address = new URL(location.href);
+  address.searchParams.set("ranker", ranker);
+  history.replaceState(null, "", address);
 }
 
 async function loadRanker(name) {
@@ -301,16 +316,20 @@ function setTheme(theme) {
 function wire() {
   byId("history-search").replaceWith(searchBox("Add an event: title or id", context, addEvent));
   byId("candidate-search").replaceWith(searchBox("Add a candidate: title or id", context, addCandidate));
-  byId("ranker").onchange = () => loadRanker(byId("ranker").value).catch(notice);
+  byId("ranker").onchange = () => {
+    keepInAddress(byId("ranker").value);
+    loadRanker(byId("ranker").value).catch(notice);
+  };
   byId("demo").onchange = () =>
     byId("demo").value === "-1"
       ? byId("user").focus()
       : loadExample(state.examples[Number(byId("demo").value)]).catch(failed);
   byId("user").onchange = () => setUser(byId("user").value.trim());
   byId("reset").onclick = () => loadExample(state.examples[Math.max(0, Number(byId("demo").value))]).catch(failed);
-  byId("clear").onclick = () => {
-    state.history = [];
-    changed();
+  byId("clear").onclick = () => setHistory(true);
+  byId("stored").onclick = () => {
+    setHistory(false);
+    byId("clear").focus(); // this button is gone now
   };
   for (const name of ["exit", "variant"])
     byId(name).onchange = () => {
@@ -327,34 +346,6 @@ function wire() {
     api.setKey(byId("key").value.trim());
     byId("key").value = "";
     start();
-  };
-  const tabs = ["curl", "python"];
-  const choose = (name) => {
-    language = name;
-    for (const each of tabs) {
-      byId(`tab-${each}`).setAttribute("aria-selected", String(each === name));
-      byId(`tab-${each}`).tabIndex = each === name ? 0 : -1;
-    }
-    byId("code").setAttribute("aria-labelledby", `tab-${name}`);
-    showCode();
-  };
-  for (const name of tabs) {
-    byId(`tab-${name}`).onclick = () => choose(name);
-    byId(`tab-${name}`).onkeydown = (pressed) => {
-      if (!["ArrowLeft", "ArrowRight"].includes(pressed.key)) return;
-      const other = tabs[1 - tabs.indexOf(name)];
-      choose(other);
-      byId(`tab-${other}`).focus();
-    };
-  }
-  byId("copy").onclick = async () => {
-    const copied = await navigator.clipboard?.writeText(byId("code").textContent).then(
-      () => true,
-      () => false,
-    );
-    if (!copied) getSelection().selectAllChildren(byId("code")); // no clipboard without HTTPS: the text is selected instead
-    byId("copy").textContent = copied ? "Copied" : "Selected";
-    setTimeout(() => (byId("copy").textContent = "Copy"), 1500);
   };
 }
 

@@ -7,7 +7,6 @@ const GRADES = {
   better: "better than the baselines",
   unclear: "not clearly better than the baselines",
   worse: "worse than a baseline",
-  unknown: "no verdict",
 };
 const TABLES = { leave_one_out: "Next item, among all items", slates: "Order within a slate" };
 const EVERY = 4000; // milliseconds between two readings
@@ -24,7 +23,7 @@ export function showModel(card) {
       { class: "lead" },
       h("strong", {}, card.name),
       ` version ${card.version}`,
-      h("span", { class: `grade ${verdict?.grade ?? "unknown"}` }, GRADES[verdict?.grade ?? "unknown"] ?? ""),
+      GRADES[verdict?.grade] ? h("span", { class: `grade ${verdict.grade}` }, GRADES[verdict.grade]) : measured(card),
     ),
     verdict ? h("p", { class: "note" }, verdict.line) : "",
     ...(verdict?.warnings ?? []).map((warning) => h("p", { class: "problem" }, warning)),
@@ -53,6 +52,23 @@ export function showModel(card) {
     ...Object.entries(card.refused_variants).map(([name, reason]) =>
       h("p", { class: "problem" }, `Variant ${name} is not served: ${reason}`),
     ),
+  );
+}
+
+// Without a verdict: the quality of the default exit, or nothing if none was measured.
+function measured({ report, default_exit: exit }) {
+  const name = Object.keys(TABLES).find((table) => Array.isArray(report[table]?.[exit]?.ndcg10));
+  if (!name) return null;
+  const figures = [
+    ["HR@10", report[name][exit].hr10],
+    ["NDCG@10", report[name][exit].ndcg10],
+  ]
+    .filter(([, values]) => Array.isArray(values))
+    .map(([label, [mean, low, high]]) => `${label} ${number(mean)} (${number(low)}–${number(high)})`);
+  return h(
+    "span",
+    { class: "grade", title: `${TABLES[name]}, exit ${exit}; in brackets the 95 % interval` },
+    figures.join(", "),
   );
 }
 

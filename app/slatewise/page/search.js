@@ -29,7 +29,7 @@ export function searchBox(label, context, onpick) {
 
   function show(found) {
     options = found;
-    active = found.length ? 0 : -1;
+    active = -1; // nothing is selected yet: an arrow goes to the first, and Enter takes the first
     list.replaceChildren(
       ...found.map((item, k) =>
         h(
@@ -89,8 +89,9 @@ export function searchBox(label, context, onpick) {
   input.addEventListener("blur", () => show([]));
   input.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (step && options.length) active = (active + step + options.length) % options.length;
-    else if (event.key === "Enter" && active >= 0) pick(active);
+    if (step && options.length)
+      active = active < 0 && step < 0 ? options.length - 1 : (active + step + options.length) % options.length;
+    else if (event.key === "Enter" && options.length) pick(Math.max(0, active));
     else if (event.key === "Escape" && options.length) show([]);
     else return;
     event.preventDefault();

@@ -6,6 +6,10 @@ export const state = {
   examples: [],
   user: "",
   history: [],
+  sends: true, // whether the request has the history, also an empty one; else the server reads the stored events
+  given: new Set(), // keys of the events that the example had
+  read: null, // `history` of the last answer: what the server ranked by
+  stored: null, // number of stored events that the server read for this user; null: not asked yet
   candidates: [],
   requestTime: null,
   exit: "auto",
@@ -35,7 +39,7 @@ export function bodyOf({
   const candidates = state.candidates.filter((candidate) => candidate.key !== without);
   const body = { ranker: state.ranker };
   if (state.user) body.user = state.user;
-  if (history.length) {
+  if (state.sends) {
     body.history = { item_ids: history.map((event) => event.id) };
     if (history.some((event) => event.action)) body.history.actions = history.map((event) => event.action);
     if (history.some((event) => event.time !== null)) body.history.timestamps = history.map((event) => event.time);
@@ -46,7 +50,8 @@ export function bodyOf({
     body.candidates.features = Object.fromEntries(
       features.map((name) => [name, candidates.map((candidate) => candidate.features[name] ?? null)]),
     );
-  if (state.requestTime !== null) body.request_time = state.requestTime;
+  const ofExample = state.given.size ? history.some(({ key }) => state.given.has(key)) : !history.length;
+  if (state.requestTime !== null && ofExample) body.request_time = state.requestTime;
   if (exit !== "auto") body.exit = exit;
   if (variant !== "auto") body.variant = variant;
   if (state.card.return_fields.length) body.return_fields = state.card.return_fields;
