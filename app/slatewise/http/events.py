@@ -1,6 +1,6 @@
 """The endpoints for users: POST /events, /feedback and /encode, DELETE /users/{user}.
 
-Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `problems.py`.
+Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `mistakes.py`, `problems.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
 from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.health import ready_pipeline
+from slatewise.http.mistakes import wrong_events
 from slatewise.http.problems import PROBLEMS, on_ranking_error, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
@@ -65,7 +66,7 @@ def parse(model: type[Model], content: Any) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise schema_error(error) from None
+        raise wrong_events(error) from None
 
 
 def check_count(request: Request, count: int, pointer: str) -> None:
