@@ -303,3 +303,17 @@ def test_drain_serves_on_while_not_ready(number: int) -> None:
         assert process.returncode == 0
         assert "Traceback" not in rest
         assert health_check(port) == 1
+
+
+@pytest.mark.parametrize("command", [("rank", "u", "1", "2", "--bundle", str(BUNDLE)), ("doctor", "--port", "0")])
+def test_output_that_nobody_reads_ends_quietly(command: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*SLATEWISE, *command], env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 141
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -1,6 +1,7 @@
 """The command `slatewise`: imports the module of a subcommand and runs its `main`.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A failure prints one line on standard error:
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads
+the output. A failure prints one line on standard error:
 `run_main` alone turns the expected errors of a command into that line and the exit code.
 Only the module of the subcommand is imported, so that `slatewise serve` needs no torch and `slatewise train` needs no
 web server. Called by: __main__.py and the installed script. Calls: the modules in `COMMANDS`.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 from slatewise import VERSION
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NO_READER = 141  # 128 + SIGPIPE: `slatewise validate my.toml | head`
 EXPECTED_BY_NAME = {  # a command does not load the libraries of the others
     "polars.exceptions.PolarsError",
     "redis.exceptions.RedisError",
@@ -89,15 +93,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_main(program: str, function: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:
     """The exit code of a command's `main`. An expected error becomes one line on standard error, and exit code 1."""
     try:
-        return function(arguments) or 0
+        code = function(arguments) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_output_closed():
+            return NO_READER
         if not is_expected(error):
             raise
         for fault in getattr(error, "faults", None) or [error]:  # SettingsError and Invalid have several
             print(f"{program}: error: {' '.join(str(fault).split()) or type(error).__name__}", file=sys.stderr)
         return 1
+
+
+def is_output_closed() -> bool:
+    """Whether nobody reads the standard output any more. If so, drop the rest: Python flushes at its end."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # a stream in memory
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def is_expected(error: Exception) -> bool:

@@ -232,7 +232,7 @@ class Settings(BaseSettings):
     @classmethod
     def parquet_can_be_written(cls, folder: str) -> str:
         if folder and importlib.util.find_spec("polars") is None:
-            raise ValueError("needs a package for Parquet: pip install polars")
+            raise ValueError("needs a package for Parquet: pip install 'slatewise[parquet]'")
         return folder
 
     @field_validator("capture_key")

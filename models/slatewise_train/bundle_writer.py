@@ -197,7 +197,8 @@ def check_parity(
 ) -> dict[str, float]:
     """Return the largest score differences, by property. Raises ValueError when one of them is above FP32_BOUND."""
     measured = parity.measure_parity(open_fp32(stage, manifest), manifest, content.model, calibrations)
-    print(measured)
+    told = [f"{name.replace('_', ' ')} {value:.1e}" for name, value in measured.items() if name not in parity.OPTIONS]
+    print(f"largest differences between scores, bound {FP32_BOUND:.0e}: {', '.join(told)}")
     if failed := {
         name: value for name, value in measured.items() if name not in parity.OPTIONS and not value <= FP32_BOUND
     }:

@@ -10,6 +10,7 @@ Called by: the command line. Calls: `config.py`, `data.py`, `tables/`.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +18,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from slatewise_train.column_kinds import unused
 from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data, assemble, split_data
 from slatewise_train.defaults import choose_training
 from slatewise_train.tables.events import DUPLICATE, LABEL, read_events
-from slatewise_train.tables.files import find_files, names_of
+from slatewise_train.tables.files import collect, find_files, names_of
 from slatewise_train.tables.history import history_rows
 from slatewise_train.tables.items import clean_items, read_items
 
 QUANTILES = (0.1, 0.5, 0.9)
+SAMPLE = 100_000  # rows that decide about a note
 SHORT = 3  # events: one to read, one to train on, one to test
 MANY_TIES = 0.5
 MANY_UNLISTED = 0.1
@@ -148,11 +151,23 @@ def ignored_columns(config: Config) -> Iterator[str]:
     found = names_of(find_files(config.tables.events, config.tables.separator)[0])
     if unread := [name for name in found if name not in read | named]:
         yield f"ignored    columns of the events: {listed(unread)}"
+        if "action" not in [*found, *config.tables.columns]:
+            yield from notes(config, unread)
     if config.tables.items is not None:
         used = {"item_id", config.data.title, *config.data.categorical, *config.data.numeric} | named
         found = names_of(find_files(config.tables.items, config.tables.separator)[0])
         if unread := [name for name in found if name not in used]:
             yield f"ignored    columns of the items: {listed(unread)}"
+
+
+def notes(config: Config, unread: Sequence[str]) -> Iterator[str]:
+    """Note the columns of the events, without an action, that may be the action."""
+    files = find_files(config.tables.events, config.tables.separator)[:1]
+    sample = collect(files[0].scan().select(unread[:LISTED]).head(SAMPLE), files)
+    for name in sample.columns:
+        described, may_be_action = unused(sample[name])
+        if may_be_action:
+            yield f"note: {name}: {described}. If it is the action, add under [columns]: action = {json.dumps(name)}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -254,8 +269,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("toml", type=Path, help="config of the ranker, for example models/movielens.toml")
     args = parser.parse_args(argv)
-    warnings = 0
+    warnings = notes = 0
     for line in describe(read_config(args.toml)):
         warnings += line.startswith("warning")
+        notes += line.startswith("note:")
         print(line, flush=True)
-    print(f"{args.toml}: training would accept these tables; warnings: {warnings}")
+    print(f"{args.toml}: training would accept these tables; warnings: {warnings}, notes: {notes}")

@@ -3,7 +3,7 @@
 A categorical column describes an item only if other items share its values. A numeric column has an order. Addresses,
 free text, codes and dates are neither.
 
-Called by: `new_toml.py`. Calls: `tables/times.py`.
+Called by: `new_toml.py`, `check_data.py`. Calls: `tables/times.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from slatewise_train.tables import times
 
 MOST_VALUES = 5_000  # of a categorical column
 FEW_NUMBERS = 20  # whole numbers with at most this many values are categorical
+FEW_ACTIONS = 20  # different texts of a column of the events that may be the action
 MOST_SHARE = 0.5  # of distinct values among all values: each is met twice on average
 LONG_TEXT = 40  # characters: the mean of a column of descriptions
 REPEATED = 0.2  # share of distinct values up to which long text is a name, such as the path of a category
@@ -121,6 +122,22 @@ def names_items(values: pl.Series, count: int, ids: pl.Series) -> bool:
     if share(values.is_in(ids.implode())) <= MOST_SHARE:
         return False
     return bool(values.cast(pl.Int64, strict=False).null_count()) or count > MOST_SHARE * ids.n_unique()
+
+
+def unused(column: pl.Series) -> tuple[str, bool]:
+    """Describe a column of the events that is not read, and tell whether it may be the action: few values of text."""
+    known = column.drop_nulls()
+    if known.dtype.is_nested() or known.dtype.is_temporal() or known.dtype == pl.Binary:
+        return f"type {known.dtype}, not read", False
+    text = known.cast(pl.String).str.strip_chars()
+    text = text.filter(text != "")
+    values = text.unique(maintain_order=True)
+    numbers = bool(len(text)) and text.cast(pl.Float64, strict=False).null_count() == 0
+    listed = ", ".join(printable(value) for value in values.head(3))
+    more = ", ..." if len(values) > 3 else ""
+    kind = "numbers" if numbers else "text"
+    count = f"{len(values)} value{'s' * (len(values) != 1)}"
+    return f"{kind} with {count} ({listed}{more}), not read", not numbers and 2 <= len(values) <= FEW_ACTIONS
 
 
 def share(found: pl.Series) -> float:

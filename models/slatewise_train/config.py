@@ -163,7 +163,7 @@ class DemoConfig:
     """Table `[demo]`: the data that a bundle shows instead of its training data."""
 
     events: str
-    items: str
+    items: str | None = None  # None: the titles are those of [data]
     user_prefix: str = ""
 
 

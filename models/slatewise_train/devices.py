@@ -76,4 +76,4 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads (--threads 1 is faster beside other work)"

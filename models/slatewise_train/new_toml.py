@@ -20,7 +20,7 @@ from pathlib import Path
 
 import polars as pl
 
-from slatewise_train.column_kinds import kind_of, printable, shown
+from slatewise_train.column_kinds import kind_of, printable, shown, unused
 from slatewise_train.config import NAME, Config, parse_config
 from slatewise_train.tables import columns, times
 from slatewise_train.tables.events import LABEL, Source, locate
@@ -88,10 +88,17 @@ def events_part(place: str, toml: Toml) -> None:
         )
     toml.data.extend(history_lines(sample, named, labels, actions))
     for column in found:
-        if columns.plain(column) in RATINGS and column not in [*named.values(), *labels.values()]:
+        if column in [*named.values(), *labels.values()]:
+            continue
+        if columns.plain(column) in RATINGS:
             toml.data.append(
                 f"# {printable(column)} is not read; for a head, add a column label_like with 1 for good ratings"
             )
+            continue
+        described, may_be_action = unused(sample[column])
+        remedy = f". If it is the action, add under [columns]: action = {quoted(column)}"
+        offered = may_be_action and "action" not in named
+        toml.data.append(f"# {printable(column)}: {described}{remedy if offered else ''}")
 
 
 def is_action(column: pl.Series) -> bool:

@@ -15,6 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from slatewise_train.config import read_config
 from slatewise_train.devices import DEVICES, find_device
 from slatewise_train.evaluation.leakage import check_leakage
@@ -37,9 +39,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="default: a CUDA GPU if there is one, else CPU"
     )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: as many as PyTorch chooses")
     searched = "search better values for the keys that the TOML leaves out for this time, then train: 90s, 30m, 2h"
     parser.add_argument("--search", metavar="TIME", help=searched)
     args = parser.parse_args(argv)
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error("--threads must be 1 or more")
+        torch.set_num_threads(args.threads)
     seconds = None if args.search is None else seconds_of(args.search)
     device = find_device(args.device)
     config = read_config(args.toml)

@@ -275,6 +275,33 @@ def test_calls_for_users_have_their_bodies(ask: Ask) -> None:
     assert json.loads(third) == {"user": "u", "history": {"item_ids": ["a"], "actions": ["like"]}}
 
 
+@pytest.mark.parametrize("user", ["Zoë", "用户 7", "a:b/c", 7])
+def test_user_is_a_header_for_balancers(ask: Ask, demo_url: str, user: str | int) -> None:
+    found = ask(demo_url, "rerank", options=OPTIONS, user=user, candidates=["595", "1"])  # 422 if the two differ
+    assert len(found) == 2
+    with scripted_server(Answer(200, b'{"accepted": 1}')) as script:
+        ask(script.url, "events", [{"user": user, "item_id": "a"}] * 2, options=OPTIONS)
+        ask(script.url, "encode", user, options=OPTIONS)
+        ask(script.url, "delete_user", user, options=OPTIONS)
+        for _, _, headers, _ in script.requests:
+            assert headers["X-User-ID"].encode("latin-1").decode() == str(user)
+
+
+@pytest.mark.parametrize("user", [None, "", " a", "a\n", "a\x00b", "a\x85", "x" * 257])
+def test_user_that_no_header_carries_stays_in_the_body(ask: Ask, demo_url: str, user: str | None) -> None:
+    with scripted_server(Answer(422, b"{}")) as script, pytest.raises(errors.SlatewiseError):
+        ask(script.url, "rerank", options=OPTIONS, user=user, candidates=["1"])
+    _, _, headers, body = script.requests[0]
+    assert "X-User-ID" not in headers and json.loads(body).get("user") == user
+
+
+def test_events_of_several_users_have_no_header(ask: Ask) -> None:
+    with scripted_server(Answer(200, b'{"accepted": 2}')) as script:
+        ask(script.url, "events", [{"user": "u", "item_id": 1}, {"user": "v", "item_id": 1}], options=OPTIONS)
+        ask(script.url, "events", [], options=OPTIONS)
+    assert all("X-User-ID" not in headers for _, _, headers, _ in script.requests)
+
+
 def test_deletion_quotes_the_user(ask: Ask) -> None:
     with scripted_server(Answer(204, b"")) as script:
         assert ask(script.url, "delete_user", "a/b c?", options=OPTIONS) is None

@@ -124,14 +124,60 @@ def test_another_input_or_option_is_refused(files: Path, demo_url: str, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(batch, "ranked", fail)
         with pytest.raises(KeyboardInterrupt):
-            main(["long.parquet", "out.parquet", "--url", demo_url])
+            main(["wide.parquet", "out.parquet", "--url", demo_url])
+        with pytest.raises(KeyboardInterrupt):  # no part was finished, so another input begins anew
+            main(["long.parquet", "out.parquet", "--url", demo_url, "--part", "2"])
+        (files / "out.parquet.parts" / "000001.parquet").touch()
     for change in (["wide.parquet", "out.parquet"], ["long.parquet", "out.parquet", "--part", "7"]):
+        change += [] if "--part" in change else ["--part", "2"]
         with pytest.raises(BatchError, match=r"out\.parquet\.parts holds a run with another value of (input|part)"):
             main([*change, "--url", demo_url])
     with pytest.raises(BatchError, match="url"):
-        main(["long.parquet", "out.parquet", "--url", "http://127.0.0.1:1"])
+        main(["long.parquet", "out.parquet", "--url", "http://127.0.0.1:1", "--part", "2"])
+    (files / "out.parquet.parts" / "000001.parquet").unlink()
     main(["long.parquet", "out.parquet", "--url", demo_url])
     assert len(pl.read_parquet("out.parquet")) == len(LONG)
+
+
+def test_csv_is_told_from_parquet(files: Path) -> None:
+    LONG.write_csv("long.csv")
+    Path("empty.parquet").touch()
+    for arguments, text in (
+        (["long.csv", "out.parquet"], r"long\.csv is CSV; batch reads Parquet"),
+        (["long.parquet", "out.parquet", "--histories", "long.csv"], r"long\.csv is CSV; batch reads Parquet"),
+        (["empty.parquet", "out.parquet"], r"empty\.parquet is no Parquet"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            main([*arguments, *BUNDLE])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"timestamp": ["2026-01-31", None, None]}, "column timestamp, user 'a': unix seconds or a type of time"),
+        (
+            {"timestamp": [1e9, 1e9, 1.7e12]},
+            "column timestamp, user 'b': unix seconds are wanted, from 0 to 99999999999",
+        ),
+        ({"timestamp": [1.0, float("nan"), 1.0]}, "column timestamp, user 'a': .*found 'nan'"),
+        ({"item_id": [318, 500, None]}, "column item_id, user 'b': an id is missing"),
+        ({"user": [None, "a", "b"]}, "column user, user None: an id is missing"),
+    ],
+)
+def test_wrong_histories_name_file_column_and_user(files: Path, change: dict[str, Any], text: str) -> None:
+    columns = EVENTS.to_dict(as_series=False) | change
+    pl.DataFrame(columns, strict=False).write_parquet("events.parquet")
+    with pytest.raises(ValueError, match=rf"events\.parquet: {text}"):
+        main(["long.parquet", "out.parquet", "--histories", "events.parquet", *BUNDLE])
+    EVENTS.drop("user").write_parquet("events.parquet")
+    with pytest.raises(ValueError, match=r"events\.parquet lacks the column user"):
+        main(["long.parquet", "out.parquet", "--histories", "events.parquet", *BUNDLE])
+
+
+def test_times_of_histories_are_taken(files: Path) -> None:
+    for k, times in enumerate(([1e9, None, 1e9], [datetime.datetime(2001, 1, 1)] * 3)):
+        EVENTS.with_columns(timestamp=pl.Series(times)).write_parquet("events.parquet")
+        main(["long.parquet", f"out{k}.parquet", "--histories", "events.parquet", *BUNDLE])
 
 
 def test_two_runs_do_not_share_a_folder(files: Path) -> None:
@@ -147,7 +193,9 @@ def test_two_runs_do_not_share_a_folder(files: Path) -> None:
 
 def test_missing_polars_names_the_remedy(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polars", None)
-    with pytest.raises(MissingLibrary, match="`slatewise batch` needs polars; run: pip install polars"):
+    with pytest.raises(
+        MissingLibrary, match="`slatewise batch` needs polars; run: pip install 'slatewise\\[parquet\\]'"
+    ):
         main(["long.parquet", "out.parquet", *BUNDLE])
 
 

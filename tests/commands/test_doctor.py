@@ -91,20 +91,32 @@ def test_silent_redis_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.state == "fail" and "0.2 s" in line.text
 
 
-def test_port_in_use_fails_unless_slatewise_has_it(demo_url: str) -> None:
+def test_port_in_use_fails_and_another_slatewise_warns(demo_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         listener.settimeout(0)
         line = examine(port=str(port))["port"]
         assert line.state == "fail" and "another process" in line.text
     line = examine(port=demo_url.rpartition(":")[2])["port"]
-    assert line.state == "ok" and "Slatewise server" in line.text
+    assert line.state == "warn" and "Slatewise server" in line.text and "--port" in line.text
     assert examine(host="192.0.2.1")["port"].state == "fail"
 
 
 def test_wrong_settings_are_lines() -> None:
     lines = [line for line in doctor.examine({"threads": "-1", "port": "x"}) if line.check == "settings"]
     assert [line.state for line in lines] == ["fail", "fail"]
+
+
+def test_wrong_variable_does_not_hide_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(free_port())
+    monkeypatch.setenv("SLATEWISE_THREADS", "many")
+    monkeypatch.setenv("SLATEWISE_HISTORY_CACHE_MB", "1e9")
+    lines = examine(port=port, bundles="missing")
+    assert lines["settings"].state == "fail" and "SLATEWISE_THREADS" in lines["settings"].text
+    assert lines["port"] == Line("port", "ok", f"127.0.0.1, port {port} is free")
+    assert lines["memory"].state == "warn" and "missing" in lines["bundle"].text
+    monkeypatch.setenv("SLATEWISE_TREADS", "1")  # no setting
+    assert port in examine(port=port)["port"].text
 
 
 def test_few_descriptors_and_a_large_cache_are_warnings() -> None:

@@ -62,6 +62,17 @@ def test_server_without_titles_prints_the_rest(demo_url: str, capsys: pytest.Cap
     assert len(shown) == 3 and "exit dot" in shown[-1]
 
 
+def test_unknown_items_and_events_are_told(demo_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in (["--url", demo_url, "--ranker", "movielens"], ["--bundle", "movielens"]):
+        main(["-", "w", "x", "y", "z", "--history", "318,no,nor", *source])
+        note = "slatewise rank: 4 of 4 candidates and 2 of 3 events are unknown to movielens\n"
+        assert capsys.readouterr().err == note
+        main(["-", "595", "x", "--top", "1", *source])
+        assert capsys.readouterr().err == "slatewise rank: 1 of 2 candidates are unknown to movielens\n"
+        main(["-", *ITEMS, "--history", "318", *source])
+        assert capsys.readouterr().err == ""
+
+
 def test_errors_are_raised_for_the_command_line(demo_url: str) -> None:
     with pytest.raises(Invalid):
         main(["u", "1", "--url", demo_url, "--top", "0"])

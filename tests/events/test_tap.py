@@ -207,6 +207,6 @@ def test_the_setting_without_polars_names_the_remedy(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         settings_module.importlib.util, "find_spec", lambda name: None if name == "polars" else find_spec(name)
     )
-    with pytest.raises(ValidationError, match="pip install polars"):
+    with pytest.raises(ValidationError, match=r"pip install 'slatewise\[parquet\]'"):
         Settings(events_dir=str(tmp_path))
     assert Settings().events_dir == ""

@@ -189,6 +189,29 @@ def test_wrong_events_are_refused_by_member(client: httpx.Client, body: Any, poi
     assert problem["errors"][0]["pointer"] == pointer
 
 
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [
+        (1_700_000_000_000, "these look like milliseconds: divide them by 1,000"),
+        ("2026-01-31T12:00:00Z", "convert this ISO 8601 text"),
+        ("1700000000", "remove the quotes"),
+        ("now", "unix seconds are wanted"),
+    ],
+)
+def test_time_in_another_unit_is_named(client: httpx.Client, time: Any, text: str) -> None:
+    event = {"user": "u", "item_id": "i", "timestamp": time}
+    history = {"item_ids": ["i"], "timestamps": [time]}
+    for path, body, pointer in (
+        ("/events", event, "/timestamp"),
+        ("/events", {"events": [event]}, "/events/0/timestamp"),
+        ("/encode", {"user": "u", "history": history}, "/history/timestamps/0"),
+    ):
+        (fault,) = assert_problem(client.post(path, json=body), 422)["errors"]
+        assert fault["pointer"] == pointer and text in fault["detail"], fault
+    body = {"sessionId": "s", "eventList": [{"eventType": "view", "sentAt": time, "itemId": "i"}]}
+    assert text in client.post("/events", json=body).json()["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[1", b"\xff", b'{"user": NaN}'])
 @pytest.mark.parametrize("path", ["/events", "/feedback", "/encode"])
 def test_bodies_that_are_not_json_are_refused(client: httpx.Client, body: bytes, path: str) -> None:

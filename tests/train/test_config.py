@@ -63,7 +63,7 @@ def test_smallest_config_has_one_head_of_kind_next(tmp_path: Path) -> None:
         (SHOP + "[split]\ntitle = 'x'", "[split] has unknown title; known: "),
         (SHOP + "[items]\nnumbers = ['x']", "[items] has unknown numbers; did you mean numeric? known: categorical, "),
         (SHOP + "[train]\nepocs = 3", "[train] has unknown epocs; did you mean epochs? "),
-        (SHOP + "[demo]\nevents = 'e.csv'", "[demo] lacks items; known: events, items, user_prefix"),
+        (SHOP + "[demo]\nitems = 'e.csv'", "[demo] lacks events; known: events, items, user_prefix"),
         (SHOP + "[trian]\nepochs = 3", "unknown table or key trian; did you mean train? known: columns, data, "),
         ("epochs = 3\n" + SHOP, "epochs = 3: the key epochs belongs to [train]"),
         (SHOP + "[model]\nfamily = 'gpt'", "unknown family 'gpt'"),

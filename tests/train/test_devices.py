@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from slatewise import cli
-from slatewise_train import devices
+from slatewise_train import devices, train_command
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.data import Data
-from slatewise_train.devices import choose_bfloat16, find_device
+from slatewise_train.devices import choose_bfloat16, describe, find_device
 from slatewise_train.train import Trainer, train
 from tests.support.pretend_gpu import GPU, PretendGpu
 from tests.train.test_offline import make_data
@@ -124,3 +124,17 @@ def test_training_in_bfloat16_learns_and_says_so(tmp_path: Path, capsys: pytest.
         torch.manual_seed(0)
         losses.append(one.step_loss(windows, cascade=True).item())  # type: ignore[arg-type]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_threads_of_the_command_are_set_and_told(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads, text in ((3, "CPU, 3 threads (--threads 1 is faster beside other work)"), (1, "CPU, 1 thread")):
+            with pytest.raises(FileNotFoundError):
+                train_command.main([str(tmp_path / "missing.toml"), "--threads", str(threads), "--device", "cpu"])
+            assert torch.get_num_threads() == threads and describe(torch.device("cpu")) == text
+        for wrong in ("0", "-1", "many"):
+            with pytest.raises(SystemExit):
+                train_command.main([str(tmp_path / "missing.toml"), "--threads", wrong])
+    finally:
+        torch.set_num_threads(before)

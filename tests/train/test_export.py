@@ -46,6 +46,7 @@ from slatewise_train.demo.content import (
     draw_slate,
     example_request,
     example_requests,
+    least_events,
     made_up_sequences,
     make_request,
     titles_of,
@@ -111,13 +112,14 @@ def test_export_above_bound_publishes_nothing(
 
 
 def test_export_publishes_optional_settings_above_bound(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
     ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW), 1)
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
+    assert "largest differences between scores, bound 1e-05: padding 0.0e+00\n" in capsys.readouterr().out
 
 
 def test_staging_publishes_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -244,6 +246,13 @@ def test_demo_users_have_requests_of_their_own(ranker: Ranker, tiny: Tiny) -> No
         request = RankRequest.model_validate(body)
         assert len(request.candidates.item_ids) == EXAMPLE_CANDIDATES
         assert set(request.history.item_ids) <= ranker.vocabulary.items.keys()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "least"), [([], 3), ([1], 3), ([5, 2, 9], 3), ([5, 7, 9], 5), ([*range(1, 31)], 19), ([90] * 12, 40)]
+)
+def test_least_events_follow_the_histories(lengths: list[int], least: int) -> None:
+    assert least_events(np.array(lengths)) == least
 
 
 def test_made_up_user_has_the_only_request(tiny: Tiny) -> None:
@@ -387,6 +396,23 @@ def demo(tiny: Tiny, tmp_path: Path) -> Config:
     return dataclasses.replace(tiny.config, demo=demo)
 
 
+def test_short_demo_users_have_requests_and_are_counted(
+    tiny: Tiny, demo: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.demo is not None
+    events = Path(demo.demo.events)
+    table = read_table(events)
+    short = [table.head(n).with_columns(user_id=pl.lit(f"short{n}")) for n in (2, 4, 6)]
+    pl.concat(short).write_csv(events)
+    data = tiny.trainer.data
+    shown = demo_data(data, tiny.trainer.model, tiny.learner, demo)
+    rng = np.random.default_rng(0)
+    found = example_requests(shown, data, example_request(shown, data, rng), rng)
+    assert {body["user"] for body in found} == {"demo:short4", "demo:short6"}
+    line = "[demo] 2 of 3 users have a request in the bundle: of the 2 with at least 3 known events, and at most 12"
+    assert line in capsys.readouterr().out
+
+
 def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
     shown = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, demo)
     listed = read_table(Path(demo.demo.items))
@@ -399,6 +425,10 @@ def test_demo_data_shows_only_the_demo_table(tiny: Tiny, demo: Config) -> None:
         "decade": [row["decade"]],
     }
     assert shown.users and set(shown.users) == {"demo:" + user for user in shown.sequences.users}
+    assert demo.demo is not None
+    plain = dataclasses.replace(demo, demo=dataclasses.replace(demo.demo, items=None))
+    found = demo_data(tiny.trainer.data, tiny.trainer.model, tiny.learner, plain)
+    assert found.users == shown.users and found.titles.keys() > shown.titles.keys(), "titles of [data]"
     assert (
         shown.vectors.shape == (len(shown.users), tiny.trainer.model.config.meta_size)
         and shown.vectors.dtype == np.float32

@@ -180,3 +180,25 @@ def test_init_warns_of_dates_that_it_cannot_read(tmp_path: Path) -> None:
     code, toml = write(tmp_path, table(OrderDate=[f"{k % 28 + 1:02}.05.2025" for k in range(N)]))
     assert code == 0
     assert "# WARNING: OrderDate has dates such as 01.05.2025, which are not read." in toml.read_text()
+
+
+def test_unused_columns_are_told_with_the_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.csv").write_text(
+        "customer,sku,when,what,price,page\n"
+        + "".join(f"c{k % 5},s{k % 9},{1_700_000_000 + k},{('view', 'buy')[k % 2]},{k % 4}.5,p{k}\n" for k in range(N))
+    )
+    toml = tmp_path / "my.toml"
+    assert main(["init", str(tmp_path / "events.csv"), "--out", str(toml)]) == 0
+    remedy = 'If it is the action, add under [columns]: action = "what"'
+    text = toml.read_text(encoding="utf-8")
+    assert f"# what: text with 2 values (view, buy), not read. {remedy}\n" in text
+    assert "# price: numbers with 4 values (0.5, 1.5, 2.5, ...), not read\n" in text
+    assert f"# page: text with {N} values (p0, p1, p2, ...), not read\n" in text
+    capsys.readouterr()
+    assert main(["validate", str(toml)]) == 0
+    out = capsys.readouterr().out
+    assert f"note: what: text with 2 values (view, buy), not read. {remedy}\n" in out and "notes: 1\n" in out
+    toml.write_text(text.replace("\n[columns]", '\n[columns]\naction = "what"\n#'), encoding="utf-8")
+    assert main(["validate", str(toml)]) == 0
+    out = capsys.readouterr().out
+    assert "buy 50 %" in out and "notes: 0\n" in out

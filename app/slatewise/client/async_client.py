@@ -137,7 +137,7 @@ class AsyncClient:
     async def _once(self, call: Call[T], tries: Tries) -> T:
         """Make one try, within the time that is left."""
         body = Body(tries)
-        options = self._target.request_options(call.content, tries.remaining())
+        options = self._target.request_options(call.content, tries.remaining(), call.user)
         try:
             async with (
                 asyncio.timeout(tries.remaining()),  # httpx bounds each read, not all of them

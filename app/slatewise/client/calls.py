@@ -29,6 +29,7 @@ class Call(Generic[T]):
     path: str
     content: bytes | None  # JSON
     read: Callable[[Any], T]  # the JSON of the answer -> the result
+    user: str | int | None = None  # of the whole call, for the header X-User-ID
 
 
 def as_it_is(answer: Any) -> Any:
@@ -36,11 +37,16 @@ def as_it_is(answer: Any) -> Any:
 
 
 def rerank(members: Mapping[str, Any]) -> Call[Ranking]:
-    return Call("POST", "/rerank", to_json(rank_body(members)), Ranking.from_response)
+    return rank("/rerank", members)
 
 
 def score(members: Mapping[str, Any]) -> Call[Ranking]:
-    return Call("POST", "/score", to_json(rank_body(members)), Ranking.from_response)
+    return rank("/score", members)
+
+
+def rank(path: str, members: Mapping[str, Any]) -> Call[Ranking]:
+    body = rank_body(members)
+    return Call("POST", path, to_json(body), Ranking.from_response, body.get("user"))
 
 
 def models() -> Call[list[dict[str, Any]]]:
@@ -67,19 +73,21 @@ def encode(user: Any, history: Any, ranker: str | None) -> Call[dict[str, Any]]:
         body["history"] = history_columns(history)
     if ranker is not None:
         body["ranker"] = ranker
-    return Call("POST", "/encode", to_json(body), as_it_is)
+    return Call("POST", "/encode", to_json(body), as_it_is, body["user"])
 
 
 def delete_user(user: Any) -> Call[Any]:
-    return Call("DELETE", f"/users/{quote(str(one_id(user, '/user')), safe='')}", None, as_it_is)
+    name = one_id(user, "/user")
+    return Call("DELETE", f"/users/{quote(str(name), safe='')}", None, as_it_is, name)
 
 
 def events(rows: Any) -> Call[dict[str, Any]]:
     """Raises Invalid. An event without an id gets one, so that a repeated call does not count it twice."""
     listed = rows_of_frame(rows) if is_frame(rows) else list(rows)
-    return Call(
-        "POST", "/events", to_json({"events": [event_members(row, k) for k, row in enumerate(listed)]}), as_it_is
-    )
+    members = [event_members(row, k) for k, row in enumerate(listed)]
+    users = {str(each["user"]) for each in members}
+    only = users.pop() if len(users) == 1 else None
+    return Call("POST", "/events", to_json({"events": members}), as_it_is, only)
 
 
 def event_members(row: Any, k: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Client:
     def _once(self, call: Call[T], tries: Tries) -> T:
         """Make one try, within the time that is left."""
         body = Body(tries)
-        options = self._target.request_options(call.content, tries.remaining())
+        options = self._target.request_options(call.content, tries.remaining(), call.user)
         try:
             with self._http.stream(call.method, call.path, **options) as response:
                 for part in response.iter_bytes():

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MOST_BYTES = 1 << 26  # of an answer
+MOST_USER = 256  # characters of a user id, as the server has it
 FIRST_PAUSE = 0.05  # seconds after a failed connection; doubles
 KEEP_ALIVE = 4.0  # seconds; below uvicorn's 5, so that a request does not meet a connection that the server closes
 REPEATED = (429, 503)
@@ -59,9 +61,20 @@ class Target:
             "limits": httpx.Limits(keepalive_expiry=KEEP_ALIVE),
         }
 
-    def request_options(self, content: bytes | None, seconds: float) -> dict[str, Any]:
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        return {"content": content, "headers": headers, "timeout": seconds}
+    def request_options(self, content: bytes | None, seconds: float, user: str | int | None = None) -> dict[str, Any]:
+        headers = {} if content is None else {b"Content-Type": b"application/json"}
+        return {"content": content, "headers": headers | user_header(user), "timeout": seconds}
+
+
+def user_header(user: str | int | None) -> dict[bytes, bytes]:
+    """Return the header X-User-ID, which load balancers hash so that a user stays with one replica.
+
+    A name that a header cannot carry gets none: the body names the user too. The bytes are UTF-8.
+    """
+    text = "" if user is None else str(user)
+    if not text or len(text) > MOST_USER or text != text.strip() or any(unicodedata.category(c) == "Cc" for c in text):
+        return {}
+    return {b"X-User-ID": text.encode()}
 
 
 def make_target(url: str | None, api_key: str | None, timeout: float, retries: int) -> Target:

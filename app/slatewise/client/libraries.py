@@ -13,12 +13,12 @@ class MissingLibrary(ImportError):
     """A method needs a library that is not installed. The message names the remedy."""
 
 
-def library(name: str, purpose: str) -> Any:
-    """Import a library. Raises MissingLibrary with the command that installs it."""
+def library(name: str, purpose: str, package: str = "") -> Any:
+    """Import a library. Raises MissingLibrary with the command that installs it, or the `package` that brings it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingLibrary(f"{purpose} needs {name}; run: pip install {name}") from error
+        raise MissingLibrary(f"{purpose} needs {name}; run: pip install {package or name}") from error
 
 
 def library_of(value: object) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 
 from slatewise.client.client import Client
 from slatewise.client.libraries import library
-from slatewise.commands.batch_table import Table, rank_part
+from slatewise.commands.batch_table import Table, rank_part, read_histories, read_parquet
 from slatewise.commands.source import add_source, options
 from slatewise.process import cpu_quota
 
@@ -48,9 +48,9 @@ class BatchError(ValueError):
 def main(argv: Sequence[str]) -> None:
     """Raises BatchError, MissingLibrary, SlatewiseError, ManifestError, OSError, ValueError or polars' errors."""
     arguments = parse(argv)
-    polars = library("polars", "`slatewise batch`")
-    histories = None if arguments.histories is None else polars.read_parquet(arguments.histories)
-    table = Table(polars.read_parquet(arguments.input), histories, arguments.part)
+    polars = library("polars", "`slatewise batch`", "'slatewise[parquet]'")
+    histories = None if arguments.histories is None else read_histories(arguments.histories)
+    table = Table(read_parquet(arguments.input), histories, arguments.part)
     with open_folder(arguments) as (folder, request_time):
         files = [folder / f"{k:06}.parquet" for k in range(len(table.rows))]
         missing = [k for k, file in enumerate(files) if not file.exists()]
@@ -109,7 +109,8 @@ def open_folder(arguments: argparse.Namespace) -> Iterator[tuple[Path, float]]:
             raise BatchError(f"{folder} is in use by another run") from None
         wanted = description(arguments)
         file = folder / DESCRIPTION
-        found = json.loads(file.read_text()) if file.exists() else wanted
+        begun = file.exists() and any(folder.glob("*.parquet"))  # else nothing depends on the arguments of that run
+        found = json.loads(file.read_text()) if begun else wanted
         if other := [name for name in wanted if found.get(name) != wanted[name]]:
             reason = f"{folder} holds a run with another value of {', '.join(other)}"
             raise BatchError(f"{reason}; give the same command to continue it, or delete the folder")

@@ -8,6 +8,7 @@ Called by: `batch.py`; `rank_part` runs in the workers. Calls: polars, `client/f
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,42 @@ from slatewise.commands.source import Source
 ROW = "__row"  # position in the table, in the parts
 HISTORY = ("item_ids", "actions", "timestamps")
 FEATURES = "features."  # prefix of the list columns of features, in the wide form
+MAGIC = b"PAR1"  # begin of a Parquet file
+LAST_TIME = 99_999_999_999  # unix seconds that a request may have, at most
 RANKED = ("ranked_item_ids", "ranked_scores", "ranked_index")
+
+
+def read_parquet(path: Path) -> Any:
+    """Read a table. Raises ValueError for a file of another kind, and polars' errors."""
+    with path.open("rb") as file:
+        begin = file.read(len(MAGIC))
+    if begin != MAGIC:
+        kind = "CSV" if path.suffix.lower() in (".csv", ".tsv") else "no Parquet"
+        raise ValueError(f"{path} is {kind}; batch reads Parquet, which keeps the types of ids and times")
+    return library("polars", "`slatewise batch`").read_parquet(path)
+
+
+def read_histories(path: Path) -> Any:
+    """Read and check the events of users. Raises ValueError with the file, the column and the user of a wrong value."""
+    polars = library("polars", "`slatewise batch`")
+    frame = read_parquet(path)
+    if missing := [name for name in ("user", "item_id") if name not in frame.columns]:
+        raise ValueError(f"{path} lacks the column {missing[0]}; it has {', '.join(frame.columns) or 'none'}")
+    wrong = {name: frame[name].is_null() for name in ("user", "item_id")}
+    reasons = {name: "an id is missing" for name in wrong}
+    if "timestamp" in frame.columns and not frame["timestamp"].dtype.is_temporal():
+        times = frame["timestamp"]
+        if times.dtype.is_numeric():
+            wrong["timestamp"] = ~times.cast(polars.Float64).is_between(0, LAST_TIME).fill_null(True)
+            reasons["timestamp"] = f"unix seconds are wanted, from 0 to {LAST_TIME}"
+        else:
+            wrong["timestamp"] = times.is_not_null()
+            reasons["timestamp"] = f"unix seconds or a type of time are wanted, not {times.dtype}"
+    for name, rows in wrong.items():
+        if rows.any():
+            user, value = frame.row(int(rows.arg_true()[0]), named=True)["user"], frame[name].filter(rows)[0]
+            raise ValueError(f"{path}: column {name}, user {user!r}: {reasons[name]}; found {str(value)[:40]!r}")
+    return frame
 
 
 class Table:

@@ -18,7 +18,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
 
 from slatewise import VERSION
 from slatewise.bundle.loader import check_files, check_variant_files
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine(flags: dict[str, str]) -> Iterator[Line]:
-    """Yield the lines. Wrong settings are lines; the checks that need settings then use the defaults."""
+    """Yield the lines. Wrong settings are lines; the checks that need one of them then use its default."""
     yield Line("slatewise", "ok", f"{VERSION}, Python {platform.python_version()}, {platform.platform()}")
     yield packages()
     yield telemetry()
@@ -91,12 +93,25 @@ def examine(flags: dict[str, str]) -> Iterator[Line]:
     except SettingsError as error:
         for fault in error.faults:
             yield Line("settings", "fail", fault)
-        settings = Settings.model_construct()
+        settings = valid_settings(flags)
     yield memory(settings)
     yield descriptors(settings)
     yield from bundles(settings.bundles)
     yield redis(settings.redis_url.get_secret_value())
     yield port(settings)
+
+
+def valid_settings(flags: dict[str, str]) -> Settings:
+    """Read the settings with the defaults in place of wrong values, so that a wrong one does not hide the others."""
+    values: dict[str, Any] = dict(flags)
+    for _ in Settings.model_fields:
+        try:
+            return Settings(**values)
+        except ValidationError as error:
+            for fault in error.errors(include_url=False, include_input=False):
+                name = str(fault["loc"][0])
+                values[name] = Settings.model_fields[name].get_default(call_default_factory=True)
+    return Settings.model_construct()
 
 
 def packages() -> Line:
@@ -222,7 +237,8 @@ def port(settings: Settings) -> Line:
         if "in use" not in str(error):
             return Line("port", "fail", str(error))
     if is_slatewise(settings):
-        return Line("port", "ok", f"{address}: a Slatewise server listens there")
+        text = f"{address}: a Slatewise server listens there; another one needs a free port: SLATEWISE_PORT (--port)"
+        return Line("port", "warn", text)
     return Line("port", "fail", f"{address} is used by another process; choose one with SLATEWISE_PORT (--port)")
 
 

@@ -60,8 +60,20 @@ def main(argv: Sequence[str]) -> None:
             print(f"slatewise rank: no titles: {error}", file=sys.stderr)
     print(table(ranking, titles))
     print(ranking.summary())
+    if note := unknown(ranking, len(arguments.items)):
+        print(f"slatewise rank: {note}", file=sys.stderr)
     if arguments.explain:
         print("\n".join(reasons(ranking, arguments.items, titles)))
+
+
+def unknown(ranking: Ranking, candidates: int) -> str:
+    """Return a note about the candidates and events that the ranker does not know, or an empty text."""
+    counts = (
+        (len(ranking.response.get("unknown_candidates") or []), candidates, "candidates"),
+        (ranking.history.get("unknown") or 0, ranking.history.get("used"), "events"),
+    )
+    parts = [f"{few} of {whole} {name}" for few, whole, name in counts if few]
+    return f"{' and '.join(parts)} are unknown to {ranking.ranker}" if parts else ""
 
 
 def movers(ranking: Ranking) -> list[str]:

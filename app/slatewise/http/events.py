@@ -1,5 +1,6 @@
 """The endpoints for users: POST /events, /feedback and /encode, DELETE /users/{user}.
 
+Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `mistakes.py`, `problems.py`.
 Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `problems.py`, `calls/aws.py`.
 """
 
@@ -24,6 +25,7 @@ from slatewise.events.writer import EventWriter
 from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
+from slatewise.http.mistakes import wrong_events
 from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
@@ -67,7 +69,7 @@ def parse(model: type[Model], content: Any) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise schema_error(error) from None
+        raise wrong_events(error) from None
 
 
 def check_count(request: Request, count: int, pointer: str) -> None:

@@ -1,9 +1,9 @@
 """Names the likely mistake in a wrong body of /rerank and /score: times in milliseconds, rows instead of columns, a
-misspelt member, the body of another ranking API.
+misspelt member, the body of another ranking API. In a body of /events or /encode: a time in another unit.
 
 Runs only after Pydantic has refused a body. The texts name members and paths, and never repeat a value.
 
-Called by: `rank.py`. Calls: `problems.py`, and `schemas.py` for the members that exist.
+Called by: `rank.py` and `events.py`. Calls: `problems.py`, and `schemas.py` for the members that exist.
 """
 
 from __future__ import annotations
@@ -85,6 +85,19 @@ def wrong_request(error: ValidationError, body: bytes) -> RankingError:
         hint = next((hint for start, hint in BROKEN_JSON.items() if re.match(start, body)), None)
         return NotJson(found[0]["msg"] + (f"; {hint}" if hint else ""))
     return another_api(found) or faults_of(found, describe)
+
+
+def wrong_events(error: ValidationError) -> RankingError:
+    """Convert Pydantic's error for a body of events or of a history to Invalid. A wrong time names the likely unit."""
+    if error.error_count() > TOO_MANY_FAULTS:
+        return Invalid.at("", f"more than {TOO_MANY_FAULTS} faults")
+    return faults_of(error.errors(include_url=False, include_context=False), describe_event)
+
+
+def describe_event(found: ErrorDetails) -> str:
+    path = member_path(found["loc"])
+    is_time = path[-1:] in (["timestamp"], ["sentAt"]) or path[:2] == ["history", "timestamps"]
+    return (wrong_time(found) if is_time else None) or found["msg"]
 
 
 def another_api(found: list[ErrorDetails]) -> Invalid | None:

@@ -35,6 +35,7 @@ from slatewise_train.tables.items import join_ids, plain_ids, read_items
 
 EXAMPLE_CANDIDATES = 24
 EXAMPLE_EVENTS = 40
+SHORTEST = 3  # events of a user with a request of its own: two to read, and one as a candidate
 LONG_HISTORY = 100  # the example's user has at least this many events, if any user has
 POPULAR = 500  # the example's candidates are among this many most popular items
 EXAMPLE_USERS = 12  # demo users with a request of their own, at most
@@ -92,7 +93,8 @@ def demo_tables(config: Config) -> TablesConfig:
     """Return the tables of `[demo]`, or without it those of `[data]`. `[data]` and `[columns]` say how to read both."""
     if config.demo is None:
         return config.tables
-    return dataclasses.replace(config.tables, events=config.demo.events, items=config.demo.items)
+    items = config.demo.items or config.tables.items
+    return dataclasses.replace(config.tables, events=config.demo.events, items=items)
 
 
 def demo_sequences(data: Data, config: Config) -> Sequences:
@@ -138,16 +140,27 @@ def example_request(shown: DemoData, data: Data, rng: np.random.Generator) -> di
 def example_requests(
     shown: DemoData, data: Data, example: dict[str, Any], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Build requests of demo users with at least EXAMPLE_EVENTS events, the given one first.
+    """Build requests of demo users with at least `least_events` events, the given one first, and print their number.
 
     The other users are spread over the demo users in the order of the length of their histories.
     """
     lengths = np.diff(shown.sequences.offsets)
-    long = np.flatnonzero(lengths >= EXAMPLE_EVENTS)
+    least = least_events(lengths)
+    long = np.flatnonzero(lengths >= least)
     long = long[np.argsort(lengths[long], kind="stable")]
     picked = long[np.unique(np.linspace(0, len(long) - 1, EXAMPLE_USERS).astype(int))] if len(long) else long
     others = [make_request(shown, data, int(user), rng) for user in picked if shown.users[user] != example["user"]]
-    return [example, *others[: EXAMPLE_USERS - 1]]
+    requests = [example, *others[: EXAMPLE_USERS - 1]]
+    if shown.users != [MADE_UP_USER]:
+        reason = f"of the {len(long)} with at least {least} known events, and at most {EXAMPLE_USERS}"
+        print(f"[demo] {len(requests)} of {len(lengths)} users have a request in the bundle: {reason}", flush=True)
+    return requests
+
+
+def least_events(lengths: np.ndarray) -> int:
+    """Return the events of a user with a request of its own: EXAMPLE_EVENTS, or less if too few users have these."""
+    nth = int(np.sort(lengths)[-EXAMPLE_USERS:][0]) if len(lengths) else 0
+    return min(EXAMPLE_EVENTS, max(SHORTEST, nth))
 
 
 def make_request(shown: DemoData, data: Data, user: int, rng: np.random.Generator) -> dict[str, Any]:
