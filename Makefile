@@ -30,7 +30,7 @@ serve: serve-environment
 	@trap : INT; $(SERVE)/bin/python -m slatewise serve || [ $$? = 130 ]
 
 test: lint
-	$(TEST)/bin/python -m pytest --cov
+	$(TEST)/bin/python -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: test-environment
 	$(TEST)/bin/ruff format --check .

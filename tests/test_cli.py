@@ -179,7 +179,7 @@ def test_failure_of_an_offline_tool_is_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(rf"python -m {tool}: error: .*missing\.toml.*\n", result.stderr)
 
 
-@pytest.mark.parametrize("name", EXPECTED_BY_NAME)
+@pytest.mark.parametrize("name", sorted(EXPECTED_BY_NAME))
 def test_error_listed_by_name_is_reported_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Special(pkgutil.resolve_name(name)):  # type: ignore[misc]
         pass

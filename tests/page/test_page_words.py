@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Route, expect
 
+import slatewise
 from slatewise.settings import Settings
 from tests.page.support import BUNDLE, ask, compared, open_page, ranked, ready, search, write_bundle
 from tests.support.application import serve
@@ -39,7 +41,10 @@ def forget_quality(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranker", ["films", "plain"])
-def test_python_on_screen_prints_what_it_asks_for(browser: Browser, both: httpx.Client, ranker: str) -> None:
+def test_python_on_screen_prints_what_it_asks_for(
+    browser: Browser, both: httpx.Client, ranker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slatewise, "Client", partial(slatewise.Client, timeout=30), raising=False)  # a busy machine
     with open_page(browser, both, path=f"/?ranker={ranker}") as page:
         ready(page)
         with ranked(page) as body:
