@@ -16,7 +16,7 @@ from slatewise_train.config import read_config
 from slatewise_train.data import load_data
 from slatewise_train.new_toml import toml_of
 
-MUTANTS = 2_000
+MUTANTS = 1_000
 PARTS = 8  # tests; each has its own seeds
 
 TOML = """
