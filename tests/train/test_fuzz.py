@@ -1,4 +1,4 @@
-"""2,000 mutated TOMLs and tables: each is read, or refused with one line. A traceback is never an answer."""
+"""1,000 mutated TOMLs and tables: each is read, or refused with one line. A traceback is never an answer."""
 
 from __future__ import annotations
 
