@@ -1,7 +1,7 @@
 """The endpoints for users: POST /events, /feedback and /encode, DELETE /users/{user}.
 
-Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `mistakes.py`, `problems.py`.
-Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `body.py`, `problems.py`, `calls/aws.py`.
+Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `rank.py` (to read), `mistakes.py`, `problems.py`,
+`calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from slatewise.errors import Invalid, NotJson, RankingError
 from slatewise.events.event import EventBody, EventCounts, EventsBody, check_times
 from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
-from slatewise.http.body import content_coding, content_length, read_body
 from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_events
 from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
+from slatewise.http.rank import CLIENT_GONE, read_admitted
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
-
-CLIENT_GONE = 499
 
 routes = APIRouter()
 Model = TypeVar("Model", bound=BaseModel)
@@ -53,11 +51,8 @@ def body_of(*models: type[BaseModel], or_list: bool = False) -> dict[str, Any]:
 
 
 async def read_json(request: Request, pipeline: Pipeline, any_type: bool = False) -> Any:
-    """Read the body within its limits. Raises the errors of `body.py`, TooLarge, NotJson or ClientDisconnect."""
-    limits = pipeline.admission.limits
-    coding = content_coding(request.headers, any_type)
-    pipeline.admission.check_content_length(content_length(request.headers))
-    body = await read_body(request, coding, limits.max_body_bytes, limits.body_timeout_s)
+    """Read the body within its limits. Raises the errors of `read_admitted`, or NotJson."""
+    body = await read_admitted(request, pipeline.admission, any_type)
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
