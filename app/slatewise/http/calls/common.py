@@ -168,8 +168,7 @@ def renamed(error: RankingError, names: Mapping[str, str]) -> RankingError:
     if not isinstance(error, Invalid) or not error.faults:
         return error
     faults = tuple(Fault(new_name(fault.pointer, names), fault.detail) for fault in error.faults)[:MOST_FAULTS]
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return Invalid(f"{faults[0].pointer or '/'}: {faults[0].detail}{more}", faults)
+    return Invalid.of(faults)
 
 
 def new_name(pointer: str, names: Mapping[str, str]) -> str:
