@@ -27,7 +27,8 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Id = Annotated[Text | Integer, Field(union_mode="left_to_right")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=99_999_999_999)]
+LAST_TIME = 99_999_999_999  # unix seconds that a request may have, at most
+UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=LAST_TIME)]
 Milliseconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=600_000)]
 REQUEST_ID = r"[!-~]{1,128}"
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]

@@ -18,12 +18,12 @@ from slatewise.client.frames import groups
 from slatewise.client.libraries import library
 from slatewise.client.values import ids
 from slatewise.commands.source import Source
+from slatewise.schemas import LAST_TIME
 
 ROW = "__row"  # position in the table, in the parts
 HISTORY = ("item_ids", "actions", "timestamps")
 FEATURES = "features."  # prefix of the list columns of features, in the wide form
 MAGIC = b"PAR1"  # begin of a Parquet file
-LAST_TIME = 99_999_999_999  # unix seconds that a request may have, at most
 RANKED = ("ranked_item_ids", "ranked_scores", "ranked_index")
 
 

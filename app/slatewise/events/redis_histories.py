@@ -4,7 +4,7 @@
 
 Reads use the nodes of the store of meta-embeddings: its time budget, circuit breaker and batches. There is no cache,
 so that an event is in the next read. Writes go to the primary, in one script for each user.
-Called by: `writer.py`, `ranking/stored.py`; `main.py` makes them. Calls: `store/lookup.py`, `store/node.py`.
+Called by: `writer.py`, `ranking/given.py`; `main.py` makes them. Calls: `store/lookup.py`, `store/node.py`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from slatewise.errors import Invalid, NotJson, RankingError, pointer
 from slatewise.http.problems import TOO_MANY_FAULTS, faults_of, member_path
-from slatewise.schemas import Candidates, History, RankRequest
+from slatewise.schemas import LAST_TIME, Candidates, History, RankRequest
 
 # Another ranking API is recognised by these members at the top of a body without candidates.
 ANOTHER_API: dict[frozenset[str], tuple[str, str]] = {
@@ -169,7 +169,7 @@ def wrong_time(found: ErrorDetails) -> str | None:
         return f"unix seconds are wanted, a number such as 1700000000{hint}"
     if found["type"] == "less_than_equal":
         unit = next((text for text, (least, most) in UNITS.items() if least <= value < most), None)
-        return "unix seconds are wanted" + (f"; these look like {unit}" if unit else ", at most 99999999999")
+        return "unix seconds are wanted" + (f"; these look like {unit}" if unit else f", at most {LAST_TIME}")
     if found["type"] == "finite_number":
         return "must be finite; a missing time is null"
     return None

@@ -34,10 +34,9 @@ from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.problems import PROBLEMS, problem, schema_error
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings
-from slatewise.schemas import CLOSED, MAX_ID, Candidates, Column, Id, Ids, Integer, RankRequest, Text, User
+from slatewise.schemas import CLOSED, LAST_TIME, MAX_ID, Candidates, Column, Id, Ids, Integer, RankRequest, Text, User
 
 NAMES = {"/candidates/item_ids": "/items", "/candidates": "/items"}
-LATEST = 99_999_999_999  # seconds; as in a native request
 IDS: TypeAdapter[list[str]] = TypeAdapter(Ids)
 TEXTS: TypeAdapter[list[str]] = TypeAdapter(Column[Text])
 MOST_NAMES = 20  # most names of ignored fields in one answer
@@ -183,8 +182,8 @@ def seconds(timestamp: str | int) -> float:
             result = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise Invalid.at("/timestamp", "must be milliseconds since 1970, or ISO 8601") from None
-    if not 0 <= result <= LATEST:
-        raise Invalid.at("/timestamp", f"must lie between 0 and {LATEST * 1000} milliseconds since 1970")
+    if not 0 <= result <= LAST_TIME:
+        raise Invalid.at("/timestamp", f"must lie between 0 and {LAST_TIME * 1000} milliseconds since 1970")
     return result
 
 
