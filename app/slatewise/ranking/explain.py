@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slatewise.bundle.features import gap_buckets, time_order
-from slatewise.bundle.ranker import Ranker, weight_shares
+from slatewise.bundle.ranker import Ranker, weight_shares, weighted_mean
 from slatewise.inference import batched as model
 from slatewise.inference.arrays import (
     GAP_FIRST,
@@ -88,8 +88,9 @@ def neighbour_count(candidates: int) -> int:
 
 def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
     """Explain the first results, best result first, in chunks. Raises EngineError."""
-    weights = weight_shares(ranked.ranker.score_weights(ranked.request.head_weights))
-    order = np.argsort(-(ranked.probabilities @ weights), kind="stable")
+    given = ranked.ranker.score_weights(ranked.request.head_weights)
+    order = np.argsort(-weighted_mean(ranked.probabilities, given), kind="stable")  # that of the answer, ties included
+    weights = weight_shares(given)
     results = min(RESULTS, len(order), ranked.request.top_n or RESULTS)
     positions, times = events_read(ranked.ranker, ranked.request)
     events = neighbours = Effects(np.zeros((0, results)), np.zeros((0, results)))
