@@ -1,8 +1,8 @@
 """Stored histories under events and rankings: python -m loadtest.store.histories [--users 100000] [--fsync everysec]
 
     memory    bytes of a user in Redis, with histories of several lengths
-    ranking   p50, p99 and CPU of requests whose history is stored, and of the same requests with the history in them;
-              blocks of both take turns, under events
+    ranking   p50, p99 and CPU of requests whose history is stored, under events; of the same requests with the history
+              in them, under events; and of those without events. Blocks of the three take turns
     faults    events go on while one of two replicas is killed and started again, and while Redis is killed and started
               again on its append-only file; then every event that was acknowledged must be in its history, except
               for those of the seconds that Redis may keep out of its file
@@ -46,7 +46,7 @@ RANKINGS_A_SECOND = 50
 LENGTHS = (10, 20, 50, 100, 200)  # events of a user, each for a fifth of the users
 TEMPLATES = 500  # different histories; more would take longer to make than to measure
 BLOCK_SECONDS = 2.0
-BLOCKS = 16
+ROUNDS = 20  # a block of each kind; a p99 of 2,000 requests is the twentieth slowest
 FAULT_SECONDS = 25.0
 UNSYNCED_SECONDS = 2.0  # Redis delays a write to its file for so long while the file is synchronized
 ENCODE_ROUNDS = 25
@@ -210,15 +210,18 @@ class Ranker:
         return latencies, self.server.cpu_seconds() - cpu, wrong
 
 
-def measure_ranking(ranker: Ranker) -> dict[str, Any]:
-    kinds: dict[bool, list[tuple[list[float], float, int]]] = {True: [], False: []}
-    for turn in range(BLOCKS):
-        stored = turn % 2 == 0 if turn % 4 < 2 else turn % 2 == 1  # a b b a
-        kinds[stored].append(ranker.block(stored))
+def measure_ranking(ranker: Ranker, ports: list[int], items: list[str]) -> dict[str, Any]:
+    kinds: dict[str, list[tuple[list[float], float, int]]] = {"stored": [], "in the request": [], "no events": []}
+    for turn in range(ROUNDS):
+        with EventLoad(ports, ranker.users, items):
+            ranker.block(True)  # unmeasured: clients and servers connect
+            for stored in (True, False) if turn % 2 else (False, True):
+                kinds["stored" if stored else "in the request"].append(ranker.block(stored))
+        kinds["no events"].append(ranker.block(False))
     result = {}
-    for stored, blocks in kinds.items():
+    for kind, blocks in kinds.items():
         latencies = sorted(second for block in blocks for second in block[0])
-        result["stored" if stored else "in the request"] = {
+        result[kind] = {
             "requests": len(latencies),
             "not so ranked": sum(block[2] for block in blocks),
             "p50_ms": latencies[len(latencies) // 2] * 1e3,
@@ -331,9 +334,7 @@ def main() -> None:
             result: dict[str, Any] = {"machine": cpu_name(), "users": args.users, "fsync": args.fsync}
             result["memory"] = fill(store, args.users, items, actions)
             ranker = Ranker(first, store.client, args.users, example)
-            with EventLoad([first.port, second.port], args.users, items):
-                ranker.block(True)
-                result["ranking"] = measure_ranking(ranker)
+            result["ranking"] = measure_ranking(ranker, [first.port, second.port], items)
             result["encode"] = measure_encode(first, example, args.users)
             result["faults"] = measure_faults([first, second], store, args.users, items)
     print(report(result))

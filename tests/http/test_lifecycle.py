@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from slatewise import main
 from slatewise.bundle.ranker import Ranker
 from slatewise.main import build_app
 from slatewise.ranking.admission import Admission
@@ -184,3 +186,21 @@ def test_sigterm_drains_and_exits_with_0(tiny: Tiny, example: dict[str, Any]) ->
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_is_loaded_costs_no_garbage_collections(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection over the modules and the rankers would hold the event loop."""
+    before = gc.get_freeze_count()
+    frozen = []
+
+    def run(app: object, listener: socket.socket, drain_seconds: float) -> int:
+        listener.close()
+        frozen.append(gc.get_freeze_count())
+        return 0
+
+    monkeypatch.setattr(main, "run", run)
+    try:
+        assert main.serve(Settings(bundles=tiny.root, threads=1, port=0)) == 0
+        assert frozen[0] > before + 50_000
+    finally:
+        gc.unfreeze()

@@ -81,6 +81,7 @@ def create_app(
     app.state.draining = False
     app.state.capture = None
     app.state.max_events = settings.max_events
+    app.include_router(events.routes)  # first: requests are matched in this order, and events are the most
     app.include_router(health.routes)
     app.include_router(models.routes)
     app.include_router(items.routes)
@@ -88,7 +89,6 @@ def create_app(
         app.include_router(page_routes())
     app.include_router(model_list.routes)
     app.include_router(oip.routes)
-    app.include_router(events.routes)
     document_hot_routes(app, ROUTES.dialects)
     complete_document(app, settings.keys(), open_paths)
     return app
