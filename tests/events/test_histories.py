@@ -166,6 +166,16 @@ def test_embedded_histories_are_bounded_and_the_idle_go_first() -> None:
     asyncio.run(main())
 
 
+def test_history_above_the_limit_of_all_is_dropped_and_said() -> None:
+    async def main() -> None:
+        histories = EmbeddedHistories(100, 0.0, ENTRY_OVERHEAD + 120)
+        assert await histories.write(pairs([event("a")])) == "N"
+        assert await histories.write(pairs([event("b" * 200), event("c" * 200)])) == "OO"
+        assert await items(histories, "u") == ["a"]
+
+    asyncio.run(main())
+
+
 def test_two_instances_on_one_redis_see_an_event_at_once(client: redis.Redis, redis_port: int) -> None:
     async def main() -> None:
         address = f"redis://127.0.0.1:{redis_port}/0"

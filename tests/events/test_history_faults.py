@@ -170,3 +170,16 @@ def test_a_cancelled_read_never_reaches_another_user(client: redis.Redis, redis_
             assert {type(each) for each in outcomes} == {bool, TimeoutError}
 
     asyncio.run(main())
+
+
+def test_a_write_that_succeeds_ends_a_row_of_failures(client: redis.Redis, redis_port: int) -> None:
+    async def main() -> None:
+        async with RedisStore(f"redis://127.0.0.1:{redis_port}/0", BUDGET, lambda: [RANKER]) as store:
+            await until_closed(store)
+            histories = RedisHistories(store, 100, 0.0)
+            node = store.nodes.of_key(history_key("u"))
+            node.failures = node.FAILURES - 1
+            assert await histories.write(pairs([event("a", NOW)])) == "N"
+            assert node.failures == 0
+
+    asyncio.run(main())

@@ -71,6 +71,21 @@ def test_disconnect_between_chunks_stops_the_request(
         assert stop.calls == 1 and (scored is None or scored.calls == 0)
 
 
+def test_disconnect_stops_encode(tiny: Tiny, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(Settings(bundles=tiny.root, threads=1)) as client:
+        history = shaped(example, 128, 1, None, "dot")["history"]
+        body = json.dumps({"user": "leaves", "history": history}).encode()
+        stop = BlockedMethod("extend", monkeypatch)
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+            connection.sendall(post_head(len(body)).replace(b"/score", b"/encode") + body)
+            assert stop.begun.wait(30)
+        wait_for(client, "slatewise_outstanding_tokens ", 0)
+        wait_for(client, "slatewise_requests_in_flight ", 0)
+        stop.may_end.set()
+        wait_for(client, "slatewise_queue_length", 0)
+        assert stop.calls == 1
+
+
 def test_server_that_stops_between_chunks_answers_503(
     tiny: Tiny, example: dict[str, Any], ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

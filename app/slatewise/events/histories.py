@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from slatewise import metrics
 from slatewise.events.event import Event
-from slatewise.events.packed import Unreadable, merge, tombstone, unpack
+from slatewise.events.packed import OLD, Unreadable, merge, tombstone, unpack
 from slatewise.schemas import History
 
 DELETED_SECONDS = 60  # time for which events that were received before a deletion are refused
@@ -108,6 +108,8 @@ class EmbeddedHistories:
         for user, positions in by_user(events).items():
             before = self.get(user)
             value, answers = merge(before, [events[k] for k in positions], self.most_events)
+            if value is not None and entry_bytes(user, value) > self.limit_bytes:
+                value, answers = before, OLD * len(positions)  # it would be removed at once
             if value is not None and value is not before:
                 self.put(user, value, self.ttl)
             for position, answer in zip(positions, answers, strict=True):

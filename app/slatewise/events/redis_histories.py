@@ -122,6 +122,7 @@ class RedisHistories:
             return [error] * len(commands)
         finally:
             metrics.REDIS_DURATION.labels("eval").observe(time.perf_counter() - begin)
+        node.failures = 0
         for reply in replies:
             if isinstance(reply, Exception):
                 metrics.REDIS_ERRORS.labels(type(reply).__name__).inc()

@@ -26,7 +26,7 @@ from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_events
 from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
-from slatewise.http.rank import CLIENT_GONE, read_admitted
+from slatewise.http.rank import CLIENT_GONE, read_admitted, while_connected
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
@@ -193,7 +193,7 @@ async def post_encode(request: Request) -> Response:
     try:
         pipeline.admission.enter()
         content = await read_json(request, pipeline)
-        answer = await encode_ahead(pipeline, parse(EncodeRequest, content))
+        answer = await while_connected(request, encode_ahead(pipeline, parse(EncodeRequest, content)))
     except ClientDisconnect:
         return Response(status_code=CLIENT_GONE)
     finally:
