@@ -141,11 +141,11 @@ def serve(settings: Settings) -> int:
         check_writable(Path(settings.events_dir))
     listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
     bound_malloc()
-    app = build_app(settings, load(settings))
-    # A collection of all objects that live as long as the server would hold the event loop for 20 ms, again and again.
+    # A collection of all modules would hold the event loop for 20 ms, again and again. The rankers can be replaced, so
+    # they are not among what is never collected.
     gc.collect()
     gc.freeze()
-    return run(app, listener, settings.drain_seconds)
+    return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
 
 
 def check_writable(folder: Path) -> None:
