@@ -8,6 +8,7 @@ of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py, eve
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from fastapi import FastAPI
 
 from slatewise import metrics
 from slatewise.bundle.loader import load_rankers
-from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
@@ -35,11 +36,17 @@ from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.ahead import AheadOfRequests
+from slatewise.ranking.background_load import BackgroundLoad
 from slatewise.ranking.history_cache import HistoryCache
+from slatewise.ranking.loads import Needs
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
+from slatewise.ranking.versions import Versions
+from slatewise.ranking.watch import Watch
 from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
+from slatewise.store.node import RedisNode
 
 log = logging.getLogger("slatewise")
 
@@ -55,6 +62,8 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         cache = HistoryCache(int(settings.history_cache_mb * 2**20))
         metrics.HISTORY_CACHE_LIMIT.set(cache.limit_bytes)
         registry = Registry(rankers.values())
+        if settings.versions_may_change():
+            rankers.clear()  # else a version that is replaced would stay in memory
         limits = RequestLimits(
             max_in_flight=settings.max_in_flight,
             max_outstanding_tokens=settings.max_outstanding_tokens,
@@ -70,7 +79,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             redis = RedisStore(
                 url,
                 settings.redis_timeout_ms / 1e3,
-                registry.serving,
+                registry.loaded,
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,
@@ -114,9 +123,49 @@ async def open_events(settings: Settings, pipeline: Pipeline) -> AsyncIterator[E
         yield await stack.enter_async_context(writer)
 
 
+@asynccontextmanager
+async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator[Versions | None]:
+    """Open what changes versions while the server runs: by polling, by calls, or not at all."""
+    if not settings.versions_may_change():
+        yield None
+        return
+    store = pipeline.store
+    threads = settings.threads or cpu_quota()
+
+    async def lacking_vectors(served: Manifest, new: Manifest) -> str | None:
+        if not isinstance(store, RedisStore):
+            return None  # the vectors are in the bundle
+        return await lacking(store.client, served, new, settings.space_coverage, RedisNode.CONNECTION_SECONDS)
+
+    async def read_pointers() -> None:
+        if isinstance(store, RedisStore):
+            await store.poller.poll()
+
+    async with AsyncExitStack() as stack:
+        background = await stack.enter_async_context(BackgroundLoad())
+        needs = Needs(settings.bundles, threads, settings.chosen_variants(), lacking_vectors, read_pointers)
+        versions = Versions(pipeline, background, needs)
+        stack.push_async_callback(versions.close)
+        pipeline.after_answer = versions.answered
+        if settings.reload == "poll":
+            polling = asyncio.create_task(Watch(versions, settings.reload_s).run())
+            stack.push_async_callback(cancelled, polling)
+        yield versions
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
     """Build the application for rankers that are loaded and warmed up."""
-    return create_app(settings, partial(open_pipeline, settings, rankers), partial(open_events, settings))
+    pipeline, events, versions = (
+        partial(open_pipeline, settings, rankers),
+        partial(open_events, settings),
+        partial(open_versions, settings),
+    )
+    return create_app(settings, pipeline, events, versions)
 
 
 def load(settings: Settings) -> dict[str, Ranker]:

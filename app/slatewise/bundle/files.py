@@ -46,11 +46,14 @@ def check_file(folder: Path, name: str, digest: str) -> None:
         raise WrongDigest(name)
 
 
+WRONG_DIGEST = "does not have the manifest's sha256"
+
+
 class WrongDigest(ManifestError):
     """A file is not the one that was published, or has not arrived completely."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} does not have the manifest's sha256")
+        super().__init__(f"{name} {WRONG_DIGEST}")
 
 
 class Files:

@@ -9,9 +9,9 @@ tests. Calls: onnxruntime, `item_table.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -34,6 +34,14 @@ HISTORY_CHUNK = 256  # events in one call of `extend`
 CANDIDATE_CHUNK = 512  # candidates in one call of `point`
 
 
+Sessions: TypeAlias = dict[str, ort.InferenceSession]
+Aside: TypeAlias = Callable[[Callable[[], Sessions]], Sessions]  # runs a function, perhaps in another thread
+
+
+def at_once(open_sessions: Callable[[], Sessions]) -> Sessions:
+    return open_sessions()
+
+
 class EngineError(RuntimeError):
     """The model failed on a request, or its output is not finite."""
 
@@ -47,10 +55,18 @@ class Engine:
 
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, so that concurrent requests do not compete for threads. A `multi_threaded` call uses all
-    `threads`, for a request that has the machine to itself. Raises EngineLoadError.
+    `threads`, for a request that has the machine to itself. aside: opens the sessions for these calls, in a thread of
+    normal priority; their threads inherit its priority. Raises EngineLoadError.
     """
 
-    def __init__(self, source: Path | Mapping[str, bytes], items: ItemTable, exits: list[str], threads: int) -> None:
+    def __init__(
+        self,
+        source: Path | Mapping[str, bytes],
+        items: ItemTable,
+        exits: list[str],
+        threads: int,
+        aside: Aside = at_once,
+    ) -> None:
         self.items = items
         names = ("encode", *exits)
         graphs: dict[str, bytes | str]
@@ -59,7 +75,7 @@ class Engine:
         try:
             self.sessions = {name: open_session(graph, 1) for name, graph in graphs.items()}
             self.multi_threaded = (
-                {name: open_session(graph, threads) for name, graph in graphs.items() if name != "dot"}
+                aside(lambda: {name: open_session(graph, threads) for name, graph in graphs.items() if name != "dot"})
                 if threads > 1
                 else {}
             )
