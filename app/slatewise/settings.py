@@ -82,15 +82,13 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr = Field(
         SecretStr(""),
-        description="Key for `Authorization: Bearer` of the calls of `/admin`, at least 16 characters; empty: they are "
-        "404. Set it as a variable: flags show in the process list.",
+        description="Key of the calls of `/admin`, at least 16 characters; empty: they are 404. Set it as a variable.",
     )
     space_coverage: float = Field(
         0.9,
         ge=0,
         le=1,
-        description="Share of the users with vectors that a new space of meta-embeddings must have before a version "
-        "that reads it is served.",
+        description="Least users of a new space of meta-embeddings over those of the old one, to serve it.",
     )
     variants: str = Field("", description="Variants to load, separated by commas; empty: all variants of each ranker.")
     redis_url: SecretStr = Field(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +45,8 @@ def look(folder: Path) -> Seen:
     return Seen(hashlib.sha256(content).hexdigest(), tuple(missing), tuple(files))
 
 
-def look_for(root: Path, wanted: Callable[[str, int], bool]) -> dict[str, dict[int, Seen]]:
-    """Return, by ranker, the versions below `root` that `wanted(name, version)` accepts, the newest first."""
+def look_for(root: Path, after: Mapping[str, int]) -> dict[str, dict[int, Seen]]:
+    """Return, by ranker, the versions below `root` that are newer than that in `after`, the newest first."""
     found: dict[str, dict[int, Seen]] = {}
     try:
         folders = sorted(path for path in root.iterdir() if path.is_dir())
@@ -54,7 +54,7 @@ def look_for(root: Path, wanted: Callable[[str, int], bool]) -> dict[str, dict[i
         return found
     for folder in folders:
         try:
-            numbers = [version for version in reversed(versions(folder)) if wanted(folder.name, version)]
+            numbers = [version for version in reversed(versions(folder)) if version > after.get(folder.name, -1)]
         except OSError:
             continue
         if numbers:

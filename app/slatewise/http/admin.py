@@ -35,7 +35,9 @@ ACTIONS: dict[Action, str] = {
     "canary": "Let the candidate answer a share of the users, always the same ones, until its stop rule ends it.",
     "shadow": "Let both versions rank a share of the requests, and compare them. Clients do not see it.",
 }
-FAULTS = {status: PROBLEMS[status] for status in (400, 401, 404, 408, 409, 413, 415, 422, 500, 503)}
+FAULTS: dict[int | str, dict[str, Any]] = {
+    status: PROBLEMS[status] for status in (400, 401, 404, 408, 409, 413, 415, 422, 500, 503)
+}
 KEY: dict[str, Any] = {"security": [{"admin": []}]}
 
 
@@ -68,7 +70,7 @@ def admin_routes(key: str) -> APIRouter:
             name=f"{action.replace('-', '_')}_version",
             description=description,
             response_model=VersionState,
-            responses=dict(FAULTS),
+            responses=FAULTS,
             openapi_extra=body_of(model) | KEY,
         )
     return routes

@@ -27,7 +27,7 @@ from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
-from slatewise.http.openapi import complete, example_request, require_key
+from slatewise.http.openapi import complete, describe_admin_key, example_request, require_key
 from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
@@ -35,6 +35,7 @@ from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.versions import Versions
 from slatewise.settings import Settings
+from slatewise.version_schemas import VersionBody
 
 FOREIGN_HEADERS = (WARNINGS, aws.ERROR_TYPE, oip.HEADER_LENGTH)  # of the answers of foreign calls
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
@@ -140,6 +141,8 @@ def complete_document(
             complete(document, ROUTES.dialects, bodies, example)
             if keys:
                 require_key(document, open_paths)
+            if VersionBody in bodies:
+                describe_admin_key(document)
             shown = example
         return document
 

@@ -43,7 +43,7 @@ def limits_of(ranker: Ranker, limits: RequestLimits) -> Limits:
     )
 
 
-def model_name(ranker: Ranker, limits: RequestLimits, versions: Versions | None) -> ModelName:
+def model_name(ranker: Ranker, limits: RequestLimits, versions: Versions | None = None) -> ModelName:
     return ModelName(
         name=ranker.name,
         version=ranker.manifest.version,

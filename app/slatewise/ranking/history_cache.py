@@ -1,9 +1,9 @@
 """In-process cache of encoded histories.
 
-Key: (ranker, version, digest of the bundle, variant, user). Value: the events as rows, and their immutable state. The size is bounded in
-bytes, and the least recently used entries are evicted first. A request reuses the state of the longest common prefix of
-its own and the cached events. Causal attention makes this exact, also for edited and shorter histories. All methods run
-on the event loop, so there is no lock.
+Key: (ranker, version, digest of the bundle, variant, user). Value: the events as rows, and their immutable state. The
+size is bounded in bytes, and the least recently used entries are evicted first. A request reuses the state of the
+longest common prefix of its own and the cached events. Causal attention makes this exact, also for edited and shorter
+histories. All methods run on the event loop, so there is no lock.
 
 Called by: `pipeline.py`; `main.py` builds it. Calls: `inference/arrays.py` and `inference/workers.py` for their types.
 """

@@ -149,7 +149,8 @@ class Pipeline:
     async def rank(self, request: RankRequest, trace: Trace, ranker: Ranker | None = None) -> Ranking:
         """Rank by the highest exit that the request, the load and the deadline allow.
 
-        ranker: the version to ask; default: the one that the registry chooses. Raises NotFound, Invalid, OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
+        ranker: the version to ask; default: the one that the registry chooses. Raises NotFound, Invalid,
+        OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
         """
         if ranker is None:
             ranker = self.registry.choose(request.ranker, request.user, request.id)

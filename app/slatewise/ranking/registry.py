@@ -32,10 +32,12 @@ class Line:
         return self.serving.manifest.version
 
     def other(self, ranker: Ranker) -> Ranker | None:
-        """Return the other loaded version, which a shadow asks."""
+        """Return the other loaded version, which a shadow asks. `None` if there is none, or `ranker` was replaced."""
         if self.candidate is None:
             return None
-        return self.candidate.ranker if ranker is self.serving else self.serving
+        if ranker is self.serving:
+            return self.candidate.ranker
+        return self.serving if ranker is self.candidate.ranker else None
 
 
 class Registry:

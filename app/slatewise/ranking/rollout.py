@@ -80,9 +80,10 @@ class StopRule:
                 return "failed"
             if self.degraded.add(answer.degraded - served.degraded):
                 return "degraded"
-        if answer.seconds is not None and (before := self.served_seconds.pop(answer.cache, None)) is not None:
-            if self.slow.add(float(answer.seconds > self.bounds.latency_ratio * before)):
-                return "latency"
+        before = None if answer.seconds is None else self.served_seconds.pop(answer.cache, None)
+        if answer.seconds is not None and before is not None:
+            slow = answer.seconds > self.bounds.latency_ratio * before
+            return "latency" if self.slow.add(float(slow)) else None
         return None
 
     def agreement(self, overlap: float) -> str | None:

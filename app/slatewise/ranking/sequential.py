@@ -1,8 +1,8 @@
 """A sequential test: is the mean of a stream of numbers above a bound? It may be read after each number, for ever.
 
-Testing by betting (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86, 2024).
-A bettor with a wealth of 1 bets a share of it on each number being above the bound. While the mean of each number, given
-those before it, is at most the bound, the wealth is a non-negative supermartingale, so it ever reaches 1 / p with
+Testing by betting: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86, 2024.
+A bettor with a wealth of 1 bets a share of it on each number being above the bound. While the mean of each number,
+given those before it, is at most the bound, the wealth is a non-negative supermartingale, so it ever reaches 1 / p with
 probability at most p (Ville 1939). A wealth of 1 / p is therefore an alarm whose probability of being false is at most
 p, however often and however long one looks. A fixed sample size, or p-values that are read again and again, give no
 such promise.

@@ -254,7 +254,7 @@ class Versions:
     def on_agreement(self, shown: Ranker, other: Ranker, agreement: Agreement) -> None:
         line = self.registry.lines.get(shown.name)
         candidate = None if line is None else line.candidate
-        if line is None or candidate is None or candidate.ranker not in (shown, other):
+        if line is None or candidate is None or not (candidate.ranker is shown or candidate.ranker is other):
             return  # it is gone meanwhile
         observed = observe(agreement, candidate.ranker is shown, shown.name)
         if candidate.canary and (kind := candidate.rule.agreement(observed.overlap)):

@@ -53,8 +53,7 @@ class Watch:
         """Look once, and serve the newest version of each ranker that can be loaded."""
         versions = self.versions
         serving = {name: line.version for name, line in versions.registry.lines.items()}
-        wanted = lambda name, version: version > serving.get(name, -1)  # noqa: E731
-        found = await versions.loads.background.run(partial(look_for, versions.loads.needs.root, wanted))
+        found = await versions.loads.background.run(partial(look_for, versions.loads.needs.root, serving))
         self.failures = {key: one for key, one in self.failures.items() if key[1] in found.get(key[0], {})}
         for name, seen in found.items():
             line = versions.registry.lines.get(name)
