@@ -14,7 +14,7 @@ from slatewise.settings import Settings
 from tests.http.support import ask, assert_problem, sums
 from tests.support.application import serve
 from tests.support.blocked_engine import BlockedMethod
-from tests.versions.support import HEADERS, KEY, command, done, example_of, publish, serving, state_of, wait_until
+from tests.support.versions import HEADERS, KEY, command, done, example_of, publish, serving, state_of, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny

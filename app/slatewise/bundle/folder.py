@@ -49,7 +49,7 @@ def look_for(root: Path, after: Mapping[str, int]) -> dict[str, dict[int, Seen]]
     """Return, by ranker, the versions below `root` that are newer than that in `after`, the newest first."""
     found: dict[str, dict[int, Seen]] = {}
     try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     except OSError:  # a mount may be gone for a while
         return found
     for folder in folders:

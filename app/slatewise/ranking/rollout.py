@@ -58,10 +58,10 @@ class StopRule:
 
     def __init__(self, bounds: StopBounds) -> None:
         self.bounds = bounds
-        self.failed = Evidence(bounds.failed, bounds.false_alarm)
-        self.degraded = Evidence(bounds.degraded, bounds.false_alarm)
-        self.slow = Evidence(0.5, bounds.false_alarm)
-        self.disagreement = Evidence(1 - bounds.overlap, bounds.false_alarm)
+        self.failed = Evidence(bounds.failed, bounds.false_alarm, -1)
+        self.degraded = Evidence(bounds.degraded, bounds.false_alarm, -1)
+        self.slow = Evidence(0.5, bounds.false_alarm, 0)
+        self.disagreement = Evidence(1 - bounds.overlap, bounds.false_alarm, 0)
         self.served: Answered | None = None  # the latest answer of the served version that was not compared
         self.served_seconds: dict[CacheResult, float] = {}  # the same for durations
         self.answers = 0  # of the candidate

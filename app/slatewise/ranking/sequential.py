@@ -20,10 +20,11 @@ RATES = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # shares of the wealth that may be lo
 
 
 class Evidence:
-    """Evidence that the mean of numbers in [-1, 1] is above `bound`, which is above -1."""
+    """Evidence that the mean of numbers that are at least `lowest` is above `bound`, which is above `lowest`."""
 
-    def __init__(self, bound: float, false_alarm: float) -> None:
+    def __init__(self, bound: float, false_alarm: float, lowest: float) -> None:
         self.bound = bound
+        self.range = bound - lowest
         self.enough = math.log(1 / false_alarm)
         self.count = 0
         self.logs = [0.0] * len(RATES)  # logarithm of the wealth of each bettor
@@ -31,7 +32,7 @@ class Evidence:
     def add(self, number: float) -> bool:
         """Add a number. Return whether there is enough evidence for an alarm."""
         self.count += 1
-        loss = (number - self.bound) / (1 + self.bound)  # at least -1
+        loss = (number - self.bound) / self.range  # at least -1
         self.logs = [log + math.log1p(rate * loss) for log, rate in zip(self.logs, RATES, strict=True)]
         return self.log_wealth >= self.enough
 

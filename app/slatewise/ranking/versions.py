@@ -241,15 +241,10 @@ class Versions:
                 if kind is not None:
                     self.stop(line, kind)
                     return
-        if (
-            candidate.shadow
-            and request is not None
-            and ranking is not None
-            and (by_candidate or ranker is line.serving)
-        ):
-            other = line.other(ranker)
-            if other is not None and candidate.shadows(request.id or ""):
-                self.shadow.offer(request, ranking, trace, other)
+        other = line.other(ranker)
+        if other is None or request is None or ranking is None or not candidate.shadows(request.id or ""):
+            return
+        self.shadow.offer(request, ranking, trace, other)
 
     def on_agreement(self, shown: Ranker, other: Ranker, agreement: Agreement) -> None:
         line = self.registry.lines.get(shown.name)

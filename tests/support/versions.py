@@ -1,4 +1,7 @@
-"""Versions of the tiny ranker to publish, good ones and bad ones, and a server that may load them."""
+"""Versions of a ranker to publish, good ones and bad ones, and a server that may load them.
+
+Called by: tests/versions and loadtest/chaos. Calls: `slatewise/main.py`, onnx.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from tests.bundle.support import FP32, Copy
 from tests.support.application import serve
 
 KEY = "an-admin-key-of-tests"
+FAILS = 7  # events; no request of the bundle and none of the probe has as many
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
@@ -35,6 +39,7 @@ def publish(source: Path, root: Path, version: int, change: Callable[[Copy], obj
     As a publisher does, beside the target, and renamed at the end.
     """
     copy = Copy(source, root / ".staging", version)
+    copy.change_manifest(lambda m: m.update(version=version))
     change(copy)
     manifest = read_manifest(copy.folder)
     ranker = make_ranker(Files(copy.folder, None), manifest)
@@ -42,7 +47,7 @@ def publish(source: Path, root: Path, version: int, change: Callable[[Copy], obj
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
     copy.change_manifest(lambda m: m["variants"]["fp32"].update(golden_scores=scores))
-    target = root / "tiny" / str(version)
+    target = root / manifest.ranker / str(version)
     target.parent.mkdir(parents=True, exist_ok=True)
     copy.folder.rename(target)
     shutil.rmtree(root / ".staging")
@@ -65,13 +70,17 @@ def slow(copy: Copy) -> None:
         output = graph.output[0].name
         for node in graph.node:
             node.output[:] = [f"{name}_quick" if name == output else name for name in node.output]
-        side = np.full((400, 400), 1 / 400, np.float32)
-        graph.initializer.extend([numpy_helper.from_array(side, "side"), numpy_helper.from_array(np.float32(0), "nil")])
-        nodes = [helper.make_node("ReduceMean", [f"{output}_quick"], ["mean"], keepdims=0)]
+        side = np.full((200, 200), 1 / 200, np.float32)
+        graph.initializer.extend(
+            [numpy_helper.from_array(side, "side"), numpy_helper.from_array(np.zeros((), np.float32), "nil")]
+        )
+        nodes = [helper.make_node("ReduceMean", [f"{output}_quick"], ["precise"], keepdims=0)]
+        nodes.append(helper.make_node("Cast", ["precise"], ["mean"], to=TensorProto.FLOAT))
         nodes.append(helper.make_node("Mul", ["side", "mean"], ["power_0"]))
-        nodes += [helper.make_node("MatMul", [f"power_{k}", "side"], [f"power_{k + 1}"]) for k in range(12)]
-        nodes.append(helper.make_node("ReduceMean", ["power_12"], ["useless"], keepdims=0))
-        nodes.append(helper.make_node("Mul", ["useless", "nil"], ["nothing"]))
+        nodes += [helper.make_node("MatMul", [f"power_{k}", "side"], [f"power_{k + 1}"]) for k in range(30)]
+        nodes.append(helper.make_node("ReduceMean", ["power_30"], ["useless"], keepdims=0))
+        nodes.append(helper.make_node("Mul", ["useless", "nil"], ["zero"]))
+        nodes.append(helper.make_node("Cast", ["zero"], ["nothing"], to=graph.output[0].type.tensor_type.elem_type))
         nodes.append(helper.make_node("Add", [f"{output}_quick", "nothing"], [output]))
         graph.node.extend(nodes)
         return model.SerializeToString()
@@ -80,7 +89,7 @@ def slow(copy: Copy) -> None:
 
 
 def failing(copy: Copy) -> None:
-    """Each request with a history of more than 30 events fails in the model."""
+    """Each request with FAILS events fails in the model."""
 
     def change(content: bytes) -> bytes:
         model = onnx.load_from_string(content)
@@ -88,10 +97,10 @@ def failing(copy: Copy) -> None:
         output = graph.output[0].name
         for node in graph.node:
             node.output[:] = [f"{name}_good" if name == output else name for name in node.output]
-        graph.initializer.append(numpy_helper.from_array(np.array([31], np.int64), "longest"))
+        graph.initializer.append(numpy_helper.from_array(np.array([FAILS + 1], np.int64), "wrong"))
         graph.node.extend(
             [
-                helper.make_node("Greater", ["history_length", "longest"], ["long"]),
+                helper.make_node("Equal", ["history_length", "wrong"], ["long"]),
                 helper.make_node("Cast", ["long"], ["one"], to=TensorProto.FLOAT),
                 helper.make_node("Sub", ["one", "one"], ["zero"]),
                 helper.make_node("Div", ["one", "zero"], ["endless"]),  # 0 / 0 or 1 / 0
