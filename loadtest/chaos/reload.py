@@ -2,7 +2,8 @@
 
     .venv/bin/python -m loadtest.chaos.reload [--seconds 120] [--bundle FOLDER]
 
-Two versions of a bundle with different scores are switched by `/admin`, one after the other. Clients ask the same
+Two versions of a bundle with different scores are switched by `/admin`, every 200 ms, or as soon as the switch before
+has ended; each switch is a load from the disk. Clients ask the same
 requests all the time, and compare each answer with the one that its version gave before the load. A third client loads
 and unloads a version of another ranker from two threads at once.
 
@@ -162,7 +163,8 @@ class Run:
                 self.tally.refused_switches += 1
                 if status != 409:
                     self.tally.failures.append(f"switch: {status}")
-            self.end.wait(max(0.0, begin + every - time.perf_counter()) if status == 200 else 0.01)
+            # at least a moment, in which the other ranker may change
+            self.end.wait(max(0.03, begin + every - time.perf_counter()) if status == 200 else 0.01)
         connection.close()
 
     def load_and_unload(self) -> None:
@@ -170,8 +172,9 @@ class Run:
         ranked = post("/rerank", json.dumps({"ranker": OTHER, "candidates": {"item_ids": ["1", "2"]}}).encode())
         while not self.end.is_set():
             for request in (admin(f"{OTHER}/switch", {"version": 1}), ranked, admin(f"{OTHER}/unload", {"version": 1})):
-                self.tally.other[ask(connection, request)[0]] += 1
-                self.end.wait(0.3)
+                status = ask(connection, request)[0]
+                self.tally.other[status] += 1
+                self.end.wait(0.01 if status == 409 else 0.1)
         connection.close()
 
     def watch_memory(self) -> None:
@@ -206,13 +209,6 @@ def mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-def growth(memory: list[tuple[float, float]]) -> float:
-    """Resident memory in the last quarter of the run, over that in the second quarter, minus 1."""
-    end = memory[-1][0]
-    early, late = (mean(mb for at, mb in memory if low <= at / end <= low + 0.25) for low in (0.25, 0.75))
-    return late / early - 1
-
-
 def checks(tally: Tally, seconds: float) -> dict[str, bool]:
     return {
         "no request failed": set(tally.statuses) == {200} and not tally.failures,
@@ -220,12 +216,14 @@ def checks(tally: Tally, seconds: float) -> dict[str, bool]:
         "no answer mixes two versions": tally.wrong == 0,
         "commands end with 200, 404 (not loaded) or 409 (another one is in progress)": set(tally.other)
         <= {200, 404, 409},
-        f"memory grows by at most {MOST_GROWTH:.0%}": seconds < 60 or growth(tally.memory) <= MOST_GROWTH,
+        f"memory grows by at most {MOST_GROWTH:.0%}": seconds < 60
+        or quarter(tally, 0.75) <= (1 + MOST_GROWTH) * quarter(tally, 0.25),
     }
 
 
 def report(tally: Tally, before: float, after: float) -> str:
-    mb = [value for _, value in tally.memory]
+    mb = [value for _, value in tally.memory] or [before]
+    early, late = (quarter(tally, low) for low in (0.25, 0.75))
     rows: list[tuple[str, object]] = [
         ("requests", sum(tally.statuses.values())),
         ("statuses", dict(tally.statuses)),
@@ -241,7 +239,7 @@ def report(tally: Tally, before: float, after: float) -> str:
         ),
         (
             "resident MB before / second quarter / last quarter / largest / after",
-            f"{before:.0f} / {quarter(tally, 0.25):.0f} / {quarter(tally, 0.75):.0f} / {max(mb, default=0):.0f} / {after:.0f}",
+            " / ".join(f"{value:.0f}" for value in (before, early, late, max(mb), after)),
         ),
         *(("failure", failure) for failure in tally.failures[:5]),
     ]
@@ -249,8 +247,8 @@ def report(tally: Tally, before: float, after: float) -> str:
 
 
 def quarter(tally: Tally, low: float) -> float:
-    end = tally.memory[-1][0]
-    return mean(mb for at, mb in tally.memory if low <= at / end <= low + 0.25)
+    """Mean resident MB in the quarter of the run that begins at the share `low` of it."""
+    return mean(mb for at, mb in tally.memory if low <= at / tally.memory[-1][0] <= low + 0.25)
 
 
 def run(bundle: Path, seconds: float, every: float = 0.2) -> tuple[Tally, str]:

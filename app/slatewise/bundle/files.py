@@ -14,6 +14,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slatewise.bundle.manifest import ManifestError
+from slatewise.inference.engine import Step, at_once
 
 DECODE_AT_ONCE = 2**18  # characters of JSON that are decoded in one call, which lets no other thread run
 
@@ -59,12 +61,13 @@ class WrongDigest(ManifestError):
 class Files:
     """Reads the files in a bundle's folder. `digests` is `None` for a bundle that is being written: nothing is checked.
 
-    Without a digest in the manifest, a file does not exist.
+    Without a digest in the manifest, a file does not exist. step: as in `Engine`.
     """
 
-    def __init__(self, folder: Path, digests: Mapping[str, str] | None) -> None:
+    def __init__(self, folder: Path, digests: Mapping[str, str] | None, step: Step = at_once) -> None:
         self.folder = folder
         self.digests = digests
+        self.step = step
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).is_file() if self.digests is None else name in self.digests
@@ -72,11 +75,12 @@ class Files:
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises ManifestError, also for another digest."""
         path = checked_path(self.folder, name)
+        content: bytes
         try:
-            content = path.read_bytes()
+            content, digest = self.step(partial(read, path))
         except OSError as error:
             raise ManifestError(f"{name}: {error}") from error
-        if self.digests is not None and hashlib.sha256(content).hexdigest() != self.digests.get(name):
+        if self.digests is not None and digest != self.digests.get(name):
             raise WrongDigest(name)
         return content
 
@@ -91,6 +95,12 @@ class Files:
     def read_array(self, name: str) -> NDArray[Any]:
         """Return the read-only array of an .npy file. Raises ManifestError or ValueError; pickles are refused."""
         return array_of(self.read(name))
+
+
+def read(path: Path) -> tuple[bytes, str]:
+    """Return the content of a file, and its SHA-256."""
+    content = path.read_bytes()
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def array_of(content: bytes) -> NDArray[Any]:

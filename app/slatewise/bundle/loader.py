@@ -33,7 +33,7 @@ from slatewise.bundle.probe import check_fields, check_numbers, extreme_rows, pr
 from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
-from slatewise.inference.engine import Aside, Engine, EngineError, at_once
+from slatewise.inference.engine import Engine, EngineError, Step, at_once
 from slatewise.inference.item_table import Int8Items, record
 from slatewise.schemas import RankRequest
 
@@ -71,23 +71,23 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
     return rankers
 
 
-def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...], aside: Aside = at_once) -> Ranker:
+def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...], step: Step = at_once) -> Ranker:
     """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
-    ranker = load_bundle(folder / str(version), threads, variants, aside)
+    ranker = load_bundle(folder / str(version), threads, variants, step)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
     return ranker
 
 
-def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), aside: Aside = at_once) -> Ranker:
+def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), step: Step = at_once) -> Ranker:
     """Load a bundle, with the variants that pass their checks.
 
-    variants: names of the variants to load; empty: all. aside: as in `Engine`. Raises NoSuchVariant if the bundle has
+    variants: names of the variants to load; empty: all. step: as in `Engine`. Raises NoSuchVariant if the bundle has
     none of them, and ManifestError if the bundle fails a check or every chosen variant is refused.
     """
     content = read_manifest_bytes(folder)
     manifest = parse_manifest(content, folder)
-    files = Files(folder, manifest.files)
+    files = Files(folder, manifest.files, step)
     check_files(folder, manifest, USED)
     ranker = dataclasses.replace(make_ranker(files, manifest), digest=hashlib.sha256(content).hexdigest())
     extremes = extreme_rows(ranker.items)
@@ -102,7 +102,7 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), asid
     refused: dict[str, str] = {}
     for name in chosen:
         try:
-            engines[name] = load_variant(files, ranker, name, threads, aside)
+            engines[name] = load_variant(files, ranker, name, threads, step)
             probe(ranker, engines[name], extremes)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
             engines.pop(name, None)
@@ -231,7 +231,7 @@ def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
 # Variants
 
 
-def load_variant(files: Files, ranker: Ranker, name: str, threads: int, aside: Aside = at_once) -> Engine:
+def load_variant(files: Files, ranker: Ranker, name: str, threads: int, step: Step = at_once) -> Engine:
     """Load, check and warm up the engine of one variant. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     table = manifest.variants[name].items
@@ -240,7 +240,7 @@ def load_variant(files: Files, ranker: Ranker, name: str, threads: int, aside: A
         check_file(files.folder, path, manifest.files[path])
     items = ranker.items if table == "items.npy" else load_int8_items(files, table, ranker.items.shape)
     contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
-    engine = Engine(contents, items, manifest.exits, threads, aside)
+    engine = Engine(contents, items, manifest.exits, threads, step)
     check_golden(ranker, engine, name)
     for request in ranker.warmup:  # allocates memory now instead of during the first request
         for multi_threaded in (False, True) if engine.multi_threaded else (False,):

@@ -10,6 +10,7 @@ tests. Calls: onnxruntime, `item_table.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,12 +35,11 @@ HISTORY_CHUNK = 256  # events in one call of `extend`
 CANDIDATE_CHUNK = 512  # candidates in one call of `point`
 
 
-Sessions: TypeAlias = dict[str, ort.InferenceSession]
-Aside: TypeAlias = Callable[[Callable[[], Sessions]], Sessions]  # runs a function, perhaps in another thread
+Step: TypeAlias = Callable[[Callable[[], Any]], Any]  # runs a step of a load, and returns its result
 
 
-def at_once(open_sessions: Callable[[], Sessions]) -> Sessions:
-    return open_sessions()
+def at_once(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 class EngineError(RuntimeError):
@@ -55,8 +55,8 @@ class Engine:
 
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, so that concurrent requests do not compete for threads. A `multi_threaded` call uses all
-    `threads`, for a request that has the machine to itself. aside: opens the sessions for these calls, in a thread of
-    normal priority; their threads inherit its priority. Raises EngineLoadError.
+    `threads`, for a request that has the machine to itself. step: runs each step of the load; a server that serves
+    meanwhile pauses after it. Raises EngineLoadError.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
         items: ItemTable,
         exits: list[str],
         threads: int,
-        aside: Aside = at_once,
+        step: Step = at_once,
     ) -> None:
         self.items = items
         names = ("encode", *exits)
@@ -73,9 +73,9 @@ class Engine:
         graphs = {n: str(source / f"{n}.onnx") if isinstance(source, Path) else source[n] for n in names}
         folder = f"{source}: " if isinstance(source, Path) else ""
         try:
-            self.sessions = {name: open_session(graph, 1) for name, graph in graphs.items()}
+            self.sessions = {name: step(partial(open_session, graph, 1)) for name, graph in graphs.items()}
             self.multi_threaded = (
-                aside(lambda: {name: open_session(graph, threads) for name, graph in graphs.items() if name != "dot"})
+                {name: step(partial(open_session, graph, threads)) for name, graph in graphs.items() if name != "dot"}
                 if threads > 1
                 else {}
             )

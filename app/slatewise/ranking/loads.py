@@ -25,7 +25,7 @@ from slatewise.bundle.loader import load_version
 from slatewise.bundle.manifest import Manifest, ManifestError, read_manifest
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import Conflict, NotFound, Refused
-from slatewise.ranking.background_load import BackgroundLoad
+from slatewise.ranking.background_load import BackgroundLoad, with_pause
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.registry import Registry
 from slatewise.version_schemas import LoadAttempt, LoadOutcome
@@ -75,7 +75,7 @@ class Loads:
                     outcome = "waiting"
                     raise ManifestError(reason)
             load = partial(load_version, folder, version, self.needs.threads, self.needs.variants)
-            ranker = await self.background.run(partial(load, aside=self.background.aside))
+            ranker = await self.background.run(partial(load, step=with_pause))
             if served is not None:
                 check_successor(served, ranker)
         except ManifestError as refused:
