@@ -23,7 +23,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from slatewise import metrics
-from slatewise.bundle.loader import load_rankers
+from slatewise.bundle.loader import Lacking, load_rankers
 from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.events.histories import EmbeddedHistories, Histories
@@ -44,6 +44,7 @@ from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
 from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.store.client import connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 from slatewise.store.node import RedisNode
@@ -172,7 +173,8 @@ def load(settings: Settings) -> dict[str, Ranker]:
     """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
     try:
-        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
+        threads = settings.threads or cpu_quota()
+        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), lacking_at_start(settings))
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"
@@ -181,6 +183,23 @@ def load(settings: Settings) -> dict[str, Ranker]:
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
+
+
+def lacking_at_start(settings: Settings) -> Lacking:
+    """Return what asks Redis whether a version's vectors suffice, as a server that serves does: a restart is no switch.
+
+    Redis is asked only about a version whose space differs from that of the version before it.
+    """
+    url = settings.redis_url.get_secret_value()
+
+    async def ask(older: Manifest, newer: Manifest) -> str | None:
+        client = connect_async(url, RedisNode.CONNECTION_SECONDS, 1)
+        try:
+            return await lacking(client, older, newer, settings.space_coverage, RedisNode.CONNECTION_SECONDS)
+        finally:
+            await client.aclose()
+
+    return lambda older, newer: asyncio.run(ask(older, newer)) if url and older.space != newer.space else None
 
 
 def serve(settings: Settings) -> int:

@@ -12,6 +12,8 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from slatewise.main import load
+from slatewise.settings import Settings
 from slatewise.store.generations import Generations
 from slatewise.store.push import push
 from tests.bundle.support import Copy
@@ -60,6 +62,24 @@ def test_new_space_is_served_when_it_covers_its_users(
             wait_until(lambda: state_of(server)["version"] == 2, "version 2")
             answer = ask(server, body, "/rerank")
             assert (answer["version"], answer["meta_embedding"]["status"]) == (2, "hit"), "from the first request on"
+
+
+def test_a_restart_does_not_switch_to_a_space_without_users(
+    tiny: Tiny, tmp_path: Path, start_redis: Callable[[int | None], AbstractContextManager[int]]
+) -> None:
+    publish(tiny.folder, tmp_path / "root", 1, in_space("old"))
+    publish(tiny.folder, tmp_path / "root", 2, in_space("new"))
+    with start_redis(None) as port, redis.Redis(port=port) as client:
+        settings = Settings(bundles=tmp_path / "root", redis_url=SecretStr(f"redis://127.0.0.1:{port}/0"))
+        push(Generations(client, "tiny", "old"), USERS, vectors(tiny, 10))
+        assert load(settings)["tiny"].manifest.version == 1
+        push(Generations(client, "tiny", "new"), USERS, vectors(tiny, 10))
+        assert load(settings)["tiny"].manifest.version == 2
+        client.flushall()
+        push(Generations(client, "tiny", "old"), USERS, vectors(tiny, 10))
+        (tmp_path / "root/tiny/1/items.npy").unlink()
+        assert load(settings)["tiny"].manifest.version == 2, "better than none"
+    assert load(Settings(bundles=tmp_path / "root"))["tiny"].manifest.version == 2, "without Redis, vectors are inside"
 
 
 def test_redis_that_does_not_answer_covers_nothing(

@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from slatewise.bundle.manifest import (
     ManifestError,
     NoSuchVariant,
     parse_manifest,
+    read_manifest,
     read_manifest_bytes,
     versions,
 )
@@ -48,15 +51,21 @@ USED = (*REQUIRED, *OPTIONAL, "default_meta.npy")  # what `make_ranker` reads
 # Versions
 
 
-def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
+Lacking = Callable[[Manifest, Manifest], str | None]  # of an older and a newer version: why the newer one must wait
+
+
+def load_rankers(
+    root: Path, threads: int = 1, variants: tuple[str, ...] = (), lacking: Lacking = lambda older, newer: None
+) -> dict[str, Ranker]:
     """Load the newest valid version of each ranker below `root`, by name; `variants` as in `load_bundle`.
 
-    Raises ManifestError if no bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
+    lacking: a version for which it has a reason is loaded only if no older one can be. Raises ManifestError if no
+    bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
     """
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
-        for version in reversed(versions(folder)):
+        for version in by_preference(folder, lacking):
             try:
                 rankers[folder.name] = load_version(folder, version, threads, variants)
                 break
@@ -69,6 +78,21 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
         make = "make one with `slatewise train`, then `slatewise export`"
         raise ManifestError(f"{root}: no bundle can be served; {make}. {' '.join(reasons)}")
     return rankers
+
+
+def by_preference(folder: Path, lacking: Lacking) -> list[int]:
+    """Return the versions in a ranker's folder: the newest first, those that must wait last."""
+    waiting = []
+    numbers = versions(folder)
+    for older, newer in pairwise(numbers):
+        try:
+            reason = lacking(read_manifest(folder / str(older)), read_manifest(folder / str(newer)))
+        except ManifestError:  # the load will say why
+            continue
+        if reason:
+            waiting.append(newer)
+            log.warning("%s version %d waits: %s", folder.name, newer, reason)
+    return [v for v in reversed(numbers) if v not in waiting] + waiting[::-1]
 
 
 def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...], step: Step = at_once) -> Ranker:
