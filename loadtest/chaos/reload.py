@@ -37,6 +37,8 @@ CLIENTS = 3
 REQUESTS = 24
 OTHER = "other"  # the ranker that is loaded and unloaded
 MOST_GROWTH = 0.05  # of resident memory, from the second quarter of the run to the last
+# Its log does not mix with the table.
+SERVE_QUIETLY = ("sh", "-c", 'exec "$0" -m slatewise serve >&2', sys.executable)
 SETTINGS = {"VARIANTS": "fp32", "RELOAD": "admin", "ADMIN_KEY": KEY, "HISTORY_CACHE_MB": "8"}
 
 Expected = dict[int, list[tuple[list[int], Any]]]  # version -> for each request: order and scores
@@ -257,7 +259,7 @@ def run(bundle: Path, seconds: float, every: float = 0.2) -> tuple[Tally, str]:
         root = Path(folder)
         name, bodies = make_bundles(bundle, root)
         (root / OTHER).rename(root / ".waiting")  # the server starts with one ranker
-        with ServerProcess({"BUNDLES": str(root), **SETTINGS}) as server:
+        with ServerProcess({"BUNDLES": str(root), **SETTINGS}, SERVE_QUIETLY) as server:
             (root / ".waiting").rename(root / OTHER)
             requests = [post("/rerank", body) for body in bodies]
             expected = learn(server.port, name, requests)
