@@ -77,7 +77,10 @@ PLACES = {
     "onnxruntime": {"inference/engine.py"},
     "fastapi": {
         "main.py",
-        *(f"http/{name}.py" for name in ("app", "hot_routes", "rank", "models", "health", "server", "items", "page")),
+        *(
+            f"http/{name}.py"
+            for name in ("admin", "app", "hot_routes", "rank", "models", "health", "server", "items", "page")
+        ),
         "http/events.py",
         "http/calls/oip.py",
         "http/calls/model_list.py",

@@ -22,6 +22,7 @@ LABELS = {
     "code",
     "stage",
     "reason",
+    "outcome",
     "exit",
     "result",
     "command",

@@ -8,7 +8,8 @@
            +----------------------------------------- NotJson and UpgradeRefused 400, BodyTimeout 408, TooLarge 413,
                                                       UnsupportedType 415
 
-Checked before the body is read: Unauthorized 401, NotReady 503, Overloaded 429.
+Checked before the body is read: Unauthorized 401, NotReady 503, Overloaded 429. Of commands to `/admin`: Conflict 409,
+Refused 422.
 
 The detail of an error is sent to the client: it names limits and never repeats values.
 
@@ -77,6 +78,28 @@ class Unauthorized(RankingError):
 class NotFound(RankingError):
     status = 404
     title = "Not found"
+
+
+class Conflict(RankingError):
+    """The command cannot be carried out now. It changed nothing."""
+
+    status = 409
+    title = "Conflict"
+    headers = {"Retry-After": "1"}
+
+
+class Refused(RankingError):
+    """A version cannot be served; the one that was served still is.
+
+    again: whether its folder may become good without seeming to change: bytes or vectors may still arrive.
+    """
+
+    status = 422
+    title = "Version refused"
+
+    def __init__(self, detail: str, again: bool) -> None:
+        super().__init__(detail)
+        self.again = again
 
 
 class BodyTimeout(RankingError):

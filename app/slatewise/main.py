@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import asyncio
 import logging
 import os
 import signal
@@ -23,8 +24,8 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from slatewise import metrics
-from slatewise.bundle.loader import load_rankers
-from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.loader import Lacking, load_rankers
+from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
@@ -36,11 +37,18 @@ from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.ahead import AheadOfRequests
+from slatewise.ranking.background_load import BackgroundLoad
 from slatewise.ranking.history_cache import HistoryCache
+from slatewise.ranking.loads import Needs
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
+from slatewise.ranking.versions import Versions
+from slatewise.ranking.watch import Watch
 from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.store.client import connect_async
+from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
+from slatewise.store.node import RedisNode
 
 log = logging.getLogger("slatewise")
 
@@ -56,6 +64,8 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         cache = HistoryCache(int(settings.history_cache_mb * 2**20))
         metrics.HISTORY_CACHE_LIMIT.set(cache.limit_bytes)
         registry = Registry(rankers.values())
+        if settings.versions_may_change():
+            rankers.clear()  # else a version that is replaced would stay in memory
         limits = RequestLimits(
             max_in_flight=settings.max_in_flight,
             max_outstanding_tokens=settings.max_outstanding_tokens,
@@ -71,7 +81,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             redis = RedisStore(
                 url,
                 settings.redis_timeout_ms / 1e3,
-                registry.serving,
+                registry.loaded,
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,
@@ -115,16 +125,57 @@ async def open_events(settings: Settings, pipeline: Pipeline) -> AsyncIterator[E
         yield await stack.enter_async_context(writer)
 
 
+@asynccontextmanager
+async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator[Versions | None]:
+    """Open what changes versions while the server runs: by polling, by calls, or not at all."""
+    if not settings.versions_may_change():
+        yield None
+        return
+    store = pipeline.store
+    threads = settings.threads or cpu_quota()
+
+    async def lacking_vectors(served: Manifest, new: Manifest) -> str | None:
+        if not isinstance(store, RedisStore):
+            return None  # the vectors are in the bundle
+        return await lacking(store.client, served, new, settings.space_coverage, RedisNode.CONNECTION_SECONDS)
+
+    async def read_pointers() -> None:
+        if isinstance(store, RedisStore):
+            await store.poller.poll()
+
+    async with AsyncExitStack() as stack:
+        background = await stack.enter_async_context(BackgroundLoad())
+        needs = Needs(settings.bundles, threads, settings.chosen_variants(), lacking_vectors, read_pointers)
+        versions = Versions(pipeline, background, needs)
+        stack.push_async_callback(versions.close)
+        pipeline.after_answer = versions.answered
+        if settings.reload == "poll":
+            polling = asyncio.create_task(Watch(versions, settings.reload_s).run())
+            stack.push_async_callback(cancelled, polling)
+        yield versions
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
     """Build the application for rankers that are loaded and warmed up."""
-    return create_app(settings, partial(open_pipeline, settings, rankers), partial(open_events, settings))
+    pipeline, events, versions = (
+        partial(open_pipeline, settings, rankers),
+        partial(open_events, settings),
+        partial(open_versions, settings),
+    )
+    return create_app(settings, pipeline, events, versions)
 
 
 def load(settings: Settings) -> dict[str, Ranker]:
     """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
     try:
-        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
+        threads = settings.threads or cpu_quota()
+        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), lacking_at_start(settings))
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"
@@ -133,6 +184,23 @@ def load(settings: Settings) -> dict[str, Ranker]:
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
+
+
+def lacking_at_start(settings: Settings) -> Lacking:
+    """Return what asks Redis whether a version's vectors suffice, as a server that serves does: a restart is no switch.
+
+    Redis is asked only about a version whose space differs from that of the version before it.
+    """
+    url = settings.redis_url.get_secret_value()
+
+    async def ask(older: Manifest, newer: Manifest) -> str | None:
+        client = connect_async(url, RedisNode.CONNECTION_SECONDS, 1)
+        try:
+            return await lacking(client, older, newer, settings.space_coverage, RedisNode.CONNECTION_SECONDS)
+        finally:
+            await client.aclose()
+
+    return lambda older, newer: asyncio.run(ask(older, newer)) if url and older.space != newer.space else None
 
 
 def serve(settings: Settings) -> int:

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from slatewise import VERSION
 from slatewise.schemas import CacheResult, DegradedReason
+from slatewise.version_schemas import LoadOutcome, ShadowResult, StopReason
 
 # Seconds. Fine below the objective of 50 ms, which is an edge of a bucket.
 BUCKETS = (
@@ -155,6 +156,43 @@ LINES = Counter(
 )
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
+MODEL_RELOADS = Counter(
+    "slatewise_model_reloads_total",
+    "Versions that were loaded while the server served, by outcome; `waiting`: files or vectors were not there yet.",
+    ["outcome"],
+)
+MODEL_LAST_SUCCESS = Gauge(
+    "slatewise_model_last_success_timestamp_seconds", "Time at which a version was last loaded.", ["ranker"]
+)
+CANARY_SHARE = Gauge("slatewise_canary_share", "Share of the users whose requests the candidate answers.", ["ranker"])
+CANARY_STOPS = Counter("slatewise_canary_stops_total", "Canaries stopped by their rule.", ["ranker", "reason"])
+SHADOW_REQUESTS = Counter(
+    "slatewise_shadow_requests_total", "Requests for both versions, by result of the comparison.", ["ranker", "result"]
+)
+SHADOW_OVERLAP = Histogram(
+    "slatewise_shadow_topk_overlap_ratio",
+    "Share of the first ten results that both versions have.",
+    ["ranker"],
+    buckets=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+SHADOW_TAU = Histogram(
+    "slatewise_shadow_kendall_tau",
+    "Kendall's tau-b of the scores of both versions.",
+    ["ranker"],
+    buckets=(-0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
+)
+SHADOW_SHIFT = Histogram(
+    "slatewise_shadow_score_shift",
+    "Mean score of the candidate version minus that of the served one, by request.",
+    ["ranker"],
+    buckets=(-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+)
+SHADOW_LATENCY = Histogram(
+    "slatewise_shadow_latency_ratio",
+    "Time in the model of the candidate version over that of the served one, by request.",
+    ["ranker"],
+    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
+)
 BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
 
 BUILD_INFO.labels(VERSION).set(1)
@@ -167,6 +205,8 @@ for _reason in ("key", "in_flight", "tokens"):
 for _kind in ("log", "capture"):
     for _result in ("written", "dropped"):
         LINES.labels(_kind, _result)
+for _outcome in get_args(LoadOutcome):
+    MODEL_RELOADS.labels(_outcome)
 for _result in get_args(CacheResult):
     HISTORY_CACHE.labels(_result)
 EMBEDDINGS_BY_RESULT = {
@@ -180,6 +220,15 @@ for _result in ("written", "dropped"):
     EVENTS_TAPPED.labels(_result)
 HISTORY_READS_BY_RESULT = {result: HISTORY_READS.labels(result) for result in ("hit", "miss", "corrupt", "error")}
 DURATIONS = {size: DURATION_BY_SIZE.labels(size) for _, size in (*SIZES, (0, LARGER))}
+
+
+def show_versions(ranker: str) -> None:
+    """Create the series of a ranker whose versions may change."""
+    CANARY_SHARE.labels(ranker).set(0)
+    for reason in get_args(StopReason):
+        CANARY_STOPS.labels(ranker, reason)
+    for result in get_args(ShadowResult):
+        SHADOW_REQUESTS.labels(ranker, result)
 
 
 @cache

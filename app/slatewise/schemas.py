@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypeAlia
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from slatewise.version_schemas import VersionState
+
 MAX_ID = 256
 
 ModelExit: TypeAlias = Literal["dot", "point", "set"]
@@ -298,6 +300,9 @@ class ModelName(BaseModel):
     variants: list[str]
     verdict: Verdict | None
     limits: Limits
+    versions: VersionState | None = Field(
+        default=None, description="Only if versions change without a restart (SLATEWISE_RELOAD)."
+    )
 
 
 class Models(BaseModel):

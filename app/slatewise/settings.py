@@ -72,6 +72,24 @@ class Settings(BaseSettings):
         description="Root folder of the bundles, `<root>/<ranker>/<version>/`; by default the checkout's "
         "`models/bundles`, or the demo inside an installed package.",
     )
+    reload: Literal["poll", "admin", "off"] = Field(
+        "admin",
+        description="How versions change while the server runs. `poll`: it looks for new version folders and switches "
+        "to complete ones; `admin`: by calls of `/admin`, which need `admin_key`; `off`: not at all.",
+    )
+    reload_s: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Seconds between two looks for new version folders."
+    )
+    admin_key: SecretStr = Field(
+        SecretStr(""),
+        description="Key of the calls of `/admin`, at least 16 characters; empty: they are 404. Set it as a variable.",
+    )
+    space_coverage: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="Least users of a new space of meta-embeddings over those of the old one, to serve it.",
+    )
     variants: str = Field("", description="Variants to load, separated by commas; empty: all variants of each ranker.")
     redis_url: SecretStr = Field(
         SecretStr(""), description="Redis that stores the meta-embeddings; empty: use the vectors inside the bundle."
@@ -215,6 +233,13 @@ class Settings(BaseSettings):
             raise ValueError("is set but contains no key; name a key, or unset it to serve without authentication")
         return keys
 
+    @field_validator("admin_key")
+    @classmethod
+    def admin_key_is_not_guessed(cls, key: SecretStr) -> SecretStr:
+        if key.get_secret_value() and len(key.get_secret_value()) < 16:
+            raise ValueError("has less than 16 characters")
+        return key
+
     @field_validator("cors_origins")
     @classmethod
     def origins_are_as_browsers_send_them(cls, origins: str) -> str:
@@ -241,6 +266,9 @@ class Settings(BaseSettings):
         if info.data.get("capture_file") and not key.get_secret_value():
             raise ValueError("must be set when capture_file is")
         return key
+
+    def versions_may_change(self) -> bool:
+        return self.reload == "poll" or bool(self.reload == "admin" and self.admin_key.get_secret_value())
 
     def origins(self) -> tuple[str, ...]:
         return listed(self.cors_origins)

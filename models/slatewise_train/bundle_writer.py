@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from slatewise.bundle.loader import load_bundle, make_ranker, score_request, sha256
+from slatewise.bundle.files import Files, sha256
+from slatewise.bundle.loader import load_bundle, make_ranker, score_request
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest
@@ -241,7 +242,7 @@ def golden_scores(engine: Engine, stage: Path, manifest: Manifest) -> list[float
 
     They are not divided by the sum of the weights, so bundles of all versions state the same quantity.
     """
-    ranker = make_ranker(stage, manifest)
+    ranker = make_ranker(Files(stage, None), manifest)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores: list[float] = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
     return scores

@@ -29,48 +29,10 @@ from slatewise_train.bundle_writer import write_graphs
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import uncalibrated
+from tests.bundle.support import FP32, GRAPHS, Copy, array_bytes
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
-
-GRAPHS = ("encode", "dot", "point", "set")
-FP32 = "variants/fp32"
-
-
-class Copy:
-    """A copy of a bundle below `root`, for the test to change."""
-
-    def __init__(self, source: Path, root: Path, version: int = 1) -> None:
-        self.root = root
-        self.folder = root / "tiny" / str(version)
-        shutil.copytree(source, self.folder)
-        if version != 1:
-            self.change_manifest(lambda m: m.update(version=version))
-
-    def change_manifest(self, change: Callable[[dict[str, Any]], object]) -> None:
-        path = self.folder / "manifest.json"
-        manifest = json.loads(path.read_text())
-        change(manifest)
-        path.write_text(json.dumps(manifest))
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file, and its digest into the manifest."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        self.change_manifest(lambda m: m["files"].update({name: hashlib.sha256(content).hexdigest()}))
-
-    def rewrite(self, name: str, change: Callable[[bytes], bytes]) -> None:
-        self.write(name, change((self.folder / name).read_bytes()))
-
-    def add_variant(self, name: str) -> None:
-        """Add a variant that is equal to fp32."""
-        for graph in GRAPHS:
-            self.write(f"variants/{name}/{graph}.onnx", (self.folder / FP32 / f"{graph}.onnx").read_bytes())
-        self.change_manifest(lambda m: m["variants"].update({name: m["variants"]["fp32"]}))
-
-    def load(self) -> Ranker:
-        return load_bundle(self.folder, 1)
 
 
 @pytest.fixture
@@ -92,11 +54,6 @@ def with_nan(model: bytes) -> bytes:
     broken = np.full_like(numpy_helper.to_array(weights), np.nan)
     weights.CopyFrom(numpy_helper.from_array(broken, weights.name))
     return graph.SerializeToString()
-
-
-def array_bytes(array: np.ndarray, path: Path, allow_pickle: bool = False) -> bytes:
-    np.save(path, array, allow_pickle=allow_pickle)
-    return path.read_bytes()
 
 
 def test_load_valid_bundle_serves_every_variant(pair: Copy, ranker: Ranker) -> None:

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import torch
 
-from slatewise.bundle.loader import load_bundle, sha256
+from slatewise.bundle.files import sha256
+from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import CALIBRATION, longest_call, write_graphs

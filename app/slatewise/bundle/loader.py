@@ -1,31 +1,42 @@
 """Loads a bundle's folder into a `Ranker`, or refuses it with a reason.
 
-Three checks are made: the SHA-256 of every file, the shapes and dtypes that the manifest declares, and the scores of
-each variant for the golden request of the manifest, on this processor. A variant that fails is left out. If a whole
-version fails, the next older one is loaded. The operators of the graphs are checked once, when the bundle is written
-(`slatewise_train/graph_check.py`).
+These checks are made: the SHA-256 of every file, over the bytes that are used (`files.py`); shapes, dtypes and sizes of
+the numbers; and, on this processor, the scores of each variant for the golden request of the manifest and for the
+extreme rows of the tables (`probe.py`). A variant that fails is left out. If a whole version fails, the next older one
+is loaded. The operators of the graphs are checked once, when the bundle is written (`slatewise_train/graph_check.py`).
 
-Called by: `main.py`, `check.py`, and the package slatewise_train. Calls: `manifest.py`, `titles.py`,
-`inference/engine.py`.
+Called by: `main.py`, `check.py`, `ranking/versions.py`, and the package slatewise_train. Calls: `manifest.py`,
+`files.py`, `probe.py`, `titles.py`, `inference/engine.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest, versions
+from slatewise.bundle.files import Files, WrongDigest, check_file, checked_path, strings
+from slatewise.bundle.manifest import (
+    Manifest,
+    ManifestError,
+    NoSuchVariant,
+    parse_manifest,
+    read_manifest,
+    read_manifest_bytes,
+    versions,
+)
+from slatewise.bundle.probe import check_fields, check_numbers, extreme_rows, probe
 from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
-from slatewise.inference.engine import Engine, EngineError
+from slatewise.inference.engine import Engine, EngineError, Step, at_once
 from slatewise.inference.item_table import Int8Items, record
 from slatewise.schemas import RankRequest
 
@@ -34,20 +45,27 @@ log = logging.getLogger("slatewise")
 REQUIRED = ("items.npy", "ids.json", "fields.npy")
 MOST_EXAMPLES = 64
 OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json", "examples.json")
+USED = (*REQUIRED, *OPTIONAL, "default_meta.npy")  # what `make_ranker` reads
 
 
 # Versions
 
 
-def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
+Lacking = Callable[[Manifest, Manifest], str | None]  # of an older and a newer version: why the newer one must wait
+
+
+def load_rankers(
+    root: Path, threads: int = 1, variants: tuple[str, ...] = (), lacking: Lacking = lambda older, newer: None
+) -> dict[str, Ranker]:
     """Load the newest valid version of each ranker below `root`, by name; `variants` as in `load_bundle`.
 
-    Raises ManifestError if no bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
+    lacking: a version for which it has a reason is loaded only if no older one can be. Raises ManifestError if no
+    bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
     """
     rankers: dict[str, Ranker] = {}
     reasons = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
-        for version in reversed(versions(folder)):
+        for version in by_preference(folder, lacking):
             try:
                 rankers[folder.name] = load_version(folder, version, threads, variants)
                 break
@@ -62,23 +80,41 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
     return rankers
 
 
-def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...]) -> Ranker:
+def by_preference(folder: Path, lacking: Lacking) -> list[int]:
+    """Return the versions in a ranker's folder: the newest first, those that must wait last."""
+    waiting = []
+    numbers = versions(folder)
+    for older, newer in pairwise(numbers):
+        try:
+            reason = lacking(read_manifest(folder / str(older)), read_manifest(folder / str(newer)))
+        except ManifestError:  # the load will say why
+            continue
+        if reason:
+            waiting.append(newer)
+            log.warning("%s version %d waits: %s", folder.name, newer, reason)
+    return [v for v in reversed(numbers) if v not in waiting] + waiting[::-1]
+
+
+def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...], step: Step = at_once) -> Ranker:
     """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
-    ranker = load_bundle(folder / str(version), threads, variants)
+    ranker = load_bundle(folder / str(version), threads, variants, step)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
     return ranker
 
 
-def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> Ranker:
+def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), step: Step = at_once) -> Ranker:
     """Load a bundle, with the variants that pass their checks.
 
-    variants: names of the variants to load; empty: all. Raises NoSuchVariant if the bundle has none of them, and
-    ManifestError if the bundle fails a check or every chosen variant is refused.
+    variants: names of the variants to load; empty: all. step: as in `Engine`. Raises NoSuchVariant if the bundle has
+    none of them, and ManifestError if the bundle fails a check or every chosen variant is refused.
     """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    ranker = make_ranker(folder, manifest)
+    content = read_manifest_bytes(folder)
+    manifest = parse_manifest(content, folder)
+    files = Files(folder, manifest.files, step)
+    check_files(folder, manifest, USED)
+    ranker = dataclasses.replace(make_ranker(files, manifest), digest=hashlib.sha256(content).hexdigest())
+    extremes = extreme_rows(ranker.items)
     chosen = [name for name in manifest.variants if name in variants or not variants]
     if missing := [name for name in variants if name not in manifest.variants]:
         log.warning("%s: no variant %s; it has %s", folder, ", ".join(missing), ", ".join(manifest.variants))
@@ -90,8 +126,10 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
     refused: dict[str, str] = {}
     for name in chosen:
         try:
-            engines[name] = load_variant(folder, ranker, name, threads)
+            engines[name] = load_variant(files, ranker, name, threads, step)
+            probe(ranker, engines[name], extremes)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
+            engines.pop(name, None)
             refused[name] = str(error)
             log.error("%s: variant %s is not served: %s", folder, name, error)
     if not engines:
@@ -102,24 +140,10 @@ def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> R
 # Files
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; `None` if it does not exist."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def map_array(path: Path) -> NDArray[Any]:
-    """Map the array of an .npy file into memory, as an ndarray: np.memmap is slow to index. Pickles are refused."""
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def check_files(folder: Path, manifest: Manifest) -> None:
+def check_files(folder: Path, manifest: Manifest, used: tuple[str, ...] = ()) -> None:
     """Check the files that all variants share. `check_variant_files` checks the files of each variant.
 
+    used: files whose digest is checked when they are read; they must only exist.
     Raises ManifestError if a file has no digest in the manifest, and the errors of `check_file`.
     """
     required = [*REQUIRED]
@@ -131,47 +155,38 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if name not in manifest.files:
             raise ManifestError(f"the manifest has no digest of {name}")
     for name, digest in manifest.files.items():
-        if not name.startswith("variants/") and name != "items8.npy":
+        if name in used:
+            checked_path(folder, name)
+        elif not name.startswith("variants/") and name != "items8.npy":
             check_file(folder, name, digest)
-
-
-def check_file(folder: Path, name: str, digest: str) -> None:
-    """Raise ManifestError if a file is missing, is a symbolic link, lies outside the bundle, or has another SHA-256."""
-    path = folder / name
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ManifestError(f"{name} leads out of the bundle")
-    if not path.is_file():
-        raise ManifestError(f"{name} is missing")
-    if sha256(path) != digest:
-        raise ManifestError(f"{name} does not have the manifest's sha256")
 
 
 # Ranker
 
 
-def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
+def make_ranker(files: Files, manifest: Manifest) -> Ranker:
     """Build the ranker without engines. Raises ManifestError for an unreadable file or an array of another shape."""
+    folder = files.folder
     try:
-        ids = read_json(folder / "ids.json")
-        users = (read_json(folder / "users.json") or []) if manifest.meta_size else []
-        report = read_json(folder / "report.json") or {}
-        if not isinstance(report, dict) or not all(
-            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in (ids, users)
-        ):
-            raise ValueError("ids.json, users.json or report.json is of another shape")
-        items = map_array(folder / "items.npy")
-        field_vectors = np.load(folder / "fields.npy", allow_pickle=False)
-        default_meta, embedded = load_meta(folder, manifest, len(users))
-        warmup = read_warmup(folder / "warmup.jsonl")
+        ids = strings(files.read("ids.json"))
+        users = strings(files.read_optional("users.json") or b"[]") if manifest.meta_size else []
+        report = files.read_json("report.json") or {}
+        if not isinstance(report, dict):
+            raise ValueError("report.json is of another shape")
+        items = files.read_array("items.npy")
+        field_vectors = files.read_array("fields.npy")
+        default_meta, embedded = load_meta(files, manifest, len(users))
+        warmup = read_warmup(files.read_optional("warmup.jsonl") or b"")
         vocabulary = make_vocabulary(ids, manifest)
-        titles = read_titles(folder / "display.json", vocabulary.items)
-        examples = read_examples(folder / "examples.json", manifest)
+        titles = read_titles(files.read_optional("display.json"), vocabulary.items)
+        examples = read_examples(files.read_json("examples.json"), manifest)
     except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, WrongDigest):
+            raise
         raise ManifestError(f"{folder}: {error}") from error
-    field_rows = sum(len(field.values) + 1 for field in manifest.fields.values())
     for name, array, shape in (
         ("items.npy", items, (len(ids) + FIRST_ITEM, manifest.width)),
-        ("fields.npy", field_vectors, (field_rows, manifest.width)),
+        ("fields.npy", field_vectors, (check_fields(manifest.fields), manifest.width)),
         ("default_meta.npy", default_meta, (manifest.meta_size,)),
         ("meta_embeddings.npy", embedded, (len(users), manifest.meta_size)),
     ):
@@ -194,36 +209,36 @@ def make_ranker(folder: Path, manifest: Manifest) -> Ranker:
     )
 
 
-def load_meta(folder: Path, manifest: Manifest, users: int) -> tuple[Float32, Float32]:
+def load_meta(files: Files, manifest: Manifest, users: int) -> tuple[Float32, Float32]:
     """Load the default meta-embedding (M,) and those of the embedded store (users, M); empty arrays if M is 0."""
     if not manifest.meta_size:
         return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-    default = np.load(folder / "default_meta.npy", allow_pickle=False)
-    embedded = map_array(folder / "meta_embeddings.npy") if users else np.zeros((0, manifest.meta_size), np.float32)
-    return default, embedded
+    default = files.read_array("default_meta.npy")
+    return default, files.read_array("meta_embeddings.npy") if users else np.zeros((0, manifest.meta_size), np.float32)
 
 
-def read_warmup(path: Path) -> list[RankRequest]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [RankRequest.model_validate_json(line) for line in lines]
+def read_warmup(content: bytes) -> list[RankRequest]:
+    return [RankRequest.model_validate_json(line) for line in content.splitlines()]
 
 
-def read_examples(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Read the requests of demo users, the manifest's example first. Raises ValueError for an invalid request."""
-    bodies = read_json(path) if path.exists() else []
+def read_examples(bodies: Any, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the requests of demo users, the manifest's example first. Raises ValueError for an invalid request.
+
+    bodies: the content of examples.json; `None` without the file.
+    """
+    bodies = [] if bodies is None else bodies
     if not isinstance(bodies, list) or len(bodies) > MOST_EXAMPLES:
-        raise ValueError(f"{path.name} is not a list of at most {MOST_EXAMPLES} requests")
+        raise ValueError(f"examples.json is not a list of at most {MOST_EXAMPLES} requests")
     for body in bodies:
         RankRequest.model_validate(body)
     return [manifest.example, *(body for body in bodies if body != manifest.example)]
 
 
 def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raise ManifestError unless the array is float32, has this shape, and is finite."""
+    """Raise ManifestError unless the array is float32, has this shape, and its numbers are finite and not huge."""
     if array.dtype != np.float32 or array.shape != shape:
         raise ManifestError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
-    if not np.isfinite(array).all():
-        raise ManifestError(f"{name} holds a number that is not finite")
+    check_numbers(name, array)
 
 
 def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
@@ -240,13 +255,16 @@ def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
 # Variants
 
 
-def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engine:
+def load_variant(files: Files, ranker: Ranker, name: str, threads: int, step: Step = at_once) -> Engine:
     """Load, check and warm up the engine of one variant. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     table = manifest.variants[name].items
-    check_variant_files(folder, manifest, name)
-    items = ranker.items if table == "items.npy" else load_int8_items(folder / table, ranker.items.shape)
-    engine = Engine(folder / "variants" / name, items, manifest.exits, threads)
+    graphs = check_variant_digests(manifest, name)
+    for path in variant_files(manifest, name) - {f"variants/{name}/{graph}.onnx" for graph in graphs} - {table}:
+        check_file(files.folder, path, manifest.files[path])
+    items = ranker.items if table == "items.npy" else load_int8_items(files, table, ranker.items.shape)
+    contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
+    engine = Engine(contents, items, manifest.exits, threads, step)
     check_golden(ranker, engine, name)
     for request in ranker.warmup:  # allocates memory now instead of during the first request
         for multi_threaded in (False, True) if engine.multi_threaded else (False,):
@@ -254,31 +272,42 @@ def load_variant(folder: Path, ranker: Ranker, name: str, threads: int) -> Engin
     return engine
 
 
-def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raise ManifestError if a graph or the int8 item table of the variant is missing or has another digest."""
+def variant_files(manifest: Manifest, name: str) -> set[str]:
+    """Return the files of a variant that have a digest, its own item table included."""
     table = manifest.variants[name].items
     tables: set[str] = set() if table == "items.npy" else {table}  # `check_files` checks items.npy
-    prefix = f"variants/{name}/"
-    files = {path: digest for path, digest in manifest.files.items() if path.startswith(prefix) or path in tables}
-    expected = tables | {f"{prefix}{graph}.onnx" for graph in ("encode", *manifest.exits)}
-    if missing := expected - files.keys():
+    return {path for path in manifest.files if path.startswith(f"variants/{name}/") or path in tables}
+
+
+def check_variant_digests(manifest: Manifest, name: str) -> tuple[str, ...]:
+    """Return the graphs of the variant. Raises ManifestError if one of them, or the int8 item table, has no digest."""
+    graphs = ("encode", *manifest.exits)
+    table = manifest.variants[name].items
+    expected = {f"variants/{name}/{graph}.onnx" for graph in graphs} | ({table} - {"items.npy"})
+    if missing := expected - manifest.files.keys():
         raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
-    for path, digest in files.items():
-        check_file(folder, path, digest)
+    return graphs
 
 
-def load_int8_items(path: Path, shape: tuple[int, ...]) -> Int8Items:
+def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
+    """Raise ManifestError if a graph or the int8 item table of the variant is missing or has another digest."""
+    check_variant_digests(manifest, name)
+    for path in variant_files(manifest, name):
+        check_file(folder, path, manifest.files[path])
+
+
+def load_int8_items(files: Files, name: str, shape: tuple[int, ...]) -> Int8Items:
     """Load the int8 item table; `shape` is that of the float32 table. Raises ManifestError if they do not match."""
     try:
-        records = map_array(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{path}: {error}") from error
+        records = files.read_array(name)
+    except (ValueError, EOFError) as error:
+        raise ManifestError(f"{name}: {error}") from error
     if records.dtype != record(shape[1]) or records.shape != shape[:1]:
         raise ManifestError(
-            f"{path.name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}"
+            f"{name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}"
         )
-    if not (np.isfinite(records["scale"]).all() and np.isfinite(records["middle"]).all()):
-        raise ManifestError(f"{path.name} holds a number that is not finite")
+    for column in ("scale", "middle"):
+        check_numbers(f"{name}: {column}", records[column])
     return Int8Items(records)
 
 

@@ -24,7 +24,7 @@
 import json
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -40,6 +40,9 @@ class ManifestError(ValueError):
 
 class NoSuchVariant(ManifestError):
     """The bundle has none of the variants that the operator chose. No older version may be served instead."""
+
+
+Weight = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
 
 
 class Member(BaseModel):
@@ -82,10 +85,15 @@ class Variant(Member):
         default="items.npy", description="Its item table: float32 rows, or int8 records of `item_table.py`."
     )
     bytes: int = Field(description="Graphs and item table on disk.")
-    bound: float = Field(gt=0, description="Largest difference of a score between requests that should score alike.")
+    bound: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest difference of a score between requests that should score alike.",
+    )
     golden_bound: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="Tolerance of the golden scores on other processors; default: `bound`. "
         "Integer rounding can differ between processors.",
     )
@@ -134,7 +142,7 @@ class Manifest(Member):
     space: str = Field(description="Name of the vector space of the meta-embeddings that it reads.")
     model: ModelDescription | None = Field(default=None, description="Present from format 2 on.")
     width: int = Field(ge=1)
-    heads: dict[str, float] = Field(description="Output heads, in order, with their weight in the score.")
+    heads: dict[str, Weight] = Field(description="Output heads, in order, with their weight in the score.")
     exits: list[str]
     default_exit: str
     default_variant: str
@@ -188,9 +196,23 @@ def read_manifest(folder: Path) -> Manifest:
     Raises ManifestError if the file is missing or is not JSON, the format is not known, or a member is missing,
     unknown or invalid.
     """
+    return parse_manifest(read_manifest_bytes(folder), folder)
+
+
+def read_manifest_bytes(folder: Path) -> bytes:
+    """Raises ManifestError if the file cannot be read."""
     try:
-        content = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        return (folder / "manifest.json").read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{folder}: no readable manifest.json ({error})") from error
+
+
+def parse_manifest(text: bytes, folder: Path) -> Manifest:
+    """Check the bytes of a manifest; `folder` is named in the errors. Raises ManifestError, as `read_manifest`."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is in no answer
+    except ValueError as error:
         raise ManifestError(f"{folder}: no readable manifest.json ({error})") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found not in KNOWN_FORMATS:

@@ -74,10 +74,16 @@ class Ranker:
     warmup: list[RankRequest]
     titles: Titles
     examples: list[dict[str, Any]]  # requests of demo users; the first is the manifest's example
+    digest: str = ""  # SHA-256 of the manifest, which has those of all files: what was loaded
 
     @property
     def name(self) -> str:
         return self.manifest.ranker
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        """Return (name, version, digest). Two rankers with the same identity give the same scores."""
+        return self.name, self.manifest.version, self.digest
 
     @cached_property
     def default_variant(self) -> str:

@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -96,19 +95,19 @@ def folded(text: str) -> str:
     )
 
 
-def read_titles(path: Path, items: Mapping[str, int]) -> Titles:
+def read_titles(content: bytes | None, items: Mapping[str, int]) -> Titles:
     """Read display.json: {id: {field: a text, a list of texts, or null}}. Ids that `items` lacks are passed over.
 
-    A missing file, or one above MOST_BYTES, gives no fields. Raises ValueError for content of another shape.
+    No file (`None`), or one above MOST_BYTES, gives no fields. Raises ValueError for content of another shape.
     """
     values: dict[str, list[Value]] = {}
     numbers: dict[str, dict[Any, int]] = {}
     codes: dict[str, NDArray[np.int32]] = {}
-    if not path.exists() or path.stat().st_size > MOST_BYTES:
+    if content is None or len(content) > MOST_BYTES:
         return Titles(items, values, codes)
-    for item, fields in members(path.read_text()):
+    for item, fields in members(content.decode()):
         if not isinstance(fields, dict):
-            raise ValueError(f"{path.name} is of another shape")
+            raise ValueError("display.json is of another shape")
         row = items.get(item)
         for name, value in fields.items():
             if name not in values:
@@ -116,7 +115,8 @@ def read_titles(path: Path, items: Mapping[str, int]) -> Titles:
                 codes[name] = np.zeros(len(items) + FIRST_ITEM, np.int32)
             texts = value if isinstance(value, list) else [] if value is None else [value]
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{path.name}: field {name} holds a value that is no text")
+                raise ValueError(f"display.json: field {name} holds a value that is no text")
+            "".join(texts).encode()  # raises ValueError for half of a surrogate pair, which no answer can hold
             if row is not None:
                 code = numbers[name].setdefault(tuple(value) if isinstance(value, list) else value, len(values[name]))
                 if code == len(values[name]):

@@ -14,25 +14,28 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from slatewise import VERSION
 from slatewise.events.writer import EventWriter
-from slatewise.http import events, health, items, models
+from slatewise.http import admin, events, health, items, models
 from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
-from slatewise.http.openapi import complete, example_request, require_key
+from slatewise.http.openapi import complete, describe_admin_key, example_request, require_key
 from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
 from slatewise.ranking.pipeline import Pipeline
+from slatewise.ranking.versions import Versions
 from slatewise.settings import Settings
+from slatewise.version_schemas import VersionBody
 
 FOREIGN_HEADERS = (WARNINGS, aws.ERROR_TYPE, oip.HEADER_LENGTH)  # of the answers of foreign calls
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
@@ -42,8 +45,9 @@ def create_app(
     settings: Settings,
     open_pipeline: Callable[[], AbstractAsyncContextManager[Pipeline]],
     open_events: Callable[[Pipeline], AbstractAsyncContextManager[EventWriter]],
+    open_versions: Callable[[Pipeline], AbstractAsyncContextManager[Versions | None]],
 ) -> FastAPI:
-    """Build the application. It opens pipeline and writer of events when it starts, and closes them when it ends."""
+    """Build the application. It opens pipeline, events and versions when it starts, and closes them when it ends."""
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
@@ -62,6 +66,7 @@ def create_app(
                 app.state.capture = stack.enter_context(capture)
             pipeline = await stack.enter_async_context(open_pipeline())
             app.state.events = await stack.enter_async_context(open_events(pipeline))
+            app.state.versions = await stack.enter_async_context(open_versions(pipeline))
             app.state.pipeline = pipeline
             yield
             app.state.pipeline = None
@@ -80,6 +85,8 @@ def create_app(
     app.state.pipeline = None
     app.state.draining = False
     app.state.capture = None
+    app.state.versions = None
+    app.state.reload_mode = settings.reload
     app.state.max_events = settings.max_events
     app.include_router(events.routes)  # first: requests are matched in this order, and events are the most
     app.include_router(health.routes)
@@ -89,8 +96,11 @@ def create_app(
         app.include_router(page_routes())
     app.include_router(model_list.routes)
     app.include_router(oip.routes)
+    if admin_key := settings.admin_key.get_secret_value() if settings.versions_may_change() else "":
+        app.include_router(admin.admin_routes(admin_key))
     document_hot_routes(app, ROUTES.dialects)
-    complete_document(app, settings.keys(), open_paths)
+    bodies = (*events.BODIES, *(admin.BODIES if admin_key else ()))
+    complete_document(app, settings.keys(), open_paths, bodies)
     return app
 
 
@@ -112,7 +122,9 @@ def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
     return [cors, Middleware(ServerErrorMiddleware, handler=on_unexpected_error)]
 
 
-def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...]) -> None:
+def complete_document(
+    app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...], bodies: tuple[type[BaseModel], ...]
+) -> None:
     """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open.
 
     That takes 20 ms of the event loop, and the document may be open, so it is done once for each example.
@@ -126,9 +138,11 @@ def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str
         pipeline: Pipeline | None = app.state.pipeline
         example = example_request(() if pipeline is None else pipeline.registry.serving(), not keys)
         if example != shown:
-            complete(document, ROUTES.dialects, events.BODIES, example)
+            complete(document, ROUTES.dialects, bodies, example)
             if keys:
                 require_key(document, open_paths)
+            if VersionBody in bodies:
+                describe_admin_key(document)
             shown = example
         return document
 

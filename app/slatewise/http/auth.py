@@ -18,7 +18,8 @@ from slatewise.http.calls import aws
 from slatewise.http.hot_routes import Routes
 from slatewise.http.problems import problem, request_id_of
 
-OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+# `/admin` has a key of its own (`admin.py`), and is 404 without it.
+OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/admin/", "/admin")
 # Open unless a setting closes them: they show no data of the rankers. A slash at the end stands for all paths below.
 PAGE_PATHS = ("/", "/page/", "/docs", "/docs/", "/openapi.json", "/static-offline-docs/")
 AWS_PATHS = ("/personalize-ranking", "/events")  # AWS clients sign these, and cannot send a bearer key

@@ -33,7 +33,8 @@ async def show_items(
     limit: Annotated[str, Query(description=f"Most results of a search, 1 to {MOST_FOUND}.")] = "20",
 ) -> Items:
     """Return titles and fields of items, by their ids or by a search. A bundle without titles is searched by id."""
-    titles = ready_pipeline(request.app).registry.resolve(ranker).titles
+    served = ready_pipeline(request.app).registry.resolve(ranker)  # held to the end: it may be replaced meanwhile
+    titles = served.titles
     named = [*(part.strip() for part in (ids or "").split(",") if part.strip()), *(id or ())]
     if query is None:
         if ids is None and id is None:

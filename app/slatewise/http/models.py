@@ -11,6 +11,7 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS
 from slatewise.ranking.admission import RequestLimits
+from slatewise.ranking.versions import Versions
 from slatewise.schemas import Limits, ModelCard, ModelName, Models
 
 routes = APIRouter()
@@ -21,7 +22,8 @@ async def list_models(request: Request) -> Models:
     """List the rankers that are served."""
     pipeline = ready_pipeline(request.app)
     limits = pipeline.admission.limits
-    return Models(models=[model_name(ranker, limits) for ranker in pipeline.registry.serving()])
+    versions: Versions | None = request.app.state.versions
+    return Models(models=[model_name(ranker, limits, versions) for ranker in pipeline.registry.serving()])
 
 
 @routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
@@ -41,13 +43,14 @@ def limits_of(ranker: Ranker, limits: RequestLimits) -> Limits:
     )
 
 
-def model_name(ranker: Ranker, limits: RequestLimits) -> ModelName:
+def model_name(ranker: Ranker, limits: RequestLimits, versions: Versions | None = None) -> ModelName:
     return ModelName(
         name=ranker.name,
         version=ranker.manifest.version,
         variants=list(ranker.engines),
         verdict=ranker.manifest.verdict,
         limits=limits_of(ranker, limits),
+        versions=None if versions is None else versions.state(ranker.name),
     )
 
 

@@ -72,10 +72,21 @@ def complete(
             body["content"]["application/json"]["example"] = example
 
 
+def describe_admin_key(document: dict[str, Any]) -> None:
+    """Name the key that the operations of `/admin` need; they refer to it themselves."""
+    document["components"].setdefault("securitySchemes", {})["admin"] = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The key in SLATEWISE_ADMIN_KEY.",
+    }
+
+
 def require_key(document: dict[str, Any], open_paths: Collection[str]) -> None:
     """State that every operation needs a key, except for those at paths that are open."""
-    document["components"]["securitySchemes"] = {
-        "key": {"type": "http", "scheme": "bearer", "description": "One of the keys in SLATEWISE_API_KEYS."}
+    document["components"].setdefault("securitySchemes", {})["key"] = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "One of the keys in SLATEWISE_API_KEYS.",
     }
     document["security"] = [{"key": []}]
     for path, operations in document["paths"].items():

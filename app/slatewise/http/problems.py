@@ -34,6 +34,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
         401: "The API key is missing or wrong.",
         404: "No such ranker, variant or path.",
         408: "The body did not arrive in time.",
+        409: "Another command is in progress, or this one does not fit the state.",
         413: "The body is too long, as sent or inflated.",
         415: "The body's type or coding is not supported.",
         422: "A member is missing, unknown or outside its limits: `errors[].pointer` says which.",

@@ -105,6 +105,8 @@ async def answer(request: Request, dialect: Dialect[Any], path: Mapping[str, str
     finally:
         pipeline.admission.leave()
         exchange.record()
+        if pipeline.after_answer is not None:
+            pipeline.after_answer(exchange.parsed, exchange.ranking, exchange.trace, exchange.code)
 
 
 async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) -> Response:

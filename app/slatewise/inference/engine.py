@@ -9,8 +9,10 @@ tests. Calls: onnxruntime, `item_table.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -33,6 +35,13 @@ HISTORY_CHUNK = 256  # events in one call of `extend`
 CANDIDATE_CHUNK = 512  # candidates in one call of `point`
 
 
+Step: TypeAlias = Callable[[Callable[[], Any]], Any]  # runs a step of a load, and returns its result
+
+
+def at_once(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 class EngineError(RuntimeError):
     """The model failed on a request, or its output is not finite."""
 
@@ -42,28 +51,40 @@ class EngineLoadError(EngineError):
 
 
 class Engine:
-    """Loads `encode.onnx` and one graph per exit from `folder`; `items` is the variant's (rows, d) item table.
+    """Loads the graph `encode` and one graph per exit; `items` is the variant's (rows, d) item table.
 
+    source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, so that concurrent requests do not compete for threads. A `multi_threaded` call uses all
-    `threads`, for a request that has the machine to itself. Raises EngineLoadError.
+    `threads`, for a request that has the machine to itself. step: runs each step of the load; a server that serves
+    meanwhile pauses after it. Raises EngineLoadError.
     """
 
-    def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
+    def __init__(
+        self,
+        source: Path | Mapping[str, bytes],
+        items: ItemTable,
+        exits: list[str],
+        threads: int,
+        step: Step = at_once,
+    ) -> None:
         self.items = items
-        graphs = ("encode", *exits)
+        names = ("encode", *exits)
+        graphs: dict[str, bytes | str]
+        graphs = {n: str(source / f"{n}.onnx") if isinstance(source, Path) else source[n] for n in names}
+        folder = f"{source}: " if isinstance(source, Path) else ""
         try:
-            self.sessions = {name: open_session(folder / f"{name}.onnx", 1) for name in graphs}
+            self.sessions = {name: step(partial(open_session, graph, 1)) for name, graph in graphs.items()}
             self.multi_threaded = (
-                {name: open_session(folder / f"{name}.onnx", threads) for name in graphs if name != "dot"}
+                {name: step(partial(open_session, graph, threads)) for name, graph in graphs.items() if name != "dot"}
                 if threads > 1
                 else {}
             )
         except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise EngineLoadError(f"{folder}: onnxruntime refuses it: {error}") from error
+            raise EngineLoadError(f"{folder}onnxruntime refuses it: {error}") from error
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
         past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
         if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
-            raise EngineLoadError(f"{folder}: encode.onnx has no fixed width for {', '.join(unknown)}")
+            raise EngineLoadError(f"{folder}encode.onnx has no fixed width for {', '.join(unknown)}")
         nothing = {name: np.zeros((1, 0, width), np.float32) for name, width in past.items()}
         self.blocks = len(nothing) // 2
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
@@ -183,7 +204,7 @@ def pad_single_row(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.repeat(2, axis=0) if len(rows) == 1 else rows
 
 
-def open_session(graph: Path, threads: int) -> ort.InferenceSession:
+def open_session(graph: str | bytes, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -193,4 +214,4 @@ def open_session(graph: Path, threads: int) -> ort.InferenceSession:
     options.enable_mem_pattern = False  # shapes differ from request to request
     options.enable_cpu_mem_arena = False  # the arena never shrinks, and is no faster than malloc (docs/performance.md)
     options.log_severity_level = 3
-    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

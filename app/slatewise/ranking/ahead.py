@@ -31,7 +31,7 @@ async def encode_ahead(pipeline: Pipeline, body: EncodeRequest, priority: int = 
     It is planned as a rank request that ends before its candidates.
     """
     timings = Timings(time.perf_counter())
-    ranker = pipeline.registry.resolve(body.ranker)
+    ranker = pipeline.registry.choose(body.ranker, body.user, None)
     members: dict[str, Any] = {"history": body.history} if "history" in body.model_fields_set else {}
     request = RankRequest(
         user=body.user,

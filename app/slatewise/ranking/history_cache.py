@@ -1,9 +1,9 @@
 """In-process cache of encoded histories.
 
-Key: (ranker, version, variant, user). Value: the events as rows, and their immutable state. The size is bounded in
-bytes, and the least recently used entries are evicted first. A request reuses the state of the longest common prefix of
-its own and the cached events. Causal attention makes this exact, also for edited and shorter histories. All methods run
-on the event loop, so there is no lock.
+Key: (ranker, version, digest of the bundle, variant, user). Value: the events as rows, and their immutable state. The
+size is bounded in bytes, and the least recently used entries are evicted first. A request reuses the state of the
+longest common prefix of its own and the cached events. Causal attention makes this exact, also for edited and shorter
+histories. All methods run on the event loop, so there is no lock.
 
 Called by: `pipeline.py`; `main.py` builds it. Calls: `inference/arrays.py` and `inference/workers.py` for their types.
 """
@@ -20,6 +20,7 @@ from slatewise.inference.arrays import History, KeptState
 from slatewise.inference.workers import Job
 from slatewise.schemas import CacheResult
 
+BLOCK = 1_000  # entries that are looked at before other work goes on
 ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around the arrays of an entry, rounded up
 
 
@@ -102,6 +103,15 @@ class HistoryCache:
         self.deletions += 1
         for key in list(self.entries) if keys is None else keys:
             self.remove(key)
+
+    async def forget_version(self, identity: tuple[Hashable, ...]) -> None:
+        """Remove the entries whose key begins with `identity`, in blocks, so that requests go on in between."""
+        keys = list(self.entries)
+        for first in range(0, len(keys), BLOCK):
+            for key in keys[first : first + BLOCK]:
+                if isinstance(key, tuple) and key[: len(identity)] == identity:
+                    self.remove(key)
+            await asyncio.sleep(0)
 
     async def once(self, key: Hashable, history: History, encode: Callable[[], Job[KeptState]]) -> KeptState:
         """Return the result of `encode()`. Concurrent requests of one user with equal events share one call.

@@ -7,7 +7,7 @@ Called by: `http/rank.py`, `ahead.py`. Calls: `given.py`, `validation.py`, `admi
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -106,8 +106,8 @@ class Plan:
         return MetaEmbedding(self.ranker.default_meta, "off" if self.meta_user is None else "default")
 
     @property
-    def cache_key(self) -> tuple[str, int, str, str | None]:
-        return self.ranker.name, self.ranker.manifest.version, self.variant, self.request.user
+    def cache_key(self) -> tuple[str, int, str, str, str | None]:
+        return *self.ranker.identity, self.variant, self.request.user
 
 
 @dataclass
@@ -118,6 +118,9 @@ class Progress:
     meta: MetaEmbedding | None = None
     completed: list[StageScores] = field(default_factory=list)  # stages of the cascade, cheapest first
     explanations: list[Explanation] | None = None
+
+
+AfterAnswer = Callable[[RankRequest | None, Ranking | None, Trace, int], None]  # the last one: the status code
 
 
 class Pipeline:
@@ -141,13 +144,17 @@ class Pipeline:
         self.admission = admission
         self.histories = histories
         self.pack_history = pack_history
+        self.after_answer: AfterAnswer | None = None  # `main.py` sets what watches over versions
 
-    async def rank(self, request: RankRequest, trace: Trace) -> Ranking:
+    async def rank(self, request: RankRequest, trace: Trace, ranker: Ranker | None = None) -> Ranking:
         """Rank by the highest exit that the request, the load and the deadline allow.
 
-        Raises NotFound, Invalid, OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
+        ranker: the version to ask; default: the one that the registry chooses. Raises NotFound, Invalid,
+        OverloadedUndegraded, DeadlineExceeded, or RankingError if the model fails.
         """
-        ranker = trace.ranker = self.registry.resolve(request.ranker)
+        if ranker is None:
+            ranker = self.registry.choose(request.ranker, request.user, request.id)
+        trace.ranker = ranker
         given = await self.with_history(request, ranker, trace.timings)
         request = given.request
         plan = self.plan(given, ranker, trace.timings.entered)
@@ -297,8 +304,7 @@ class Pipeline:
 
     def forget(self, user: str | None) -> None:
         """Drop the kept states of a deleted user, or with `None` those of all users."""
-        versions = [(ranker.name, ranker.manifest.version, ranker.engines) for ranker in self.registry.serving()]
-        keys = [(name, version, variant, user) for name, version, variants in versions for variant in variants]
+        keys = [(*ranker.identity, variant, user) for ranker in self.registry.loaded() for variant in ranker.engines]
         self.cache.forget(None if user is None else keys)
 
 

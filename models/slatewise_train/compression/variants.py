@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from slatewise.bundle.loader import sha256
+from slatewise.bundle.files import sha256
 from slatewise.bundle.manifest import Variant
 from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.engine import Engine

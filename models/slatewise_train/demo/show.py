@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.loader import load_bundle, read_json
+from slatewise.bundle.files import Files
+from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import bundle_folder
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.cli import run_main
@@ -118,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     data = load_data(config.data, config.tables, config.stated)
     sequences = demo_sequences(data, config)
     prefix = config.demo.user_prefix if config.demo else ""
-    display = read_json(folder / "display.json")
+    display = Files(folder, None).read_json("display.json")
     for name in args.users:
         user = sequences.users.index(name.removeprefix(prefix))
         request = whole_history(name, data, sequences, known_rows(sequences, user))

@@ -34,7 +34,7 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from slatewise.bundle.loader import sha256
+from slatewise.bundle.files import sha256
 from slatewise.bundle.manifest import bundle_folder, read_manifest
 from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES

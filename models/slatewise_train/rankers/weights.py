@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slatewise.bundle.loader import check_file
+from slatewise.bundle.files import check_file
 from slatewise.bundle.manifest import Manifest, ManifestError, ModelDescription
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel
