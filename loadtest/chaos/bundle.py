@@ -48,7 +48,11 @@ def small_content() -> BundleContent:
     ids = [str(k) for k in range(ITEMS)]
     example = {
         "user": "u0",
-        "history": {"item_ids": ids[:8], "actions": ["view"] * 8, "timestamps": list(range(START_TIME, START_TIME + 8))},
+        "history": {
+            "item_ids": ids[:8],
+            "actions": ["view"] * 8,
+            "timestamps": list(range(START_TIME, START_TIME + 8)),
+        },
         "candidates": {"item_ids": ids[8:16], "features": {"price": [0.5] * 8}},
         "request_time": START_TIME + 10**6,
     }

@@ -80,12 +80,16 @@ class Deck:
         stored = {"user": user, "candidates": {"item_ids": ids}}  # no history: the stored one is read
         yield Sent(post("/rerank", json.dumps(stored).encode()), ok)
         for count in (1, 4):
-            events = [{"user": user, "item_id": self.rng.choice(ids), "timestamp": START_TIME + k} for k in range(count)]
+            events = [
+                {"user": user, "item_id": self.rng.choice(ids), "timestamp": START_TIME + k} for k in range(count)
+            ]
             yield Sent(post("/events", json.dumps({"events": events}).encode()), writes)
         yield Sent(post("/rerank", self.wrong()), frozenset({400, 422}))
         if not number % 4:  # a deletion empties the cache of vectors
             yield Sent(get(f"/users/{user}", "DELETE"), writes)
-        yield Sent(get(self.rng.choice(["/livez", "/models", "/v2/health/ready", "/no-such-path"])), frozenset({200, 404}))
+        yield Sent(
+            get(self.rng.choice(["/livez", "/models", "/v2/health/ready", "/no-such-path"])), frozenset({200, 404})
+        )
 
     def size(self, most: int) -> int:
         return int((most + 1) ** self.rng.random()) - 1

@@ -163,5 +163,7 @@ def test_a_cancel_storm_mixes_nothing_and_ends_at_rest(shared: Any, ranker: Rank
 
 def as_bytes(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
     return head.encode() + content

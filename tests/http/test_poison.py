@@ -79,7 +79,11 @@ BODIES: list[tuple[str, Any, Any]] = [  # path, body, shape of an error
     ("/v1/rerank", {"model": "tiny", "query": "p", "documents": ["1", "2"], "return_documents": True}, CohereError),
     ("/tei/rerank", {"query": "p", "texts": ["1", "2"], "raw_scores": False, "return_text": True}, TeiError),
     ("/personalize-ranking", {"campaignArn": "a/tiny", "userId": "p", "inputList": ["1", "2"]}, AwsError),
-    ("/rank/tiny", {"id": "r", "user": "p", "timestamp": NOW * 1000, "items": [{"id": "1", "fields": FIELDS}]}, Problem),
+    (
+        "/rank/tiny",
+        {"id": "r", "user": "p", "timestamp": NOW * 1000, "items": [{"id": "1", "fields": FIELDS}]},
+        Problem,
+    ),
     ("/v2/models/tiny/infer", {"id": "r", "inputs": TENSORS, "outputs": [{"name": "scores"}]}, OipError),
     ("/v2/models/tiny/versions/1/infer", {"inputs": TENSORS}, OipError),
 ]
@@ -122,7 +126,9 @@ def numbers_in(content: Any) -> Iterator[float]:
 
 def check(answer: httpx.Response, error: Any, what: str) -> None:
     """Strict JSON with finite numbers, of the documented shape, and no value of a refused body in it."""
-    assert answer.status_code in (200, 202, 204, 400, 404, 413, 422), f"{what}: {answer.status_code} {answer.text[:300]}"
+    assert answer.status_code in (200, 202, 204, 400, 404, 413, 422), (
+        f"{what}: {answer.status_code} {answer.text[:300]}"
+    )
     if answer.status_code == 204 or not answer.content:
         return
     content = json.loads(answer.content, parse_constant=no_constant)
