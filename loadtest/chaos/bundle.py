@@ -1,6 +1,7 @@
 """A ranker that takes less than a millisecond, so that a test of the server does not measure the model.
 
-Called by: the other files of this folder. Calls: `slatewise_train/demo/reference.py`, whose content it makes small.
+Called by: the other files of this folder. Calls: `slatewise_train/demo/reference.py`, whose content it makes small, and
+`slatewise/store/push.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.store.client import connect
+from slatewise.store.generations import Generations
+from slatewise.store.push import push
 from slatewise_train.bundle_writer import BundleContent
 from slatewise_train.demo.content import warmup_requests
 from slatewise_train.demo.reference import START_TIME, publish_uncalibrated
@@ -79,3 +84,11 @@ def small_bundles(root: Path = ROOT) -> Path:
     if not (root / NAME / "1").is_dir():
         publish_uncalibrated(small_content(), root / NAME, 1)
     return root
+
+
+def push_vectors(bundles: Path, redis_port: int) -> None:
+    """Publish the vectors of the users "u0", "u1", ... in Redis."""
+    manifest = read_manifest(bundles / NAME / "1")
+    vectors = np.random.default_rng(0).normal(0, 0.3, (USERS, META_SIZE)).astype(np.float32)
+    with connect(f"redis://127.0.0.1:{redis_port}/0") as client:
+        push(Generations(client, NAME, manifest.space), [f"u{k}" for k in range(USERS)], vectors)

@@ -25,18 +25,15 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from loadtest.chaos.bundle import META_SIZE, NAME, USERS, small_bundles
+from loadtest.chaos.bundle import NAME, push_vectors, small_bundles
 from loadtest.chaos.report import Row, conclude
 from loadtest.chaos.traffic import Deck, Traffic
 from loadtest.chaos.watched_server import LEAK, TASKS
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from loadtest.store.faults import FAULTS, ProxyThread, proxy_thread
 from loadtest.workload import Workload
-from slatewise.bundle.manifest import read_manifest
 from slatewise.settings import Settings
 from slatewise.store.client import connect
-from slatewise.store.generations import Generations
-from slatewise.store.push import push
 from tests.support.redis_server import run_redis
 
 REQUESTS = 1_000_000
@@ -98,17 +95,10 @@ class Disturbances:
         self.versions = itertools.count(2)
         self.reloads = "reload" in Settings.model_fields
 
-    def fill(self) -> None:
-        """Push the vectors of all users."""
-        manifest = read_manifest(self.bundles / NAME / "1")
-        vectors = np.random.default_rng(0).normal(0, 0.3, (USERS, META_SIZE)).astype(np.float32)
-        with connect(f"redis://127.0.0.1:{self.redis_port}/0") as client:
-            push(Generations(client, NAME, manifest.space), [f"u{k}" for k in range(USERS)], vectors)
-
     def empty(self) -> None:
         with connect(f"redis://127.0.0.1:{self.redis_port}/0") as client:
             client.flushall()
-        self.fill()
+        push_vectors(self.bundles, self.redis_port)
 
     def new_version(self) -> None:
         """Publish the same bundle once more, under the next number, and remove the oldest one."""
@@ -187,7 +177,7 @@ def run(requests: int, leaks: bool = False) -> Outcome:
         redis_port = stack.enter_context(run_redis(home))
         proxy = stack.enter_context(proxy_thread(redis_port))
         disturbances = Disturbances(bundles, redis_port)
-        disturbances.fill()
+        push_vectors(bundles, redis_port)
         settings = SETTINGS | {"BUNDLES": str(bundles), "REDIS_URL": f"redis://127.0.0.1:{proxy.proxy.port}/0"}
         if disturbances.reloads:
             settings |= {"RELOAD": "poll", "RELOAD_S": "1"}
@@ -256,8 +246,8 @@ def main() -> int:
     control = run(max(LEAST_CONTROL, int(requests * CONTROL_SHARE)), leaks=True)
     found = run(requests)
     notes = [
-        f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, with {found.cpu_seconds:.0f} s "
-        f"of the server's CPU. In {found.traffic.left_early:,} the client left without reading. {found.faults} faults "
+        f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, of which the server computed "
+        f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. {found.faults} faults "
         "of Redis, each followed by an emptied Redis "
         + ("and a new version." if "reload" in Settings.model_fields else "(no new versions: no such setting).")
     ]
