@@ -247,8 +247,8 @@ def main() -> int:
     found = run(requests)
     notes = [
         f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, of which the server computed "
-        f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. {found.faults} faults "
-        "of Redis, each followed by an emptied Redis "
+        f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. "
+        f"{found.faults} faults of Redis, each followed by an emptied Redis "
         + ("and a new version." if "reload" in Settings.model_fields else "(no new versions: no such setting).")
     ]
     notes += [f"{count} x {what}" for what, count in found.traffic.wrong.most_common(10)]

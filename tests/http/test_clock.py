@@ -46,8 +46,7 @@ def test_a_jump_of_the_clock_misses_no_deadline(
             assert answer["meta_embedding"]["age_seconds"] >= 0
             assert all(0 <= ms < 60_000 for ms in answer["timings_ms"].values())
         store(client, "after", REAL_TIME())  # by a client whose clock is right
-        again = ask(client, body)
-        assert again["results"]["item_ids"] == before["results"]["item_ids"] or again["history"]["used"]
+        assert ask(client, body)["results"] == before["results"]
         stored = ask(client, {"user": "kept", "candidates": {"item_ids": ["1"]}})["history"]
         assert stored["source"] == "stored" and stored["used"] == 2 and stored["reordered"] == 0
         for name, value in ages(client).items():

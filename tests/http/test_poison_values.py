@@ -1,8 +1,9 @@
-"""Unreadable values in Redis, of vectors and of histories: the request is answered, and the next user is not affected."""
+"""Unreadable values in Redis, of vectors and of histories: requests are answered, and other users are not affected."""
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 
 import httpx
@@ -37,7 +38,8 @@ def poisoned(tiny: Tiny, redis_port: int) -> Iterator[httpx.Client]:
 def values(size: int) -> dict[str, bytes]:
     """Values of generation 1 that are wrong in one way each."""
     right = pack(np.ones(size, np.float32), 1, 1.0)
-    nan = HEADER.pack(b"SLWM", 0, size, 1.0, 1, 0) + struct.pack("<f", float("nan")) * size
+    head, numbers = HEADER.pack(b"SLWM", 0, size, 1.0, 1, 0), struct.pack("<f", float("nan")) * size
+    nan = head[:-4] + struct.pack("<I", zlib.crc32(head + numbers)) + numbers
     return {
         "empty": b"",
         "another magic number": b"XXXX" + right[4:],
