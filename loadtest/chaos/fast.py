@@ -94,7 +94,8 @@ COVERED = (
         "R27",
         "closed, full and stalled outputs cost no answer",
         (
-            "tests/test_process.py",
+            "tests/test_process.py::test_a_free_number_of_a_stream_is_taken",
+            "tests/loadtest/test_chaos.py::test_a_failing_output_costs_no_answer",
             "tests/http/test_request_log.py::test_stalled_reader_delays_no_request_and_drops_are_counted",
             "tests/http/test_request_log.py::test_full_disk_drops_the_line_and_tries_the_next_one",
             "tests/events/test_tap.py::test_a_full_disk_costs_the_tap_alone",

@@ -40,13 +40,14 @@ REQUESTS = 1_000_000
 CONNECTIONS = 6
 CONTROL_SHARE = 0.03  # of the requests, for the server that leaks
 LEAST_CONTROL = 6_000
+LEAST_WARM_UP = 500
 MOST_HISTORY, MOST_CANDIDATES = 160, 200
 SETTINGS = {"HISTORY_CACHE_MB": "8", "EMBEDDING_CACHE_USERS": "1000", "DRAIN_SECONDS": "0", "THREADS": "1"}
 SLOPE_LIMIT = 1.0  # MB in 100,000 requests, from the middle of the run on
 GROWTH_LIMIT = 0.05  # of the memory in the middle of the run
 FAULT_SECONDS = 1.5  # and as long without a fault
 SAMPLE_SECONDS = 0.5
-REST_SECONDS = 3.0
+REST_SECONDS = 1.5
 KEPT_VERSIONS = 3
 MORE_DESCRIPTORS = 8  # connections to Redis, of which a server may have some more than before
 
@@ -186,7 +187,7 @@ def run(requests: int, leaks: bool = False) -> Outcome:
         command = ("sh", "-c", f'exec "$@" >{log} 2>&1', "sh", sys.executable, "-m", "loadtest.chaos.watched_server")
         server = stack.enter_context(ServerProcess(settings, command, environment=environment))
         deck = Deck(Workload(bundles), MOST_HISTORY, MOST_CANDIDATES)
-        warm = Traffic(server.port, deck, max(len(deck.cards), requests // 20), CONNECTIONS)
+        warm = Traffic(server.port, deck, max(LEAST_WARM_UP, requests // 20), CONNECTIONS)
         follow(server, warm)
         before = at_rest(server)
         traffic = Traffic(server.port, deck, requests, CONNECTIONS)

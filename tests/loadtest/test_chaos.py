@@ -1,4 +1,4 @@
-"""The tests to the point of failure: their report, their limits, and short runs of those that `make test` has time for."""
+"""The tests to the point of failure: their report and limits, and short runs of those that `make test` has time for."""
 
 from __future__ import annotations
 
