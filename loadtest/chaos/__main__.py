@@ -13,13 +13,14 @@ import argparse
 import ast
 import datetime
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from loadtest.chaos.report import Row, as_table, rows_in
+from loadtest.chaos.report import Row, as_table, numbers_in, rows_in
 from loadtest.server_process import exit_on_sigterm
 from slatewise.process import cpu_name
 
@@ -69,6 +70,7 @@ def run_module(name: str, folder: Path = KEPT) -> dict[str, Any]:
         "machine": cpu_name(),
         "seconds": round(time.monotonic() - begin),
         "code": process.returncode,
+        "about": ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or "",
         "markdown": process.stdout.strip(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,11 +88,18 @@ def kept_results(names: list[str], folder: Path = KEPT) -> dict[str, dict[str, A
 
 
 def rows_of(result: dict[str, Any]) -> list[Row]:
-    """The rows that a module printed, and a failed one if there are none or the exit code contradicts them."""
+    """The rows that a module printed, and a failed one if the exit code contradicts them.
+
+    A module that prints none has one for each number in its docstring, which passes if the exit code is 0.
+    """
+    name, passes = result["name"], result["code"] == 0
     rows = rows_in(result["markdown"])
-    if not rows or (result["code"] == 0) != all(row.passed for row in rows):
+    if not rows:
+        numbers = numbers_in(result["about"]) or ["-"]
+        return [Row(number, f"see the report of `{name}`", f"exit code {result['code']}", passes) for number in numbers]
+    if passes != all(row.passed for row in rows):
         number = f"exit code {result['code']}, {len(rows)} rows"
-        rows.append(Row("-", f"the rows and the exit code of the module {result['name']} agree", number, False))
+        rows.append(Row("-", f"rows and exit code of `{name}` agree", number, False))
     return rows
 
 
@@ -108,7 +117,8 @@ def report(results: dict[str, dict[str, Any]]) -> tuple[str, bool]:
     parts = [HEAD.format(about=about, rows=as_table(shown), missing=without)]
     for name, result in results.items():
         when = f"{result['date']}, commit {result['commit']}, {result['seconds']} s, exit code {result['code']}"
-        parts.append(f"## {name}\n\n`python -m loadtest.chaos.{name}`, {when}\n\n{result['markdown']}\n")
+        shown_below = re.sub(r"^#+ ", "### ", result["markdown"], flags=re.MULTILINE)
+        parts.append(f"## {name}\n\n`python -m loadtest.chaos.{name}`, {when}\n\n{shown_below}\n")
     return "\n".join(parts), not failed
 
 
@@ -123,6 +133,7 @@ def main() -> int:
     exit_on_sigterm()
     results = kept_results(names)
     now = commit()
+    passes = False
     wanted = args.only or [
         name for name in names if args.again or results.get(name, {}).get("commit") != now or now.endswith("+")
     ]

@@ -12,7 +12,7 @@ import pytest
 from loadtest.chaos import __main__ as chaos
 from loadtest.chaos import fast, outputs, soak
 from loadtest.chaos.bundle import small_bundles
-from loadtest.chaos.report import Row, as_table, conclude, rows_in
+from loadtest.chaos.report import Row, as_table, conclude, numbers_in, rows_in
 from tests.conftest import HERE
 
 ROWS = [Row("R5", "a | b", "3 ms", True), Row("R27", "none fails", "{200: 3}", False)]
@@ -27,7 +27,7 @@ def test_rows_are_read_back_from_the_table(capsys: pytest.CaptureFixture[str]) -
 
 
 def result(name: str, markdown: str, code: int) -> dict[str, Any]:
-    about = {"commit": "c", "date": "2026-01-01", "machine": "m", "seconds": 1}
+    about = {"commit": "c", "date": "2026-01-01", "machine": "m", "seconds": 1, "about": ""}
     return {"name": name, "markdown": markdown, "code": code} | about
 
 
@@ -39,9 +39,26 @@ def test_report_has_the_rows_of_all_modules_in_order() -> None:
     assert chaos.report({"a": results["a"]})[1]
 
 
-@pytest.mark.parametrize(("markdown", "code"), [("", 0), ("", 1), (as_table(ROWS[:1]), 1)])
-def test_a_module_without_rows_or_with_an_error_fails(markdown: str, code: int) -> None:
-    assert not chaos.report({"a": result("a", markdown, code)})[1]
+def test_items_below_a_heading_are_rows() -> None:
+    text = "## R15: a switch\n\n- pass: none failed\n- FAIL: none mixed\n\n## More\n\n- pass: no row\n"
+    assert rows_in(text) == [Row("R15", "none failed", "", True), Row("R15", "none mixed", "", False)]
+
+
+def test_numbers_of_tests_in_words() -> None:
+    assert numbers_in("R5 to R7, R9-R10 and R9; not R, XR3 or R3a") == ["R5", "R6", "R7", "R9", "R10"]
+
+
+def test_a_module_without_rows_has_one_for_each_number() -> None:
+    for code in (0, 1):
+        rows = chaos.rows_of(result("a", "| attack | p99 |", code) | {"about": "R5, R6. Sizes."})
+        assert [(row.test, row.passed) for row in rows] == [("R5", code == 0), ("R6", code == 0)]
+    assert chaos.rows_of(result("a", "", 1))[0].passed is False
+
+
+@pytest.mark.parametrize(("rows", "code"), [(ROWS[:1], 1), (ROWS, 0)])
+def test_rows_that_contradict_the_exit_code_fail(rows: list[Row], code: int) -> None:
+    assert not chaos.report({"a": result("a", as_table(rows), code)})[1]
+    assert chaos.rows_of(result("a", as_table(rows), code))[-1].test == "-"
 
 
 def test_results_are_kept_for_a_stopped_run(tmp_path: Path) -> None:
