@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -127,13 +128,14 @@ class Disturbances:
 
     @contextmanager
     def running(self, proxy: ProxyThread) -> Iterator[None]:
-        thread = threading.Thread(target=self.work, args=(proxy,))
-        thread.start()
-        try:
-            yield
-        finally:
-            self.stopping.set()
-            thread.join()
+        """Raises at the end what went wrong in the thread."""
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(self.work, proxy)
+            try:
+                yield
+            finally:
+                self.stopping.set()
+        work.result()
 
 
 class Outcome(NamedTuple):
