@@ -4,6 +4,7 @@
 # make lint     format, lint and types alone
 # make train    MovieLens 1M (downloaded) to a new bundle; stop and resume at any time
 # make compress the newest version of the demo to one with smaller variants, each measured; stop and resume at any time
+# make chaos    tests to the point of failure, an hour; writes docs/chaos.md; ONLY=soak runs one of them; stop and resume
 # make dashboards-check   every panel and alert against a real Prometheus and injected faults (apt-get installs it, as root)
 # make install-check      install, serve and ask one request: with every supported Python here, and from the built wheel
 # make image-check        the Dockerfile's steps in a clean folder and environment
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export ORT_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test coverage lint format movielens train compress dashboards-check install-check image-check wheels-check lock \
+.PHONY: serve test coverage lint format movielens train compress chaos dashboards-check install-check image-check wheels-check lock \
 	reference-bundle serve-environment test-environment clean
 
 # Ctrl-C reaches the server, the shell and make: with the trap, the shell waits for the server's quiet end.
@@ -62,6 +63,9 @@ compress: movielens
 
 reference-bundle: test-environment
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference
+
+chaos: test-environment
+	$(TEST)/bin/python -m loadtest.chaos $(if $(ONLY),--only $(ONLY))
 
 dashboards-check: test-environment
 	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }

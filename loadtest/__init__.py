@@ -3,6 +3,7 @@
 server/         throughput, latency and memory of one server, and of two behind a load balancer
 engine/         the model alone: time by request size, by operator, by kind of layer
 store/          meta-embeddings in Redis: updates under load, memory, look-up latency, network faults
+chaos/          tests to the point of failure: faults, poison, crowds, a million requests
 observability/  dashboards and alerts against a real Prometheus; the cost of the metrics
 peers/          other servers with the same model
 compare/        two commits: equal scores, and speed

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIMEOUT_SECONDS = 60.0
+NO_CONTENT = 204  # has neither a body nor a Content-Length
 
 
 @dataclass
@@ -63,7 +64,10 @@ def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:
         data += receive(connection)
     head, _, rest = data.partition(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
+    status = int(lines[0].split()[1])
     length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+    if status == NO_CONTENT:
+        length = 0
     if length is None:
         raise OSError("an answer without Content-Length")
     parts = [rest]
@@ -71,7 +75,7 @@ def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:
     while missing > 0:
         parts.append(receive(connection))
         missing -= len(parts[-1])
-    return int(lines[0].split()[1]), b"".join(parts)
+    return status, b"".join(parts)
 
 
 def receive(connection: socket.socket) -> bytes:

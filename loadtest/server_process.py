@@ -88,7 +88,13 @@ class ServerProcess(RunningServer):
         )
 
     def __enter__(self) -> ServerProcess:
-        self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            cwd=self.folder,
+            start_new_session=True,
+            stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,  # standard output is for the report
+        )
         try:
             self.wait_until_ready()
         except BaseException:

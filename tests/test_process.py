@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slatewise import process
-from slatewise.process import available_cpus, bound_malloc, cpu_name, cpu_quota, memory_limit
+from slatewise.process import available_cpus, bound_malloc, cpu_name, cpu_quota, memory_limit, open_closed_streams
 
 MACHINE = memory_limit(Path("/nowhere"))
 
@@ -100,3 +100,23 @@ def test_server_starts_without_affinity() -> None:
                 server.terminate()
         assert server.wait(30) == 0, log
         assert "listening on" in log
+
+
+def test_closed_streams_are_the_null_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    kept = sys.stderr
+    open_closed_streams()
+    try:
+        print("nowhere", flush=True)
+        assert sys.stdout.name == os.devnull and not sys.stdout.isatty() and sys.stderr is kept
+        os.fstat(1)  # was open, and is left as it was
+    finally:
+        sys.stdout.close()
+
+
+def test_a_free_number_of_a_stream_is_taken() -> None:
+    """Otherwise the next socket would get it, and what is printed would go to a client."""
+    code = "from slatewise.process import open_closed_streams as o; import os, sys; o(); o(); os.fstat(1); sys.exit(7)"
+    command = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (7, "")

@@ -34,7 +34,7 @@ from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
 from slatewise.http.server import bind, run
 from slatewise.inference.workers import Workers
-from slatewise.process import bound_malloc, cpu_quota, memory_limit
+from slatewise.process import bound_malloc, cpu_quota, memory_limit, open_closed_streams
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.ahead import AheadOfRequests
 from slatewise.ranking.background_load import BackgroundLoad
@@ -241,6 +241,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
+    open_closed_streams()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
     # with the signal, also if it is caught.

@@ -1,4 +1,4 @@
-"""CPU quota, memory limit, allocator and CPU name.
+"""CPU quota, memory limit, allocator, closed standard streams, and CPU name.
 
 Called by: main.py, and training and load tests, which name the CPU in their reports.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def bound_malloc() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         libc.mallopt(M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)
+
+
+def open_closed_streams() -> None:
+    """Open the null device in place of each standard stream that the process was started without.
+
+    Python has `None` for such a stream, which libraries write to, and the next socket would get its number.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is not None:
+            continue
+        stream = open(os.devnull, mode)  # noqa: SIM115 - it lives as long as the process
+        setattr(sys, name, stream)
+        try:
+            os.fstat(number)
+        except OSError:  # the number is free
+            os.dup2(stream.fileno(), number)
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:

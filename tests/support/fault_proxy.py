@@ -1,4 +1,5 @@
-"""A TCP proxy in front of a real Redis that injects network faults: delay, silence, refusal, cut replies, garbage.
+"""A TCP proxy in front of a real Redis that injects network faults: delay, silence, refusal, cut replies, garbage,
+small pieces, few bytes a second.
 
 With a TLS context it terminates its clients' TLS, for a redis-server that was built without TLS.
 """
@@ -23,6 +24,7 @@ class FaultProxy:
         self.may_speak.set()
         self.cut = False  # send half of a reply, then reset the connection
         self.piece = 65_536  # largest number of bytes forwarded at once
+        self.bytes_per_second = float("inf")
         self.answer: bytes | None = None  # sent instead of Redis' reply
         self.down = False  # reset every new connection
         self.accepted = 0
@@ -37,6 +39,7 @@ class FaultProxy:
         self.delay = 0.0
         self.cut = False
         self.piece = 65_536
+        self.bytes_per_second = float("inf")
         self.answer = None
         self.down = False
         self.may_speak.set()
@@ -88,7 +91,7 @@ class FaultProxy:
             for first in range(0, len(data), self.piece):
                 writer.write(data[first : first + self.piece])
                 await writer.drain()
-                await asyncio.sleep(0)
+                await asyncio.sleep(min(self.piece, len(data) - first) / self.bytes_per_second)
         writer.close()
 
 

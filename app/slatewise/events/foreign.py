@@ -48,11 +48,14 @@ class PutEventsBody(Lenient):
 
 
 def metarank_seconds(value: Any) -> Any:
-    """Convert a Metarank time to unix seconds: milliseconds as a number or text, or ISO 8601."""
+    """Convert a Metarank time to unix seconds: milliseconds as a number or text, or ISO 8601. Raises ValueError."""
     if isinstance(value, str):
-        if value.lstrip("-").isdecimal():
-            return int(value) / 1000 if len(value) < 20 else value
-        moment = datetime.fromisoformat(value)
+        try:
+            if value.lstrip("-").isdecimal():
+                return int(value) / 1000 if len(value) < 20 else value
+            moment = datetime.fromisoformat(value)
+        except ValueError:  # whose text repeats the value, however long
+            raise ValueError("must be milliseconds since 1970, or ISO 8601") from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value

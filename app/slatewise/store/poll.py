@@ -111,12 +111,13 @@ class Poller:
             return
         generations = read_pointer(value)[0]
         live = Live(value, list(map(str, generations)))
+        if space is None or space.live.generations != live.generations:  # a deleted user changes only the pointer
+            log.info("redis: live generations of %s in space %s are %s", *key, generations)
         if space is None:
             self.spaces[key] = Space(key, live)
         else:
             space.live = live
         self.cache.clear()
-        log.info("redis: live generations of %s in space %s are %s", *key, generations)
 
     async def read_created_at(self, key: SpaceKey) -> None:
         """Read the time at which the newest generation was made, once for each generation."""
