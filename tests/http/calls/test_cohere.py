@@ -88,8 +88,8 @@ STRANGE = [
 def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
     """Both ways: each document for itself, and many short ones at once."""
     dumped = yaml.dump({"id": identifier})
-    assert item_ids([dumped], has_yaml=True) == [str(identifier)]
-    assert item_ids([dumped, "id: '1'\n", dumped], has_yaml=True) == [str(identifier), "1", str(identifier)]
+    assert item_ids([dumped]) == [str(identifier)]
+    assert item_ids([dumped, "id: '1'\n", dumped]) == [str(identifier), "1", str(identifier)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
 )
 def test_yaml_without_a_usable_id_is_refused(text: str) -> None:
     with pytest.raises(Invalid, match="/documents/1: its YAML has no `id`"):
-        item_ids(["1", text], has_yaml=True)
+        item_ids(["1", text])
 
 
 def test_document_that_is_refused_is_named(demo: httpx.Client) -> None:
