@@ -25,6 +25,7 @@ from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
+from slatewise.http.head import AnswerHead
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
 from slatewise.http.openapi import complete, example_request, require_key
 from slatewise.http.page import page_routes
@@ -48,7 +49,8 @@ def create_app(
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
         Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
-        Middleware(HotRoutes, routes=ROUTES),  # last, because hot routes bypass the layers after it
+        Middleware(HotRoutes, routes=ROUTES),  # hot routes bypass the layers after it
+        Middleware(AnswerHead),
     ]
 
     @asynccontextmanager
@@ -63,6 +65,7 @@ def create_app(
             pipeline = await stack.enter_async_context(open_pipeline())
             app.state.events = await stack.enter_async_context(open_events(pipeline))
             app.state.pipeline = pipeline
+            app.openapi()  # keeps its result; later it would hold the event loop for up to half a second
             yield
             app.state.pipeline = None
 

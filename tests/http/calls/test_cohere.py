@@ -130,7 +130,12 @@ def test_query_that_is_refused_is_explained(demo: httpx.Client) -> None:
         "it is ours, so it is strict"
     )
     late = json.dumps({"user": USER, "history": {"item_ids": ["1"], "timestamps": [1.7e12]}})
-    assert refused(demo, query=late)["errors"][0]["pointer"] == "/query/history/timestamps/0"
+    hint = "unix seconds are wanted; these look like milliseconds: divide them by 1,000"
+    assert refused(demo, query=late)["errors"] == [{"pointer": "/query/history/timestamps/0", "detail": hint}]
+    late = json.dumps({"request_time": 1.7e12})
+    assert (
+        demo.post("/tei/rerank", json={"query": late, "texts": FILMS}).json()["error"] == f"/query/request_time: {hint}"
+    )
     long = json.dumps({"user": USER, "history": {"item_ids": ["1"], "actions": ["like"] * 2}})
     assert refused(demo, query=long)["errors"][0]["pointer"] == "/query/history/actions"
 

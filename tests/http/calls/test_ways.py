@@ -79,10 +79,7 @@ def bodies(draw: st.DrawFn, contents: st.SearchStrategy[Any]) -> bytes:
     text = json.dumps(draw(contents), separators=separators, indent=indent, ensure_ascii=draw(st.booleans()))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         at, to = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
-        text = draw(
-            st.sampled_from([text[:at] + text[to:], text[:to] + text[at:]])
-            | st.sampled_from(PIECES).map(lambda piece: text[:at] + piece + text[at:])
-        )
+        text = text[:at] + draw(st.sampled_from([text[to:], text[at:to] + text[at:], *(p + text[at:] for p in PIECES)]))
     return text.encode("utf-8", "surrogatepass")
 
 

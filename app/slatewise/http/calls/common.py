@@ -1,6 +1,6 @@
 """Parts that several foreign calls share: ids and the query as they send them, warnings, and errors in their names.
 
-Called by: the other files of this folder. Calls: `problems.py` and `rank.py`.
+Called by: the other files of this folder. Calls: `problems.py`, `mistakes.py` and `rank.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 from starlette.responses import Response
 
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotJson, RankingError
+from slatewise.http.mistakes import wrong_times
 from slatewise.http.problems import PROBLEMS, schema_error
 from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.admission import RequestLimits
@@ -100,7 +101,7 @@ def members_of_query(query: str | int | Query) -> dict[str, Any]:
         try:
             query = Query.model_validate_json(query)
         except ValidationError as error:
-            raise in_query(schema_error(error)) from None
+            raise in_query(wrong_times(error)) from None
     members = {name: getattr(query, name) for name in query.model_fields_set}
     return {name: value for name, value in members.items() if value is not None}
 

@@ -7,6 +7,7 @@ Called by: `rank.py` through the dialects, and `app.py` for the other routes. Ca
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired
 
@@ -33,7 +34,8 @@ from slatewise.http.calls.common import (
 from slatewise.http.calls.tensors import Tensor, read_values, split_binary, write_outputs
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline, readyz
-from slatewise.http.problems import PROBLEMS, schema_error
+from slatewise.http.mistakes import wrong_times
+from slatewise.http.problems import PROBLEMS
 from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.registry import Registry
@@ -119,6 +121,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     ranker = resolve(incoming.registry, incoming.path["model"], incoming.path.get("version"))
     most = max(incoming.limits.max_candidates, incoming.limits.max_history)
     members: dict[str, Any] = {"ranker": ranker.name, "candidates": {"item_ids": []}} | parameters_of(sent.parameters)
+    check_names([tensor.name for tensor in sent.inputs])
     for tensor, raw in zip(sent.inputs, split_binary(sent.inputs, incoming.body[length:])):
         put(members, tensor.name, read_values(tensor, raw, most))
     if (identifier := request_id(sent.id)) is not None:
@@ -126,7 +129,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     try:
         request = RankRequest.model_validate(members)
     except ValidationError as error:
-        raise schema_error(error) from None
+        raise wrong_times(error) from None
     by_default = bool(sent.parameters.binary_data_output)
     known = output_names(ranker)
     wanted = {
@@ -135,6 +138,19 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     if not wanted.keys() <= set(known):
         raise Invalid.at("outputs", f"unknown name; known: {', '.join(known)}")
     return request, InferCall(sent.id, wanted or dict.fromkeys(known, by_default))
+
+
+class RepeatedInput(RankingError):
+    """Two inputs have one name. Either could be meant."""
+
+    status = 400
+    title = "Repeated input"
+
+
+def check_names(names: list[str]) -> None:
+    """Raises RepeatedInput."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise RepeatedInput(f"{twice[0]}: {names.count(twice[0])} inputs have this name")
 
 
 def header_length(incoming: Incoming) -> int:
