@@ -19,6 +19,6 @@ class AnswerHead:
             return await self.app(scope, receive, send)
 
         async def without_body(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        await self.app(scope | {"method": "GET"}, receive, without_body)
+        await self.app({**scope, "method": "GET"}, receive, without_body)

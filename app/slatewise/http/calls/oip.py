@@ -7,7 +7,6 @@ Called by: `rank.py` through the dialects, and `app.py` for the other routes. Ca
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired
 
@@ -31,7 +30,7 @@ from slatewise.http.calls.common import (
     request_id,
     warnings_of,
 )
-from slatewise.http.calls.tensors import Tensor, read_values, split_binary, write_outputs
+from slatewise.http.calls.tensors import Tensor, check_names, read_values, split_binary, write_outputs
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline, readyz
 from slatewise.http.mistakes import wrong_times
@@ -121,7 +120,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     ranker = resolve(incoming.registry, incoming.path["model"], incoming.path.get("version"))
     most = max(incoming.limits.max_candidates, incoming.limits.max_history)
     members: dict[str, Any] = {"ranker": ranker.name, "candidates": {"item_ids": []}} | parameters_of(sent.parameters)
-    check_names([tensor.name for tensor in sent.inputs])
+    check_names(sent.inputs)
     for tensor, raw in zip(sent.inputs, split_binary(sent.inputs, incoming.body[length:])):
         put(members, tensor.name, read_values(tensor, raw, most))
     if (identifier := request_id(sent.id)) is not None:
@@ -138,19 +137,6 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     if not wanted.keys() <= set(known):
         raise Invalid.at("outputs", f"unknown name; known: {', '.join(known)}")
     return request, InferCall(sent.id, wanted or dict.fromkeys(known, by_default))
-
-
-class RepeatedInput(RankingError):
-    """Two inputs have one name. Either could be meant."""
-
-    status = 400
-    title = "Repeated input"
-
-
-def check_names(names: list[str]) -> None:
-    """Raises RepeatedInput."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise RepeatedInput(f"{twice[0]}: {names.count(twice[0])} inputs have this name")
 
 
 def header_length(incoming: Incoming) -> int:
