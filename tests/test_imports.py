@@ -88,7 +88,10 @@ PLACES = {
     "fastapi_offline": {"http/app.py"},
     "uvicorn": {"http/server.py"},
     "starlette": {
-        *(f"http/{name}.py" for name in ("app", "auth", "body", "dialect", "events", "hot_routes", "problems", "rank")),
+        *(
+            f"http/{name}.py"
+            for name in ("app", "auth", "body", "dialect", "events", "head", "hot_routes", "problems", "rank")
+        ),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
     "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "writer")}

@@ -58,7 +58,8 @@ Values = Annotated[list[Text], Field(fail_fast=True, max_length=64)]
 
 
 class RequestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Pydantic's cache of strings is 16,384 entries wide. The ids of a request miss the processor's caches in it.
+    model_config = ConfigDict(extra="forbid", frozen=True, cache_strings="keys")
 
 
 class History(RequestModel):

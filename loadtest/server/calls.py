@@ -58,6 +58,7 @@ def requests_of(workload: Workload, candidates: int) -> tuple[dict[str, tuple[by
     content = {"ranker": model, "user": user, "candidates": {"item_ids": ids}}
     full = post("/rerank", json.dumps(content | {"history": history}).encode())
     bare = post("/rerank", json.dumps(content).encode())
+    with_years = content | {"candidates": {"item_ids": ids, "features": {"year": [1990] * candidates}}}
 
     def foreign(path: str, **members: Any) -> bytes:
         return post(path, json.dumps(members).encode())
@@ -78,7 +79,11 @@ def requests_of(workload: Workload, candidates: int) -> tuple[dict[str, tuple[by
             bare,
         ),
         "/rank/{model}": (foreign(f"/rank/{model}", **event, items=[{"id": i} for i in ids]), bare),
-        "/rank/{model}, a field for each item": (foreign(f"/rank/{model}", **event, items=years), bare),
+        "/rank/{model}, a field for each item": (
+            foreign(f"/rank/{model}", **event, items=years),
+            post("/rerank", json.dumps(with_years).encode()),
+        ),
+        "/rank/{model}, the same beside no fields": (foreign(f"/rank/{model}", **event, items=years), bare),
         "infer, JSON": (infer(model, user, ids, history, False), full),
         "infer, binary": (infer(model, user, ids, history, True), full),
     }, model

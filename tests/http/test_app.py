@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.app import ROUTES
 from slatewise.http.auth import RequireKey
+from slatewise.http.head import AnswerHead
 from slatewise.http.hot_routes import HotRoutes
 from slatewise.main import build_app
 from slatewise.ranking.pipeline import Pipeline
@@ -86,7 +87,7 @@ def test_key_is_required_on_every_route_that_is_not_open(ranker: Ranker) -> None
 
 
 def test_authentication_runs_before_the_hot_routes(ranker: Ranker) -> None:
-    assert [middleware.cls for middleware in app_of(ranker).user_middleware] == [RequireKey, HotRoutes]
+    assert [middleware.cls for middleware in app_of(ranker).user_middleware] == [RequireKey, HotRoutes, AnswerHead]
 
 
 def test_hot_routes_are_the_documented_ranking_routes(ranker: Ranker) -> None:
@@ -125,6 +126,36 @@ def test_request_without_key_is_counted_by_endpoint(ranker: Ranker) -> None:
     ask(app, ("POST", "/rerank"), ("POST", "/score"), ("GET", "/models"), ("GET", "/no-such-path"))
     after = [count(path, "401") for path in ("/rerank", "/score", "/models", "/no-such-path")]
     assert [a - b for a, b in zip(after, before, strict=True)] == [1, 1, 0, 0], "paths are not a closed list"
+
+
+def test_calls_of_users_are_counted_by_route_and_status(client: httpx.Client) -> None:
+    event = {"user": "counted/user", "item_id": "1"}
+    for method, path, body, template, status in (
+        ("POST", "/events", event, "/events", 202),
+        ("POST", "/events", {"eventList": []}, "/events", 400),
+        ("POST", "/feedback", [], "/feedback", 200),
+        ("POST", "/encode", {"user": "counted/user", "ranker": "none"}, "/encode", 404),
+        ("DELETE", "/users/counted/user", None, "/users/{user}", 204),
+        ("DELETE", "/users/", None, "/users/{user}", 422),
+    ):
+        before = count(template, str(status))
+        answer = client.request(method, path, json=body)
+        assert answer.status_code == status, answer.text
+        assert count(template, str(status)) == before + 1
+
+
+def test_head_is_get_without_the_body(client: httpx.Client) -> None:
+    for path in ("/livez", "/readyz", "/models", "/", "/no-such-path", "/rerank", "/v2/health/live"):
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == get.status_code and head.content == b"" != get.content
+        for name in ("content-type", "content-length", "etag", "allow"):
+            assert head.headers.get(name) == get.headers.get(name)
+    assert {client.head(path).status_code for path in ("/livez", "/readyz", "/models", "/")} == {200}
+
+
+def test_head_needs_a_key_where_get_does(ranker: Ranker) -> None:
+    answers = ask(app_of(ranker, api_keys="key"), ("HEAD", "/models"), ("HEAD", "/livez"))
+    assert [(answer.status_code, answer.content) for answer in answers] == [(401, answers[0].content), (200, b"")]
 
 
 def test_unexpected_error_is_a_problem_with_the_request_id(

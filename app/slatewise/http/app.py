@@ -26,6 +26,7 @@ from slatewise.http.auth import OPEN_PATHS, PAGE_PATHS, RequireKey
 from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
+from slatewise.http.head import AnswerHead
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
 from slatewise.http.openapi import complete, describe_admin_key, example_request, require_key
 from slatewise.http.page import page_routes
@@ -52,7 +53,8 @@ def create_app(
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
         Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
-        Middleware(HotRoutes, routes=ROUTES),  # last, because hot routes bypass the layers after it
+        Middleware(HotRoutes, routes=ROUTES),  # hot routes bypass the layers after it
+        Middleware(AnswerHead),
     ]
 
     @asynccontextmanager
@@ -68,6 +70,7 @@ def create_app(
             app.state.events = await stack.enter_async_context(open_events(pipeline))
             app.state.versions = await stack.enter_async_context(open_versions(pipeline))
             app.state.pipeline = pipeline
+            app.openapi()  # keeps its result; later it would hold the event loop for up to half a second
             yield
             app.state.pipeline = None
 

@@ -7,31 +7,55 @@ Called by: `app.py`. Calls: `events/`, `ranking/ahead.py`, `rank.py` (to read), 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import pydantic_core
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect
 
+from slatewise import metrics
 from slatewise.errors import Invalid, NotJson, RankingError
 from slatewise.events.event import EventBody, EventCounts, EventsBody, check_times
 from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
 from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
-from slatewise.http.mistakes import wrong_events
+from slatewise.http.mistakes import wrong_times
 from slatewise.http.problems import PROBLEMS, request_id_of, schema_error
 from slatewise.http.rank import CLIENT_GONE, read_admitted, while_connected
 from slatewise.ranking.ahead import encode_ahead
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
 
-routes = APIRouter()
+
+class CountedRoute(APIRoute):
+    """Counts each request in `slatewise_requests_total`, by the template of the route and the status of the answer."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def counted(request: Request) -> Response:
+            code = 500
+            try:
+                response = await handle(request)
+                code = response.status_code
+                return response
+            except RankingError as error:
+                code = error.status
+                raise
+            finally:
+                metrics.series(metrics.REQUESTS, self.path_format, "", "", "", str(code)).inc()
+
+        return counted
+
+
+routes = APIRouter(route_class=CountedRoute)
 Model = TypeVar("Model", bound=BaseModel)
 USER: TypeAdapter[str] = TypeAdapter(User)
 BODIES = (EventBody, EventsBody, PutEventsBody, Feedback, EncodeRequest)  # parsed here, not by FastAPI
@@ -64,7 +88,7 @@ def parse(model: type[Model], content: Any) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise wrong_events(error) from None
+        raise wrong_times(error) from None
 
 
 def check_count(request: Request, count: int, pointer: str) -> None:

@@ -1,9 +1,9 @@
 """Names the likely mistake in a wrong body of /rerank and /score: times in milliseconds, rows instead of columns, a
-misspelt member, the body of another ranking API. In a body of /events or /encode: a time in another unit.
+misspelt member, the body of another ranking API. In events, histories and foreign calls: a time in another unit.
 
 Runs only after Pydantic has refused a body. The texts name members and paths, and never repeat a value.
 
-Called by: `rank.py` and `events.py`. Calls: `problems.py`, and `schemas.py` for the members that exist.
+Called by: `rank.py`, `events.py` and `calls/`. Calls: `problems.py`, and `schemas.py` for the members that exist.
 """
 
 from __future__ import annotations
@@ -87,16 +87,21 @@ def wrong_request(error: ValidationError, body: bytes) -> RankingError:
     return another_api(found) or faults_of(found, describe)
 
 
-def wrong_events(error: ValidationError) -> RankingError:
-    """Convert Pydantic's error for a body of events or of a history to Invalid. A wrong time names the likely unit."""
+def wrong_times(error: ValidationError) -> RankingError:
+    """Convert Pydantic's error for events, a history or a foreign call to Invalid or NotJson. A wrong time names the
+    likely unit.
+    """
     if error.error_count() > TOO_MANY_FAULTS:
         return Invalid.at("", f"more than {TOO_MANY_FAULTS} faults")
-    return faults_of(error.errors(include_url=False, include_context=False), describe_event)
+    found = error.errors(include_url=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return NotJson(found[0]["msg"])
+    return faults_of(found, describe_time)
 
 
-def describe_event(found: ErrorDetails) -> str:
+def describe_time(found: ErrorDetails) -> str:
     path = member_path(found["loc"])
-    is_time = path[-1:] in (["timestamp"], ["sentAt"]) or path[:2] == ["history", "timestamps"]
+    is_time = path[-1:] in (["timestamp"], ["sentAt"], ["request_time"]) or path[:2] == ["history", "timestamps"]
     return (wrong_time(found) if is_time else None) or found["msg"]
 
 

@@ -88,8 +88,8 @@ STRANGE = [
 def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
     """Both ways: each document for itself, and many short ones at once."""
     dumped = yaml.dump({"id": identifier})
-    assert item_ids([dumped], has_yaml=True) == [str(identifier)]
-    assert item_ids([dumped, "id: '1'\n", dumped], has_yaml=True) == [str(identifier), "1", str(identifier)]
+    assert item_ids([dumped]) == [str(identifier)]
+    assert item_ids([dumped, "id: '1'\n", dumped]) == [str(identifier), "1", str(identifier)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_id_in_yaml_is_that_which_was_dumped(identifier: Any) -> None:
 )
 def test_yaml_without_a_usable_id_is_refused(text: str) -> None:
     with pytest.raises(Invalid, match="/documents/1: its YAML has no `id`"):
-        item_ids(["1", text], has_yaml=True)
+        item_ids(["1", text])
 
 
 def test_document_that_is_refused_is_named(demo: httpx.Client) -> None:
@@ -130,7 +130,12 @@ def test_query_that_is_refused_is_explained(demo: httpx.Client) -> None:
         "it is ours, so it is strict"
     )
     late = json.dumps({"user": USER, "history": {"item_ids": ["1"], "timestamps": [1.7e12]}})
-    assert refused(demo, query=late)["errors"][0]["pointer"] == "/query/history/timestamps/0"
+    hint = "unix seconds are wanted; these look like milliseconds: divide them by 1,000"
+    assert refused(demo, query=late)["errors"] == [{"pointer": "/query/history/timestamps/0", "detail": hint}]
+    late = json.dumps({"request_time": 1.7e12})
+    assert (
+        demo.post("/tei/rerank", json={"query": late, "texts": FILMS}).json()["error"] == f"/query/request_time: {hint}"
+    )
     long = json.dumps({"user": USER, "history": {"item_ids": ["1"], "actions": ["like"] * 2}})
     assert refused(demo, query=long)["errors"][0]["pointer"] == "/query/history/actions"
 

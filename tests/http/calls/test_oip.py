@@ -109,6 +109,19 @@ def test_parameters_are_translated(demo: httpx.Client) -> None:
     assert "variant" in refused(infer(demo, parameters={"variant": "none"}), 404)
 
 
+def test_input_that_is_there_twice_is_refused(demo: httpx.Client) -> None:
+    for twice in ("candidates.item_ids", "user"):
+        error = refused(infer(demo, tensor("user", [USER]), tensor(twice, [USER])), 400)
+        assert error == f"{twice}: 2 inputs have this name"
+
+
+def test_times_in_milliseconds_are_named(demo: httpx.Client) -> None:
+    hint = "unix seconds are wanted; these look like milliseconds: divide them by 1,000"
+    past = [tensor("history.item_ids", ["1200"]), tensor("history.timestamps", [1_700_000_000_000], "INT64")]
+    assert refused(infer(demo, *past)) == f"history.timestamps/0: {hint}"
+    assert refused(infer(demo, tensor("request_time", [1.7e12], "FP64"))) == f"request_time: {hint}"
+
+
 def test_id_is_returned_as_it_was_sent(demo: httpx.Client) -> None:
     answer = infer(demo, id="two words")
     assert answer.json()["id"] == "two words" and "two" not in answer.headers.get("X-Request-ID", "")

@@ -11,9 +11,12 @@ import json
 import re
 from contextlib import suppress
 from functools import partial
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import Annotated, Any, NotRequired
 
-from pydantic import BaseModel, Field, with_config
+from pydantic import BaseModel, Field, SkipValidation, with_config
+from pydantic_core import from_json
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
@@ -24,6 +27,7 @@ from slatewise.http.calls.common import (
     ForeignModel,
     Otherwise,
     check_count,
+    checked_ids,
     documented_errors,
     error_headers,
     members_of_query,
@@ -34,7 +38,7 @@ from slatewise.http.calls.common import (
     respond,
     warnings_of,
 )
-from slatewise.http.calls.rows import render_rows, with_member
+from slatewise.http.calls.rows import read_rows, render_rows, with_member
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings
@@ -84,6 +88,12 @@ class CohereRequest(ForeignModel):
     return_documents: bool | None = Field(None, strict=True)
 
 
+class UncheckedDocuments(CohereRequest):
+    """The same call before its documents are looked at."""
+
+    documents: list[SkipValidation[Any]] = Field(min_length=1)
+
+
 @with_config(CLOSED)
 class CohereResult(TypedDict):
     index: int
@@ -111,27 +121,98 @@ class CohereError(BaseModel):
 
 def parse(incoming: Incoming) -> tuple[RankRequest, list[Any] | None]:
     """Parse a call. The second result is its documents, if they are to be returned."""
-    sent = parse_as(CohereRequest, incoming.body)
-    check_count("/documents", len(sent.documents), incoming.limits)
+    sent, documents = read(incoming.body)
+    check_count("/documents", len(documents), incoming.limits)
     request = rank_request(
-        item_ids(sent.documents, has_yaml=b'"' + YAML_START.encode() in incoming.body),
+        item_ids(documents),
         ranker=sent.model,
         top_n=sent.top_n,
         priority=None if sent.priority is None else min(sent.priority, LOWEST_PRIORITY),
         **members_of_query(sent.query),
     )
-    return request, sent.documents if sent.return_documents else None
+    return request, documents if sent.return_documents else None
 
 
-def item_ids(documents: list[Any], has_yaml: bool) -> list[str]:
-    """Return the ids of the items that documents name. Plain ids cost no work for each document."""
+def read(body: bytes) -> tuple[CohereRequest, list[Any]]:
+    """Return a call and its documents, objects by their ids if all documents are objects. Raises NotJson or Invalid.
+
+    The first two ways are for documents of one form. They take half of the time for a thousand objects, which Pydantic
+    would build twice. The last way is for all other bodies, right and wrong. It is the reference: where another way has
+    a result, the results are equal.
+    """
+    for read_quickly in (read_equal_objects, read_one_form):
+        with suppress(ValueError, TypeError, KeyError):
+            return read_quickly(body)
+    sent = parse_as(CohereRequest, body)
+    return sent, sent.documents
+
+
+def read_equal_objects(body: bytes) -> tuple[CohereRequest, list[str]]:
+    """Read documents that are objects with nothing but one `id` or `text`, or with equal other members.
+
+    Raises ValueError, TypeError or KeyError for any other body.
+    """
+    content, keys, columns = read_rows(body, "documents", "id|text")
+    sent = UncheckedDocuments.model_validate(content)
+    first = sent.documents[0]
+    if len(keys) > 1 or first.keys() & {"id", "text"} != {keys[0]} or first[keys[0]] != columns[0][0]:
+        raise ValueError("a key is somewhere else")
+    return sent, ids_of_objects(columns[0])
+
+
+def read_one_form(body: bytes) -> tuple[CohereRequest, list[str]]:
+    """Read documents that are all ids, or all objects with `id` or all with `text`.
+
+    Raises ValueError, TypeError or KeyError for any other body.
+    """
+    sent = UncheckedDocuments.model_validate(from_json(body, cache_strings="keys"))
+    documents = sent.documents
+    if not isinstance(documents[0], dict):
+        return sent, checked_ids(documents)
+    name, other = ("id", "text") if "id" in documents[0] else ("text", "id")
+    if any(map(contains, documents, repeat(other))):
+        raise KeyError(other)
+    return sent, ids_of_objects(list(map(itemgetter(name), documents)))
+
+
+def ids_of_objects(ids: list[Any]) -> list[str]:
+    """Check the ids that objects have. Raises ValueError, also for YAML, which is returned without its quotes."""
+    ids = checked_ids(ids)
+    if has_yaml("\0".join(ids)):
+        raise ValueError("YAML in an object")
+    return ids
+
+
+def has_yaml(text: str) -> bool:
+    """Whether a document may be YAML. text: the documents, joined by zeros."""
+    return "\0" + YAML_START in "\0" + text
+
+
+def item_ids(documents: list[Any]) -> list[str]:
+    """Return the ids of the items that documents name. Plain ids cost no work for each document. Raises Invalid."""
     if set(map(type, documents)) <= {str}:
-        if not has_yaml:
+        text = "\0".join(documents)
+        if not has_yaml(text):
             return documents
-        ids = [match[1] for match in SIMPLE_YAML.findall("\0".join(documents))]
-        if len(ids) == len(documents):
+        ids = ids_in_short_yaml(text)
+        if len(ids) == len(documents) == text.count("\0") + 1:  # else a document has a zero itself
             return ids
     return [item_id(document, position) for position, document in enumerate(documents)]
+
+
+def ids_in_short_yaml(text: str) -> list[str]:
+    """Return the ids of documents in YAML with `id` alone, short and without escapes; fewer ids if any is different.
+
+    text: the documents, joined by zeros. yaml.dump writes `id: '1193'` for texts that look like numbers, and `id: B07`
+    for most others.
+    """
+    start, end = YAML_START + "'", "'\n"
+    if text.startswith(start) and text.endswith(end):
+        ids = text[len(start) : -len(end)].split(end + "\0" + start)
+        n = len(ids)
+        if [text.count(c) for c in "\0\n'"] == [n - 1, n, 2 * n] and all(ids):
+            return ids  # since each document is one quoted text in one line
+    return [match[1] for match in SIMPLE_YAML.findall(text)]
 
 
 def item_id(document: Any, position: int) -> str:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Annotated, Any, NotRequired
 
-from pydantic import Field, SkipValidation, TypeAdapter, ValidationError, with_config
+from pydantic import Field, SkipValidation, ValidationError, with_config
 from pydantic_core import from_json
 from starlette.responses import Response
 from typing_extensions import TypedDict
@@ -22,6 +22,7 @@ from slatewise.errors import Invalid, NotJson, RankingError
 from slatewise.http.calls.common import (
     ForeignModel,
     check_count,
+    checked_ids,
     rank_request,
     ranked,
     renamed,
@@ -29,16 +30,16 @@ from slatewise.http.calls.common import (
     respond,
     warnings_of,
 )
-from slatewise.http.calls.rows import render_rows, with_member
+from slatewise.http.calls.rows import read_rows, render_rows, with_member
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.problems import PROBLEMS, problem, schema_error
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.trace import Timings
-from slatewise.schemas import CLOSED, LAST_TIME, MAX_ID, Candidates, Column, Id, Ids, Integer, RankRequest, Text, User
+from slatewise.schemas import CLOSED, LAST_TIME, MAX_ID, Candidates, Id, Integer, RankRequest, Text, User
 
 NAMES = {"/candidates/item_ids": "/items", "/candidates": "/items"}
-IDS: TypeAdapter[list[str]] = TypeAdapter(Ids)
-TEXTS: TypeAdapter[list[str]] = TypeAdapter(Column[Text])
+NUMBERS: set[type] = {int, float, bool}  # values that can be features
+WORDS: set[type] = {str, list}  # values that can be fields
 MOST_NAMES = 20  # most names of ignored fields in one answer
 
 
@@ -85,16 +86,57 @@ class Columns:
 
     features: dict[str, list[Any]]
     fields: dict[str, list[Any]]
-    ignored: dict[str, int]
+    ignored: Counter[str]
 
 
 def parse(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
-    """Parse a call. The second result has the number of ignored values by the names of their fields."""
+    """Parse a call. The second result has the number of ignored values by the names of their fields.
+
+    The first way is for items that have the same fields, as programs write them. It takes half of the time for a field
+    of each item. The second way is for all other bodies, right and wrong. It is the reference: where the first way has
+    a result, the results are equal.
+    """
+    try:
+        return parse_rows(incoming)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return parse_items(incoming)
+
+
+def parse_rows(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
+    """Parse a call without an object for each item. Raises RankingError as `parse_items` does, or one of the above."""
+    content, keys, columns = read_rows(incoming.body, "items", "id|value")
+    sent = MetarankRequest.model_validate(content)
+    first = sent.items[0]
+    fields = first.get("fields") or []
+    if keys != ["id"] + ["value"] * len(fields) or [column[0] for column in columns] != [
+        first["id"],
+        *(field["value"] for field in fields),
+    ]:
+        raise ValueError("a key is somewhere else")
+    ids = checked_ids(columns[0])
+    check_count("/items", len(ids), incoming.limits)
+    ranker = incoming.registry.resolve(incoming.path["model"])
+    names = [field["name"] for field in fields]
+    return rank_request_of(sent, ids, ranker, columns_of_fields(names, columns[1:], ranker))
+
+
+def parse_items(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
+    """Parse any call. Raises NotJson, Invalid or NotFound."""
     sent = read(incoming.body)
     items = sent.items
     check_count("/items", len(items), incoming.limits)
     ranker = incoming.registry.resolve(incoming.path["model"])
     ids = ids_of(items)
+    try:
+        return rank_request_of(sent, ids, ranker, columns_of_items(items, ranker))
+    except ValidationError as error:
+        raise renamed(schema_error(error), {"/features": "/items", "/fields": "/items"}) from None
+
+
+def rank_request_of(
+    sent: MetarankRequest, ids: list[str], ranker: Ranker, columns: Columns
+) -> tuple[RankRequest, dict[str, int]]:
+    """Raises Invalid for the time, and ValidationError for the columns."""
     request = rank_request(
         ids,
         id=request_id(sent.id),
@@ -102,14 +144,11 @@ def parse(incoming: Incoming) -> tuple[RankRequest, dict[str, int]]:
         user=sent.session if sent.user is None else sent.user,
         request_time=None if sent.timestamp is None else seconds(sent.timestamp),
     )
-    if set(map(len, items)) == {1} or not any("fields" in item for item in items):
-        return request, {}
-    columns = columns_of(items, ranker)
-    try:
-        candidates = Candidates(item_ids=ids, features=columns.features, fields=columns.fields)
-    except ValidationError as error:
-        raise renamed(schema_error(error), {"/features": "/items", "/fields": "/items"}) from None
-    return request.model_copy(update={"candidates": candidates}), columns.ignored
+    if not columns.features and not columns.fields:
+        return request, dict(columns.ignored.most_common(MOST_NAMES))
+    checked = Candidates(item_ids=["0"], features=columns.features, fields=columns.fields)  # the ids are checked
+    candidates = checked.model_copy(update={"item_ids": ids})
+    return request.model_copy(update={"candidates": candidates}), dict(columns.ignored.most_common(MOST_NAMES))
 
 
 def read(body: bytes) -> MetarankRequest:
@@ -135,33 +174,56 @@ def ids_of(items: list[MetarankItem]) -> list[str]:
         right = [isinstance(item, dict) and "id" in item for item in items]
         raise Invalid.at(f"/items/{right.index(False)}", "must be an object with `id`") from None
     try:
-        return TEXTS.validate_python(ids)  # three times as fast as IDS, and nearly always right
-    except ValidationError:
-        pass
-    try:
-        return IDS.validate_python(ids)
+        return checked_ids(ids)
     except ValidationError as error:
         raise renamed(schema_error(error), {"": "/items"}) from None
 
 
-def columns_of(items: list[MetarankItem], ranker: Ranker) -> Columns:
-    """Turn the fields of items into columns. A name counts as ignored if the ranker lacks it, or lacks its type."""
-    features: dict[str, list[Any]] = {name: [None] * len(items) for name in ranker.manifest.features}
-    fields: dict[str, list[Any]] = {name: [None] * len(items) for name in ranker.manifest.fields}
+def columns_of_fields(names: list[str], values: list[list[Any]], ranker: Ranker) -> Columns:
+    """Sort the columns of fields that all items have. No work for each item. Raises ValueError, TypeError or
+    OverflowError if that needs a look at each value.
+    """
+    if len(set(names)) < len(names) or not set(map(type, names)) <= {str}:
+        raise ValueError("a name comes twice, or is no text")
+    columns = Columns({}, {}, Counter())
+    for name, column in zip(names, values):
+        kinds = set(map(type, column))
+        numbers = NUMBERS if name in ranker.manifest.features else set()
+        words = WORDS if name in ranker.manifest.fields else set()
+        if not kinds & (numbers | words):
+            columns.ignored[name[:MAX_ID]] += len(column)
+        elif kinds <= numbers:
+            columns.features[name] = list(map(float, column)) if bool in kinds else column
+        elif kinds <= words:
+            columns.fields[name] = column
+        else:
+            raise ValueError("the values are of several kinds")
+    return columns
+
+
+def columns_of_items(items: list[MetarankItem], ranker: Ranker) -> Columns:
+    """Turn the fields of any items into columns, one value after the other. Raises Invalid.
+
+    A name counts as ignored if the ranker lacks it, or lacks its type.
+    """
+    features: dict[str, list[Any]] = {}
+    fields: dict[str, list[Any]] = {}
     ignored: Counter[str] = Counter()
+    if set(map(len, items)) == {1}:  # ids alone
+        return Columns(features, fields, ignored)
     for position, item in enumerate(items):
         try:
             for name, value in pairs_of(item):
-                if name in features and isinstance(value, (int, float)):
-                    features[name][position] = float(value)
-                elif name in fields and isinstance(value, (str, list)):
-                    fields[name][position] = value
+                if name in ranker.manifest.features and isinstance(value, (int, float)):
+                    features.setdefault(name, [None] * len(items))[position] = float(value)
+                elif name in ranker.manifest.fields and isinstance(value, (str, list)):
+                    fields.setdefault(name, [None] * len(items))[position] = value
                 else:
                     ignored[name[:MAX_ID]] += 1
         except (KeyError, TypeError, OverflowError):
             detail = "must be a list of objects with `name` and `value`, and numbers finite"
             raise Invalid.at(f"/items/{position}/fields", detail) from None
-    return Columns(features, fields, dict(ignored.most_common(MOST_NAMES)))
+    return Columns(features, fields, ignored)
 
 
 def pairs_of(item: MetarankItem) -> Iterator[tuple[str, Any]]:

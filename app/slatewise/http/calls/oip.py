@@ -30,10 +30,11 @@ from slatewise.http.calls.common import (
     request_id,
     warnings_of,
 )
-from slatewise.http.calls.tensors import Tensor, read_values, split_binary, write_outputs
+from slatewise.http.calls.tensors import Tensor, check_names, read_values, split_binary, write_outputs
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline, readyz
-from slatewise.http.problems import PROBLEMS, schema_error
+from slatewise.http.mistakes import wrong_times
+from slatewise.http.problems import PROBLEMS
 from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.registry import Registry
@@ -119,6 +120,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     ranker = resolve(incoming.registry, incoming.path["model"], incoming.path.get("version"))
     most = max(incoming.limits.max_candidates, incoming.limits.max_history)
     members: dict[str, Any] = {"ranker": ranker.name, "candidates": {"item_ids": []}} | parameters_of(sent.parameters)
+    check_names(sent.inputs)
     for tensor, raw in zip(sent.inputs, split_binary(sent.inputs, incoming.body[length:])):
         put(members, tensor.name, read_values(tensor, raw, most))
     if (identifier := request_id(sent.id)) is not None:
@@ -126,7 +128,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     try:
         request = RankRequest.model_validate(members)
     except ValidationError as error:
-        raise schema_error(error) from None
+        raise wrong_times(error) from None
     by_default = bool(sent.parameters.binary_data_output)
     known = output_names(ranker)
     wanted = {

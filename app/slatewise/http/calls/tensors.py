@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pydantic_core
 from pydantic import Field
 
-from slatewise.errors import Invalid
+from slatewise.errors import Invalid, RankingError
 from slatewise.http.calls.common import ForeignModel
 from slatewise.schemas import Text
 
@@ -51,6 +52,20 @@ class Tensor(ForeignModel):
     datatype: Text
     parameters: TensorParameters = TensorParameters()
     data: list[Any] | None = None
+
+
+class RepeatedInput(RankingError):
+    """Two inputs have one name. Either could be meant."""
+
+    status = 400
+    title = "Repeated input"
+
+
+def check_names(tensors: Sequence[Tensor]) -> None:
+    """Raises RepeatedInput."""
+    for name, count in Counter(tensor.name for tensor in tensors).items():
+        if count > 1:
+            raise RepeatedInput(f"{name}: {count} inputs have this name")
 
 
 def read_values(tensor: Tensor, raw: bytes | None, most: int) -> list[Any]:
