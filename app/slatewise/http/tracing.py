@@ -31,7 +31,7 @@ from slatewise.http.trace_context import TraceContext
 from slatewise.ranking.trace import Trace
 
 USERS = "/users/"  # paths that contain the id of a user
-PATIENCE_SECONDS = 3.0  # time to export the last spans when the server ends
+PATIENCE_SECONDS = 2.0  # time to export the last spans when the server ends
 
 
 class HideUsers(SpanProcessor):
