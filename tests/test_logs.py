@@ -155,9 +155,8 @@ def test_missing_extra_is_one_warning_with_its_remedy(lines: list[dict[str, Any]
     assert "slatewise[otel]" in warned and "opentelemetry.sdk" in warned
 
 
-@pytest.mark.parametrize("flags", [("--threads", "many"), ("--bundles", "no-such-folder")])
-def test_failed_start_is_json_too(flags: tuple[str, str]) -> None:
-    command = [sys.executable, "-m", "slatewise", "serve", "--port", "0", "--log-format", "json", *flags]
+def test_failed_start_is_json_too() -> None:
+    command = [sys.executable, "-m", "slatewise", "serve", "--threads", "many", "--log-format", "json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     (line,) = map(json.loads, done.stderr.splitlines())
     assert (done.returncode, done.stdout, line["level"]) == (1, "", "error")
