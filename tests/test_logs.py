@@ -166,10 +166,19 @@ def test_failed_start_is_json_too() -> None:
 def test_text_has_fields_as_names_and_values() -> None:
     record = make_record("slatewise.requests", "info", "a request\nof two lines")
     record.__dict__.update(
-        fields({"id": "r-1", "reasons": ["slow", "exit"], "none": None, "why": 'a "b" c', "ms": {"parse": 0.5}})
+        fields(
+            {
+                "id": "r-1",
+                "reasons": ["slow", "not-json"],
+                "none": None,
+                "empty": "",
+                "why": 'a "b" c',
+                "ms": {"parse": 0.5},
+            }
+        )
     )
     text = TextFormatter().format(record)
-    assert re.fullmatch(r"[\d-]+ [\d:,]+ INFO a request of two lines id=r-1 reasons=slow,exit why=.*", text)
+    assert re.fullmatch(r"[\d-]+ [\d:,]+ INFO a request of two lines id=r-1 reasons=slow,not-json why=.*", text)
     assert text.endswith(r'why="a \"b\" c" ms={"parse":0.5}')
 
 

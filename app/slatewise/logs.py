@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
 import traceback
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 Format = Literal["text", "json"]
 Level = Literal["debug", "info", "warning", "error"]
+PLAIN = re.compile(r"[\w./:{}-]+", re.ASCII)
 
 
 def fields(members: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [self.formatTime(record), record.levelname, message_of(record)]
-        parts += [f"{name}={shown(value)}" for name, value in fields_of(record).items() if value is not None]
+        parts += [f"{name}={shown(value)}" for name, value in fields_of(record).items() if value not in (None, "")]
         exception = exception_of(record)
         return " ".join(parts) + (f"\n{exception}" if exception else "")
 
@@ -76,10 +78,10 @@ def exception_of(record: logging.LogRecord) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return the value as in JSON without spaces. Texts that can be told apart without quotes have none."""
-    if isinstance(value, str) and value and not set(value) & set(' ="\\') and value.isprintable():
+    """Return the value as in JSON without spaces. Plain texts have no quotes, and lists of them no brackets."""
+    if isinstance(value, str) and PLAIN.fullmatch(value):
         return value
-    if isinstance(value, list) and all(isinstance(item, str) and item.isidentifier() for item in value):
+    if isinstance(value, list) and all(isinstance(item, str) and PLAIN.fullmatch(item) for item in value):
         return ",".join(value)
     return json.dumps(value, separators=(",", ":"), default=str)
 
