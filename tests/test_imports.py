@@ -82,6 +82,7 @@ PLACES = {
             for name in ("admin", "app", "hot_routes", "rank", "models", "health", "server", "items", "page")
         ),
         "http/events.py",
+        "http/telemetry.py",
         "http/calls/oip.py",
         "http/calls/model_list.py",
     },
@@ -92,12 +93,14 @@ PLACES = {
             f"http/{name}.py"
             for name in ("app", "auth", "body", "dialect", "events", "head", "hot_routes", "problems", "rank")
         ),
+        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing")),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
     "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "writer")}
     | {"events/redis_histories.py"},
     "httpx": {f"client/{name}.py" for name in ("client", "async_client", "exchange")},
     "pydantic_settings": {"settings.py"},
+    "opentelemetry": {"http/tracing.py"},
     "prometheus_client": {"metrics.py", "http/health.py"},
 }
 
@@ -111,7 +114,7 @@ def test_library_is_imported_in_its_place_only(library: str) -> None:
 
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"protobuf": "google", "pyyaml": "yaml"}
+IMPORTED_AS = {"opentelemetry_sdk": "opentelemetry", "protobuf": "google", "pyyaml": "yaml"}
 BROUGHT_ALONG = {
     "starlette": "fastapi",
     "pydantic_core": "pydantic",
@@ -130,7 +133,9 @@ def declared(*extras: str) -> set[str]:
     return names | {name for name, carrier in BROUGHT_ALONG.items() if carrier in names}
 
 
-@pytest.mark.parametrize(("package", "extras"), [("slatewise", ("serve",)), ("slatewise_train", ("train", "ray"))])
+@pytest.mark.parametrize(
+    ("package", "extras"), [("slatewise", ("serve", "otel")), ("slatewise_train", ("train", "ray"))]
+)
 def test_every_library_is_a_declared_dependency(package: str, extras: tuple[str, ...]) -> None:
     paths = [path for name, path in SOURCES.items() if name.split(".")[0] == package]
     used = set().union(*map(libraries, paths)) - set(sys.stdlib_module_names)
@@ -146,7 +151,7 @@ def test_extra_declares_every_library_that_its_commands_load(extra: str) -> None
         reached.add(module := waiting.pop())
         waiting |= modules(SOURCES[module]) - reached
     used = set().union(*(libraries(SOURCES[module]) for module in reached)) - set(sys.stdlib_module_names)
-    optional = declared("ray") - declared()
+    optional = declared("ray", "otel") - declared()
     assert used - optional <= declared(extra) | {"slatewise", "slatewise_train"}
 
 

@@ -4,7 +4,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody rea
 the output. A failure prints one line on standard error:
 `run_main` alone turns the expected errors of a command into that line and the exit code.
 Only the module of the subcommand is imported, so that `slatewise serve` needs no torch and `slatewise train` needs no
-web server. Called by: __main__.py and the installed script. Calls: the modules in `COMMANDS`.
+web server. Called by: __main__.py and the installed script. Calls: the modules in `COMMANDS`, and `logs.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slatewise import VERSION
+from slatewise.logs import report
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NO_READER = 141  # 128 + SIGPIPE: `slatewise validate my.toml | head`
@@ -104,7 +105,7 @@ def run_main(program: str, function: Callable[[Sequence[str]], int | None], argu
         if not is_expected(error):
             raise
         for fault in getattr(error, "faults", None) or [error]:  # SettingsError and Invalid have several
-            print(f"{program}: error: {' '.join(str(fault).split()) or type(error).__name__}", file=sys.stderr)
+            report(f"{program}: error: {' '.join(str(fault).split()) or type(error).__name__}")
         return 1
 
 

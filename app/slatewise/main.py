@@ -1,8 +1,8 @@
 """`slatewise serve`: reads the settings, builds the application, and runs the server.
 
 Bundles are loaded before the port listens, so every server that accepts a connection can rank.
-Called by: cli.py. Calls: settings.py, process.py, bundle/loader.py, http/app.py, http/server.py, and the constructors
-of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py, events/).
+Called by: cli.py. Calls: settings.py, logs.py, process.py, bundle/loader.py, http/app.py, http/server.py, and the
+constructors of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py, events/).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from slatewise import metrics
+from slatewise import logs, metrics
 from slatewise.bundle.loader import Lacking, load_rankers
 from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
@@ -44,7 +44,7 @@ from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
-from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings, variable
 from slatewise.store.client import connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
@@ -242,13 +242,16 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
     open_closed_streams()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    style = flags.get("log_format") or os.environ.get(variable("log_format"))
+    logs.configure("json" if style == "json" else "text", "info", handler)  # before other settings are found wrong
     # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
     # with the signal, also if it is caught.
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, partial(leave, code))
     settings = read_settings(flags)
+    logs.configure(settings.log_format, settings.log_level, handler)
     if is_link_address(os.environ.get("SLATEWISE_PORT")):
         log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
     return serve(settings)

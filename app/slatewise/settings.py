@@ -17,6 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from slatewise.logs import Format, Level
+
 PREFIX = "SLATEWISE_"
 # Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
 # a server without the keys that its operator meant would be open.
@@ -187,6 +189,12 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="Requests that take at least this long are logged as `slow`, with their stages; 0: no such log.",
+    )
+    log_format: Format = Field(
+        "text", description="Format of the log on standard error: `text`, or `json` with one object per line."
+    )
+    log_level: Level = Field(
+        "info", description="Lowest level of the log: `debug`, which logs every ranking, `info`, `warning` or `error`."
     )
     capture_file: str = Field(
         "", description="File that a sample of the requests is written to, in the format of `warmup.jsonl`; empty: off."

@@ -61,6 +61,7 @@ class Prometheus:
             "storage.tsdb.path": "data",
             "web.listen-address": f"127.0.0.1:{self.port}",
             "query.lookback-delta": "5s",
+            "enable-feature": "exemplar-storage",
         }
         command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
         with (self.folder / "prometheus.log").open("w") as log:

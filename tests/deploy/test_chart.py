@@ -49,6 +49,7 @@ ALL: dict[str, Any] = {
             }
         ],
     },
+    "extraEnv": [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}],
     "extraVolumes": [VOLUME],
     "extraVolumeMounts": [MOUNT],
     "podAnnotations": {"example.com/team": "ranking"},

@@ -77,7 +77,7 @@ def test_setting_in_env_file_reaches_each_replica(tool: list[str], tmp_path: Pat
 def test_every_setting_passes_from_the_environment() -> None:
     names = {f"SLATEWISE_{name.upper()}" for name in Settings.model_fields if name not in OF_THE_CONTAINER}
     for replica in ("slatewise", "slatewise-2"):
-        passed = SERVICES[replica]["environment"].keys()
+        passed = {name for name in SERVICES[replica]["environment"] if not name.startswith("OTEL_")}
         assert (names - passed, passed - names) == (set(), set())
 
 
@@ -85,8 +85,10 @@ def test_example_environment_names_every_setting() -> None:
     for name, default in re.findall(r"^#(SLATEWISE_\w+)=(.*)$", EXAMPLE, re.MULTILINE):
         field = name.removeprefix("SLATEWISE_").lower()
         assert Settings.model_validate({field: default}) == Settings()
-    named = set(re.findall(r"^#?(SLATEWISE_\w+)=", EXAMPLE, re.MULTILINE))
-    assert named == SERVICES["slatewise"]["environment"].keys() | {"SLATEWISE_PORT"}  # the port on the host
+    named = set(re.findall(r"^#?((?:SLATEWISE|OTEL)_\w+)=", EXAMPLE, re.MULTILINE))
+    passed = SERVICES["slatewise"]["environment"].keys()
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in passed
+    assert named == passed | {"SLATEWISE_PORT"}  # the port on the host
 
 
 def test_example_environment_has_every_variable_and_default() -> None:

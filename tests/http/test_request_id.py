@@ -65,11 +65,11 @@ def test_every_problem_has_an_id(client: httpx.Client, tiny: Tiny) -> None:
 
 
 def test_log_line_has_the_id_of_the_answer(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    with serve(Settings(bundles=tiny.root, slow_ms=1e-6)) as client:
+    with serve(Settings(bundles=tiny.root, slow_ms=1e-6, log_format="json")) as client:
         ids = [
             client.post("/rerank", json=BODY).headers["X-Request-ID"],
             client.post("/rerank", content=b"{").headers["X-Request-ID"],
             client.post("/score", json={}).json()["request_id"],
         ]
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert [line["id"] for line in lines] == ids

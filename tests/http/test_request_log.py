@@ -44,6 +44,7 @@ def client(folder: Path) -> Iterator[httpx.Client]:
         bundles=DEMO,
         variants="fp32",
         slow_ms=0,
+        log_format="json",
         api_keys=API_KEY,
         capture_file=str(folder / "requests.jsonl"),
         capture_share=1,
@@ -70,7 +71,7 @@ def logged(
     text = ""
     while '"the-last"' not in text:
         assert time.monotonic() < give_up
-        text += capsys.readouterr().out
+        text += capsys.readouterr().err
         time.sleep(0.01)
     return response, [json.loads(line) for line in text.splitlines()][:-1]
 
@@ -112,7 +113,7 @@ def test_degraded_request_is_logged_with_reasons_and_stages(
 
 
 def test_slow_request_is_logged_with_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    with serve(Settings(bundles=DEMO, variants="fp32", slow_ms=0.01)) as client:
+    with serve(Settings(bundles=DEMO, variants="fp32", slow_ms=0.01, log_format="json")) as client:
         _, (line,) = logged(capsys, lambda: client.post("/rerank", json=BODY))
     assert line["reasons"] == ["slow"] and line["variant"] == "fp32" and line["history_cache"] == "miss"
     assert {"parse", "features", "encode", "score", "serialize"} <= line["stages_ms"].keys()

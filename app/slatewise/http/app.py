@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import Scope
 
 from slatewise import VERSION
 from slatewise.events.writer import EventWriter
@@ -33,6 +34,7 @@ from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
+from slatewise.http.telemetry import fastapi_telemetry, open_tracing
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.versions import Versions
 from slatewise.settings import Settings
@@ -57,10 +59,15 @@ def create_app(
         Middleware(AnswerHead),
     ]
 
+    tracing = open_tracing()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.request_log = stack.enter_context(open_request_log(settings.slow_ms / 1e3))
+            request_log = open_request_log(settings.slow_ms / 1e3, settings.log_format, settings.log_level)
+            app.state.request_log = stack.enter_context(request_log)
+            if tracing is not None:
+                stack.callback(tracing.close)
             if settings.capture_file:
                 most_bytes = int(settings.capture_mb * 2**20)
                 key = settings.capture_key.get_secret_value().encode()
@@ -83,6 +90,7 @@ def create_app(
         exception_handlers=HANDLERS,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=fastapi_telemetry(tracing, has_own_spans),
         generate_unique_id_function=lambda route: route.name,  # names of operations, which clients are generated from
     )
     app.state.pipeline = None
@@ -90,6 +98,7 @@ def create_app(
     app.state.capture = None
     app.state.versions = None
     app.state.reload_mode = settings.reload
+    app.state.tracing = tracing
     app.state.max_events = settings.max_events
     app.include_router(events.routes)  # first: requests are matched in this order, and events are the most
     app.include_router(health.routes)
@@ -105,6 +114,11 @@ def create_app(
     bodies = (*events.BODIES, *(admin.BODIES if admin_key else ()))
     complete_document(app, settings.keys(), open_paths, bodies)
     return app
+
+
+def has_own_spans(scope: Scope) -> bool:
+    """Whether FastAPI makes no span: `rank.py` makes those of hot routes, and nobody wants those of probes."""
+    return scope["path"] in OPEN_PATHS or ROUTES.find(scope) is not None
 
 
 def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:

@@ -17,6 +17,8 @@ from slatewise.errors import Unauthorized
 from slatewise.http.calls import aws
 from slatewise.http.hot_routes import Routes
 from slatewise.http.problems import problem, request_id_of
+from slatewise.http.request_log import Outcome
+from slatewise.ranking.trace import Trace
 
 # `/admin` has a key of its own (`admin.py`), and is 404 without it.
 OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/admin/", "/admin")
@@ -53,8 +55,13 @@ class RequireKey:
         if found := self.routes.find(scope):
             dialect = found[0]
             response = dialect.render_error(error, request_id_of(headers))
+            seconds = time.perf_counter() - entered
             metrics.series(metrics.REQUESTS, dialect.path, "", "", "", str(response.status_code)).inc()
-            metrics.series(metrics.DURATION, dialect.path, "", "").observe(time.perf_counter() - entered)
+            metrics.series(metrics.DURATION, dialect.path, "", "").observe(seconds)
+            if (tracing := scope["app"].state.tracing) is not None:
+                span = tracing.start(scope, headers, dialect.path, seconds)
+                outcome = Outcome({"code": str(response.status_code)}, error.slug, (), seconds, None)
+                tracing.finish(span, outcome, Trace(entered))
         elif aws.is_signed(headers) and scope["path"] in AWS_PATHS:
             response = aws.render_error(error, request_id_of(headers))
         else:

@@ -7,7 +7,8 @@ counters.
 from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import REGISTRY
+from prometheus_client.exposition import choose_encoder
 
 from slatewise import metrics
 from slatewise.errors import NotReady
@@ -45,12 +46,18 @@ async def readyz(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@routes.get("/metrics", name="metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@routes.get(
+    "/metrics",
+    name="metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
+)
 async def prometheus_metrics(request: Request) -> Response:
-    """Return all metrics in the Prometheus text format."""
+    """Return all metrics in the text format of Prometheus, or in OpenMetrics with exemplars if that is accepted."""
     pipeline: Pipeline | None = request.app.state.pipeline
     if pipeline is not None:
         metrics.OUTSTANDING_TOKENS.set(pipeline.admission.outstanding_tokens)
         metrics.QUEUE_LENGTH.set(len(pipeline.workers.queue))
         metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
-    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(REGISTRY), headers={"Content-Type": content_type})

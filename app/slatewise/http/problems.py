@@ -21,6 +21,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotFound, NotJson, RankingError, pointer
+from slatewise.http.trace_context import caller_of
+from slatewise.logs import fields
 from slatewise.schemas import REQUEST_ID, FaultBody, Problem
 
 log = logging.getLogger("slatewise")
@@ -124,12 +126,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    return problem(unexpected(error), request_id_of(request.headers))
+    return problem(unexpected(error, request.headers), request_id_of(request.headers))
 
 
-def unexpected(error: Exception) -> RankingError:
-    """Log the error with its traceback. Return the error to send, which does not contain them."""
-    log.error("unexpected error", exc_info=error)
+def unexpected(error: Exception, headers: Headers) -> RankingError:
+    """Log the error with its traceback and the caller's trace. Return the error to send, which has neither."""
+    caller = caller_of(headers)
+    log.error("unexpected error", exc_info=error, extra=fields({} if caller is None else caller.ids()))
     return RankingError("an unexpected error; the log has more")
 
 

@@ -27,6 +27,7 @@ from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_request
 from slatewise.http.problems import PROBLEMS, new_request_id, problem, request_id_of, schema_error, unexpected
 from slatewise.http.request_log import Outcome
+from slatewise.http.trace_context import caller_of
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
@@ -68,16 +69,25 @@ class Exchange:
         """Count the request, and log and capture it if it is selected."""
         state = self.request.app.state
         seconds = time.perf_counter() - self.trace.timings.entered
-        labels = count(self.dialect.path, self.code, seconds, self.trace)
+        headers = self.request.headers
+        span = None
+        context = caller_of(headers)
+        if state.tracing is not None:
+            span = state.tracing.start(self.request.scope, headers, self.dialect.path, seconds)
+            context = state.tracing.context(span)
+        exemplar = context.ids() if context is not None and context.sampled else None
+        labels = count(self.dialect.path, self.code, seconds, self.trace, exemplar)
         degraded: tuple[str, ...] = ()
         if self.parsed is not None and self.ranking is not None:
             degraded = tuple(sorted(self.ranking.degraded))
-            count_ranking(self.parsed, self.ranking, seconds)
+            count_ranking(self.parsed, self.ranking, seconds, exemplar)
             if state.capture is not None:
                 state.capture.record(self.parsed)
         candidates = None if self.parsed is None else len(self.parsed.candidates.item_ids)
-        outcome = Outcome(labels, self.refusal, degraded, seconds)
-        state.request_log.record(outcome, self.trace, candidates, self.request_id)
+        outcome = Outcome(labels, self.refusal, degraded, seconds, candidates)
+        state.request_log.record(outcome, self.trace, self.request_id, context)
+        if span is not None:  # after the response is sent
+            asyncio.get_running_loop().call_soon(state.tracing.finish, span, outcome, self.trace)
 
 
 async def answer(request: Request, dialect: Dialect[Any], path: Mapping[str, str], entered: float) -> Response:
@@ -101,7 +111,7 @@ async def answer(request: Request, dialect: Dialect[Any], path: Mapping[str, str
         metrics.DISCONNECTS.inc()
         return Response(status_code=CLIENT_GONE)  # not sent: the connection is closed
     except Exception as error:
-        return exchange.refuse(unexpected(error))
+        return exchange.refuse(unexpected(error, request.headers))
     finally:
         pipeline.admission.leave()
         exchange.record()
@@ -272,18 +282,18 @@ def response_headers(request: RankRequest, milliseconds: dict[str, float]) -> di
     }
 
 
-def count(endpoint: str, code: int, seconds: float, trace: Trace) -> dict[str, str]:
+def count(endpoint: str, code: int, seconds: float, trace: Trace, exemplar: dict[str, str] | None) -> dict[str, str]:
     """Count a request that has ended, whatever the outcome. Return the labels of the request counter."""
     ranker = trace.ranker
     name = "" if ranker is None else ranker.name
     version = "" if ranker is None else str(ranker.manifest.version)
     metrics.series(metrics.REQUESTS, endpoint, name, version, trace.variant, str(code)).inc()
-    metrics.series(metrics.DURATION, endpoint, name, trace.variant).observe(seconds)
-    trace.timings.observe()
+    metrics.series(metrics.DURATION, endpoint, name, trace.variant).observe(seconds, exemplar)
+    trace.timings.observe(exemplar)
     return {"endpoint": endpoint, "ranker": name, "version": version, "variant": trace.variant, "code": str(code)}
 
 
-def count_ranking(request: RankRequest, ranking: Ranking, seconds: float) -> None:
+def count_ranking(request: RankRequest, ranking: Ranking, seconds: float, exemplar: dict[str, str] | None) -> None:
     """Count a response that contains a ranking, with its size, exit and history."""
     name = ranking.ranker.name
     scored = ranking.scored
@@ -293,7 +303,7 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float) -> Non
     metrics.series(metrics.EXITS, name, ranking.exit).inc()
     metrics.series(metrics.CANDIDATES, name).observe(candidates)
     if scored is not None:
-        metrics.DURATIONS[metrics.size_bucket(ranking.history.used + candidates)].observe(seconds)
+        metrics.DURATIONS[metrics.size_bucket(ranking.history.used + candidates)].observe(seconds, exemplar)
         if request.head_weights is None:
             metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(float(scored.scores.max()))
     metrics.HISTORY_LENGTH.observe(ranking.history.used)

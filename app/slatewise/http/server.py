@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
         config = uvicorn.Config(
             app,
+            log_config=None,  # its records go to the handler of main.py
             log_level="warning",
             access_log=False,
             proxy_headers=False,  # the client's address is not used

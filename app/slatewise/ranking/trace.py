@@ -36,10 +36,10 @@ class Timings:
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def observe(self) -> None:
+    def observe(self, exemplar: dict[str, str] | None = None) -> None:
         """Observe each stage in its histogram. Called once, at the end of the request."""
         for stage, seconds in self.seconds.items():
-            metrics.STAGES_BY_NAME[stage].observe(seconds)
+            metrics.STAGES_BY_NAME[stage].observe(seconds, exemplar)
 
 
 class Trace:
