@@ -8,6 +8,7 @@ of the parts of a pipeline (ranking/, inference/workers.py, store/lookup.py, eve
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
+from slatewise.http.door import DoorLimits
 from slatewise.http.server import bind, run
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
@@ -140,7 +143,13 @@ def serve(settings: Settings) -> int:
         check_writable(Path(settings.events_dir))
     listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
     bound_malloc()
-    return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
+    app = build_app(settings, load(settings))
+    gc.freeze()  # a full collection would visit what was loaded, and hold the event loop for 50 ms
+    return run(app, listener, settings.drain_seconds, door_limits(settings))
+
+
+def door_limits(settings: Settings) -> DoorLimits:
+    return DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
 
 
 def check_writable(folder: Path) -> None:
