@@ -34,6 +34,7 @@ from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
 from slatewise.http.door import DoorLimits
 from slatewise.http.server import bind, run
+from slatewise.http.server_log import open_server_log
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
@@ -63,6 +64,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             max_outstanding_tokens=settings.max_outstanding_tokens,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
+            max_values=settings.max_values,
             max_candidates=settings.max_candidates,
             max_history=settings.max_history,
             deadline_ms=settings.deadline_ms,
@@ -163,6 +165,15 @@ def check_writable(folder: Path) -> None:
         raise SettingsError([fault]) from None
 
 
+def fill_closed_streams() -> None:
+    """Open /dev/null for standard streams that are closed: a socket would get their numbers, and what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def leave(code: int, *_: object) -> None:
     sys.exit(code)
 
@@ -177,13 +188,14 @@ def main(argv: Sequence[str]) -> int:
     )
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
-    # with the signal, also if it is caught.
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, partial(leave, code))
-    settings = read_settings(flags)
-    if is_link_address(os.environ.get("SLATEWISE_PORT")):
-        log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
-    return serve(settings)
+    fill_closed_streams()
+    with open_server_log():
+        # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends
+        # Python with the signal, also if it is caught.
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, partial(leave, code))
+        settings = read_settings(flags)
+        if is_link_address(os.environ.get("SLATEWISE_PORT")):
+            log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
+        return serve(settings)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from slatewise.schemas import MOST_ENTRIES
+
 PREFIX = "SLATEWISE_"
 # Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
 # a server without the keys that its operator meant would be open.
@@ -116,9 +118,9 @@ class Settings(BaseSettings):
         "states its largest score difference (`invariance`).",
     )
     deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that name no deadline; 0: no deadline.")
-    max_candidates: int = Field(4096, ge=1, description="Maximum number of candidates in a request.")
+    max_candidates: int = Field(4096, ge=1, le=MOST_ENTRIES, description="Maximum number of candidates in a request.")
     max_history: int = Field(
-        4096, ge=1, description="Maximum number of history events in a request; the ranker reads the newest of them."
+        4096, ge=1, le=MOST_ENTRIES, description="Maximum number of history events in a request; the ranker reads the newest of them."
     )
     stored_history_events: int = Field(
         512,
@@ -164,8 +166,8 @@ class Settings(BaseSettings):
     max_values: int = Field(
         65_536,
         ge=1,
-        description="Maximum number of values, and of lists and objects, in a JSON body: 15 columns of 4096 "
-        "candidates. 10,000 values take about a millisecond, in which no other request is read.",
+        description="Maximum number of values in a JSON body, enough for 15 columns of 4096 candidates; of lists and "
+        "objects, a quarter. 10,000 values take about a millisecond, in which no other request is read.",
     )
     max_connections: int = Field(
         4_096,

@@ -31,6 +31,7 @@ from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
+from slatewise.http.whole_bodies import WholeBodies
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.settings import Settings
 
@@ -48,6 +49,9 @@ def create_app(
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
         Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
+        Middleware(
+            WholeBodies, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s
+        ),  # behind the check of keys: a client without one is answered before its body is read
         Middleware(HotRoutes, routes=ROUTES),  # last, because hot routes bypass the layers after it
     ]
 

@@ -6,20 +6,14 @@ Called by: `rank.py` at the end of a request, and `app.py`, which opens the log.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from slatewise.http.line_writer import LineWriter
+from slatewise.http.line_writer import LineWriter, to_stream
 from slatewise.ranking.trace import Trace
-
-
-def to_stdout(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def log_line(outcome: Outcome, trace: Trace, candidates: int | None, request_id:
 @contextmanager
 def open_request_log(slow_seconds: float) -> Iterator[RequestLog]:
     """Open a request log that writes to standard output."""
-    writer = LineWriter("log", to_stdout)
+    writer = LineWriter("log", to_stream("stdout"))
     try:
         yield RequestLog(writer, slow_seconds)
     finally:

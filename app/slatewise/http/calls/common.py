@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 from starlette.responses import Response
 
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotJson, RankingError
+from slatewise.http.body import check_counts
 from slatewise.http.problems import PROBLEMS, schema_error
 from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.admission import RequestLimits
@@ -79,8 +80,8 @@ AnyQuery = Annotated[
 ]
 
 
-def members_of_query(query: str | int | Query) -> dict[str, Any]:
-    """Return the members of a RankRequest that a query gives. Raises Invalid."""
+def members_of_query(query: str | int | Query, limits: RequestLimits) -> dict[str, Any]:
+    """Return the members of a RankRequest that a query gives. Raises Invalid, and TooLarge for a JSON text."""
     if isinstance(query, int):
         return {"user": str(query)}
     if isinstance(query, str):
@@ -88,6 +89,7 @@ def members_of_query(query: str | int | Query) -> dict[str, Any]:
             if len(query) > MAX_ID:
                 raise Invalid.at("/query", f"a user id has at most {MAX_ID} characters; texts are not ranked")
             return {"user": query}
+        check_counts(query.encode(), limits.max_values)
         try:
             query = Query.model_validate_json(query)
         except ValidationError as error:

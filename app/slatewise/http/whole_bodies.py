@@ -1,0 +1,120 @@
+"""Middleware that waits for the body of a request before the application is called.
+
+A request whose body has not arrived therefore takes no place of a whole one, and is not at work. All bodies that are
+being read share a number of bytes: above it, an old one of the address that holds most of them is dropped.
+
+Called by: the middleware stack of `app.py`, behind the check of keys. Calls: `body.py` and `door.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slatewise.errors import BodyTimeout, Overloaded, RankingError
+from slatewise.http.body import content_length
+from slatewise.http.door import address_of
+
+METHODS = frozenset(("POST", "PUT", "PATCH"))
+LEAST_RATE = 1_000  # bytes in a second that a body must arrive with, after a first part of its time
+FIRST_PART = 0.5  # of the timeout
+BODIES_AT_ONCE = 32  # bodies of the largest size whose bytes may wait for the rest of them
+
+
+class PartOfBody:
+    """A body that is being read."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.data = bytearray()
+        self.timeout = asyncio.timeout(None)
+        self.is_dropped = False
+
+
+class WholeBodies:
+    """Limits: bytes of one body, seconds for it, and bytes of all bodies that are being read."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
+        self.app = app
+        self.most = max_body_bytes
+        self.seconds = body_timeout_s
+        self.most_of_all = BODIES_AT_ONCE * max_body_bytes
+        self.bytes_of_all = 0
+        self.parts: dict[PartOfBody, None] = {}  # oldest first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in METHODS:
+            return await self.app(scope, receive, send)
+        scope["entered"] = time.perf_counter()
+        length = content_length(Headers(scope=scope))
+        if length is not None and length > self.most:  # refused unread
+            return await self.app(scope, receive, send)
+        message = await receive()
+        error: RankingError | None = None
+        if message["type"] == "http.request" and message.get("more_body"):
+            try:
+                message = await self.read(message, address_of(scope.get("client")), receive)
+            except RankingError as refusal:
+                error = refusal
+
+        async def replay() -> Message:
+            nonlocal message
+            if error is not None:
+                raise error
+            given, message = message, {}
+            return given or await receive()
+
+        await self.app(scope, replay, send)
+
+    async def read(self, first: Message, address: str, receive: Receive) -> Message:
+        """Return the body as one message, or as much of it as is longer than the limit; or the disconnect.
+
+        Raises BodyTimeout or Overloaded.
+        """
+        begin = asyncio.get_running_loop().time()
+        part = PartOfBody(address)
+        self.parts[part] = None
+        message = first
+        try:
+            async with part.timeout:
+                while True:
+                    piece = message.get("body", b"")
+                    part.data += piece
+                    self.bytes_of_all += len(piece)
+                    if not message.get("more_body") or len(part.data) > self.most:
+                        return {**message, "body": bytes(part.data)}
+                    if self.bytes_of_all > self.most_of_all:
+                        self.drop_oldest()
+                    if not part.is_dropped:
+                        wait = min(self.seconds, self.seconds * FIRST_PART + len(part.data) / LEAST_RATE)
+                        part.timeout.reschedule(begin + wait)
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return message
+        except TimeoutError:
+            if part.is_dropped:
+                raise Overloaded("too many bytes of bodies wait for the rest of their bodies") from None
+            raise BodyTimeout(
+                f"the body did not arrive within {self.seconds:g} seconds, or with less than {LEAST_RATE} bytes in a "
+                f"second after the first {self.seconds * FIRST_PART:g}"
+            ) from None
+        finally:
+            self.bytes_of_all -= len(part.data)
+            del self.parts[part]
+
+    def drop_oldest(self) -> None:
+        """End the reading of a body of the address that holds most bytes: of its larger half, the oldest one."""
+        of_address: dict[str, list[PartOfBody]] = {}
+        for part in self.parts:
+            if part.data:
+                of_address.setdefault(part.address, []).append(part)
+        parts = max(of_address.values(), key=lambda parts: sum(len(part.data) for part in parts))
+        mean = sum(len(part.data) for part in parts) / len(parts)
+        oldest = next(part for part in parts if len(part.data) >= mean)
+        self.bytes_of_all -= len(oldest.data)
+        oldest.data = bytearray()
+        oldest.is_dropped = True
+        oldest.timeout.reschedule(0)  # the past
