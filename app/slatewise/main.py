@@ -27,6 +27,7 @@ from slatewise import metrics
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
+from slatewise.environment import is_link_address
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
@@ -42,10 +43,12 @@ from slatewise.ranking.ahead import AheadOfRequests
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
-from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, read_settings
+from slatewise.store.client import REPLY_BYTES
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
 log = logging.getLogger("slatewise")
+EVENT_BYTES = 300  # that a stored event takes in Redis, with a long id
 
 
 @asynccontextmanager
@@ -79,6 +82,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,
+                reply_bytes=max(REPLY_BYTES, settings.stored_history_events * EVENT_BYTES),
             )
             store = await stack.enter_async_context(redis)
         histories = make_histories(settings, store)

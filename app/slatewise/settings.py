@@ -6,7 +6,6 @@ Called by: main.py, http/app.py; store/client.py and bundle/check.py take consta
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import os
 import re
@@ -17,12 +16,9 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from slatewise.environment import PREFIX, is_link_address, unknown_variables
 from slatewise.schemas import MOST_ENTRIES
 
-PREFIX = "SLATEWISE_"
-# Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
-# a server without the keys that its operator meant would be open.
-CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
 PACKAGE = Path(__file__).parent
 REDIS_SCHEMES = (
     "redis://",
@@ -33,13 +29,6 @@ REDIS_SCHEMES = (
     "redis+cluster://",
     "rediss+cluster://",
 )
-
-# Kubernetes and Docker set such variables for each Service or link whose name begins with "slatewise".
-SERVICE_LINK = re.compile(
-    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.IGNORECASE
-)
-LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
-
 
 # Scheme, host (a name, or an IPv6 address in brackets) and port of a web page. Extensions and apps have own schemes.
 ORIGIN = re.compile(
@@ -296,32 +285,12 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def is_link_address(value: object) -> bool:
-    return isinstance(value, str) and LINK_ADDRESS.match(value) is not None
-
-
 def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
-    known = {variable(name) for name in Settings.model_fields}
-    names = {name.upper() for name in environment}
-    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or "SLATEWISE_API_KEYS" in names}
-    messages = []
-    for name, value in sorted(environment.items()):
-        if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):
-            continue
-        if name.upper().endswith("_PORT") and is_link_address(value):
-            continue
-        nearest = difflib.get_close_matches(name.upper(), known - {*CLIENT_VARIABLES}, 1, 0.0)[0]
-        messages.append(f"{name} is not a setting; did you mean {nearest}?")
-    return messages
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +311,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def read_settings(flags: Mapping[str, str]) -> Settings:
     """Read each setting from `flags` (texts by field name), or else from the environment. Raises SettingsError."""
-    if unknown := unknown_variables(os.environ):
+    if unknown := unknown_variables(os.environ, [variable(name) for name in Settings.model_fields]):
         raise SettingsError(unknown)
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # texts: pydantic converts them as it does variables

@@ -86,14 +86,14 @@ def check_counts(json: bytes, most: int) -> None:
     """Refuse a text with more than `most` values, or a quarter as many lists and objects, before it is parsed.
 
     A parser makes a Python object of each, and no other request is read meanwhile. Commas and brackets inside texts
-    count too: to tell them apart takes longer than parsing. Raises TooLarge.
+    count too: to tell them apart takes longer than parsing. Raises Invalid.
     """
     if len(json) <= SMALL_BODY:
         return
     if json.count(b",") >= most:
-        raise TooLarge(f"the body has more than {most} values (SLATEWISE_MAX_VALUES)")
+        raise Invalid.at("", f"the body has more than {most} values (SLATEWISE_MAX_VALUES)")
     if json.count(b"[") + json.count(b"{") > most // 4:
-        raise TooLarge(f"the body has more than {most // 4} lists and objects (a quarter of SLATEWISE_MAX_VALUES)")
+        raise Invalid.at("", f"the body has more than {most // 4} lists and objects (a quarter of SLATEWISE_MAX_VALUES)")
 
 
 def check_names(json: bytes, most: int) -> None:

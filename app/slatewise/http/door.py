@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
 from slatewise import metrics
-from slatewise.rare_log import RareLog
 
 log = logging.getLogger("slatewise")
 
 SWEEP_SECONDS = 0.1  # between two looks at the deadlines of all connections
+LOG_SECONDS = 10.0
 SPARE = 16  # places that only probes get, when all others are taken by requests that are being answered
 AT_ONCE = 64  # one of so many connections goes when all places are taken: choosing costs time for each address
 MAPPED = "::ffff:"  # an IPv4 client on an IPv6 socket
@@ -49,6 +50,26 @@ class Guest(Protocol):
     def evict(self) -> None: ...
 
 
+class RareLog:
+    """Writes at most one line in ten seconds, about what may happen thousands of times."""
+
+    def __init__(self) -> None:
+        self.next = 0.0  # time.monotonic() from which a line may be written
+        self.left_out = 0
+
+    def warning(self, message: str, *values: object) -> None:
+        now = time.monotonic()
+        if now < self.next:
+            self.left_out += 1
+            return
+        if self.left_out:
+            message += "; %d such lines were left out"
+            values = (*values, self.left_out)
+        self.next = now + LOG_SECONDS
+        self.left_out = 0
+        log.warning(message, *values)
+
+
 class Door:
     """Lives on the event loop."""
 
@@ -58,7 +79,7 @@ class Door:
         self.of_address: Counter[str] = Counter()
         self.waiting: dict[str, dict[Guest, None]] = {}  # by address, those that wait for a request, longest first
         self.spare = 0
-        self.full = RareLog(log)
+        self.full = RareLog()
         self.sweeping: asyncio.TimerHandle | None = None
 
     def enter(self, guest: Guest) -> str:

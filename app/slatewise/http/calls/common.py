@@ -81,7 +81,7 @@ AnyQuery = Annotated[
 
 
 def members_of_query(query: str | int | Query, limits: RequestLimits) -> dict[str, Any]:
-    """Return the members of a RankRequest that a query gives. Raises Invalid, and TooLarge for a JSON text."""
+    """Return the members of a RankRequest that a query gives. Raises Invalid."""
     if isinstance(query, int):
         return {"user": str(query)}
     if isinstance(query, str):
@@ -89,9 +89,11 @@ def members_of_query(query: str | int | Query, limits: RequestLimits) -> dict[st
             if len(query) > MAX_ID:
                 raise Invalid.at("/query", f"a user id has at most {MAX_ID} characters; texts are not ranked")
             return {"user": query}
-        check_counts(query.encode(), limits.max_values)
         try:
+            check_counts(query.encode(), limits.max_values)
             query = Query.model_validate_json(query)
+        except Invalid as error:
+            raise in_query(error) from None
         except ValidationError as error:
             raise in_query(schema_error(error)) from None
     members = {name: getattr(query, name) for name in query.model_fields_set}
@@ -187,4 +189,6 @@ def error_headers(error: RankingError, identifier: str) -> dict[str, str]:
 
 def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:
     """Describe errors for the OpenAPI document: those of the native calls, in another shape."""
-    return {status: {"model": model, "description": shown["description"]} for status, shown in PROBLEMS.items()}
+    return {status: {"model": model, "description": shown["description"]} for status, shown in PROBLEMS.items()} | {
+        431: PROBLEMS[431]  # answered before the call is known
+    }

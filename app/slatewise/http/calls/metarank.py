@@ -41,7 +41,7 @@ NAMES = {"/candidates/item_ids": "/items", "/candidates": "/items"}
 IDS: TypeAdapter[list[str]] = TypeAdapter(Ids)
 TEXTS: TypeAdapter[list[str]] = TypeAdapter(Column[Text])
 MOST_MEMBERS = 32_768  # of all objects of a body
-MOST_FIELDS = 256  # of one item
+MOST_FIELDS = 1_000  # of one item
 MOST_NAMES = 20  # most names of ignored fields in one answer
 
 

@@ -122,7 +122,8 @@ def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     sent = parse_as(InferRequest, json)
     ranker = resolve(incoming.registry, incoming.path["model"], incoming.path.get("version"))
     most = max(incoming.limits.max_candidates, incoming.limits.max_history)
-    if sum(math.prod(tensor.shape) for tensor in sent.inputs) > incoming.limits.max_values:
+    counts = [math.prod(tensor.shape) for tensor in sent.inputs]
+    if sum(counts) > incoming.limits.max_values >= most >= max(counts):  # `read_values` refuses a long input by name
         raise Invalid.at("inputs", f"more than {incoming.limits.max_values} values (SLATEWISE_MAX_VALUES)")
     members: dict[str, Any] = {"ranker": ranker.name, "candidates": {"item_ids": []}} | parameters_of(sent.parameters)
     for tensor, raw in zip(sent.inputs, split_binary(sent.inputs, incoming.body[length:])):
