@@ -156,7 +156,9 @@ HISTORY_READS = Counter("slatewise_history_reads_total", "Reads of stored histor
 HISTORIES_USERS = Gauge("slatewise_embedded_histories_users", "Users with a history in this process.")
 HISTORIES_BYTES = Gauge("slatewise_embedded_histories_bytes", "Bytes of the histories in this process.")
 LINES = Counter(
-    "slatewise_lines_total", "Lines of the request log, the capture and the server's own log, written or dropped.", ["kind", "result"]
+    "slatewise_lines_total",
+    "Lines of the request log, the capture and the server's own log, written or dropped.",
+    ["kind", "result"],
 )
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
@@ -170,7 +172,15 @@ for _reason in get_args(DegradedReason):
 for _reason in ("key", "in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _reason in (
-    "address", "evicted", "full", "header_size", "header_timeout", "headers", "idle", "not_http", "write_timeout"
+    "address",
+    "evicted",
+    "full",
+    "header_size",
+    "header_timeout",
+    "headers",
+    "idle",
+    "not_http",
+    "write_timeout",
 ):
     CONNECTIONS_CLOSED.labels(_reason)
 for _kind in ("log", "capture", "server"):

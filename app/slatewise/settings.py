@@ -109,7 +109,10 @@ class Settings(BaseSettings):
     deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that name no deadline; 0: no deadline.")
     max_candidates: int = Field(4096, ge=1, le=MOST_ENTRIES, description="Maximum number of candidates in a request.")
     max_history: int = Field(
-        4096, ge=1, le=MOST_ENTRIES, description="Maximum number of history events in a request; the ranker reads the newest of them."
+        4096,
+        ge=1,
+        le=MOST_ENTRIES,
+        description="Maximum number of history events in a request; the ranker reads the newest of them.",
     )
     stored_history_events: int = Field(
         512,

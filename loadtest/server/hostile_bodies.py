@@ -1,4 +1,4 @@
-"""Bodies of at most a megabyte that take a parser long, for every route with a body: hostile ones, and large legal ones.
+"""Bodies of at most a megabyte that take a parser long, for every route: hostile ones, and large legal ones.
 
 Called by: `loop_holds.py`, `loadtest/chaos/door.py`. Calls: nothing.
 """
@@ -96,7 +96,10 @@ def native(values: int) -> Iterator[tuple[str, bytes]]:
     for length in (4, 200):
         texts = [i.rjust(length, "x") for i in ids]
         yield f"legal: {CANDIDATES} ids of {length} characters", dump(candidates={"item_ids": texts})
-    yield "legal: fields of 4096", dump(candidates={"item_ids": ids, "fields": {"genres": [["Drama", "War"]] * len(ids)}})
+    yield (
+        "legal: fields of 4096",
+        dump(candidates={"item_ids": ids, "fields": {"genres": [["Drama", "War"]] * len(ids)}}),
+    )
     distinct = [f"value {k}" for k in range(CANDIDATES)]
     yield "legal: distinct fields", dump(candidates={"item_ids": distinct, "fields": {"genres": distinct}})
     history = {"item_ids": ids, "actions": ["like"] * len(ids), "timestamps": list(range(10**9, 10**9 + len(ids)))}
@@ -129,7 +132,11 @@ def bodies(ranker: str) -> Iterator[Body]:
         ("/feedback", b"", b""),
         ("/feedback", b'{"event":"ranking","user":"u","items":', b"}"),
         ("/encode", b'{"user":"u","history":{"item_ids":', b"}}"),
-        (f"/v2/models/{ranker}/infer", b'{"inputs":[{"name":"candidates.item_ids","shape":[1],"datatype":"BYTES","data":', b"}]}"),
+        (
+            f"/v2/models/{ranker}/infer",
+            b'{"inputs":[{"name":"candidates.item_ids","shape":[1],"datatype":"BYTES","data":',
+            b"}]}",
+        ),
     ):
         at = (before + b'["1"]' + after)[:-1] or b'{"event":"item"'
         for values, suffix in ((MEGABYTE, ""), (BELOW, ", below the limits")):
@@ -161,7 +168,9 @@ def foreign(ranker: str, kind: dict[str, str]) -> Iterator[Body]:
     yield Body("many fields of one item", f"/rank/{ranker}", body, kind)
     event = {"user": "u", "item_id": "1", "action": "like", "timestamp": 1_700_000_000}
     yield Body("legal: 1,000 events", "/events", dump(events=[event] * 1_000), kind)
-    yield Body("5,000 events of many users", "/events", dump(events=[event | {"user": str(k)} for k in range(5_000)]), kind)
+    yield Body(
+        "5,000 events of many users", "/events", dump(events=[event | {"user": str(k)} for k in range(5_000)]), kind
+    )
     tensor = {"shape": [n], "datatype": "INT8", "parameters": {"binary_data_size": n}}
     names = ["candidates.item_ids", *(f"features.{k}" for k in range(99))]
     head = dump(inputs=[tensor | {"name": name} for name in names])

@@ -16,9 +16,9 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.http.app import ROUTES
 from slatewise.http.auth import RequireKey
 from slatewise.http.hot_routes import HotRoutes
+from slatewise.http.whole_bodies import WholeBodies
 from slatewise.main import build_app
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.http.whole_bodies import WholeBodies
 from slatewise.settings import Settings
 
 PATHS = [("POST", "/rerank"), ("POST", "/score"), ("GET", "/rerank"), ("GET", "/models"), ("GET", "/metrics")]

@@ -134,13 +134,13 @@ def test_too_many_requests_in_flight_get_429(
     tiny: Tiny, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most one request may be in flight: one that is being scored. One whose body does not arrive takes no place."""
-    stop = BlockedMethod("point", monkeypatch)
     body = json.dumps(shaped(example, 0, 10, None, "point")).encode()
     with (
         serve(Settings(bundles=tiny.root, max_in_flight=1)) as client,
         socket.create_connection((client.base_url.host, client.base_url.port or 80)) as slow,
         socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection,
     ):
+        stop = BlockedMethod("point", monkeypatch)
         slow.sendall(post_head(100) + b"{")
         connection.sendall(post_head(len(body)) + body)
         assert stop.begun.wait(20)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 HOST = "127.0.0.1"
+ATTACKER = "127.0.0.2"  # Linux has all of 127.0.0.0/8
 KIND = b"Content-Type: application/json\r\n"
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -74,12 +75,12 @@ class GoodClient:
 
 
 @contextmanager
-def connections(port: int, number: int) -> Iterator[list[socket.socket]]:
-    """Open sockets, which are closed at the end. A refused connection is one that the server closes."""
+def connections(port: int, number: int, address: str = HOST) -> Iterator[list[socket.socket]]:
+    """Open sockets from an address of loopback. They are closed at the end."""
     opened = []
     try:
         for _ in range(number):
-            one = socket.create_connection((HOST, port), 10)
+            one = socket.create_connection((HOST, port), 10, (address, 0))
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             opened.append(one)
         yield opened

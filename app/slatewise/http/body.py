@@ -93,10 +93,12 @@ def check_counts(json: bytes, most: int) -> None:
     if json.count(b",") >= most:
         raise Invalid.at("", f"the body has more than {most} values (SLATEWISE_MAX_VALUES)")
     if json.count(b"[") + json.count(b"{") > most // 4:
-        raise Invalid.at("", f"the body has more than {most // 4} lists and objects (a quarter of SLATEWISE_MAX_VALUES)")
+        raise Invalid.at(
+            "", f"the body has more than {most // 4} lists and objects (a quarter of SLATEWISE_MAX_VALUES)"
+        )
 
 
 def check_names(json: bytes, most: int) -> None:
-    """Refuse a text with more than `most` members of objects: an unknown one costs more than a value. Raises Invalid."""
+    """Refuse a text with more than `most` members: an unknown one costs more than a value. Raises Invalid."""
     if len(json) > SMALL_BODY and next(islice(NAME.finditer(json), most, None), None) is not None:
         raise Invalid.at("", f"the body has more than {most} members")

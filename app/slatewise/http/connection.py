@@ -13,6 +13,8 @@ Called by: uvicorn, through `server.py`. Calls: `door.py` for places and deadlin
 from __future__ import annotations
 
 import math
+import socket
+import struct
 from typing import Any
 
 import httptools
@@ -31,14 +33,25 @@ LINGER_SECONDS = 1.0  # after an early answer, a client may send on for so long:
 LINGER_BYTES = 4 * 2**20
 # Headers that say who asks, what, and how the body is to be read: twice with two values, one of them would be wrong.
 SINGLE = frozenset(
-    name.encode()
-    for name in (
-        "host authorization content-type content-encoding content-length transfer-encoding expect x-user-id "
-        "x-request-id x-request-timeout-ms x-envoy-expected-rq-timeout-ms inference-header-content-length traceparent"
-    ).split()
+    (
+        b"host",
+        b"authorization",
+        b"content-type",
+        b"content-encoding",
+        b"content-length",
+        b"transfer-encoding",
+        b"expect",
+        b"x-user-id",
+        b"x-request-id",
+        b"x-request-timeout-ms",
+        b"x-envoy-expected-rq-timeout-ms",
+        b"inference-header-content-length",
+        b"traceparent",
+    )
 )
 PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
 NEVER = math.inf
+RESET = struct.pack("ii", 1, 0)  # linger for no time
 
 HEAD, BODY, ANSWER, CLOSING = range(4)  # what is waited for
 
@@ -115,6 +128,8 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         if self.state == HEAD:
             self.wait_for_head()
+            if self.rest:
+                self.loop.call_soon(self.take_rest)
         elif self.state != CLOSING:
             self.due = NEVER
 
@@ -250,7 +265,7 @@ class Connection(HttpToolsProtocol):
             return
         self.state = ANSWER
         self.door.work(self)
-        self.due = NEVER
+        self.due = self.loop.time() + self.door.limits.write_timeout_s if self.flow.write_paused else NEVER
         if not self.cycle.response_started:
             self.cycle.keep_alive = self.stays
         super().on_message_complete()
@@ -270,8 +285,8 @@ class Connection(HttpToolsProtocol):
         self.door.wait(self)
         if not self.flow.write_paused:
             self.wait_for_head()
-        if self.rest:
-            self.loop.call_soon(self.take_rest)
+            if self.rest:
+                self.loop.call_soon(self.take_rest)
 
     # Ends
 
@@ -318,16 +333,21 @@ class Connection(HttpToolsProtocol):
         """A deadline has passed: of the head, of an idle connection, or of the client's reading."""
         self.due = NEVER
         if self.state == CLOSING:
-            self.transport.abort()
+            self.reset()
         elif self.flow.write_paused:
             metrics.CONNECTIONS_CLOSED.labels("write_timeout").inc()
-            self.transport.abort()
+            self.reset()
         elif self.has_begun:
             seconds = self.door.limits.header_timeout_s
             self.refuse(HeadersTooSlow(f"the headers did not arrive within {seconds:g} seconds"), "header_timeout")
         else:
             metrics.CONNECTIONS_CLOSED.labels("idle").inc()
-            self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
+            self.reset() if self.transport.get_write_buffer_size() else self.transport.close()
+
+    def reset(self) -> None:
+        """Close at once. The system drops what it holds for a client that does not read."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.transport.abort()
 
     def evict(self) -> None:
         """Give the place to a new connection."""

@@ -50,6 +50,9 @@ class Guest(Protocol):
     def evict(self) -> None: ...
 
 
+Waiting = dict[str, dict[Guest, None]]  # by address
+
+
 class RareLog:
     """Writes at most one line in ten seconds, about what may happen thousands of times."""
 
@@ -77,7 +80,8 @@ class Door:
         self.limits = limits
         self.guests: dict[Guest, bool] = {}  # whether the place is a spare one
         self.of_address: Counter[str] = Counter()
-        self.waiting: dict[str, dict[Guest, None]] = {}  # by address, those that wait for a request, longest first
+        self.waiting: Waiting = {}  # those that wait for a request, longest first
+        self.waiting_spare: Waiting = {}  # of those in spare places
         self.spare = 0
         self.full = RareLog()
         self.sweeping: asyncio.TimerHandle | None = None
@@ -94,10 +98,9 @@ class Door:
         is_spare = False
         if len(self.guests) - self.spare >= self.limits.max_connections:
             self.full.warning("all %d places of connections are taken (max_connections)", self.limits.max_connections)
-            if not self.make_room():
-                if self.spare >= SPARE:
-                    return "full"
-                is_spare = True
+            is_spare = not self.make_room(self.waiting)
+            if is_spare and self.spare >= SPARE and not self.make_room(self.waiting_spare):
+                return "full"
         self.guests[guest] = is_spare
         self.spare += is_spare
         self.of_address[guest.address] += 1
@@ -109,11 +112,10 @@ class Door:
 
     def leave(self, guest: Guest) -> None:
         """Free the place of a connection. May be called twice."""
-        is_spare = self.guests.pop(guest, None)
-        if is_spare is None:
+        if guest not in self.guests:
             return
         self.work(guest)
-        self.spare -= is_spare
+        self.spare -= self.guests.pop(guest)
         self.of_address[guest.address] -= 1
         if not self.of_address[guest.address]:
             del self.of_address[guest.address]
@@ -122,23 +124,26 @@ class Door:
     def wait(self, guest: Guest) -> None:
         """Note that a connection begins to wait for a request, or for the rest of one. Its place may be taken."""
         if guest in self.guests:
-            of_address = self.waiting.setdefault(guest.address, {})
+            of_address = self.waiting_like(guest).setdefault(guest.address, {})
             of_address.pop(guest, None)
             of_address[guest] = None
 
     def work(self, guest: Guest) -> None:
         """Note that the request of a connection is whole. It keeps its place until `wait`."""
-        of_address = self.waiting.get(guest.address)
-        if of_address is not None:
-            of_address.pop(guest, None)
-            if not of_address:
-                del self.waiting[guest.address]
+        if guest in self.guests:
+            waiting = self.waiting_like(guest)
+            waiting.get(guest.address, {}).pop(guest, None)
+            if not waiting.get(guest.address, True):
+                del waiting[guest.address]
 
-    def make_room(self) -> bool:
+    def waiting_like(self, guest: Guest) -> Waiting:
+        return self.waiting_spare if self.guests[guest] else self.waiting
+
+    def make_room(self, waiting: Waiting) -> bool:
         """Close connections that wait, of the address that has most of them. Returns whether there was one."""
-        if not self.waiting:
+        if not waiting:
             return False
-        of_address = max(self.waiting.values(), key=len)
+        of_address = max(waiting.values(), key=len)
         for guest in list(of_address)[: 1 + len(of_address) // AT_ONCE]:
             metrics.CONNECTIONS_CLOSED.labels("evicted").inc()
             self.leave(guest)

@@ -96,9 +96,7 @@ def connect(url: str) -> Client:
     return client
 
 
-def connect_async(
-    url: str, timeout_seconds: float, connections: int, reply_bytes: int = REPLY_BYTES
-) -> AsyncClient:
+def connect_async(url: str, timeout_seconds: float, connections: int, reply_bytes: int = REPLY_BYTES) -> AsyncClient:
     """Build an asyncio client for the server, without retries. Raises ValueError if the URL is wrong.
 
     `timeout_seconds` limits the time to connect only. The caller limits the wait for replies, because redis-py would

@@ -5,6 +5,8 @@ Called by: redis-py, for the connections of `client.py`. Calls: redis-py.
 
 from __future__ import annotations
 
+from typing import Any
+
 from redis._parsers import _AsyncRESP2Parser
 from redis.exceptions import InvalidResponse
 
@@ -20,7 +22,7 @@ class BoundedParser(_AsyncRESP2Parser):
         self.bytes_left = most_bytes
         self.elements_left = MOST_ELEMENTS
 
-    async def read_response(self, disable_decoding: bool = False) -> object:
+    async def read_response(self, disable_decoding: bool = False) -> Any:
         self.bytes_left = self.most_bytes
         self.elements_left = MOST_ELEMENTS
         return await super().read_response(disable_decoding)

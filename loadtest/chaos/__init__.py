@@ -1,0 +1,1 @@
+"""Attacks and faults that take minutes: see docs/operating.md."""
