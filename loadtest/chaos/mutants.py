@@ -11,7 +11,7 @@ from collections import Counter
 
 AT_ONCE = 200  # connections
 END_SECONDS = 15.0
-PATHS = [
+PATHS = (
     "/rerank",
     "/score",
     "/v1/rerank",
@@ -24,7 +24,7 @@ PATHS = [
     "/encode",
     "/v2/models/movielens/infer",
     "/nothing",
-]
+)
 BODY = (
     b'{"user":"u","candidates":{"item_ids":["1","2"]},"history":{"item_ids":["3"]},"query":"u","documents":["1"],'
     b'"texts":["1"],"userId":"u","inputList":["1"],"campaignArn":"a/movielens","items":[{"id":"1"}]}'

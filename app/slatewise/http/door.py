@@ -21,6 +21,7 @@ from slatewise import metrics
 log = logging.getLogger("slatewise")
 
 SWEEP_SECONDS = 0.1  # between two looks at the deadlines of all connections
+IN_A_TURN = 20  # connections that get an answer to their deadline before others have their turn
 LOG_SECONDS = 10.0
 SPARE = 16  # places that only probes get, when all others are taken by requests that are being answered
 AT_ONCE = 64  # one of so many connections goes when all places are taken: choosing costs time for each address
@@ -154,9 +155,11 @@ class Door:
         """Call `on_due` of each connection whose deadline has passed. One timer for all costs a request nothing."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for guest in [guest for guest in self.guests if guest.due <= now]:
+        late = [guest for guest in self.guests if guest.due <= now]
+        for guest in late[:IN_A_TURN]:
             guest.on_due()
-        self.sweeping = loop.call_later(SWEEP_SECONDS, self.sweep) if self.guests else None
+        wait = SWEEP_SECONDS if len(late) <= IN_A_TURN else 0.001
+        self.sweeping = loop.call_later(wait, self.sweep) if self.guests else None
 
 
 def address_of(peer: object) -> str:

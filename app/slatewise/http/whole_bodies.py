@@ -21,7 +21,7 @@ from slatewise.http.door import address_of
 METHODS = frozenset(("POST", "PUT", "PATCH"))
 LEAST_RATE = 1_000  # bytes in a second that a body must arrive with, after a first part of its time
 FIRST_PART = 0.5  # of the timeout
-BODIES_AT_ONCE = 32  # bodies of the largest size whose bytes may wait for the rest of them
+BODIES_AT_ONCE = 16  # bodies of the largest size whose bytes may wait for the rest of them
 
 
 class PartOfBody:
@@ -43,6 +43,7 @@ class WholeBodies:
         self.seconds = body_timeout_s
         self.most_of_all = BODIES_AT_ONCE * max_body_bytes
         self.bytes_of_all = 0
+        self.turns = asyncio.Lock()
         self.parts: dict[PartOfBody, None] = {}  # oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,6 +96,8 @@ class WholeBodies:
                     if message["type"] == "http.disconnect":
                         return message
         except TimeoutError:
+            async with self.turns:  # of thousands that end together, one after the other: each has an answer to make
+                await asyncio.sleep(0)
             if part.is_dropped:
                 raise Overloaded("too many bytes of bodies wait for the rest of their bodies") from None
             raise BodyTimeout(
