@@ -3,7 +3,7 @@
 A server with the committed demo, and attackers in processes of their own, from another address. For each attack: p99 of
 a good client before and during it, wrong answers, growth of the server's memory, and whether the attacker's connections
 are closed. Prints a Markdown table. Exits with 1 if a bound is broken: p99 at most doubled (10 ms are always enough),
-no wrong answer, memory within 61 MB, no open connection, no 5xx for a mutant. All bodies that are being read share 15 MB;
+no wrong answer, memory within 61 MB, no open connection, no 5xx for a mutant. All bodies that are read share 15 MB;
 at the most, a body is there twice (received, and joined), and the bound is twice that.
 
 Called by: `make chaos`. Calls: `tests/support/attacks.py`, `mutants.py`.
