@@ -156,9 +156,9 @@ class Settings(BaseSettings):
     )
     body_timeout_s: float = Field(10.0, gt=0, description="Timeout of reading a request body.")
     max_values: int = Field(
-        65_536,
+        50_000,
         ge=1,
-        description="Maximum number of values in a JSON body, enough for 15 columns of 4096 candidates; of lists and "
+        description="Maximum number of values in a JSON body, enough for 11 columns of 4096 candidates; of lists and "
         "objects, a quarter. 10,000 values take about a millisecond, in which no other request is read.",
     )
     max_connections: int = Field(

@@ -14,7 +14,7 @@ from typing import Any
 
 MEGABYTE = 1_000_000  # the default of SLATEWISE_MAX_BODY_BYTES
 CANDIDATES = 4_096  # the default of SLATEWISE_MAX_CANDIDATES
-BELOW = 65_400  # values: a little less than the default of SLATEWISE_MAX_VALUES
+BELOW = 49_900  # values: a little less than the default of SLATEWISE_MAX_VALUES
 
 
 @dataclass(frozen=True)
