@@ -21,6 +21,7 @@ from slatewise.http.door import address_of
 METHODS = frozenset(("POST", "PUT", "PATCH"))
 LEAST_RATE = 1_000  # bytes in a second that a body must arrive with, after a first part of its time
 FIRST_PART = 0.5  # of the timeout
+BLOCK = 65_536  # bytes
 BODIES_AT_ONCE = 16  # bodies of the largest size whose bytes may wait for the rest of them
 
 
@@ -29,9 +30,25 @@ class PartOfBody:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.data = bytearray()
+        self.size = 0  # bytes
+        self.blocks: list[bytes] = []
+        self.last = bytearray()  # pieces may be of one byte, and a buffer of the whole body would move as it grows
         self.timeout = asyncio.timeout(None)
         self.is_dropped = False
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self.last += piece
+        if len(self.last) >= BLOCK:
+            self.blocks.append(bytes(self.last))
+            self.last = bytearray()
+
+    def drop(self) -> None:
+        self.size = 0
+        self.blocks = []
+        self.last = bytearray()
+        self.is_dropped = True
+        self.timeout.reschedule(0)  # the past
 
 
 class WholeBodies:
@@ -83,14 +100,14 @@ class WholeBodies:
             async with part.timeout:
                 while True:
                     piece = message.get("body", b"")
-                    part.data += piece
+                    part.add(piece)
                     self.bytes_of_all += len(piece)
-                    if not message.get("more_body") or len(part.data) > self.most:
-                        return {**message, "body": bytes(part.data)}
+                    if not message.get("more_body") or part.size > self.most:
+                        return {**message, "body": b"".join([*part.blocks, part.last])}
                     if self.bytes_of_all > self.most_of_all:
                         self.drop_oldest()
                     if not part.is_dropped:
-                        wait = min(self.seconds, self.seconds * FIRST_PART + len(part.data) / LEAST_RATE)
+                        wait = min(self.seconds, self.seconds * FIRST_PART + part.size / LEAST_RATE)
                         part.timeout.reschedule(begin + wait)
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -105,19 +122,17 @@ class WholeBodies:
                 f"second after the first {self.seconds * FIRST_PART:g}"
             ) from None
         finally:
-            self.bytes_of_all -= len(part.data)
+            self.bytes_of_all -= part.size
             del self.parts[part]
 
     def drop_oldest(self) -> None:
         """End the reading of a body of the address that holds most bytes: of its larger half, the oldest one."""
         of_address: dict[str, list[PartOfBody]] = {}
         for part in self.parts:
-            if part.data:
+            if part.size:
                 of_address.setdefault(part.address, []).append(part)
-        parts = max(of_address.values(), key=lambda parts: sum(len(part.data) for part in parts))
-        mean = sum(len(part.data) for part in parts) / len(parts)
-        oldest = next(part for part in parts if len(part.data) >= mean)
-        self.bytes_of_all -= len(oldest.data)
-        oldest.data = bytearray()
-        oldest.is_dropped = True
-        oldest.timeout.reschedule(0)  # the past
+        parts = max(of_address.values(), key=lambda parts: sum(part.size for part in parts))
+        mean = sum(part.size for part in parts) / len(parts)
+        oldest = next(part for part in parts if part.size >= mean)
+        self.bytes_of_all -= oldest.size
+        oldest.drop()
