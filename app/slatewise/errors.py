@@ -9,7 +9,7 @@
                                                       UnsupportedType 415
 
 Checked before the body is read: BadRequest 400, HeadersTooSlow 408, HeadersTooLarge 431, NoPlace 503 (by
-`http/connection.py`), then Unauthorized 401, NotReady 503, Overloaded 429.
+`http/connection.py`), then Unauthorized 401; when it has arrived, NotReady 503 and Overloaded 429.
 
 The detail of an error is sent to the client: it names limits and never repeats values.
 

@@ -217,7 +217,9 @@ class Settings(BaseSettings):
     )
     page: bool = Field(True, description="Serve the page at `/`, with which a person tries the rankers; false: 404.")
     max_in_flight: int = Field(
-        256, ge=1, description="Requests in flight; above it, new requests get 429 before their body is read."
+        256,
+        ge=1,
+        description="Requests in flight whose bodies have arrived; above it, new ones get 429 before they are parsed.",
     )
     max_outstanding_tokens: int = Field(
         50_000,
