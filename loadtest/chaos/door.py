@@ -35,6 +35,7 @@ TIMEOUT = 2.0  # of headers, bodies, idle connections and answers
 BODY_BYTES = 1_000_000
 MEMORY_MB = 4 * 16 * BODY_BYTES / 2**20
 LEAST_P99 = 0.010  # below it, the neighbours on the machine decide
+QUIET = ("sh", "-c", 'exec "$0" -m slatewise serve > /dev/null', sys.executable)  # each refusal is a line of the log
 Attack = Callable[[int], bool]  # of a port; whether all connections were closed
 
 
@@ -145,7 +146,7 @@ def main() -> int:
     names = ("HEADER_TIMEOUT_S", "BODY_TIMEOUT_S", "KEEP_ALIVE_S", "WRITE_TIMEOUT_S")
     settings = {"BUNDLES": str(BUNDLES), "VARIANTS": "fp32", "THREADS": "1", "SLOW_MS": "0", "DRAIN_SECONDS": "0"}
     settings |= {name: f"{TIMEOUT:g}" for name in names}
-    with ServerProcess(settings) as server:
+    with ServerProcess(settings, QUIET) as server:
         example = server.get("/models/movielens")[1]["example"]
         results = [measure(server, example, name) for name in ATTACKS if given.only in name]
         print(f"{cpu_name()}; time-outs of {TIMEOUT:g} s\n")
