@@ -87,16 +87,16 @@ PLACES = {
         "http/calls/model_list.py",
     },
     "fastapi_offline": {"http/app.py"},
-    "uvicorn": {"http/server.py"},
+    "uvicorn": {"http/server.py", "http/connection.py"},
     "starlette": {
         *(
             f"http/{name}.py"
             for name in ("app", "auth", "body", "dialect", "events", "head", "hot_routes", "problems", "rank")
         ),
-        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing")),
+        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing", "whole_bodies")),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
-    "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "writer")}
+    "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "replies", "writer")}
     | {"events/redis_histories.py"},
     "httpx": {f"client/{name}.py" for name in ("client", "async_client", "exchange")},
     "pydantic_settings": {"settings.py"},

@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from slatewise import settings as module
-from slatewise.settings import Settings, SettingsError, default_bundles, read_settings, unknown_variables
+from slatewise.environment import unknown_variables
+from slatewise.settings import Settings, SettingsError, default_bundles, read_settings, variable
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
@@ -215,9 +216,10 @@ def test_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.Monkey
 
 def test_known_variables_are_not_unknown() -> None:
     known = {f"SLATEWISE_{name}".upper(): "1" for name in Settings.model_fields}
-    assert unknown_variables(known | {"slatewise_port": "1", "PATH": "x", "MY_SLATEWISE_X": "y"}) == []
+    assert unknown_variables(known | {"slatewise_port": "1", "PATH": "x", "MY_SLATEWISE_X": "y"}, NAMES) == []
 
 
+NAMES = [variable(name) for name in Settings.model_fields]
 SERVICE_LINKS = {
     "SLATEWISE_PORT": "tcp://10.0.0.1:8000",
     "SLATEWISE_SERVICE_HOST": "10.0.0.1",
@@ -242,8 +244,8 @@ def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_variable_like_a_service_link_is_refused() -> None:
-    assert len(unknown_variables({"SLATEWISE_REDIS_PORT": "6379"})) == 1
-    assert len(unknown_variables({"SLATEWISE_PORT_HTTP": "8000"})) == 1
+    assert len(unknown_variables({"SLATEWISE_REDIS_PORT": "6379"}, NAMES)) == 1
+    assert len(unknown_variables({"SLATEWISE_PORT_HTTP": "8000"}, NAMES)) == 1
 
 
 def test_default_bundles_are_the_checkouts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

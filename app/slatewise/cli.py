@@ -95,7 +95,8 @@ def run_main(program: str, function: Callable[[Sequence[str]], int | None], argu
     """The exit code of a command's `main`. An expected error becomes one line on standard error, and exit code 1."""
     try:
         code = function(arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed at the start
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return INTERRUPTED

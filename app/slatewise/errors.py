@@ -8,8 +8,9 @@
            +----------------------------------------- NotJson and UpgradeRefused 400, BodyTimeout 408, TooLarge 413,
                                                       UnsupportedType 415
 
-Checked before the body is read: Unauthorized 401, NotReady 503, Overloaded 429. Of commands to `/admin`: Conflict 409,
-Refused 422.
+Checked before the body is read: BadRequest 400, HeadersTooSlow 408, HeadersTooLarge 431, NoPlace 503 (by
+`http/connection.py`), then Unauthorized 401; when it has arrived, NotReady 503 and Overloaded 429. Of commands to
+`/admin`: Conflict 409, Refused 422.
 
 The detail of an error is sent to the client: it names limits and never repeats values.
 
@@ -54,6 +55,31 @@ class RankingError(Exception):
     def slug(self) -> str:
         """Return the title in lower case with hyphens, for the problem type and the request log."""
         return self.title.lower().replace(" ", "-")
+
+
+class BadRequest(RankingError):
+    """The headers are not those of an HTTP/1.1 request, or contradict each other."""
+
+    status = 400
+    title = "Bad request"
+
+
+class HeadersTooSlow(RankingError):
+    status = 408
+    title = "Headers too slow"
+
+
+class HeadersTooLarge(RankingError):
+    status = 431
+    title = "Headers too large"
+
+
+class NoPlace(RankingError):
+    """The server has no place for another connection."""
+
+    status = 503
+    title = "Too many connections"
+    headers = {"Retry-After": "1"}
 
 
 class NotJson(RankingError):

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +28,15 @@ from slatewise import logs, metrics
 from slatewise.bundle.loader import Lacking, load_rankers
 from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
+from slatewise.environment import is_link_address
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
+from slatewise.http.door import DoorLimits
 from slatewise.http.server import bind, run
+from slatewise.http.server_log import open_server_log
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit, open_closed_streams
 from slatewise.ranking.admission import Admission, RequestLimits
@@ -44,13 +48,14 @@ from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
-from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings, variable
-from slatewise.store.client import connect_async
+from slatewise.settings import Settings, SettingsError, add_flags, read_settings, variable
+from slatewise.store.client import REPLY_BYTES, connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 from slatewise.store.node import RedisNode
 
 log = logging.getLogger("slatewise")
+EVENT_BYTES = 300  # that a stored event takes in Redis, with a long id
 
 
 @asynccontextmanager
@@ -71,6 +76,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             max_outstanding_tokens=settings.max_outstanding_tokens,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
+            max_values=settings.max_values,
             max_candidates=settings.max_candidates,
             max_history=settings.max_history,
             deadline_ms=settings.deadline_ms,
@@ -85,6 +91,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
                 cache_seconds=settings.embedding_cache_s,
                 cache_users=settings.embedding_cache_users,
                 max_age_seconds=settings.embedding_max_age_s,
+                reply_bytes=max(REPLY_BYTES, settings.stored_history_events * EVENT_BYTES),
             )
             store = await stack.enter_async_context(redis)
         histories = make_histories(settings, store)
@@ -213,7 +220,11 @@ def serve(settings: Settings) -> int:
     # they are not among what is never collected.
     gc.collect()
     gc.freeze()
-    return run(build_app(settings, load(settings)), listener, settings.drain_seconds)
+    return run(build_app(settings, load(settings)), listener, settings.drain_seconds, door_limits(settings))
+
+
+def door_limits(settings: Settings) -> DoorLimits:
+    return DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
 
 
 def check_writable(folder: Path) -> None:
@@ -242,16 +253,16 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
     open_closed_streams()
-    handler = logging.StreamHandler()
-    style = flags.get("log_format") or os.environ.get(variable("log_format"))
-    logs.configure("json" if style == "json" else "text", "info", handler)  # before other settings are found wrong
-    # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
-    # with the signal, also if it is caught.
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, partial(leave, code))
-    settings = read_settings(flags)
-    logs.configure(settings.log_format, settings.log_level, handler)
-    if is_link_address(os.environ.get("SLATEWISE_PORT")):
-        log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
-    return serve(settings)
+    with open_server_log() as handler:
+        style = flags.get("log_format") or os.environ.get(variable("log_format"))
+        logs.configure("json" if style == "json" else "text", "info", handler)  # before other settings are found wrong
+        # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends
+        # Python with the signal, also if it is caught.
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, partial(leave, code))
+        settings = read_settings(flags)
+        logs.configure(settings.log_format, settings.log_level, handler)
+        if is_link_address(os.environ.get("SLATEWISE_PORT")):
+            log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")
+        return serve(settings)

@@ -81,6 +81,11 @@ THREADS = Gauge("slatewise_threads", "Threads that run the model.")
 MEMORY_LIMIT = Gauge(
     "slatewise_memory_limit_bytes", "Memory limit of the cgroup, or the memory of the machine if there is no limit."
 )
+CONNECTIONS = Gauge("slatewise_connections", "Open connections.")
+CONNECTIONS_LIMIT = Gauge("slatewise_connections_limit", "Number of connections above which new ones are refused.")
+CONNECTIONS_CLOSED = Counter(
+    "slatewise_connections_closed_total", "Connections that the server closed on its own, by reason.", ["reason"]
+)
 DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that disconnected before the response.")
 REJECTED = Counter(
     "slatewise_rejected_total", "Requests refused for a missing or wrong key, or for overload, by reason.", ["reason"]
@@ -152,7 +157,9 @@ HISTORY_READS = Counter("slatewise_history_reads_total", "Reads of stored histor
 HISTORIES_USERS = Gauge("slatewise_embedded_histories_users", "Users with a history in this process.")
 HISTORIES_BYTES = Gauge("slatewise_embedded_histories_bytes", "Bytes of the histories in this process.")
 LINES = Counter(
-    "slatewise_lines_total", "Lines of the request log and the capture, written or dropped.", ["kind", "result"]
+    "slatewise_lines_total",
+    "Lines of the request log, the capture and the server's own log, written or dropped.",
+    ["kind", "result"],
 )
 MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.", ["ranker", "version", "variant"])
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
@@ -202,7 +209,19 @@ for _reason in get_args(DegradedReason):
     DEGRADED.labels(_reason)
 for _reason in ("key", "in_flight", "tokens"):
     REJECTED.labels(_reason)
-for _kind in ("log", "capture"):
+for _reason in (
+    "address",
+    "evicted",
+    "full",
+    "header_size",
+    "header_timeout",
+    "headers",
+    "idle",
+    "not_http",
+    "write_timeout",
+):
+    CONNECTIONS_CLOSED.labels(_reason)
+for _kind in ("log", "capture", "server"):
     for _result in ("written", "dropped"):
         LINES.labels(_kind, _result)
 for _outcome in get_args(LoadOutcome):

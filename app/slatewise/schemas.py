@@ -37,7 +37,10 @@ RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 
 
 T = TypeVar("T")
-Column = Annotated[list[T], Field(fail_fast=True)]  # reports the first fault only: a column may have thousands
+MOST_ENTRIES = 32_768  # of a column: an upper limit of the settings max_candidates and max_history
+Column = Annotated[
+    list[T], Field(fail_fast=True, max_length=MOST_ENTRIES)
+]  # reports the first fault only: a column may have thousands
 
 
 def as_text(ids: list[Any]) -> list[str]:

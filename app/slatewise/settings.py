@@ -6,7 +6,6 @@ Called by: main.py, http/app.py; store/client.py and bundle/check.py take consta
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import os
 import re
@@ -17,12 +16,10 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from slatewise.environment import PREFIX, is_link_address, unknown_variables
 from slatewise.logs import Format, Level
+from slatewise.schemas import MOST_ENTRIES
 
-PREFIX = "SLATEWISE_"
-# Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
-# a server without the keys that its operator meant would be open.
-CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
 PACKAGE = Path(__file__).parent
 REDIS_SCHEMES = (
     "redis://",
@@ -33,13 +30,6 @@ REDIS_SCHEMES = (
     "redis+cluster://",
     "rediss+cluster://",
 )
-
-# Kubernetes and Docker set such variables for each Service or link whose name begins with "slatewise".
-SERVICE_LINK = re.compile(
-    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.IGNORECASE
-)
-LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
-
 
 # Scheme, host (a name, or an IPv6 address in brackets) and port of a web page. Extensions and apps have own schemes.
 ORIGIN = re.compile(
@@ -136,9 +126,12 @@ class Settings(BaseSettings):
         "states its largest score difference (`invariance`).",
     )
     deadline_ms: float = Field(0.0, ge=0, description="Deadline of requests that name no deadline; 0: no deadline.")
-    max_candidates: int = Field(4096, ge=1, description="Maximum number of candidates in a request.")
+    max_candidates: int = Field(4096, ge=1, le=MOST_ENTRIES, description="Maximum number of candidates in a request.")
     max_history: int = Field(
-        4096, ge=1, description="Maximum number of history events in a request; the ranker reads the newest of them."
+        4096,
+        ge=1,
+        le=MOST_ENTRIES,
+        description="Maximum number of history events in a request; the ranker reads the newest of them.",
     )
     stored_history_events: int = Field(
         512,
@@ -181,6 +174,43 @@ class Settings(BaseSettings):
         1_000_000, ge=1, description="Maximum size of a request body, before and after decompression."
     )
     body_timeout_s: float = Field(10.0, gt=0, description="Timeout of reading a request body.")
+    max_values: int = Field(
+        50_000,
+        ge=1,
+        description="Maximum number of values in a JSON body, enough for 11 columns of 4096 candidates; of lists and "
+        "objects, a quarter. 10,000 values take about a millisecond, in which no other request is read.",
+    )
+    max_connections: int = Field(
+        4_096,
+        ge=1,
+        description="Maximum number of open connections, fewer if the descriptors (`ulimit -n`) are fewer. Above it, "
+        "those that wait for a request are closed, of the address that has most of them.",
+    )
+    max_connections_per_address: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of open connections of one client address; 0: no limit, because behind a balancer "
+        "all clients have one address.",
+    )
+    max_header_bytes: int = Field(
+        32_768, ge=256, description="Maximum size of the request line and headers; above it, the answer is 431."
+    )
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Timeout of the headers of a request, and of a new connection that sends none.",
+    )
+    keep_alive_s: float = Field(
+        620.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time after which a connection without a request is closed. It must be longer than that of the "
+        "balancer in front: 60 s at AWS and nginx, 600 s at Google.",
+    )
+    write_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Timeout of a client to take an answer."
+    )
     drain_seconds: float = Field(
         2.0, ge=0, le=3_600, description="Time to keep serving after SIGTERM or SIGHUP while /readyz answers 503."
     )
@@ -212,7 +242,9 @@ class Settings(BaseSettings):
     )
     page: bool = Field(True, description="Serve the page at `/`, with which a person tries the rankers; false: 404.")
     max_in_flight: int = Field(
-        256, ge=1, description="Requests in flight; above it, new requests get 429 before their body is read."
+        256,
+        ge=1,
+        description="Requests in flight whose bodies have arrived; above it, new ones get 429 before they are parsed.",
     )
     max_outstanding_tokens: int = Field(
         50_000,
@@ -293,32 +325,12 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def is_link_address(value: object) -> bool:
-    return isinstance(value, str) and LINK_ADDRESS.match(value) is not None
-
-
 def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
-    known = {variable(name) for name in Settings.model_fields}
-    names = {name.upper() for name in environment}
-    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or "SLATEWISE_API_KEYS" in names}
-    messages = []
-    for name, value in sorted(environment.items()):
-        if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):
-            continue
-        if name.upper().endswith("_PORT") and is_link_address(value):
-            continue
-        nearest = difflib.get_close_matches(name.upper(), known - {*CLIENT_VARIABLES}, 1, 0.0)[0]
-        messages.append(f"{name} is not a setting; did you mean {nearest}?")
-    return messages
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -339,7 +351,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def read_settings(flags: Mapping[str, str]) -> Settings:
     """Read each setting from `flags` (texts by field name), or else from the environment. Raises SettingsError."""
-    if unknown := unknown_variables(os.environ):
+    if unknown := unknown_variables(os.environ, [variable(name) for name in Settings.model_fields]):
         raise SettingsError(unknown)
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # texts: pydantic converts them as it does variables

@@ -17,6 +17,7 @@ from slatewise.http.app import ROUTES
 from slatewise.http.auth import RequireKey
 from slatewise.http.head import AnswerHead
 from slatewise.http.hot_routes import HotRoutes
+from slatewise.http.whole_bodies import WholeBodies
 from slatewise.main import build_app
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.settings import Settings
@@ -87,7 +88,12 @@ def test_key_is_required_on_every_route_that_is_not_open(ranker: Ranker) -> None
 
 
 def test_authentication_runs_before_the_hot_routes(ranker: Ranker) -> None:
-    assert [middleware.cls for middleware in app_of(ranker).user_middleware] == [RequireKey, HotRoutes, AnswerHead]
+    assert [middleware.cls for middleware in app_of(ranker).user_middleware] == [
+        RequireKey,
+        WholeBodies,
+        HotRoutes,
+        AnswerHead,
+    ]
 
 
 def test_hot_routes_are_the_documented_ranking_routes(ranker: Ranker) -> None:

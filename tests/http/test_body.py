@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
-from slatewise.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType
-from slatewise.http.body import inflate
+from slatewise.errors import BodyTimeout, Invalid, NotJson, TooLarge, UnsupportedType
+from slatewise.http.body import SMALL_BODY, check_counts, check_names, inflate
 from slatewise.http.rank import read_admitted
 from slatewise.ranking.admission import Admission
 from tests.ranking.support import request_limits
@@ -209,3 +209,27 @@ def test_disconnect_raises_client_disconnect() -> None:
 
     with pytest.raises(ClientDisconnect):
         read(gone)
+
+
+@pytest.mark.parametrize(
+    ("json", "text"),
+    [
+        (b"[" + b"1," * 20_000 + b"1]", "more than 20000 values"),
+        (b"[" + b"[]," * 5_000 + b"[]]" + b" " * 2_000, "more than 5000 lists and objects"),
+        (b'{"a":' * 5_001, "more than 5000 lists and objects"),
+        (b"[" * 20_000, "more than 5000 lists and objects"),
+    ],
+)
+def test_body_of_too_many_values_is_refused_unparsed(json: bytes, text: str) -> None:
+    with pytest.raises(Invalid, match=text):
+        check_counts(json, 20_000)
+    check_counts(json, 80_000)
+    check_counts(json[:SMALL_BODY], 1)
+
+
+@pytest.mark.parametrize("end", [b'":', b'" :', b'"\n\t :'])
+def test_members_are_counted_however_they_are_spaced(end: bytes) -> None:
+    json = b"{" + b",".join(b'"a' + end + b"1" for _ in range(3_000)) + b"}"
+    with pytest.raises(Invalid, match="more than 2999 members"):
+        check_names(json, 2_999)
+    check_names(json, 3_000)

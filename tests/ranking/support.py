@@ -32,6 +32,7 @@ def request_limits(**changes: Any) -> RequestLimits:
         "max_outstanding_tokens": 10**6,
         "max_body_bytes": 10**6,
         "body_timeout_s": 60.0,
+        "max_values": 10**6,
         "max_candidates": 3_000,
         "max_history": 1_000,
         "deadline_ms": 0.0,

@@ -1,6 +1,6 @@
-"""The application in this process, behind a real uvicorn on a real socket.
+"""The application in this process, behind the real server on a real socket.
 
-Called by: the fixture `client` and tests with settings of their own. Calls: `slatewise/main.py`.
+Called by: the fixture `client` and tests with settings of their own. Calls: `slatewise/main.py`, `http/server.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
 
 from slatewise.bundle.loader import load_rankers
-from slatewise.main import build_app
+from slatewise.http.server import Server
+from slatewise.main import build_app, door_limits
 from slatewise.settings import Settings
 from tests.support.network import free_port
 
@@ -27,7 +27,7 @@ def serve(settings: Settings) -> Iterator[httpx.Client]:
     """Serve in a thread, and yield a client that ignores the environment's proxies."""
     port = free_port()
     app = build_app(settings, load_rankers(settings.bundles, 1, settings.chosen_variants()))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", access_log=False))
+    server = Server(app, 0.0, door_limits(settings), host="127.0.0.1", port=port)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     try:

@@ -12,7 +12,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.middleware import Middleware
@@ -35,6 +36,7 @@ from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
 from slatewise.http.telemetry import fastapi_telemetry, open_tracing
+from slatewise.http.whole_bodies import WholeBodies
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.versions import Versions
 from slatewise.settings import Settings
@@ -55,6 +57,9 @@ def create_app(
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
         Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
+        Middleware(
+            WholeBodies, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s
+        ),  # behind the check of keys: a client without one is answered before its body is read
         Middleware(HotRoutes, routes=ROUTES),  # hot routes bypass the layers after it
         Middleware(AnswerHead),
     ]
@@ -144,13 +149,15 @@ def complete_document(
 ) -> None:
     """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open.
 
-    That takes 20 ms of the event loop, and the document may be open, so it is done once for each example.
+    That takes 20 ms of the event loop, and the document may be open, so it is done once for each example, and so is its
+    text, which takes another 2 ms.
     """
     generate = app.openapi  # keeps its result
     shown: dict[str, Any] | None = None
+    text: bytes | None = None
 
     def openapi() -> dict[str, Any]:
-        nonlocal shown
+        nonlocal shown, text
         document = generate()
         pipeline: Pipeline | None = app.state.pipeline
         example = example_request(() if pipeline is None else pipeline.registry.serving(), not keys)
@@ -161,6 +168,16 @@ def complete_document(
             if VersionBody in bodies:
                 describe_admin_key(document)
             shown = example
+            text = None
         return document
 
+    async def show(_: Request) -> Response:
+        nonlocal text
+        document = openapi()
+        if text is None:
+            text = bytes(JSONResponse(document).body)
+        return Response(text, media_type="application/json")
+
     app.openapi = openapi  # type: ignore[method-assign]
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != app.openapi_url]
+    app.add_route(str(app.openapi_url), show, include_in_schema=False)

@@ -6,14 +6,19 @@ Called by: `rank.py`, which parses the bytes. Calls: `errors.py`.
 """
 
 import asyncio
+import re
 import zlib
+from itertools import islice
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from slatewise.errors import BodyTimeout, NotJson, TooLarge, UnsupportedType, UpgradeRefused
+from slatewise.errors import BodyTimeout, Invalid, NotJson, TooLarge, UnsupportedType, UpgradeRefused
 
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
+SMALL_BODY = 16_384  # bytes; JSON of this size holds the event loop for less than ten milliseconds, whatever it is
+LONG_INFLATION = 65_536  # bytes as sent, above which a body is inflated in a thread, which needs no lock of Python
+NAME = re.compile(rb'"[ \t\r\n]*:')  # the end of a member's name
 MOST_DIGITS = 18  # of a Content-Length; int() refuses very long numbers
 
 
@@ -45,21 +50,22 @@ async def read_body(request: Request, coding: str, limit: int, timeout_seconds: 
 
     Raises TooLarge, BodyTimeout, NotJson (broken coding), UpgradeRefused or ClientDisconnect.
     """
-    chunks = []
-    size = 0
+    body = bytearray()  # a list of pieces of one byte would take fifty times the memory
     try:
         async with asyncio.timeout(timeout_seconds):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
+                body += chunk
+                if len(body) > limit:
                     raise TooLarge.body(limit)
-                chunks.append(chunk)
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} seconds") from None
-    body = b"".join(chunks)
     if not body and "upgrade" in request.headers:  # uvicorn's parser drops the body in this case
         raise UpgradeRefused("the body is lost to the Upgrade header: send plain HTTP/1.1 without it")
-    return body if coding == "identity" else inflate(body, coding, limit)
+    if coding == "identity":
+        return bytes(body)
+    if len(body) > LONG_INFLATION:
+        return await asyncio.to_thread(inflate, bytes(body), coding, limit)
+    return inflate(bytes(body), coding, limit)
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
@@ -74,3 +80,25 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
     if not inflater.eof or inflater.unused_data:
         raise NotJson(f"the body is not one whole {coding} stream")
     return result
+
+
+def check_counts(json: bytes, most: int) -> None:
+    """Refuse a text with more than `most` values, or a quarter as many lists and objects, before it is parsed.
+
+    A parser makes a Python object of each, and no other request is read meanwhile. Commas and brackets inside texts
+    count too: to tell them apart takes longer than parsing. Raises Invalid.
+    """
+    if len(json) <= SMALL_BODY:
+        return
+    if json.count(b",") >= most:
+        raise Invalid.at("", f"the body has more than {most} values (SLATEWISE_MAX_VALUES)")
+    if json.count(b"[") + json.count(b"{") > most // 4:
+        raise Invalid.at(
+            "", f"the body has more than {most // 4} lists and objects (a quarter of SLATEWISE_MAX_VALUES)"
+        )
+
+
+def check_names(json: bytes, most: int) -> None:
+    """Refuse a text with more than `most` members: an unknown one costs more than a value. Raises Invalid."""
+    if len(json) > SMALL_BODY and next(islice(NAME.finditer(json), most, None), None) is not None:
+        raise Invalid.at("", f"the body has more than {most} members")

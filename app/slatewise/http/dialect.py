@@ -57,4 +57,5 @@ class Dialect(Generic[T]):
     body: type[BaseModel]  # schema of the request, for the OpenAPI document
     answer: Any  # schema of the answer, for the OpenAPI document
     responses: Mapping[int | str, dict[str, Any]]  # errors and other forms of the answer, for the OpenAPI document
+    is_binary: bool = False  # the body may be JSON with other bytes behind it: `parse` calls `check_counts`
     any_type: bool = False  # accepts every Content-Type, not only JSON

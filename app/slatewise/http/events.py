@@ -24,6 +24,7 @@ from slatewise.errors import Invalid, NotJson, RankingError
 from slatewise.events.event import EventBody, EventCounts, EventsBody, check_times
 from slatewise.events.foreign import Feedback, FeedbackAnswer, PutEventsBody
 from slatewise.events.writer import EventWriter
+from slatewise.http.body import check_counts, check_names
 from slatewise.http.calls import aws
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_times
@@ -77,6 +78,8 @@ def body_of(*models: type[BaseModel], or_list: bool = False) -> dict[str, Any]:
 async def read_json(request: Request, pipeline: Pipeline, any_type: bool = False) -> Any:
     """Read the body within its limits. Raises the errors of `read_admitted`, or NotJson."""
     body = await read_admitted(request, pipeline.admission, any_type)
+    check_counts(body, pipeline.admission.limits.max_values)
+    check_names(body, pipeline.admission.limits.max_values // 4)
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:

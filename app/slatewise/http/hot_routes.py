@@ -59,7 +59,7 @@ class HotRoutes:
         found = self.routes.find(scope)
         if found is None:
             return await self.app(scope, receive, send)
-        entered = time.perf_counter()
+        entered = scope.get("entered") or time.perf_counter()
         response = await answer(Request(scope, receive), *found, entered)
         await response(scope, receive, send)
 

@@ -2,14 +2,18 @@
 
 Lines that are not written in time are dropped and counted.
 
-Called by: `request_log.py` and `capture.py`. Calls: `metrics.py`.
+Called by: `request_log.py`, `capture.py` and `server_log.py`. Calls: `metrics.py`.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 from slatewise import metrics
 
@@ -39,7 +43,7 @@ class LineWriter:
             try:
                 self.write(line() + "\n")
                 self.written.inc()
-            except (OSError, ValueError):  # a full disk, a closed pipe
+            except Exception:  # a full disk, a closed stream, a line that cannot be rendered: the next one may do
                 self.dropped.inc()
 
     def close(self) -> None:
@@ -48,3 +52,23 @@ class LineWriter:
             self.thread.join(PATIENCE_SECONDS)
         except queue.Full:
             pass  # the reader has stalled; the thread ends with the process
+
+
+def to_stream(name: Literal["stdout", "stderr"]) -> Callable[[str], None]:
+    """Return a function that writes to the stream without Python's buffer.
+
+    A thread that is stuck while it holds the lock of that buffer would end the interpreter with an abort.
+    """
+
+    def write(text: str) -> None:
+        stream = getattr(sys, name)  # None if it was closed at the start
+        try:
+            descriptor = stream.fileno()
+        except io.UnsupportedOperation:  # a stream in memory
+            stream.write(text)
+            return
+        data = text.encode(errors="backslashreplace")
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write

@@ -32,17 +32,18 @@ TOO_MANY_FAULTS = 1_000  # faults above which they are not listed one by one
 PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
     status: {"model": Problem, "description": text, "content": {"application/problem+json": {}}}
     for status, text in {
-        400: "The body is not JSON, or its coding is broken.",
+        400: "The headers contradict each other, or the body is not JSON, or its coding is broken.",
         401: "The API key is missing or wrong.",
         404: "No such ranker, variant or path.",
-        408: "The body did not arrive in time.",
+        408: "The headers or the body did not arrive in time.",
         409: "Another command is in progress, or this one does not fit the state.",
         413: "The body is too long, as sent or inflated.",
         415: "The body's type or coding is not supported.",
         422: "A member is missing, unknown or outside its limits: `errors[].pointer` says which.",
         429: "Overloaded: try again after `Retry-After` seconds.",
+        431: "The headers are too large.",
         500: "The model failed on this request.",
-        503: "Not ready, or overloaded and `allow_degraded` is false.",
+        503: "Not ready, too many connections, or overloaded and `allow_degraded` is false.",
         504: "The deadline passed and `allow_degraded` is false.",
     }.items()
 }

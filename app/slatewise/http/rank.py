@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from slatewise import metrics
 from slatewise.errors import Invalid, NotReady, RankingError
-from slatewise.http.body import content_coding, content_length, read_body
+from slatewise.http.body import check_counts, check_names, content_coding, content_length, read_body
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_request
@@ -33,6 +33,7 @@ from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.schemas import RankRequest, RankResponse
 
+MOST_MEMBERS = 1_000  # of a native body, whose lists are columns
 CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
 
 T = TypeVar("T")
@@ -125,6 +126,8 @@ async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) 
     dialect = exchange.dialect
     trace = exchange.trace
     body = await read_admitted(request, pipeline.admission, dialect.any_type)
+    if not dialect.is_binary:
+        check_counts(body, pipeline.admission.limits.max_values)
     incoming = Incoming(body, request.headers, path, pipeline.registry, pipeline.admission.limits)
     parsed, call = dialect.parse(incoming)
     parsed = exchange.parsed = with_headers(parsed, request.headers)
@@ -151,6 +154,7 @@ async def read_admitted(request: Request, admission: Admission, any_type: bool =
 
 def parse(incoming: Incoming) -> tuple[RankRequest, None]:
     """Parse and check a native body. Raises NotJson or Invalid."""
+    check_names(incoming.body, MOST_MEMBERS)
     try:
         return RankRequest.model_validate_json(incoming.body), None
     except ValidationError as error:

@@ -8,22 +8,15 @@ for the format.
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from slatewise.http.line_writer import LineWriter
+from slatewise.http.line_writer import LineWriter, to_stream
 from slatewise.http.trace_context import TraceContext
 from slatewise.logs import FORMATTERS, Format, Level, fields, make_record
 from slatewise.ranking.trace import Trace
-
-
-def to_stderr(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def members(
 @contextmanager
 def open_request_log(slow_seconds: float, style: Format, level: Level) -> Iterator[RequestLog]:
     """Open a request log that writes to standard error."""
-    writer = LineWriter("log", to_stderr)
+    writer = LineWriter("log", to_stream("stderr"))
     try:
         yield RequestLog(writer, slow_seconds, style, level)
     finally:

@@ -32,6 +32,7 @@ LIMITS = RequestLimits(
     max_outstanding_tokens=1 << 62,
     max_body_bytes=1 << 62,
     body_timeout_s=1.0,
+    max_values=2**62,
     max_candidates=4096,
     max_history=4096,
     deadline_ms=0.0,

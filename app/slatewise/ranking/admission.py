@@ -28,6 +28,7 @@ class RequestLimits:
     max_outstanding_tokens: int
     max_body_bytes: int
     body_timeout_s: float
+    max_values: int  # in a JSON body
     max_candidates: int
     max_history: int
     deadline_ms: float  # for requests that set no deadline; 0: no deadline

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,11 +27,13 @@ from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 from slatewise.settings import REDIS_SCHEMES
+from slatewise.store.replies import BoundedParser
 
 Client = redis.Redis | redis.RedisCluster
 AsyncClient = aioredis.Redis | aioredis.RedisCluster
 
 COMMON = {"protocol": 2}  # RESP2 needs fewer round trips to connect, and no feature of RESP3 is used
+REPLY_BYTES = 8 * 2**20  # more than any value that the server reads, if histories are not made longer
 WRITER_SECONDS = 10.0  # for a batch of a thousand users on a busy server
 
 
@@ -93,11 +96,11 @@ def connect(url: str) -> Client:
     return client
 
 
-def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncClient:
+def connect_async(url: str, timeout_seconds: float, connections: int, reply_bytes: int = REPLY_BYTES) -> AsyncClient:
     """Build an asyncio client for the server, without retries. Raises ValueError if the URL is wrong.
 
     `timeout_seconds` limits the time to connect only. The caller limits the wait for replies, because redis-py would
-    set a timer for each reply.
+    set a timer for each reply. A reply of more than `reply_bytes` is an error.
     """
     options: dict[str, Any] = {
         **COMMON,
@@ -111,6 +114,13 @@ def connect_async(url: str, timeout_seconds: float, connections: int) -> AsyncCl
     client: AsyncClient = make_client(
         url, aioredis, AsyncClusterNode, lambda url: aioredis.Redis.from_url(url, **options), options
     )
+    parser = partial(BoundedParser, most_bytes=reply_bytes)
+    if isinstance(client, aioredis.RedisCluster):  # its constructor takes no parser
+        for node in client.startup_nodes:
+            node.connection_kwargs["parser_class"] = parser
+        client.connection_kwargs["parser_class"] = parser
+    else:
+        client.connection_pool.connection_kwargs["parser_class"] = parser
     return client
 
 

@@ -24,7 +24,7 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.errors import StoreFault
 from slatewise.inference.arrays import Float32
 from slatewise.schemas import MetaStatus
-from slatewise.store.client import connect_async, is_wrong_type
+from slatewise.store.client import REPLY_BYTES, connect_async, is_wrong_type
 from slatewise.store.codec import Corrupt, Mismatched, unpack, user_key
 from slatewise.store.deletion import Deletions, delete_user
 from slatewise.store.embedding_cache import EmbeddingCache, Found, UserKey
@@ -112,11 +112,14 @@ class RedisStore:
         cache_seconds: float = 0.0,
         cache_users: int = 100_000,
         max_age_seconds: float = 0.0,
+        reply_bytes: int = REPLY_BYTES,
     ) -> None:
         self.timeout = timeout_seconds
         self.max_age_seconds = max_age_seconds
         patience = max(timeout_seconds, RedisNode.CONNECTION_SECONDS)
-        self.client: Any = connect_async(url, patience, 4 * RedisNode.ROUND_TRIPS)  # redis-py types both APIs as one
+        self.client: Any = connect_async(  # redis-py types both APIs as one
+            url, patience, 4 * RedisNode.ROUND_TRIPS, reply_bytes
+        )
         self.cache = EmbeddingCache(cache_users, cache_seconds)
         self.nodes = Nodes(self.client, timeout_seconds, patience)
         self.serving = serving

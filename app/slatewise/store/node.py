@@ -25,6 +25,7 @@ log = logging.getLogger("slatewise")
 
 CLOSED, HALF_OPEN, OPEN = range(3)
 STALL_SECONDS = 0.003
+LOG_SECONDS = 10.0  # least time between two lines of the log about one server
 
 
 def call_after(seconds: float, then: Callable[[], None]) -> Callable[[], None]:
@@ -108,6 +109,9 @@ class RedisNode:
         self.client = client
         self.timeout = timeout_seconds
         self.circuit = circuit
+        self.logged = True if circuit == CLOSED else None  # whether the last line of the log says that it answers
+        self.may_log_at = 0.0
+        self.later: asyncio.TimerHandle | None = None
         self.failures = 0
         self.failed_at = 0.0
         self.queue: list[Read] = []
@@ -118,6 +122,8 @@ class RedisNode:
 
     async def close(self) -> None:
         self.dispatcher.cancel()
+        if self.later is not None:
+            self.later.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.dispatcher
         await asyncio.gather(*self.under_way, *self.late, return_exceptions=True)
@@ -222,18 +228,36 @@ class RedisNode:
             self.switch(OPEN)
 
     def switch(self, circuit: int) -> None:
-        """Set the state of the circuit. Log each opening and closing. An open circuit refuses its queue."""
+        """Set the state of the circuit. An open circuit refuses its queue."""
         if circuit == CLOSED != self.circuit:
             self.failures = 0
-            log.info("redis%s: answers", self.name and f" {self.name}")
-        if circuit == OPEN and self.circuit == CLOSED:
-            log.warning(
-                "redis%s: no answer in time, requests do without stored histories and meta-embeddings",
-                self.name and f" {self.name}",
-            )
         self.circuit = circuit
+        if circuit != HALF_OPEN:
+            self.log_state()
         if circuit == OPEN:
             self.refuse_queue()
+
+    def log_state(self) -> None:
+        """Log whether the server answers, if that has changed. Within ten seconds after a line, log it after these."""
+        loop = asyncio.get_running_loop()
+        answers = self.circuit == CLOSED
+        if self.later is not None or answers == self.logged:
+            return
+        if loop.time() < self.may_log_at:
+            self.later = loop.call_at(self.may_log_at, self.log_later)
+            return
+        self.logged = answers
+        self.may_log_at = loop.time() + LOG_SECONDS
+        name = self.name and f" {self.name}"
+        if answers:
+            log.info("redis%s: answers", name)
+        else:
+            without = "requests do without stored histories and meta-embeddings"
+            log.warning("redis%s: no answer in time, %s", name, without)
+
+    def log_later(self) -> None:
+        self.later = None
+        self.log_state()
 
     def refuse_queue(self) -> None:
         """Resolve the reads that were not sent with an error."""

@@ -5,6 +5,7 @@ The libraries run in child processes, so that their warnings and their event loo
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -14,20 +15,33 @@ from typing import Any
 import httpx
 import pytest
 
+from slatewise.ranking.pipeline import Pipeline
+from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
 from tests.conftest import DEMO
 from tests.http.calls.support import COHERE_7, DOCUMENT, FILMS, KEY, MODEL, PAST, USER, Child, native_order
 from tests.support.application import serve
 
+HOLDER = "holds-the-only-place"
+
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[str]:
-    """The address of a server whose only place is taken, by a request whose body does not arrive."""
-    settings = Settings(bundles=DEMO, api_keys=KEY, max_in_flight=1, body_timeout_s=300)  # type: ignore[arg-type]
-    with serve(settings) as client:
-        head = f"POST /rerank HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n"
+    """The address of a server whose only place is taken, by a request that is not answered."""
+    settings = Settings(bundles=DEMO, api_keys=KEY, max_in_flight=1)  # type: ignore[arg-type]
+    body = json.dumps({"user": HOLDER, "candidates": {"item_ids": ["1"]}})
+    head = f"POST /rerank HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    rank = Pipeline.rank
+
+    async def hold(pipeline: Pipeline, request: RankRequest, *arguments: Any, **options: Any) -> Any:
+        if request.user == HOLDER:
+            await asyncio.Event().wait()
+        return await rank(pipeline, request, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, serve(settings) as client:
+        patch.setattr(Pipeline, "rank", hold)
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
-            connection.sendall(head.encode())
+            connection.sendall((head + body).encode())
             while "slatewise_requests_in_flight 1.0" not in client.get("/metrics").text:
                 pass
             yield str(client.base_url).rstrip("/")

@@ -30,7 +30,7 @@ from tests.conftest import DEMO
 from tests.http.calls.support import FILMS, KEY, MODEL, USER
 
 WARNINGS = "X-Slatewise-Warnings"
-LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 4096, 4096, 0.0)
+LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 65_536, 4096, 4096, 0.0)
 
 
 def cohere(ids: list[Any], **more: Any) -> dict[str, Any]:

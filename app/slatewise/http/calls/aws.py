@@ -110,7 +110,7 @@ def render_error(error: RankingError, identifier: str) -> Response:
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: shown
     for status, shown in documented_errors(AwsError).items()
-    if status in {OTHERWISE[1], *(status for _, status in EXCEPTIONS.values())}
+    if status in {431, OTHERWISE[1], *(status for _, status in EXCEPTIONS.values())}
 }
 ERRORS[403] = {"model": AwsError, "description": "The access key id is no key of this server."}
 

@@ -53,11 +53,13 @@ NAMES = {
 }
 YAML_START = "id: "  # LangChain sends a document with rank_fields=["id"] as YAML
 YAML_ID = re.compile(r"""id: (?:'((?:[^']|'')*)'|"((?:[^"\\]|\\.)*)"|([^\n]*))(?:\n|$)""")
+YAML_FOLD = re.compile(r"\n +")  # a long scalar goes on in indented lines
 YAML_ESCAPE = re.compile(r"\\(x..|u....|U........|.)")
 SIMPLE_YAML = re.compile(  # of documents joined by zeros: `id` alone, short and without escapes
     rf"""(?:\A|\0)id: (')?([^'"\s\0]{{1,{MAX_ID}}})(?(1)')\n(?=\0|\Z)"""
 )
 MOST_YAML = 100_000  # characters of one document in YAML
+YAML_START_LENGTH = 10_000  # characters that `id` may take, escaped and folded
 
 
 class DocumentObject(TypedDict):
@@ -128,7 +130,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, list[Any] | None]:
         ranker=sent.model,
         top_n=sent.top_n,
         priority=None if sent.priority is None else min(sent.priority, LOWEST_PRIORITY),
-        **members_of_query(sent.query),
+        **members_of_query(sent.query, incoming.limits),
     )
     return request, documents if sent.return_documents else None
 
@@ -228,7 +230,8 @@ def item_id(document: Any, position: int) -> str:
 
 def id_in_yaml(text: str, position: int) -> str:
     """Return the value of `id`, the first key of a YAML document: a plain or a quoted scalar. Raises Invalid."""
-    match = YAML_ID.match(re.sub(r"\n +", " ", text))  # a long scalar goes on in indented lines
+    text = text[:YAML_START_LENGTH]
+    match = YAML_ID.match(YAML_FOLD.sub(" ", text) if "\n " in text else text)
     single, double, plain = match.groups() if match else (None, None, "")
     found = ""
     if single is not None:

@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 from starlette.responses import Response
 
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotJson, RankingError
+from slatewise.http.body import check_counts
 from slatewise.http.mistakes import wrong_times
 from slatewise.http.problems import PROBLEMS, schema_error
 from slatewise.http.rank import response_headers, stage_milliseconds
@@ -89,7 +90,7 @@ AnyQuery = Annotated[
 ]
 
 
-def members_of_query(query: str | int | Query) -> dict[str, Any]:
+def members_of_query(query: str | int | Query, limits: RequestLimits) -> dict[str, Any]:
     """Return the members of a RankRequest that a query gives. Raises Invalid."""
     if isinstance(query, int):
         return {"user": str(query)}
@@ -99,7 +100,10 @@ def members_of_query(query: str | int | Query) -> dict[str, Any]:
                 raise Invalid.at("/query", f"a user id has at most {MAX_ID} characters; texts are not ranked")
             return {"user": query}
         try:
+            check_counts(query.encode(), limits.max_values)
             query = Query.model_validate_json(query)
+        except Invalid as error:
+            raise in_query(error) from None
         except ValidationError as error:
             raise in_query(wrong_times(error)) from None
     members = {name: getattr(query, name) for name in query.model_fields_set}
@@ -204,4 +208,6 @@ def error_headers(error: RankingError, identifier: str) -> dict[str, str]:
 
 def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:
     """Describe errors for the OpenAPI document: those of the native calls, in another shape."""
-    return {status: {"model": model, "description": shown["description"]} for status, shown in PROBLEMS.items()}
+    return {status: {"model": model, "description": shown["description"]} for status, shown in PROBLEMS.items()} | {
+        431: PROBLEMS[431]  # answered before the call is known
+    }

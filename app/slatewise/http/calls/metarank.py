@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import Invalid, NotJson, RankingError
+from slatewise.http.body import check_names
 from slatewise.http.calls.common import (
     ForeignModel,
     check_count,
@@ -40,6 +41,8 @@ from slatewise.schemas import CLOSED, LAST_TIME, MAX_ID, Candidates, Id, Integer
 NAMES = {"/candidates/item_ids": "/items", "/candidates": "/items"}
 NUMBERS: set[type] = {int, float, bool}  # values that can be features
 WORDS: set[type] = {str, list}  # values that can be fields
+MOST_MEMBERS = 32_768  # of all objects of a body
+MOST_FIELDS = 1_000  # of one item
 MOST_NAMES = 20  # most names of ignored fields in one answer
 
 
@@ -156,6 +159,7 @@ def read(body: bytes) -> MetarankRequest:
 
     Pydantic takes twice as long for a thousand objects as `from_json` and the checks below.
     """
+    check_names(body, MOST_MEMBERS)
     try:
         content = from_json(body, cache_strings="keys")
     except ValueError as error:
@@ -221,14 +225,17 @@ def columns_of_items(items: list[MetarankItem], ranker: Ranker) -> Columns:
                 else:
                     ignored[name[:MAX_ID]] += 1
         except (KeyError, TypeError, OverflowError):
-            detail = "must be a list of objects with `name` and `value`, and numbers finite"
+            detail = f"must be a list of at most {MOST_FIELDS} objects with `name` and `value`, and numbers finite"
             raise Invalid.at(f"/items/{position}/fields", detail) from None
     return Columns(features, fields, ignored)
 
 
 def pairs_of(item: MetarankItem) -> Iterator[tuple[str, Any]]:
     """Yield names and values of one item's fields. Raises KeyError or TypeError if they are malformed."""
-    for field in item.get("fields") or ():
+    listed = item.get("fields") or ()
+    if len(listed) > MOST_FIELDS:
+        raise TypeError
+    for field in listed:
         if not isinstance(field["name"], str):
             raise TypeError
         yield field["name"], field["value"]

@@ -7,6 +7,7 @@ Called by: `rank.py` through the dialects, and `app.py` for the other routes. Ca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired
 
@@ -19,6 +20,7 @@ from typing_extensions import TypedDict
 from slatewise import VERSION
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import Invalid, NotFound, RankingError
+from slatewise.http.body import check_counts
 from slatewise.http.calls.common import (
     LOWEST_PRIORITY,
     WARNINGS,
@@ -116,9 +118,14 @@ class InferCall:
 
 def parse(incoming: Incoming) -> tuple[RankRequest, InferCall]:
     length = header_length(incoming)
-    sent = parse_as(InferRequest, incoming.body[:length])
+    json = incoming.body[:length]
+    check_counts(json, incoming.limits.max_values)
+    sent = parse_as(InferRequest, json)
     ranker = resolve(incoming.registry, incoming.path["model"], incoming.path.get("version"))
     most = max(incoming.limits.max_candidates, incoming.limits.max_history)
+    counts = [math.prod(tensor.shape) for tensor in sent.inputs]
+    if sum(counts) > incoming.limits.max_values >= most >= max(counts):  # `read_values` refuses a long input by name
+        raise Invalid.at("inputs", f"more than {incoming.limits.max_values} values (SLATEWISE_MAX_VALUES)")
     members: dict[str, Any] = {"ranker": ranker.name, "candidates": {"item_ids": []}} | parameters_of(sent.parameters)
     check_names(sent.inputs)
     for tensor, raw in zip(sent.inputs, split_binary(sent.inputs, incoming.body[length:])):
@@ -238,6 +245,7 @@ INFER: Dialect[InferCall] = Dialect(
     body=InferRequest,
     answer=InferAnswer,
     responses=documented_errors(OipError) | {200: {"content": {"application/octet-stream": {}}}},
+    is_binary=True,
     any_type=True,
 )
 DIALECTS = [INFER, replace(INFER, path="/v2/models/{model}/versions/{version}/infer", name="infer_by_version")]

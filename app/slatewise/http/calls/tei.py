@@ -66,7 +66,7 @@ def parse(incoming: Incoming) -> tuple[RankRequest, bool]:
     sent = parse_as(TeiRequest, incoming.body)
     if not sent.texts:
         raise NoTexts("`texts` cannot be empty")
-    return rank_request(sent.texts, **members_of_query(sent.query)), sent.return_text
+    return rank_request(sent.texts, **members_of_query(sent.query, incoming.limits)), sent.return_text
 
 
 def render(request: RankRequest, return_text: bool, ranking: Ranking, timings: Timings) -> Response:
