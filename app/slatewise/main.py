@@ -8,8 +8,8 @@ constructors of the parts of a pipeline (ranking/, inference/workers.py, store/l
 from __future__ import annotations
 
 import argparse
-import gc
 import asyncio
+import gc
 import logging
 import os
 import signal
