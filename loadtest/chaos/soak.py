@@ -214,7 +214,7 @@ def rows_of(found: Outcome, control: Outcome) -> list[Row]:
         Row(
             "R29",
             f"memory slope from mid-run at most {SLOPE_LIMIT:g} MB in 100,000 requests",
-            f"{slope(samples):.2f} MB in 100,000; {samples[0].mb:.0f} to {samples[-1].mb:.0f} MB",
+            f"{slope(samples):.2f} MB in 100,000 of {found.traffic.requests:,}; {samples[0].mb:.0f} to {samples[-1].mb:.0f} MB",
             slope(samples) <= SLOPE_LIMIT,
         ),
         Row(
