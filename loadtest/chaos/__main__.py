@@ -54,18 +54,24 @@ def module_names(folder: Path = HERE) -> list[str]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a plus sign if files differ from it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of the working tree, with a plus sign if files other than the report differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    report = DOCUMENT.relative_to(ROOT).as_posix()
+    changed = subprocess.run(
+        [*git, "diff", "--quiet", "HEAD", "--", ".", f":(exclude){report}"], check=False
+    ).returncode
+    return name.strip() + "+" * bool(changed)
 
 
 def run_module(name: str, folder: Path = KEPT) -> dict[str, Any]:
     """Run a module, and keep and return its result. Its standard error, with its progress, goes through."""
     begin = time.monotonic()
+    at = commit()
     process = subprocess.run([sys.executable, "-m", f"loadtest.chaos.{name}"], stdout=subprocess.PIPE, text=True)
     result = {
         "name": name,
-        "commit": commit(),
+        "commit": at,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": cpu_name(),
         "seconds": round(time.monotonic() - begin),

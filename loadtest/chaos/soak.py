@@ -209,12 +209,13 @@ def at_rest(server: ServerProcess) -> Sample:
 def rows_of(found: Outcome, control: Outcome) -> list[Row]:
     before, after, samples = found.before, found.after, found.samples
     statuses = dict(sorted(found.traffic.statuses.items()))
+    memory = f"{samples[0].mb:.0f} to {samples[-1].mb:.0f} MB"
     counts = f"{before.descriptors} to {after.descriptors}, {before.threads} to {after.threads}, "
     return [
         Row(
             "R29",
             f"memory slope from mid-run at most {SLOPE_LIMIT:g} MB in 100,000 requests",
-            f"{slope(samples):.2f} MB in 100,000; {samples[0].mb:.0f} to {samples[-1].mb:.0f} MB",
+            f"{slope(samples):.2f} MB in 100,000 of {found.traffic.requests:,}; {memory}",
             slope(samples) <= SLOPE_LIMIT,
         ),
         Row(

@@ -51,6 +51,25 @@ class Guest(Protocol):
     def evict(self) -> None: ...
 
 
+# Headers that say who asks, what, and how the body is to be read: twice with two values, one of them would be wrong.
+SINGLE = frozenset(
+    (
+        b"host",
+        b"authorization",
+        b"content-type",
+        b"content-encoding",
+        b"content-length",
+        b"transfer-encoding",
+        b"expect",
+        b"x-user-id",
+        b"x-request-id",
+        b"x-request-timeout-ms",
+        b"x-envoy-expected-rq-timeout-ms",
+        b"inference-header-content-length",
+        b"traceparent",
+    )
+)
+
 Waiting = dict[str, dict[Guest, None]]  # by address
 
 
