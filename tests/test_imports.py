@@ -78,14 +78,16 @@ PLACES = {
     "fastapi": {
         "main.py",
         *(f"http/{name}.py" for name in ("app", "hot_routes", "rank", "models", "health", "server", "items", "page")),
+        "http/drain.py",
         "http/events.py",
         "http/calls/oip.py",
         "http/calls/model_list.py",
     },
     "fastapi_offline": {"http/app.py"},
-    "uvicorn": {"http/server.py"},
+    "uvicorn": {"http/server.py", "http/drain.py"},
     "starlette": {
         *(f"http/{name}.py" for name in ("app", "auth", "body", "dialect", "events", "hot_routes", "problems", "rank")),
+        "http/drain.py",
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
     "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "writer")}

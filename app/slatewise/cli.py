@@ -13,9 +13,11 @@ import argparse
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from slatewise import VERSION
@@ -75,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = make_parser().parse_args(arguments[:1]).command
     command = COMMANDS[name]
+    if name == "serve":
+        leave_on_signals()
 
     def run(arguments: Sequence[str]) -> Any:
         return importlib.import_module(command.module).main(arguments)
@@ -88,6 +92,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"the package {error.name} is missing; run: {remedy}"
         print(f"slatewise {name}: error: {reason}", file=sys.stderr)
         return 1
+
+
+def leave_on_signals() -> None:
+    """End quietly on a signal while libraries and bundles load, which takes seconds. The server sets its own handlers.
+
+    The first process of a container has no default handlers: it would not hear a SIGTERM. SIGINT too: a
+    KeyboardInterrupt inside code that a library compiles from text ends Python with the signal, also if it is caught.
+    """
+    for number, code in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, partial(leave, code))
+
+
+def leave(code: int, *_: object) -> None:
+    sys.exit(code)
 
 
 def run_main(program: str, function: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:

@@ -11,8 +11,6 @@ import argparse
 import gc
 import logging
 import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +29,10 @@ from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
+from slatewise.http.keys import Keys
+from slatewise.http.reread import Watched
 from slatewise.http.server import bind, run
+from slatewise.http.tls import ReloadedContext, TlsFiles
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit
 from slatewise.ranking.admission import Admission, RequestLimits
@@ -139,13 +140,25 @@ def serve(settings: Settings) -> int:
     """Serve until a signal stops the server. Return the exit code."""
     if settings.events_dir:
         check_writable(Path(settings.events_dir))
-    listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
+    Keys(settings.keys(), settings.api_keys_file)  # wrong keys are found before the bundles load
+    tls = open_tls(settings)
+    listener = bind(settings.host, settings.port)  # a port in use is found before the bundles load
     bound_malloc()
     app = build_app(settings, load(settings))
     # A collection of all objects that live as long as the server would hold the event loop for 20 ms, again and again.
     gc.collect()
     gc.freeze()
-    return run(app, listener, settings.drain_seconds)
+    if tls is not None:
+        app.state.followed.append(Watched("tls", tls.files.paths, tls.read, tls.seen))
+    return run(app, listener, settings.drain_seconds, settings.grace_seconds, tls)
+
+
+def open_tls(settings: Settings) -> ReloadedContext | None:
+    """Read the files of TLS; `None` without TLS. Raises TlsError."""
+    if not settings.tls_certificate:
+        return None
+    version = settings.tls_least_version
+    return ReloadedContext.open(TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca, version))
 
 
 def check_writable(folder: Path) -> None:
@@ -159,10 +172,6 @@ def check_writable(folder: Path) -> None:
         raise SettingsError([fault]) from None
 
 
-def leave(code: int, *_: object) -> None:
-    sys.exit(code)
-
-
 def main(argv: Sequence[str]) -> int:
     """The exit code. Raises SettingsError, AddressError or ManifestError."""
     parser = argparse.ArgumentParser(
@@ -174,11 +183,6 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends Python
-    # with the signal, also if it is caught.
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, partial(leave, code))
     settings = read_settings(flags)
     if is_link_address(os.environ.get("SLATEWISE_PORT")):
         log.info("SLATEWISE_PORT is the address of a Kubernetes Service, not a setting: it is ignored")

@@ -21,6 +21,7 @@ PREFIX = "SLATEWISE_"
 # Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
 # a server without the keys that its operator meant would be open.
 CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
+KEYS_VARIABLES = {"SLATEWISE_API_KEYS", "SLATEWISE_API_KEYS_FILE"}
 PACKAGE = Path(__file__).parent
 REDIS_SCHEMES = (
     "redis://",
@@ -91,6 +92,28 @@ class Settings(BaseSettings):
         description="Keys for `Authorization: Bearer`, separated by commas; empty: no authentication. Set it as a "
         "variable: flags show in the process list.",
     )
+    api_keys_file: str = Field(
+        "",
+        description="File with further keys, one a line, read again when it changes; `#` begins a comment. A key may "
+        "be given as `sha256:` and its digest.",
+    )
+    metrics_key: SecretStr = Field(
+        SecretStr(""),
+        description="Key of `GET /metrics`, for `Authorization: Bearer`; empty: `/metrics` is open.",
+    )
+    tls_certificate: str = Field(
+        "",
+        description="PEM file with the certificate of the server and its chain, read again when it changes; empty: no "
+        "TLS.",
+    )
+    tls_key: str = Field("", validate_default=True, description="PEM file with the private key of the certificate.")
+    tls_client_ca: str = Field(
+        "",
+        validate_default=True,
+        description="PEM file with the authorities that issue the certificates of clients (mutual TLS); empty: clients "
+        "need none.",
+    )
+    tls_least_version: Literal["1.2", "1.3"] = Field("1.2", description="Oldest version of TLS that clients may use.")
     open_pages: bool = Field(
         True,
         description="Whether the pages and `/openapi.json` are open when keys are set; they show no data until a key "
@@ -164,6 +187,12 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         2.0, ge=0, le=3_600, description="Time to keep serving after SIGTERM or SIGHUP while /readyz answers 503."
     )
+    grace_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=3_600,
+        description="Time for requests in flight to end after the drain; then they get 503.",
+    )
     slow_ms: float = Field(
         250.0,
         ge=0,
@@ -214,6 +243,27 @@ class Settings(BaseSettings):
         if keys.get_secret_value() and not listed(keys.get_secret_value()):
             raise ValueError("is set but contains no key; name a key, or unset it to serve without authentication")
         return keys
+
+    @field_validator("tls_key")
+    @classmethod
+    def certificate_has_a_key(cls, key: str, info: ValidationInfo) -> str:
+        if bool(info.data.get("tls_certificate")) != bool(key):
+            raise ValueError("must be set when tls_certificate is, and only then")
+        return key
+
+    @field_validator("tls_client_ca")
+    @classmethod
+    def client_ca_has_a_certificate(cls, path: str, info: ValidationInfo) -> str:
+        if path and not info.data.get("tls_certificate"):
+            raise ValueError("needs tls_certificate: without TLS no client shows a certificate")
+        return path
+
+    @field_validator("metrics_key")
+    @classmethod
+    def metrics_key_is_a_key(cls, key: SecretStr) -> SecretStr:
+        if key.get_secret_value() and len(listed(key.get_secret_value())) != 1:
+            raise ValueError("must be one key; unset it to leave /metrics open")
+        return key
 
     @field_validator("cors_origins")
     @classmethod
@@ -273,7 +323,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Return a message for each `SLATEWISE_*` variable that is neither a setting nor a Kubernetes service link."""
     known = {variable(name) for name in Settings.model_fields}
     names = {name.upper() for name in environment}
-    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or "SLATEWISE_API_KEYS" in names}
+    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or names & KEYS_VARIABLES}
     messages = []
     for name, value in sorted(environment.items()):
         if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):

@@ -26,13 +26,15 @@ from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
+from slatewise.http.keys import Keys
 from slatewise.http.openapi import complete, example_request, require_key
 from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
+from slatewise.http.reread import Watched, following, look
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.settings import Settings
+from slatewise.settings import Settings, listed
 
 FOREIGN_HEADERS = (WARNINGS, aws.ERROR_TYPE, oip.HEADER_LENGTH)  # of the answers of foreign calls
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
@@ -45,15 +47,19 @@ def create_app(
 ) -> FastAPI:
     """Build the application. It opens pipeline and writer of events when it starts, and closes them when it ends."""
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
+    seen = look((settings.api_keys_file,))
+    keys = Keys(settings.keys(), settings.api_keys_file)
+    metrics_keys = Keys(listed(settings.metrics_key.get_secret_value()))
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
-        Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
+        Middleware(RequireKey, keys=keys, routes=ROUTES, open_paths=open_paths, metrics_keys=metrics_keys),
         Middleware(HotRoutes, routes=ROUTES),  # last, because hot routes bypass the layers after it
     ]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(following(app.state.followed))
             app.state.request_log = stack.enter_context(open_request_log(settings.slow_ms / 1e3))
             if settings.capture_file:
                 most_bytes = int(settings.capture_mb * 2**20)
@@ -81,6 +87,9 @@ def create_app(
     app.state.draining = False
     app.state.capture = None
     app.state.max_events = settings.max_events
+    app.state.followed = []  # files that are read again when they change
+    if settings.api_keys_file:
+        app.state.followed.append(Watched("api_keys", (settings.api_keys_file,), keys.read, seen))
     app.include_router(events.routes)  # first: requests are matched in this order, and events are the most
     app.include_router(health.routes)
     app.include_router(models.routes)
@@ -90,7 +99,7 @@ def create_app(
     app.include_router(model_list.routes)
     app.include_router(oip.routes)
     document_hot_routes(app, ROUTES.dialects)
-    complete_document(app, settings.keys(), open_paths)
+    complete_document(app, keys, open_paths)
     return app
 
 
@@ -112,7 +121,7 @@ def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
     return [cors, Middleware(ServerErrorMiddleware, handler=on_unexpected_error)]
 
 
-def complete_document(app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...]) -> None:
+def complete_document(app: FastAPI, keys: Keys, open_paths: tuple[str, ...]) -> None:
     """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open.
 
     That takes 20 ms of the event loop, and the document may be open, so it is done once for each example.
