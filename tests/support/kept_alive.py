@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -34,12 +35,13 @@ class Clients:
 
     port: int
     head: bytes  # of each request, up to the blank line and without Content-Length
-    body: bytes
+    body: Callable[[int], bytes]  # by the number of the request
     count: int = 8
     pause: float = 0.0
     context: ssl.SSLContext | None = None
     tally: Tally = field(default_factory=Tally)
     stopping: bool = False
+    sent: int = 0
 
     async def run(self) -> Tally:
         """Ask until `stopping`, or until the server refuses connections to all."""
@@ -47,7 +49,6 @@ class Clients:
         return self.tally
 
     async def ask_on(self) -> None:
-        request = self.head + f"Content-Length: {len(self.body)}\r\n\r\n".encode() + self.body
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         while not self.stopping:
             begin = time.monotonic()
@@ -61,12 +62,13 @@ class Clients:
                     self.tally.lost.append(f"connect: {error!r}")
                     return
             reader, writer = streams
+            body = self.body(self.sent)
+            self.sent += 1
+            request = self.head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
             try:
                 writer.write(request)
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
-                length = next(
-                    int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
-                )
+                length = int(head.lower().split(b"content-length:")[1].split()[0])
                 await asyncio.wait_for(reader.readexactly(length), 60)
             except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
                 self.tally.lost.append(repr(error))
