@@ -8,11 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ import pytest
 from loadtest.server_process import ServerProcess
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
-from slatewise.http.server import Server, bind
 from slatewise.inference import workers
 from slatewise.inference.engine import Engine
 from slatewise.main import build_app
@@ -32,6 +29,7 @@ from tests.conftest import DEMO
 from tests.http.support import assert_problem
 from tests.support.blocked_engine import BlockedMethod
 from tests.support.kept_alive import Clients, Tally
+from tests.support.own_server import OwnServer
 
 HEAD = b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LEAST = 200  # answers before the signal
@@ -109,60 +107,21 @@ def test_signal_while_libraries_load_ends_quietly(number: int, code: int) -> Non
 # Requests and connections at the end, in this process
 
 
-class Stopping:
-    """A server in a thread; `signal` is delivered as the operating system would."""
-
-    def __init__(self, rankers: dict[str, Ranker], drain: float, grace: float) -> None:
-        listener = bind("127.0.0.1", 0)
-        self.port: int = listener.getsockname()[1]
-        app = build_app(Settings(bundles=DEMO, threads=1), rankers)
-        self.server = Server(app, drain, grace)
-        self.loop: asyncio.AbstractEventLoop
-
-        async def serve() -> None:
-            self.loop = asyncio.get_running_loop()
-            await self.server.serve([listener])
-
-        self.thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        self.thread.start()
-        give_up = time.monotonic() + 30
-        while not self.server.started:
-            assert time.monotonic() < give_up and self.thread.is_alive()
-            time.sleep(0.01)
-        self.pool = ThreadPoolExecutor(4)
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def signal(self, number: int) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.server.handle_exit, number, None)
-
-    def post(self, body: dict[str, Any]) -> Future[httpx.Response]:
-        return self.pool.submit(httpx.post, f"{self.url}/score", json=body, timeout=30, trust_env=False)
-
-    def seconds_to_end(self) -> float:
-        begin = time.monotonic()
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-        return time.monotonic() - begin
-
-
 @pytest.fixture
-def start(rankers: dict[str, Ranker]) -> Iterator[Callable[[float, float], Stopping]]:
+def start(rankers: dict[str, Ranker]) -> Iterator[Callable[[float, float], OwnServer]]:
     servers = []
 
-    def open_server(drain: float, grace: float) -> Stopping:
-        servers.append(Stopping(rankers, drain, grace))
+    def open_server(drain: float, grace: float) -> OwnServer:
+        app = build_app(Settings(bundles=DEMO, threads=1), rankers)
+        servers.append(OwnServer(app, drain, grace))
         return servers[-1]
 
     yield open_server
     for stopping in servers:
-        stopping.signal(signal.SIGINT)
-        stopping.signal(signal.SIGINT)
-        stopping.seconds_to_end()
-        stopping.pool.shutdown()
+        stopping.stop()
 
 
-Start = Callable[[float, float], Stopping]
+Start = Callable[[float, float], OwnServer]
 
 
 def test_running_request_is_finished_at_the_end(

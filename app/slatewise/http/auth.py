@@ -1,7 +1,6 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `problems.py` and
-`calls/aws.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `problems.py` and `calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ SCOPE_PARTS = 4  # date, region, service and "aws4_request", behind the access k
 class RequireKey:
     """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set.
 
-    The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. /metrics needs one of
-    `metrics_keys`, if there are any. A refused request
-    to one of `routes` gets the error of its dialect, and is added to `slatewise_requests_total`. AWS clients get theirs
-    for events too.
+    The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. /metrics needs one
+    of `metrics_keys`, if there are any. A refused request to one of `routes` gets the error of its dialect, and counts
+    in `slatewise_requests_total`. AWS clients get theirs for events too.
     """
 
     def __init__(
