@@ -48,6 +48,7 @@ COMMANDS = {
     "push": Command("slatewise.store.push", "write a bundle's meta-embeddings, or your own, to Redis", "serve"),
     "store": Command("slatewise.store.admin", "status, roll-back, delete-user, merge, sweep of a Redis store", "serve"),
     "check-bundle": Command("slatewise.bundle.check", "load bundles and print what the server would serve", "serve"),
+    "sign": Command("slatewise.bundle.sign", "make a key, or sign bundles with it", "signing"),
     "init": Command("slatewise_train.new_toml", "write a TOML for your tables from what they contain", "train"),
     "validate": Command("slatewise_train.check_data", "describe your tables, and refuse what training would", "train"),
     "train": Command("slatewise_train.train_command", "train a ranker on your events", "train"),

@@ -24,6 +24,7 @@ from slatewise import metrics
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.signature import PublicKeys, SignatureFault
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
@@ -40,7 +41,7 @@ from slatewise.ranking.ahead import AheadOfRequests
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
-from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, is_link_address, listed, read_settings
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 
 log = logging.getLogger("slatewise")
@@ -124,8 +125,9 @@ def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
 def load(settings: Settings) -> dict[str, Ranker]:
     """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
+    keys = bundle_keys(settings)
     try:
-        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants())
+        rankers = load_rankers(settings.bundles, settings.threads or cpu_quota(), settings.chosen_variants(), keys)
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"
@@ -134,6 +136,14 @@ def load(settings: Settings) -> dict[str, Ranker]:
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
+
+
+def bundle_keys(settings: Settings) -> PublicKeys:
+    """Return the keys whose bundles are loaded. Raises SettingsError."""
+    try:
+        return PublicKeys(listed(settings.bundle_keys))
+    except SignatureFault as error:
+        raise SettingsError([f"SLATEWISE_BUNDLE_KEYS (--bundle-keys): {error}"]) from None
 
 
 def serve(settings: Settings) -> int:

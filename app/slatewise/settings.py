@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         description="Root folder of the bundles, `<root>/<ranker>/<version>/`; by default the checkout's "
         "`models/bundles`, or the demo inside an installed package.",
     )
+    bundle_keys: str = Field(
+        "",
+        description="Public keys of those who may sign bundles, separated by commas, as `slatewise sign` prints them; "
+        "empty: bundles need no signature.",
+    )
     variants: str = Field("", description="Variants to load, separated by commas; empty: all variants of each ranker.")
     redis_url: SecretStr = Field(
         SecretStr(""), description="Redis that stores the meta-embeddings; empty: use the vectors inside the bundle."
@@ -277,6 +282,15 @@ class Settings(BaseSettings):
         if "*" in listed(origins) and len(listed(origins)) > 1:
             raise ValueError("* allows all origins: list it alone")
         return origins
+
+    @field_validator("bundle_keys")
+    @classmethod
+    def signatures_can_be_checked(cls, keys: str) -> str:
+        if keys and not listed(keys):
+            raise ValueError("is set but contains no key")
+        if keys and importlib.util.find_spec("cryptography") is None:
+            raise ValueError("needs a package for signatures: pip install 'slatewise[signing]'")
+        return keys
 
     @field_validator("events_dir")
     @classmethod

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import trustme
 
+from slatewise import Client
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.http import reread, server
@@ -184,7 +185,7 @@ def test_files_that_cannot_be_used_are_refused(authority: Authority, broken: str
         (authority.folder / "tls.key").unlink()
     else:
         (authority.folder / broken).write_text("x")
-    with pytest.raises(TlsError, match="^SLATEWISE_TLS_.*cannot be used: "):
+    with pytest.raises(TlsError, match=r"^SLATEWISE_TLS_.*cannot be used: "):
         ReloadedContext.open(files)
 
 
@@ -192,14 +193,12 @@ def test_files_that_cannot_be_used_are_refused(authority: Authority, broken: str
     "flags", [{"tls_certificate": "a"}, {"tls_key": "a"}, {"tls_client_ca": "a"}, {"tls_least_version": "1.1"}]
 )
 def test_incomplete_settings_of_tls_are_refused(flags: dict[str, str]) -> None:
-    with pytest.raises(SettingsError, match="--tls-"):
+    with pytest.raises(SettingsError, match=r"(--tls-|SLATEWISE_TLS_)"):
         read_settings(flags)
 
 
 def test_client_and_health_check_speak_tls(authority: Authority, start: Start) -> None:
     """The health check shows the certificate of the server, for servers that ask for one."""
-    from slatewise.client import Client
-
     files = TlsFiles(authority.files.certificate, authority.files.key, str(authority.folder / "ca.crt"))
     running = start(files)
     with Client(running.url, verify=authority.client(authority.ca), timeout=20) as client:

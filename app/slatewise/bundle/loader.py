@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from slatewise.bundle.manifest import Manifest, ManifestError, NoSuchVariant, read_manifest, versions
 from slatewise.bundle.ranker import Ranker, Vocabulary
+from slatewise.bundle.signature import PublicKeys
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
 from slatewise.inference.engine import Engine, EngineError
@@ -39,8 +40,10 @@ OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", 
 # Versions
 
 
-def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -> dict[str, Ranker]:
-    """Load the newest valid version of each ranker below `root`, by name; `variants` as in `load_bundle`.
+def load_rankers(
+    root: Path, threads: int = 1, variants: tuple[str, ...] = (), keys: PublicKeys | None = None
+) -> dict[str, Ranker]:
+    """Load the newest valid version of each ranker below `root`, by name; `variants` and `keys` as in `load_bundle`.
 
     Raises ManifestError if no bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
     """
@@ -49,7 +52,7 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
         for version in reversed(versions(folder)):
             try:
-                rankers[folder.name] = load_version(folder, version, threads, variants)
+                rankers[folder.name] = load_version(folder, version, threads, variants, keys)
                 break
             except NoSuchVariant:
                 raise
@@ -62,21 +65,24 @@ def load_rankers(root: Path, threads: int = 1, variants: tuple[str, ...] = ()) -
     return rankers
 
 
-def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...]) -> Ranker:
+def load_version(
+    folder: Path, version: int, threads: int, variants: tuple[str, ...], keys: PublicKeys | None = None
+) -> Ranker:
     """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
-    ranker = load_bundle(folder / str(version), threads, variants)
+    ranker = load_bundle(folder / str(version), threads, variants, keys)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
     return ranker
 
 
-def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = ()) -> Ranker:
+def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), keys: PublicKeys | None = None) -> Ranker:
     """Load a bundle, with the variants that pass their checks.
 
-    variants: names of the variants to load; empty: all. Raises NoSuchVariant if the bundle has none of them, and
+    variants: names of the variants to load; empty: all. keys: one of them must have signed the bundle; none: it needs
+    no signature. Raises NoSuchVariant if the bundle has none of them, and
     ManifestError if the bundle fails a check or every chosen variant is refused.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, keys)
     check_files(folder, manifest)
     ranker = make_ranker(folder, manifest)
     chosen = [name for name in manifest.variants if name in variants or not variants]

@@ -26,11 +26,12 @@ from pydantic import ValidationError
 from slatewise import VERSION
 from slatewise.bundle.loader import check_files, check_variant_files
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
+from slatewise.bundle.signature import PublicKeys, SignatureFault
 from slatewise.http.keys import Keys, KeysError
 from slatewise.http.server import AddressError, bind
 from slatewise.http.tls import TlsError, TlsFiles, make_context
 from slatewise.process import CPUINFO, available_cpus, cpu_name, cpu_quota, memory_limit
-from slatewise.settings import Settings, SettingsError, add_flags, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, listed, read_settings
 from slatewise.store.client import connect_async, disconnect, split
 
 State = Literal["ok", "warn", "fail"]
@@ -101,7 +102,7 @@ def examine(flags: dict[str, str]) -> Iterator[Line]:
     yield descriptors(settings)
     yield keys(settings)
     yield tls(settings)
-    yield from bundles(settings.bundles)
+    yield from bundles(settings.bundles, listed(settings.bundle_keys))
     yield redis(settings.redis_url.get_secret_value())
     yield port(settings)
 
@@ -177,16 +178,21 @@ def descriptors(settings: Settings) -> Line:
     return Line("descriptors", "ok", f"limit {soft} (hard {hard})")
 
 
-def bundles(root: Path) -> Iterator[Line]:
-    """Check the manifest and the digest of every file of the newest version of each ranker. Loads no graph."""
+def bundles(root: Path, keys: tuple[str, ...] = ()) -> Iterator[Line]:
+    """Check the manifest, its signature if there are `keys`, and the digest of every file of the newest version of each ranker. Loads no graph."""
     folders = sorted(path for path in root.iterdir() if versions(path)) if root.is_dir() else []
     if not folders:
         text = f"{root}: no bundle; make one with `slatewise train`, then `slatewise export`, or set SLATEWISE_BUNDLES"
         yield Line("bundle", "fail", text)
+    trusted = PublicKeys()
+    try:
+        trusted = PublicKeys(keys)
+    except SignatureFault as error:
+        yield Line("bundle", "fail", f"SLATEWISE_BUNDLE_KEYS: {error}")
     for folder in folders:
         path = folder / str(versions(folder)[-1])
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(path, trusted)
             check_files(path, manifest)
             for variant in manifest.variants:
                 check_variant_files(path, manifest, variant)
