@@ -179,7 +179,10 @@ def descriptors(settings: Settings) -> Line:
 
 
 def bundles(root: Path, keys: tuple[str, ...] = ()) -> Iterator[Line]:
-    """Check the manifest, its signature if there are `keys`, and the digest of every file of the newest version of each ranker. Loads no graph."""
+    """Check manifest and digests of the newest version of each ranker, and the signature if there are `keys`.
+
+    Loads no graph.
+    """
     folders = sorted(path for path in root.iterdir() if versions(path)) if root.is_dir() else []
     if not folders:
         text = f"{root}: no bundle; make one with `slatewise train`, then `slatewise export`, or set SLATEWISE_BUNDLES"
