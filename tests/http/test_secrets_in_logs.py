@@ -57,7 +57,7 @@ def ask_all(client: httpx.Client, example: dict[str, Any]) -> None:
     client.delete(f"/users/{USER}")
     for path in (f"/models/{USER}", f"/{USER}", f"/metrics?user={USER}", f"/models?key={FILE_KEY}"):
         client.get(path)
-    for key in (WRONG_KEY, ""):
+    for key in (WRONG_KEY, f"{WRONG_KEY} user-id-8"):
         for path in ("/rerank", "/events", "/metrics"):
             client.post(path, json=mine, headers={"Authorization": f"Bearer {key}"})
     signed = f"AWS4-HMAC-SHA256 Credential={WRONG_KEY}/20260101/x/personalize/aws4_request, Signature={FILE_KEY}"
@@ -67,9 +67,8 @@ def ask_all(client: httpx.Client, example: dict[str, Any]) -> None:
 def test_logs_hold_no_secret_and_no_user_id(tmp_path: Path) -> None:
     """Every request is logged as slow; Redis loses its password, then dies; then the file of keys breaks."""
     redis_port, port = free_port(), free_port()
-    store = subprocess.Popen(
-        [*redis_command(tmp_path, redis_port), "--requirepass", PASSWORD], stdout=subprocess.DEVNULL
-    )
+    command = redis_command(tmp_path, redis_port, "--requirepass", PASSWORD)
+    store = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     keys = tmp_path / "keys"
     keys.write_text(f"{FILE_KEY}\n")
     settings = SECRETS | {
