@@ -30,7 +30,7 @@ from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
-from slatewise.http.keys import Keys
+from slatewise.http.keys import open_keys
 from slatewise.http.reread import Watched
 from slatewise.http.server import bind, run
 from slatewise.http.tls import ReloadedContext, TlsFiles
@@ -150,7 +150,7 @@ def serve(settings: Settings) -> int:
     """Serve until a signal stops the server. Return the exit code."""
     if settings.events_dir:
         check_writable(Path(settings.events_dir))
-    Keys(settings.keys(), settings.api_keys_file)  # wrong keys are found before the bundles load
+    open_keys(settings)  # wrong keys are found before the bundles load
     tls = open_tls(settings)
     listener = bind(settings.host, settings.port)  # a port in use is found before the bundles load
     bound_malloc()

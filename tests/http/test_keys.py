@@ -124,6 +124,13 @@ def test_metrics_need_their_own_key_if_one_is_set(ranker: Ranker, api_keys: str)
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
 
 
+def test_fault_of_a_key_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLATEWISE_API_KEYS", "SLATEWISE_METRICS_KEY"):
+        with monkeypatch.context() as changed, pytest.raises(KeysError, match=rf"^{name}: sha256: must be"):
+            changed.setenv(name, "sha256:12")
+            main.serve(read_settings({}))
+
+
 @pytest.mark.parametrize("value", [",", " ", "a,b"])
 def test_metrics_key_that_is_no_key_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SLATEWISE_METRICS_KEY", value)

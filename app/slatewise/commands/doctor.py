@@ -27,7 +27,7 @@ from slatewise import VERSION
 from slatewise.bundle.loader import check_files, check_variant_files
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise.bundle.signature import PublicKeys, SignatureFault
-from slatewise.http.keys import Keys, KeysError
+from slatewise.http.keys import KeysError, open_keys
 from slatewise.http.server import AddressError, bind
 from slatewise.http.tls import TlsError, TlsFiles, make_context
 from slatewise.process import CPUINFO, available_cpus, cpu_name, cpu_quota, memory_limit
@@ -210,7 +210,7 @@ def bundles(root: Path, keys: tuple[str, ...] = ()) -> Iterator[Line]:
 
 def keys(settings: Settings) -> Line:
     try:
-        known = Keys(settings.keys(), settings.api_keys_file)
+        known, _ = open_keys(settings)
     except KeysError as error:
         return Line("keys", "fail", str(error))
     if known:

@@ -26,7 +26,7 @@ from slatewise.http.calls import aws, cohere, metarank, model_list, oip, tei
 from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
-from slatewise.http.keys import Keys
+from slatewise.http.keys import Keys, open_keys
 from slatewise.http.openapi import complete, example_request, require_key
 from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
@@ -34,7 +34,7 @@ from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
 from slatewise.http.reread import Watched, following, look
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.settings import Settings, listed
+from slatewise.settings import Settings
 
 FOREIGN_HEADERS = (WARNINGS, aws.ERROR_TYPE, oip.HEADER_LENGTH)  # of the answers of foreign calls
 ROUTES = Routes((RERANK, SCORE, *cohere.DIALECTS, aws.DIALECT, metarank.DIALECT, *oip.DIALECTS, tei.DIALECT))
@@ -48,8 +48,7 @@ def create_app(
     """Build the application. It opens pipeline and writer of events when it starts, and closes them when it ends."""
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
     seen = look((settings.api_keys_file,))
-    keys = Keys(settings.keys(), settings.api_keys_file)
-    metrics_keys = Keys(listed(settings.metrics_key.get_secret_value()))
+    keys, metrics_keys = open_keys(settings)
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
         Middleware(RequireKey, keys=keys, routes=ROUTES, open_paths=open_paths, metrics_keys=metrics_keys),

@@ -1,6 +1,6 @@
 """API keys, from the settings and from a file that may change while the server runs. Only their SHA-256 are kept.
 
-Called by: `main.py` makes them, `auth.py` asks, `reread.py` reads the file again.
+Called by: `app.py` makes them, `auth.py` asks, `reread.py` reads the file again. Calls: `settings.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hmac
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from slatewise.settings import Settings, listed, variable
 
 DIGEST = "sha256:"
 HEXADECIMAL = re.compile(r"[0-9a-fA-F]{64}")
@@ -23,12 +25,12 @@ class KeysError(ValueError):
 class Keys:
     """The valid keys: those in `listed`, and those in the file at `path`, which `read` reads again."""
 
-    def __init__(self, listed: Iterable[str] = (), path: str = "") -> None:
-        """Raises KeysError."""
+    def __init__(self, listed: Iterable[str] = (), path: str = "", setting: str = "api_keys") -> None:
+        """`setting` names the source of `listed` in a fault. Raises KeysError."""
         try:
             self.listed = tuple(map(digest_of, listed))
         except KeysError as error:
-            raise KeysError(f"SLATEWISE_API_KEYS: {error}") from None
+            raise KeysError(f"{variable(setting)}: {error}") from None
         self.path = path
         self.digests = self.listed
         self.read()
@@ -43,13 +45,19 @@ class Keys:
             try:
                 self.digests = (*self.listed, *read_digests(Path(self.path)))
             except KeysError as error:
-                raise KeysError(f"SLATEWISE_API_KEYS_FILE: {error}") from None
+                raise KeysError(f"{variable('api_keys_file')}: {error}") from None
 
     def accept(self, given: bytes) -> bool:
         """Whether this is a valid key. Compares with all keys, in constant time."""
         digest = hashlib.sha256(given).digest()
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
         return bool(given) and any(matches)
+
+
+def open_keys(settings: Settings) -> tuple[Keys, Keys]:
+    """Return the API keys, and the key of /metrics. Raises KeysError."""
+    of_metrics = listed(settings.metrics_key.get_secret_value())
+    return Keys(settings.keys(), settings.api_keys_file), Keys(of_metrics, setting="metrics_key")
 
 
 def read_digests(path: Path) -> list[bytes]:
