@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import select
 import socket
 import struct
@@ -25,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-HANDSHAKE_SECONDS = 0.2  # for the handshakes that have begun, and for the queue of accepted connections
+HANDSHAKE_SECONDS = 0.1  # for the handshakes that have begun, and for the queue of accepted connections
 FIRST_REQUEST_SECONDS = 1.0  # for the first request of a connection that was accepted last
 LOOK_SECONDS = 0.02  # between two looks at the connections
 LAST_ANSWERS_SECONDS = 1.0  # for the answers 503 of requests that are cut
@@ -56,8 +57,10 @@ async def stop_accepting(listeners: Iterable[socket.socket]) -> None:
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in NO_NEW_HANDSHAKES))
     program = struct.pack("HP", len(NO_NEW_HANDSHAKES), ctypes.addressof(code))
     for listener in listeners:
-        with suppress(OSError):  # not Linux: a connection that begins within the next milliseconds may be reset
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        # The event loop's sockets set no options; a duplicate is the same socket to the kernel.
+        with socket.socket(fileno=os.dup(listener.fileno())) as same, suppress(OSError):
+            # Elsewhere than on Linux, a connection that begins within the next milliseconds may be reset.
+            same.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     await asyncio.sleep(HANDSHAKE_SECONDS)
 
 
