@@ -17,6 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from slatewise.security_settings import SecuritySettings
+
 PREFIX = "SLATEWISE_"
 # Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
 # a server without the keys that its operator meant would be open.
@@ -61,7 +63,7 @@ def default_bundles() -> Path:
     return checkout if checkout.is_dir() else PACKAGE / "bundles"
 
 
-class Settings(BaseSettings):
+class Settings(SecuritySettings, BaseSettings):
     """Each field has the variable `SLATEWISE_<NAME>` and the flag `--<name>`. Units are in the names."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -72,11 +74,6 @@ class Settings(BaseSettings):
         default_factory=default_bundles,
         description="Root folder of the bundles, `<root>/<ranker>/<version>/`; by default the checkout's "
         "`models/bundles`, or the demo inside an installed package.",
-    )
-    bundle_keys: str = Field(
-        "",
-        description="Public keys of those who may sign bundles, separated by commas, as `slatewise sign` prints them; "
-        "empty: bundles need no signature.",
     )
     variants: str = Field("", description="Variants to load, separated by commas; empty: all variants of each ranker.")
     redis_url: SecretStr = Field(
@@ -97,28 +94,6 @@ class Settings(BaseSettings):
         description="Keys for `Authorization: Bearer`, separated by commas; empty: no authentication. Set it as a "
         "variable: flags show in the process list.",
     )
-    api_keys_file: str = Field(
-        "",
-        description="File with further keys, one a line, read again when it changes; `#` begins a comment. A key may "
-        "be given as `sha256:` and its digest.",
-    )
-    metrics_key: SecretStr = Field(
-        SecretStr(""),
-        description="Key of `GET /metrics`, for `Authorization: Bearer`; empty: `/metrics` is open.",
-    )
-    tls_certificate: str = Field(
-        "",
-        description="PEM file with the certificate of the server and its chain, read again when it changes; empty: no "
-        "TLS.",
-    )
-    tls_key: str = Field("", validate_default=True, description="PEM file with the private key of the certificate.")
-    tls_client_ca: str = Field(
-        "",
-        validate_default=True,
-        description="PEM file with the authorities that issue the certificates of clients (mutual TLS); empty: clients "
-        "need none.",
-    )
-    tls_least_version: Literal["1.2", "1.3"] = Field("1.2", description="Oldest version of TLS that clients may use.")
     open_pages: bool = Field(
         True,
         description="Whether the pages and `/openapi.json` are open when keys are set; they show no data until a key "
@@ -249,27 +224,6 @@ class Settings(BaseSettings):
             raise ValueError("is set but contains no key; name a key, or unset it to serve without authentication")
         return keys
 
-    @field_validator("tls_key")
-    @classmethod
-    def certificate_has_a_key(cls, key: str, info: ValidationInfo) -> str:
-        if bool(info.data.get("tls_certificate")) != bool(key):
-            raise ValueError("must be set when tls_certificate is, and only then")
-        return key
-
-    @field_validator("tls_client_ca")
-    @classmethod
-    def client_ca_has_a_certificate(cls, path: str, info: ValidationInfo) -> str:
-        if path and not info.data.get("tls_certificate"):
-            raise ValueError("needs tls_certificate: without TLS no client shows a certificate")
-        return path
-
-    @field_validator("metrics_key")
-    @classmethod
-    def metrics_key_is_a_key(cls, key: SecretStr) -> SecretStr:
-        if key.get_secret_value() and len(listed(key.get_secret_value())) != 1:
-            raise ValueError("must be one key; unset it to leave /metrics open")
-        return key
-
     @field_validator("cors_origins")
     @classmethod
     def origins_are_as_browsers_send_them(cls, origins: str) -> str:
@@ -282,15 +236,6 @@ class Settings(BaseSettings):
         if "*" in listed(origins) and len(listed(origins)) > 1:
             raise ValueError("* allows all origins: list it alone")
         return origins
-
-    @field_validator("bundle_keys")
-    @classmethod
-    def signatures_can_be_checked(cls, keys: str) -> str:
-        if keys and not listed(keys):
-            raise ValueError("is set but contains no key")
-        if keys and importlib.util.find_spec("cryptography") is None:
-            raise ValueError("needs a package for signatures: pip install 'slatewise[signing]'")
-        return keys
 
     @field_validator("events_dir")
     @classmethod
