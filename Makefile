@@ -10,6 +10,8 @@
 # make image-check        the Dockerfile's steps in a clean folder and environment
 # make wheels-check       every locked package has a wheel for each supported platform and Python
 # make lock     write deploy/*.lock; UPGRADE=1 takes the newest releases
+# make audit    known vulnerabilities of the locked packages; exit code 2: the advisories were not reached
+# make sbom     the bill of materials of the serving install, build/sbom.json, CycloneDX
 # make reference-bundle   the bundle that speed is measured with, seeded weights, below build/bundles/
 #
 # Needs Python 3.11 to 3.14: the newest on the PATH, or the one in PYTHON (make serve PYTHON=/usr/bin/python3.12).
@@ -25,7 +27,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: serve test coverage lint format movielens train compress chaos dashboards-check install-check image-check wheels-check lock \
-	reference-bundle serve-environment test-environment clean
+	audit sbom reference-bundle serve-environment test-environment clean
 
 # Ctrl-C reaches the server, the shell and make: with the trap, the shell waits for the server's quiet end.
 serve: serve-environment
@@ -98,6 +100,12 @@ lock:
 	@$$(.ci/find-python $(PYTHON)) -m venv --clear build/lock
 	build/lock/bin/pip install --quiet uv==0.13.9
 	.ci/lock build/lock/bin/uv
+
+audit:
+	@.ci/audit vulnerabilities "$(PYTHON)"
+
+sbom:
+	@.ci/audit sbom "$(PYTHON)"
 
 serve-environment:
 	@.ci/environment $(SERVE) serve "$(PYTHON)"

@@ -140,6 +140,7 @@ FAILURES_OF_COMMANDS = {
     "push": (str(BUNDLE), *UNREACHABLE),
     "store": ("status", str(BUNDLE), *UNREACHABLE),
     "check-bundle": ("missing",),
+    "sign": ("missing.pem",),
     "init": ("missing.csv",),
     "validate": ("missing.toml",),
     "train": ("missing.toml",),

@@ -81,23 +81,25 @@ PLACES = {
             f"http/{name}.py"
             for name in ("admin", "app", "hot_routes", "rank", "models", "health", "server", "items", "page")
         ),
+        "http/drain.py",
         "http/events.py",
         "http/telemetry.py",
         "http/calls/oip.py",
         "http/calls/model_list.py",
     },
     "fastapi_offline": {"http/app.py"},
-    "uvicorn": {"http/server.py", "http/connection.py"},
+    "uvicorn": {"http/server.py", "http/drain.py", "http/connection.py"},
     "starlette": {
         *(
             f"http/{name}.py"
             for name in ("app", "auth", "body", "dialect", "events", "head", "hot_routes", "problems", "rank")
         ),
-        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing", "whole_bodies")),
+        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing", "whole_bodies", "drain")),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
     "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "replies", "writer")}
     | {"events/redis_histories.py"},
+    "cryptography": {"bundle/signature.py", "bundle/sign.py"},
     "httpx": {f"client/{name}.py" for name in ("client", "async_client", "exchange")},
     "pydantic_settings": {"settings.py"},
     "opentelemetry": {"http/tracing.py"},
@@ -134,7 +136,7 @@ def declared(*extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("package", "extras"), [("slatewise", ("serve", "otel")), ("slatewise_train", ("train", "ray"))]
+    ("package", "extras"), [("slatewise", ("serve", "otel", "signing")), ("slatewise_train", ("train", "ray"))]
 )
 def test_every_library_is_a_declared_dependency(package: str, extras: tuple[str, ...]) -> None:
     paths = [path for name, path in SOURCES.items() if name.split(".")[0] == package]
@@ -151,7 +153,7 @@ def test_extra_declares_every_library_that_its_commands_load(extra: str) -> None
         reached.add(module := waiting.pop())
         waiting |= modules(SOURCES[module]) - reached
     used = set().union(*(libraries(SOURCES[module]) for module in reached)) - set(sys.stdlib_module_names)
-    optional = declared("ray", "otel") - declared()
+    optional = declared("ray", "otel", "signing") - declared()
     assert used - optional <= declared(extra) | {"slatewise", "slatewise_train"}
 
 

@@ -13,9 +13,11 @@ import argparse
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from slatewise import VERSION
@@ -47,6 +49,7 @@ COMMANDS = {
     "push": Command("slatewise.store.push", "write a bundle's meta-embeddings, or your own, to Redis", "serve"),
     "store": Command("slatewise.store.admin", "status, roll-back, delete-user, merge, sweep of a Redis store", "serve"),
     "check-bundle": Command("slatewise.bundle.check", "load bundles and print what the server would serve", "serve"),
+    "sign": Command("slatewise.bundle.sign", "make a key, or sign bundles with it", "signing"),
     "init": Command("slatewise_train.new_toml", "write a TOML for your tables from what they contain", "train"),
     "validate": Command("slatewise_train.check_data", "describe your tables, and refuse what training would", "train"),
     "train": Command("slatewise_train.train_command", "train a ranker on your events", "train"),
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = make_parser().parse_args(arguments[:1]).command
     command = COMMANDS[name]
+    if name == "serve":
+        leave_on_signals()
 
     def run(arguments: Sequence[str]) -> Any:
         return importlib.import_module(command.module).main(arguments)
@@ -89,6 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"the package {error.name} is missing; run: {remedy}"
         print(f"slatewise {name}: error: {reason}", file=sys.stderr)
         return 1
+
+
+def leave_on_signals() -> None:
+    """End quietly on a signal while libraries and bundles load, which takes seconds. The server sets its own handlers.
+
+    The first process of a container has no default handlers: it would not hear a SIGTERM. SIGINT too: a
+    KeyboardInterrupt inside code that a library compiles from text ends Python with the signal, also if it is caught.
+    """
+    for number, code in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, partial(leave, code))
+
+
+def leave(code: int, *_: object) -> None:
+    sys.exit(code)
 
 
 def run_main(program: str, function: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:

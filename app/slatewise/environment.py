@@ -13,6 +13,7 @@ PREFIX = "SLATEWISE_"
 # Variables of the client. Both may be set where a server starts, but a lone API_KEY is taken for a mistyped API_KEYS:
 # a server without the keys that its operator meant would be open.
 CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
+KEYS_VARIABLES = {"SLATEWISE_API_KEYS", "SLATEWISE_API_KEYS_FILE"}
 # Kubernetes and Docker set such variables for each Service or link whose name begins with "slatewise".
 SERVICE_LINK = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.IGNORECASE
@@ -28,7 +29,7 @@ def unknown_variables(environment: Mapping[str, str], settings: Collection[str])
     """Return a message for each `SLATEWISE_*` variable that is neither one of `settings` nor a service link."""
     known = set(settings)
     names = {name.upper() for name in environment}
-    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or "SLATEWISE_API_KEYS" in names}
+    known |= {name for name in CLIENT_VARIABLES if name != "SLATEWISE_API_KEY" or names & KEYS_VARIABLES}
     messages = []
     for name, value in sorted(environment.items()):
         if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):

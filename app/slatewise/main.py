@@ -12,8 +12,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,6 +26,7 @@ from slatewise import logs, metrics
 from slatewise.bundle.loader import Lacking, load_rankers
 from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.signature import PublicKeys, SignatureFault
 from slatewise.environment import is_link_address
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
@@ -35,8 +34,11 @@ from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
 from slatewise.http.app import create_app
 from slatewise.http.door import DoorLimits
+from slatewise.http.keys import open_keys
+from slatewise.http.reread import Watched
 from slatewise.http.server import bind, run
 from slatewise.http.server_log import open_server_log
+from slatewise.http.tls import ReloadedContext, TlsFiles
 from slatewise.inference.workers import Workers
 from slatewise.process import bound_malloc, cpu_quota, memory_limit, open_closed_streams
 from slatewise.ranking.admission import Admission, RequestLimits
@@ -48,7 +50,7 @@ from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
-from slatewise.settings import Settings, SettingsError, add_flags, read_settings, variable
+from slatewise.settings import Settings, SettingsError, add_flags, listed, read_settings, variable
 from slatewise.store.client import REPLY_BYTES, connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
@@ -180,9 +182,10 @@ def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
 def load(settings: Settings) -> dict[str, Ranker]:
     """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
+    keys = bundle_keys(settings)
     try:
         threads = settings.threads or cpu_quota()
-        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), lacking_at_start(settings))
+        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), keys, lacking_at_start(settings))
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"
@@ -191,6 +194,14 @@ def load(settings: Settings) -> dict[str, Ranker]:
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
+
+
+def bundle_keys(settings: Settings) -> PublicKeys:
+    """Return the keys whose bundles are loaded. Raises SettingsError."""
+    try:
+        return PublicKeys(listed(settings.bundle_keys))
+    except SignatureFault as error:
+        raise SettingsError([f"SLATEWISE_BUNDLE_KEYS (--bundle-keys): {error}"]) from None
 
 
 def lacking_at_start(settings: Settings) -> Lacking:
@@ -214,17 +225,27 @@ def serve(settings: Settings) -> int:
     """Serve until a signal stops the server. Return the exit code."""
     if settings.events_dir:
         check_writable(Path(settings.events_dir))
-    listener = bind(settings.host, settings.port)  # first: a port in use is found before the bundles load
+    open_keys(settings)  # wrong keys are found before the bundles load
+    tls = open_tls(settings)
+    listener = bind(settings.host, settings.port)  # a port in use is found before the bundles load
     bound_malloc()
     # A collection of all modules would hold the event loop for 20 ms, again and again. The rankers can be replaced, so
     # they are not among what is never collected.
     gc.collect()
     gc.freeze()
-    return run(build_app(settings, load(settings)), listener, settings.drain_seconds, door_limits(settings))
+    app = build_app(settings, load(settings))
+    if tls is not None:
+        app.state.followed.append(Watched("tls", tls.files.paths, tls.read, tls.seen))
+    limits = DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
+    return run(app, listener, limits, settings.drain_seconds, settings.grace_seconds, tls)
 
 
-def door_limits(settings: Settings) -> DoorLimits:
-    return DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
+def open_tls(settings: Settings) -> ReloadedContext | None:
+    """Read the files of TLS; `None` without TLS. Raises TlsError."""
+    if not settings.tls_certificate:
+        return None
+    version = settings.tls_least_version
+    return ReloadedContext.open(TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca, version))
 
 
 def check_writable(folder: Path) -> None:
@@ -236,10 +257,6 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         fault = f"SLATEWISE_EVENTS_DIR (--events-dir): cannot write to {folder}: {error.strerror}"
         raise SettingsError([fault]) from None
-
-
-def leave(code: int, *_: object) -> None:
-    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -256,11 +273,6 @@ def main(argv: Sequence[str]) -> int:
     with open_server_log() as handler:
         style = flags.get("log_format") or os.environ.get(variable("log_format"))
         logs.configure("json" if style == "json" else "text", "info", handler)  # before other settings are found wrong
-        # While the bundles load. SIGINT too: a KeyboardInterrupt inside code that a library compiles from text ends
-        # Python with the signal, also if it is caught.
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, partial(leave, code))
         settings = read_settings(flags)
         logs.configure(settings.log_format, settings.log_level, handler)
         if is_link_address(os.environ.get("SLATEWISE_PORT")):

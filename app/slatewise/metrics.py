@@ -48,6 +48,14 @@ LARGER = "over 2000"
 M = TypeVar("M", Counter, Gauge, Histogram)
 STAGES = ("parse", "features", "embed", "queue", "encode", "score", "serialize")
 
+FILES_READ = Counter(
+    "slatewise_files_read_total",
+    "Readings of files that changed while the server ran, by `kind` of file and `result`.",
+    ["kind", "result"],
+)
+FILES_STALE = Gauge(
+    "slatewise_files_stale", "1: the newest files of this `kind` cannot be used, and older ones are in use.", ["kind"]
+)
 REQUESTS = Counter(
     "slatewise_requests_total",
     "Requests that ended, by status code; 499: the client disconnected.",

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from slatewise.environment import PREFIX, is_link_address, unknown_variables
 from slatewise.logs import Format, Level
 from slatewise.schemas import MOST_ENTRIES
+from slatewise.security_settings import SecuritySettings
 
 PACKAGE = Path(__file__).parent
 REDIS_SCHEMES = (
@@ -52,7 +53,7 @@ def default_bundles() -> Path:
     return checkout if checkout.is_dir() else PACKAGE / "bundles"
 
 
-class Settings(BaseSettings):
+class Settings(SecuritySettings, BaseSettings):
     """Each field has the variable `SLATEWISE_<NAME>` and the flag `--<name>`. Units are in the names."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -213,6 +214,12 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(
         2.0, ge=0, le=3_600, description="Time to keep serving after SIGTERM or SIGHUP while /readyz answers 503."
+    )
+    grace_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=3_600,
+        description="Time for requests in flight to end after the drain; then they get 503.",
     )
     slow_ms: float = Field(
         250.0,

@@ -16,7 +16,7 @@ from tests.conftest import DEMO
 from tests.support.network import free_port
 
 CHECKS = ["slatewise", "packages", "telemetry", "cpu", "quota", "settings", "memory", "descriptors"]
-CHECKS += ["bundle", "redis", "port"]
+CHECKS += ["keys", "tls", "bundle", "redis", "port"]
 
 
 @pytest.fixture(autouse=True)

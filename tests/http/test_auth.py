@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.auth import RequireKey
+from slatewise.http.keys import Keys
 from slatewise.main import build_app
 from slatewise.settings import Settings
 from tests.conftest import Tiny
@@ -65,6 +66,6 @@ def test_setting_closes_the_pages(ranker: Ranker) -> None:
 def test_open_path_with_a_slash_stands_for_all_below() -> None:
     async def app(*_: object) -> None: ...
 
-    layer = RequireKey(app, ("key",), (), ("/", "/docs", "/static/"))
+    layer = RequireKey(app, Keys(["key"]), (), ("/", "/docs", "/static/"))
     assert all(map(layer.is_open, ("/", "/docs", "/static/a", "/static/a/b", "/static/")))
     assert not any(map(layer.is_open, ("", "/rerank", "/docs/", "/docs/a", "/static", "/statics/a", "//static/a")))

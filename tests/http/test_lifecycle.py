@@ -210,7 +210,7 @@ def test_what_is_loaded_costs_no_garbage_collections(tiny: Tiny, monkeypatch: py
     before = gc.get_freeze_count()
     frozen = []
 
-    def run(app: object, listener: socket.socket, drain_seconds: float) -> int:
+    def run(app: object, listener: socket.socket, *_: object) -> int:
         listener.close()
         frozen.append(gc.get_freeze_count())
         return 0

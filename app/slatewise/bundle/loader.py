@@ -34,6 +34,7 @@ from slatewise.bundle.manifest import (
 )
 from slatewise.bundle.probe import check_fields, check_numbers, extreme_rows, probe
 from slatewise.bundle.ranker import Ranker, Vocabulary
+from slatewise.bundle.signature import PublicKeys
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
 from slatewise.inference.engine import Engine, EngineError, Step, at_once
@@ -55,9 +56,13 @@ Lacking = Callable[[Manifest, Manifest], str | None]  # of an older and a newer 
 
 
 def load_rankers(
-    root: Path, threads: int = 1, variants: tuple[str, ...] = (), lacking: Lacking = lambda older, newer: None
+    root: Path,
+    threads: int = 1,
+    variants: tuple[str, ...] = (),
+    keys: PublicKeys | None = None,
+    lacking: Lacking = lambda older, newer: None,
 ) -> dict[str, Ranker]:
-    """Load the newest valid version of each ranker below `root`, by name; `variants` as in `load_bundle`.
+    """Load the newest valid version of each ranker below `root`, by name; `variants` and `keys` as in `load_bundle`.
 
     lacking: a version for which it has a reason is loaded only if no older one can be. Raises ManifestError if no
     bundle can be loaded, and NoSuchVariant if a ranker has none of `variants`.
@@ -67,7 +72,7 @@ def load_rankers(
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
         for version in by_preference(folder, lacking):
             try:
-                rankers[folder.name] = load_version(folder, version, threads, variants)
+                rankers[folder.name] = load_version(folder, version, threads, variants, keys)
                 break
             except NoSuchVariant:
                 raise
@@ -95,21 +100,35 @@ def by_preference(folder: Path, lacking: Lacking) -> list[int]:
     return [v for v in reversed(numbers) if v not in waiting] + waiting[::-1]
 
 
-def load_version(folder: Path, version: int, threads: int, variants: tuple[str, ...], step: Step = at_once) -> Ranker:
+def load_version(
+    folder: Path,
+    version: int,
+    threads: int,
+    variants: tuple[str, ...],
+    keys: PublicKeys | None = None,
+    step: Step = at_once,
+) -> Ranker:
     """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
-    ranker = load_bundle(folder / str(version), threads, variants, step)
+    ranker = load_bundle(folder / str(version), threads, variants, keys, step)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
     return ranker
 
 
-def load_bundle(folder: Path, threads: int, variants: tuple[str, ...] = (), step: Step = at_once) -> Ranker:
+def load_bundle(
+    folder: Path,
+    threads: int,
+    variants: tuple[str, ...] = (),
+    keys: PublicKeys | None = None,
+    step: Step = at_once,
+) -> Ranker:
     """Load a bundle, with the variants that pass their checks.
 
-    variants: names of the variants to load; empty: all. step: as in `Engine`. Raises NoSuchVariant if the bundle has
-    none of them, and ManifestError if the bundle fails a check or every chosen variant is refused.
+    variants: names of the variants to load; empty: all. keys: one of them must have signed the bundle; none: it needs
+    no signature. step: as in `Engine`. Raises NoSuchVariant if the bundle has none of the variants, and ManifestError
+    if the bundle fails a check or every chosen variant is refused.
     """
-    content = read_manifest_bytes(folder)
+    content = read_manifest_bytes(folder, keys)
     manifest = parse_manifest(content, folder)
     files = Files(folder, manifest.files, step)
     check_files(folder, manifest, USED)

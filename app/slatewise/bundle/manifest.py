@@ -2,6 +2,7 @@
 
     <root>/<ranker>/<version>/
       manifest.json                    the manifest
+      manifest.json.sig                its signature (optional)
       items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of rows 2 and up
       items8.npy                       the item table in int8, for the variants that name it (optional)
       fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
@@ -18,7 +19,8 @@
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
 
-`slatewise_train/bundle_writer.py` writes it. Called by: `loader.py` and every command that reads a bundle.
+`slatewise_train/bundle_writer.py` writes it. Called by: `loader.py` and every command that reads a bundle. Calls:
+`signature.py`.
 """
 
 import json
@@ -28,6 +30,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
+from slatewise.bundle.signature import PublicKeys, SignatureFault
 from slatewise.schemas import Verdict
 
 FORMAT = 2  # the format that is written
@@ -190,21 +193,26 @@ def bundle_folder(path: Path) -> Path:
     return path / str(newest)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, keys: PublicKeys | None = None) -> Manifest:
     """Read and check the manifest in a bundle's folder.
 
-    Raises ManifestError if the file is missing or is not JSON, the format is not known, or a member is missing,
-    unknown or invalid.
+    Raises ManifestError if the file is missing or is not JSON, the format is not known, a member is missing, unknown or
+    invalid, or there are `keys` and it is not signed by one of them.
     """
-    return parse_manifest(read_manifest_bytes(folder), folder)
+    return parse_manifest(read_manifest_bytes(folder, keys), folder)
 
 
-def read_manifest_bytes(folder: Path) -> bytes:
-    """Raises ManifestError if the file cannot be read."""
+def read_manifest_bytes(folder: Path, keys: PublicKeys | None = None) -> bytes:
+    """Raises ManifestError if the file cannot be read, or there are `keys` and it is not signed by one of them."""
     try:
-        return (folder / "manifest.json").read_bytes()
+        raw = (folder / "manifest.json").read_bytes()
+        if keys:
+            keys.check(folder, raw)
+    except SignatureFault as error:
+        raise ManifestError(f"{folder} {error}") from error
     except OSError as error:
         raise ManifestError(f"{folder}: no readable manifest.json ({error})") from error
+    return raw
 
 
 def parse_manifest(text: bytes, folder: Path) -> Manifest:

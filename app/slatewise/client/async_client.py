@@ -8,6 +8,7 @@ Called by: users, and `commands/`. Calls: `calls.py`, `exchange.py` and httpx.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from typing import Any, Self, TypeVar, Unpack
 
@@ -29,11 +30,16 @@ class AsyncClient:
     """Asks one server from one event loop. The arguments and methods are those of `Client`, which documents them."""
 
     def __init__(
-        self, url: str | None = None, api_key: str | None = None, timeout: float = 1.0, retries: int = 1
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 1.0,
+        retries: int = 1,
+        verify: ssl.SSLContext | None = None,
     ) -> None:
         """Raises ValueError for a wrong argument. No connection is made yet."""
         self._target = make_target(url, api_key, timeout, retries)
-        self._http = httpx.AsyncClient(**self._target.options())
+        self._http = httpx.AsyncClient(**self._target.options(), verify=verify or True)
 
     def __repr__(self) -> str:
         return f"AsyncClient({self._target.url!r})"

@@ -5,6 +5,7 @@ Called by: users, and `commands/`. Calls: `calls.py`, `exchange.py` and httpx.
 
 from __future__ import annotations
 
+import ssl
 import time
 from typing import Any, Self, TypeVar, Unpack
 
@@ -27,15 +28,21 @@ class Client:
 
     url: default: SLATEWISE_URL, or else http://127.0.0.1:8000. api_key: default: SLATEWISE_API_KEY.
     timeout: seconds of one call, repeats included. retries: most repeats of one call, which exchange.py describes.
+    verify: authorities and certificate for https, see `ssl.create_default_context`; default: those of httpx.
     Every method raises SlatewiseError.
     """
 
     def __init__(
-        self, url: str | None = None, api_key: str | None = None, timeout: float = 1.0, retries: int = 1
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 1.0,
+        retries: int = 1,
+        verify: ssl.SSLContext | None = None,
     ) -> None:
         """Raises ValueError for a wrong argument. No connection is made yet."""
         self._target = make_target(url, api_key, timeout, retries)
-        self._http = httpx.Client(**self._target.options())
+        self._http = httpx.Client(**self._target.options(), verify=verify or True)
 
     def __repr__(self) -> str:
         return f"Client({self._target.url!r})"

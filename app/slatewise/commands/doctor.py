@@ -13,10 +13,11 @@ import json
 import os
 import platform
 import resource
+import ssl
 import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,9 +26,12 @@ from pydantic import ValidationError
 from slatewise import VERSION
 from slatewise.bundle.loader import check_files, check_variant_files
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
+from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.http.keys import KeysError, open_keys
 from slatewise.http.server import AddressError, bind
+from slatewise.http.tls import TlsError, TlsFiles, make_context
 from slatewise.process import CPUINFO, available_cpus, cpu_name, cpu_quota, memory_limit
-from slatewise.settings import Settings, SettingsError, add_flags, read_settings
+from slatewise.settings import Settings, SettingsError, add_flags, listed, read_settings
 from slatewise.store.client import connect_async, disconnect, split
 
 State = Literal["ok", "warn", "fail"]
@@ -96,7 +100,9 @@ def examine(flags: dict[str, str]) -> Iterator[Line]:
         settings = valid_settings(flags)
     yield memory(settings)
     yield descriptors(settings)
-    yield from bundles(settings.bundles)
+    yield keys(settings)
+    yield tls(settings)
+    yield from bundles(settings.bundles, listed(settings.bundle_keys))
     yield redis(settings.redis_url.get_secret_value())
     yield port(settings)
 
@@ -172,16 +178,24 @@ def descriptors(settings: Settings) -> Line:
     return Line("descriptors", "ok", f"limit {soft} (hard {hard})")
 
 
-def bundles(root: Path) -> Iterator[Line]:
-    """Check the manifest and the digest of every file of the newest version of each ranker. Loads no graph."""
+def bundles(root: Path, keys: tuple[str, ...] = ()) -> Iterator[Line]:
+    """Check manifest and digests of the newest version of each ranker, and the signature if there are `keys`.
+
+    Loads no graph.
+    """
     folders = sorted(path for path in root.iterdir() if versions(path)) if root.is_dir() else []
     if not folders:
         text = f"{root}: no bundle; make one with `slatewise train`, then `slatewise export`, or set SLATEWISE_BUNDLES"
         yield Line("bundle", "fail", text)
+    trusted = PublicKeys()
+    try:
+        trusted = PublicKeys(keys)
+    except SignatureFault as error:
+        yield Line("bundle", "fail", f"SLATEWISE_BUNDLE_KEYS: {error}")
     for folder in folders:
         path = folder / str(versions(folder)[-1])
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(path, trusted)
             check_files(path, manifest)
             for variant in manifest.variants:
                 check_variant_files(path, manifest, variant)
@@ -192,6 +206,33 @@ def bundles(root: Path) -> Iterator[Line]:
         names = ", ".join(manifest.variants)
         text = f"{folder.name} version {path.name}: {len(manifest.files)} digests agree, {megabytes:.0f} MB, {names}"
         yield Line("bundle", "ok", text)
+
+
+def keys(settings: Settings) -> Line:
+    try:
+        known, _ = open_keys(settings)
+    except KeysError as error:
+        return Line("keys", "fail", str(error))
+    if known:
+        return Line("keys", "ok", f"{len(known.digests)} API keys")
+    if settings.host in ("127.0.0.1", "::1", "localhost"):
+        return Line("keys", "ok", f"none, and the server listens on {settings.host} alone")
+    return Line(
+        "keys", "warn", f"none: whoever reaches {settings.host} may ask and delete; set SLATEWISE_API_KEYS_FILE"
+    )
+
+
+def tls(settings: Settings) -> Line:
+    if not settings.tls_certificate:
+        return Line("tls", "ok", "not set: plain HTTP")
+    version = settings.tls_least_version
+    files = TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca, version)
+    try:
+        make_context(files)
+    except TlsError as error:
+        return Line("tls", "fail", str(error))
+    clients = "; clients need a certificate" if files.client_ca else ""
+    return Line("tls", "ok", f"{version} or newer, {files.certificate}{clients}")
 
 
 def redis(url: str) -> Line:
@@ -244,8 +285,18 @@ def port(settings: Settings) -> Line:
 
 def is_slatewise(settings: Settings) -> bool:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/livez"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    scheme = "https" if settings.tls_certificate else "http"
+    place = f"[{host}]" if ":" in host else host
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if settings.tls_certificate:  # which is shown to a server that asks for one
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with suppress(OSError, ValueError):  # the line `tls` says what is wrong
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    direct = urllib.request.build_opener(*handlers)
+    url = f"{scheme}://{place}:{settings.port}/livez"
     try:
         with direct.open(url, timeout=2) as answer:
             return bool(json.load(answer) == {"status": "alive"})

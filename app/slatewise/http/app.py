@@ -30,11 +30,13 @@ from slatewise.http.calls.common import WARNINGS
 from slatewise.http.capture import open_capture
 from slatewise.http.head import AnswerHead
 from slatewise.http.hot_routes import HotRoutes, Routes, document_hot_routes
+from slatewise.http.keys import Keys, open_keys
 from slatewise.http.openapi import complete, describe_admin_key, example_request, require_key
 from slatewise.http.page import page_routes
 from slatewise.http.problems import HANDLERS, on_unexpected_error
 from slatewise.http.rank import RERANK, SCORE
 from slatewise.http.request_log import open_request_log
+from slatewise.http.reread import Watched, following, look
 from slatewise.http.telemetry import fastapi_telemetry, open_tracing
 from slatewise.http.whole_bodies import WholeBodies
 from slatewise.ranking.pipeline import Pipeline
@@ -54,9 +56,11 @@ def create_app(
 ) -> FastAPI:
     """Build the application. It opens pipeline, events and versions when it starts, and closes them when it ends."""
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
+    seen = look((settings.api_keys_file,))
+    keys, metrics_keys = open_keys(settings)
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
-        Middleware(RequireKey, keys=settings.keys(), routes=ROUTES, open_paths=open_paths),
+        Middleware(RequireKey, keys=keys, routes=ROUTES, open_paths=open_paths, metrics_keys=metrics_keys),
         Middleware(
             WholeBodies, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s
         ),  # behind the check of keys: a client without one is answered before its body is read
@@ -69,6 +73,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(following(app.state.followed))
             request_log = open_request_log(settings.slow_ms / 1e3, settings.log_format, settings.log_level)
             app.state.request_log = stack.enter_context(request_log)
             if tracing is not None:
@@ -105,6 +110,9 @@ def create_app(
     app.state.reload_mode = settings.reload
     app.state.tracing = tracing
     app.state.max_events = settings.max_events
+    app.state.followed = []  # files that are read again when they change
+    if settings.api_keys_file:
+        app.state.followed.append(Watched("api_keys", (settings.api_keys_file,), keys.read, seen))
     app.include_router(events.routes)  # first: requests are matched in this order, and events are the most
     app.include_router(health.routes)
     app.include_router(models.routes)
@@ -117,7 +125,7 @@ def create_app(
         app.include_router(admin.admin_routes(admin_key))
     document_hot_routes(app, ROUTES.dialects)
     bodies = (*events.BODIES, *(admin.BODIES if admin_key else ()))
-    complete_document(app, settings.keys(), open_paths, bodies)
+    complete_document(app, keys, open_paths, bodies)
     return app
 
 
@@ -145,7 +153,7 @@ def allow_origins(origins: tuple[str, ...]) -> list[Middleware]:
 
 
 def complete_document(
-    app: FastAPI, keys: tuple[str, ...], open_paths: tuple[str, ...], bodies: tuple[type[BaseModel], ...]
+    app: FastAPI, keys: Keys, open_paths: tuple[str, ...], bodies: tuple[type[BaseModel], ...]
 ) -> None:
     """Make the OpenAPI document complete. With keys it shows no data of the rankers, since it may be open.
 

@@ -1,11 +1,10 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `problems.py` and `calls/aws.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `problems.py` and `calls/aws.py`.
 """
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Iterable
 
@@ -16,12 +15,14 @@ from slatewise import metrics
 from slatewise.errors import Unauthorized
 from slatewise.http.calls import aws
 from slatewise.http.hot_routes import Routes
+from slatewise.http.keys import Keys
 from slatewise.http.problems import problem, request_id_of
 from slatewise.http.request_log import Outcome
 from slatewise.ranking.trace import Trace
 
+METRICS_PATH = "/metrics"
 # `/admin` has a key of its own (`admin.py`), and is 404 without it.
-OPEN_PATHS = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/admin/", "/admin")
+OPEN_PATHS = ("/livez", "/readyz", METRICS_PATH, "/v2/health/live", "/v2/health/ready", "/admin/", "/admin")
 # Open unless a setting closes them: they show no data of the rankers. A slash at the end stands for all paths below.
 PAGE_PATHS = ("/", "/page/", "/docs", "/docs/", "/openapi.json", "/static-offline-docs/")
 AWS_PATHS = ("/personalize-ranking", "/events")  # AWS clients sign these, and cannot send a bearer key
@@ -31,24 +32,29 @@ SCOPE_PARTS = 4  # date, region, service and "aws4_request", behind the access k
 class RequireKey:
     """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set.
 
-    The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. A refused request
-    to one of `routes` gets the error of its dialect, and is added to `slatewise_requests_total`. AWS clients get theirs
-    for events too.
+    The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. /metrics needs one
+    of `metrics_keys`, if there are any. A refused request to one of `routes` gets the error of its dialect, and counts
+    in `slatewise_requests_total`. AWS clients get theirs for events too.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], routes: Routes, open_paths: Iterable[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, routes: Routes, open_paths: Iterable[str], metrics_keys: Keys | None = None
+    ) -> None:
         self.app = app
         self.open = frozenset(open_paths)
         self.open_below = tuple(path for path in self.open if path.endswith("/") and path != "/")
-        self.keys = [key.encode() for key in keys]
+        self.keys = keys
+        self.metrics_keys = metrics_keys
         self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.keys or scope["type"] != "http" or self.is_open(scope["path"]):
+        keys = self.keys_of(scope["path"]) if scope["type"] == "http" else None
+        if not keys:
             return await self.app(scope, receive, send)
         entered = time.perf_counter()
         headers = Headers(scope=scope)
-        if self.has_valid_key(headers, scope["path"]):
+        key = given_key(headers.get("authorization", ""), scope["path"])
+        if keys.accept(key.encode("latin-1")):  # Starlette decodes headers as Latin-1
             return await self.app(scope, receive, send)
         error = Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
         metrics.REJECTED.labels("key").inc()
@@ -71,12 +77,11 @@ class RequireKey:
     def is_open(self, path: str) -> bool:
         return path in self.open or path.startswith(self.open_below)
 
-    def has_valid_key(self, headers: Headers, path: str) -> bool:
-        """Compare the given key with all keys, in constant time."""
-        key = given_key(headers.get("authorization", ""), path)
-        key_bytes = key.encode("latin-1")  # Starlette decodes headers as Latin-1
-        matches = [hmac.compare_digest(key_bytes, known) for known in self.keys]
-        return bool(key) and any(matches)
+    def keys_of(self, path: str) -> Keys | None:
+        """Return the keys that open a path; `None` or none: it is open."""
+        if path == METRICS_PATH and self.metrics_keys:
+            return self.metrics_keys
+        return None if self.is_open(path) else self.keys
 
 
 def given_key(authorization: str, path: str) -> str:

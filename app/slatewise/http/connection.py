@@ -70,6 +70,11 @@ class Connection(HttpToolsProtocol):
         self.linger_left = LINGER_BYTES
         self.only_probes = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last answer is complete, and no byte of a next request was read."""
+        return self.state == HEAD and not self.has_begun and not self.rest
+
     # Calls of the event loop
 
     def connection_made(self, transport: Any) -> None:

@@ -32,6 +32,7 @@ from slatewise.inference.arrays import (
 from slatewise.inference.item_table import ItemTable
 
 HISTORY_CHUNK = 256  # events in one call of `extend`
+NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 512  # candidates in one call of `point`
 
 
@@ -211,6 +212,8 @@ def open_session(graph: str | bytes, threads: int) -> ort.InferenceSession:
     # within a call threads may spin, since waking them costs more than they save; between calls they free the cores
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # A graph has all of its weights inside, where its digest covers them: nothing is found in this folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", NO_FOLDER)
     options.enable_mem_pattern = False  # shapes differ from request to request
     options.enable_cpu_mem_arena = False  # the arena never shrinks, and is no faster than malloc (docs/performance.md)
     options.log_severity_level = 3

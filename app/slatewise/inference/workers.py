@@ -26,6 +26,7 @@ from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+JOIN_SECONDS = 1.5  # for the running chunks, at the end
 QUIET_SECONDS = 0.1  # without concurrent jobs, after which the machine counts as idle except for the one job
 
 Result = TypeVar("Result")
@@ -84,6 +85,13 @@ class Workers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.stop()
+        end = time.monotonic() + JOIN_SECONDS
+        for thread in self.threads:  # they are daemons: a chunk that never ends does not keep the process
+            await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
+
+    def stop(self) -> None:
+        """Cancel the queued jobs. A running job is cancelled behind its chunk, and a later one at once."""
         with self.lock:
             self.stopping = True
             for job in self.queue:
@@ -91,8 +99,6 @@ class Workers:
             self.queue.clear()
         for _thread in self.threads:
             self.tickets.put(None)
-        for thread in self.threads:
-            await asyncio.to_thread(thread.join)
 
     def submit(self, chunks: Chunks[Result], priority: int = 0) -> Job[Result]:
         """Queue a generator as a job; lower priorities come first.

@@ -36,6 +36,15 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
+{{- /* A probe of a path. Mutual TLS: kubelet has no certificate, so the health check of the image asks /readyz. */ -}}
+{{- define "slatewise.probe" -}}
+{{- if and .root.Values.tls.secretName .root.Values.tls.clientCertificates -}}
+exec: {command: [python, -I, -S, health_check.py{{ if eq .path "/livez" }}, /livez{{ end }}]}
+{{- else -}}
+httpGet: {path: {{ .path }}, port: http{{ if .root.Values.tls.secretName }}, scheme: HTTPS{{ end }}}
+{{- end }}
+{{- end }}
+
 {{- /* Faults that the schema cannot express. */ -}}
 {{- define "slatewise.check" -}}
 {{- if and .Values.autoscaling.enabled .Values.keda.enabled }}{{ fail "autoscaling.enabled and keda.enabled exclude each other: KEDA makes its own HPA" }}{{ end -}}
@@ -49,6 +58,7 @@ seccompProfile:
 {{- if and .Values.pdb.enabled (ge (int .Values.pdb.minAvailable) $least) }}{{ fail (printf "pdb.minAvailable must be less than the %d replicas, or no node can be drained; set pdb.enabled to false for a single replica" $least) }}{{ end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}{{ fail "ingress.enabled needs ingress.hosts" }}{{ end -}}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) }}{{ fail "gateway.enabled needs gateway.parentRefs" }}{{ end -}}
+{{- if and .Values.tls.clientCertificates (not .Values.tls.secretName) }}{{ fail "tls.clientCertificates needs tls.secretName" }}{{ end -}}
 {{- if and .Values.bundles.initContainers (not .Values.bundles.volume) }}{{ fail "bundles.initContainers need bundles.volume, for example emptyDir: {}" }}{{ end -}}
 {{- if .Values.refresh.enabled }}
 {{- if not .Values.refresh.image }}{{ fail "refresh.enabled needs refresh.image, an image with the training install" }}{{ end -}}
