@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from slatewise import settings as module
 from slatewise.environment import unknown_variables
-from slatewise.settings import Settings, SettingsError, default_bundles, read_settings, variable
+from slatewise.flags import read_settings
+from slatewise.settings import Settings, SettingsError, default_bundles, variable
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))

@@ -32,6 +32,7 @@ from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
 from slatewise.events.tap import Tap
 from slatewise.events.writer import EventWriter
+from slatewise.flags import add_flags, read_settings
 from slatewise.http.app import create_app
 from slatewise.http.door import DoorLimits
 from slatewise.http.keys import open_keys
@@ -50,7 +51,7 @@ from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
-from slatewise.settings import Settings, SettingsError, add_flags, listed, read_settings, variable
+from slatewise.settings import Settings, SettingsError, listed, variable
 from slatewise.store.client import REPLY_BYTES, connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store

@@ -5,18 +5,15 @@ Called by: main.py, http/app.py; store/client.py and bundle/check.py take consta
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from slatewise.environment import PREFIX, is_link_address, unknown_variables
+from slatewise.environment import PREFIX, is_link_address
 from slatewise.logs import Format, Level
 from slatewise.schemas import MOST_ENTRIES
 from slatewise.security_settings import SecuritySettings
@@ -334,44 +331,3 @@ def listed(text: str) -> tuple[str, ...]:
 
 def variable(name: str) -> str:
     return PREFIX + name.upper()
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting.
-
-    A flag that is not given is absent from the result, so its variable or default applies.
-    """
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default_factory else field.get_default()
-        shown = str(default.get_secret_value() if isinstance(default, SecretStr) else default)
-        parser.add_argument(
-            flag(name),
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"{field.description} [{variable(name)}{f'; default: {shown}' if shown else ''}]".replace("%", "%%"),
-        )
-
-
-def read_settings(flags: Mapping[str, str]) -> Settings:
-    """Read each setting from `flags` (texts by field name), or else from the environment. Raises SettingsError."""
-    if unknown := unknown_variables(os.environ, [variable(name) for name in Settings.model_fields]):
-        raise SettingsError(unknown)
-    try:
-        return Settings(**flags)  # type: ignore[arg-type]  # texts: pydantic converts them as it does variables
-    except ValidationError as error:
-        raise SettingsError(explain(error, flags)) from None
-
-
-def explain(error: ValidationError, flags: Iterable[str]) -> list[str]:
-    """Return a line for each fault, with the flag or variable and the meaning of the setting, but without the value."""
-    lines = []
-    for fault in error.errors(include_url=False, include_input=False):
-        name = str(fault["loc"][0])
-        source = flag(name) if name in flags else variable(name)
-        reason = fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{source}: {reason[0].lower()}{reason[1:]}. {Settings.model_fields[name].description}")
-    return lines

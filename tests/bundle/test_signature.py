@@ -19,7 +19,8 @@ from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.signature import SIGNATURE, PublicKeys, SignatureFault
 from slatewise.cli import main as slatewise
-from slatewise.settings import Settings, SettingsError, read_settings
+from slatewise.flags import read_settings
+from slatewise.settings import Settings, SettingsError
 from tests.conftest import DEMO
 
 NEWEST = max((DEMO / "movielens").glob("[0-9]*"), key=lambda folder: int(folder.name))

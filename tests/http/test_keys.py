@@ -12,10 +12,11 @@ from starlette.testclient import TestClient
 
 from slatewise import main
 from slatewise.bundle.ranker import Ranker
+from slatewise.flags import read_settings
 from slatewise.http import auth, keys, reread
 from slatewise.http.keys import Keys, KeysError
 from slatewise.main import build_app
-from slatewise.settings import Settings, SettingsError, read_settings
+from slatewise.settings import Settings, SettingsError
 
 
 def digest(key: str) -> str:

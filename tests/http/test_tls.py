@@ -18,11 +18,12 @@ import trustme
 from slatewise import Client
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
+from slatewise.flags import read_settings
 from slatewise.http import reread, server
 from slatewise.http.reread import Watched
 from slatewise.http.tls import ReloadedContext, TlsError, TlsFiles
 from slatewise.main import build_app
-from slatewise.settings import Settings, SettingsError, read_settings
+from slatewise.settings import Settings, SettingsError
 from tests.conftest import DEMO
 from tests.support.own_server import OwnServer
 

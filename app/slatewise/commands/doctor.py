@@ -27,11 +27,12 @@ from slatewise import VERSION
 from slatewise.bundle.loader import check_files, check_variant_files
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.flags import add_flags, read_settings
 from slatewise.http.keys import KeysError, open_keys
 from slatewise.http.server import AddressError, bind
 from slatewise.http.tls import TlsError, TlsFiles, make_context
 from slatewise.process import CPUINFO, available_cpus, cpu_name, cpu_quota, memory_limit
-from slatewise.settings import Settings, SettingsError, add_flags, listed, read_settings
+from slatewise.settings import Settings, SettingsError, listed
 from slatewise.store.client import connect_async, disconnect, split
 
 State = Literal["ok", "warn", "fail"]
