@@ -237,8 +237,11 @@ def serve(settings: Settings) -> int:
     app = build_app(settings, load(settings))
     if tls is not None:
         app.state.followed.append(Watched("tls", tls.files.paths, tls.read, tls.seen))
-    limits = DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
-    return run(app, listener, limits, settings.drain_seconds, settings.grace_seconds, tls)
+    return run(app, listener, door_limits(settings), settings.drain_seconds, settings.grace_seconds, tls)
+
+
+def door_limits(settings: Settings) -> DoorLimits:
+    return DoorLimits(**{field.name: getattr(settings, field.name) for field in fields(DoorLimits)})
 
 
 def open_tls(settings: Settings) -> ReloadedContext | None:
