@@ -101,7 +101,7 @@ def test_many_switches_leave_one_version_in_memory(tiny: Tiny, tmp_path: Path) -
         resident = []
         async with open_pipeline(settings, rankers) as pipeline, open_versions(settings, pipeline) as versions:
             assert versions is not None and rankers == {}
-            for k in range(16):
+            for k in range(12):
                 await versions.execute(Command("switch", "tiny", 1 + k % 2))
                 ranking = await pipeline.rank(request, Trace(time.perf_counter()))
                 assert ranking.ranker.manifest.version == 1 + k % 2
