@@ -20,7 +20,7 @@ from slatewise.inference.arrays import History, KeptState
 from slatewise.inference.workers import Job
 from slatewise.schemas import CacheResult
 
-ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around the arrays of an entry, rounded up
+ENTRY_OVERHEAD = 4_000  # bytes of the objects around the arrays of an entry: 3,600 for one event and two blocks
 
 
 @dataclass(frozen=True)
