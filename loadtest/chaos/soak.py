@@ -148,6 +148,7 @@ class Outcome(NamedTuple):
     faults: int
     seconds: float
     cpu_seconds: float  # of the server
+    version: int  # that is served in the end
 
     @property
     def flat(self) -> bool:
@@ -197,7 +198,9 @@ def run(requests: int, leaks: bool = False) -> Outcome:
         with disturbances.running(proxy):
             samples = follow(server, traffic)
         seconds, cpu = time.monotonic() - begin, server.cpu_seconds() - cpu
-        return Outcome(samples, before, at_rest(server), traffic, disturbances.done, seconds, cpu)
+        after = at_rest(server)
+        version = int(server.get("/models")[1]["models"][0]["version"])
+        return Outcome(samples, before, after, traffic, disturbances.done, seconds, cpu, version)
 
 
 def at_rest(server: ServerProcess) -> Sample:
@@ -253,7 +256,11 @@ def main() -> int:
         f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, of which the server computed "
         f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. "
         f"{found.faults} faults of Redis, each followed by an emptied Redis "
-        + ("and a new version." if "reload" in Settings.model_fields else "(no new versions: no such setting).")
+        + (
+            f"and a new version; version {found.version} was served in the end."
+            if "reload" in Settings.model_fields
+            else "(no new versions: no such setting)."
+        )
     ]
     notes += [f"{count} x {what}" for what, count in found.traffic.wrong.most_common(10)]
     return conclude(rows_of(found, control), "\n".join(notes))

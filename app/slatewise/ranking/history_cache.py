@@ -21,7 +21,7 @@ from slatewise.inference.workers import Job
 from slatewise.schemas import CacheResult
 
 BLOCK = 1_000  # entries that are looked at before other work goes on
-ENTRY_OVERHEAD = 1_000  # bytes of the Python objects around the arrays of an entry, rounded up
+ENTRY_OVERHEAD = 4_000  # bytes of the objects around the arrays of an entry: 3,600 for one event and two blocks
 
 
 @dataclass(frozen=True)
