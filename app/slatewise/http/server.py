@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
+import time
 from functools import partial
 from types import FrameType
 
@@ -49,6 +51,7 @@ class Server(uvicorn.Server):
         self.grace_seconds = grace_seconds
         self.tls = tls
         self.is_cut = False
+        self.draining_since = -math.inf
         self.exit_code = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -57,6 +60,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
             return
         self.app.state.draining = True
+        self.draining_since = time.monotonic()
         if sig == signal.SIGINT:
             self.exit_code = 128 + sig
             self.should_exit = True
@@ -75,7 +79,7 @@ class Server(uvicorn.Server):
             server.close()
         for listener in sockets or []:
             listener.close()
-        if not await end_connections(self.server_state, self.grace_seconds, lambda: self.is_cut):
+        if not await end_connections(self.server_state, self.grace_seconds, lambda: self.is_cut, self.draining_since):
             await cut_requests(self.app, self.server_state)
         await self.lifespan.shutdown()
 
