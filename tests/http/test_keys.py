@@ -11,11 +11,19 @@ import pytest
 from starlette.testclient import TestClient
 
 from slatewise import main
+from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.http import auth, keys, reread
 from slatewise.http.keys import Keys, KeysError
 from slatewise.main import build_app
 from slatewise.settings import Settings, SettingsError, read_settings
+from tests.conftest import DEMO
+
+
+@pytest.fixture(scope="module")
+def ranker() -> Ranker:
+    """That of the demo: nothing here depends on what it ranks."""
+    return load_rankers(DEMO, 1, ("fp32",))["movielens"]
 
 
 def digest(key: str) -> str:
