@@ -11,12 +11,20 @@ import pytest
 from starlette.testclient import TestClient
 
 from slatewise import main
+from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.flags import read_settings
 from slatewise.http import auth, keys, reread
 from slatewise.http.keys import Keys, KeysError
 from slatewise.main import build_app
 from slatewise.settings import Settings, SettingsError
+from tests.conftest import DEMO
+
+
+@pytest.fixture(scope="module")
+def ranker() -> Ranker:
+    """That of the demo: nothing here depends on what it ranks."""
+    return load_rankers(DEMO, 1, ("fp32",))["movielens"]
 
 
 def digest(key: str) -> str:

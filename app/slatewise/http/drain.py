@@ -3,8 +3,8 @@
     SIGTERM --- drain: all is served, answers carry `Connection: close` --- no new connections --- what is left ends
 
 HTTP/1.1 lets a server close a connection only where it knows that no request is on its way: behind an answer that says
-so, or after a long silence. So every answer of the drain says so. A connection that was silent for the whole drain is
-idle, and is closed. One that was just accepted has a request under way, and is waited for.
+so, or after a long silence. So every answer of the drain says so. A connection that was silent for the whole drain, and
+at least a second, is idle, and is closed. One that was just accepted has a request under way, and is waited for.
 
 Called by: `server.py`. Calls: `connection.py`.
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -28,7 +30,7 @@ from uvicorn.server import ServerState
 from slatewise.http.connection import Connection
 
 HANDSHAKE_SECONDS = 0.1  # for the handshakes that have begun, and for the queue of accepted connections
-FIRST_REQUEST_SECONDS = 1.0  # for the first request of a connection that was accepted last
+SILENT_SECONDS = 1.0  # after which a connection without a request is closed: since the drain began, or since it is new
 LOOK_SECONDS = 0.02  # between two looks at the connections
 LAST_ANSWERS_SECONDS = 1.0  # for the answers 503 of requests that are cut
 
@@ -65,27 +67,33 @@ async def stop_accepting(listeners: Iterable[socket.socket]) -> None:
     await asyncio.sleep(HANDSHAKE_SECONDS)
 
 
-async def end_connections(state: ServerState, seconds: float, is_cut: Callable[[], bool]) -> bool:
-    """Wait until all requests have ended; close the idle connections. False: not within `seconds`, or `is_cut()`."""
-    loop = asyncio.get_running_loop()
-    begin = loop.time()
+async def end_connections(
+    state: ServerState, seconds: float, is_cut: Callable[[], bool], draining_since: float = -math.inf
+) -> bool:
+    """Wait until all requests have ended; close the idle connections. False: not within `seconds`, or `is_cut()`.
+
+    draining_since: by `time.monotonic`.
+    """
+    begin = time.monotonic()
     while state.connections or state.tasks:
-        passed = loop.time() - begin
-        if passed > seconds or is_cut():
+        now = time.monotonic()
+        if now - begin > seconds or is_cut():
             return False
-        close_idle(state.connections, passed > FIRST_REQUEST_SECONDS)
+        close_silent(state.connections, now - draining_since > SILENT_SECONDS, now - begin > SILENT_SECONDS)
         await asyncio.sleep(LOOK_SECONDS)
     return True
 
 
-def close_idle(connections: Iterable[Any], also_new: bool) -> None:
+def close_silent(connections: Iterable[Any], idle: bool, new: bool) -> None:
     """Close the connections that wait for a request, unless bytes of one have arrived: the event loop reads them.
 
-    also_new: also those that never had a request.
+    idle: those whose last request was answered. new: those that never had one.
     """
-    idle = [c for c in connections if isinstance(c, Connection) and c.is_idle and (also_new or c.cycle is not None)]
+    silent = [
+        c for c in connections if isinstance(c, Connection) and c.is_idle and (idle if c.cycle is not None else new)
+    ]
     poll = select.poll()
-    by_descriptor = {c.transport.get_extra_info("socket").fileno(): c for c in idle if not c.transport.is_closing()}
+    by_descriptor = {c.transport.get_extra_info("socket").fileno(): c for c in silent if not c.transport.is_closing()}
     for descriptor in by_descriptor:
         poll.register(descriptor, select.POLLIN)
     has_bytes = {descriptor for descriptor, _ in poll.poll(0)}

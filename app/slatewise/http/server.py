@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import resource
 import signal
 import socket
+import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -71,6 +73,7 @@ class Server(uvicorn.Server):
         self.grace_seconds = grace_seconds
         self.tls = tls
         self.is_cut = False
+        self.draining_since = -math.inf
         self.exit_code = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -79,6 +82,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
             return
         self.app.state.draining = True
+        self.draining_since = time.monotonic()
         if sig == signal.SIGINT:
             self.exit_code = 128 + sig
             self.should_exit = True
@@ -97,7 +101,7 @@ class Server(uvicorn.Server):
             server.close()
         for listener in sockets or []:
             listener.close()
-        if not await end_connections(self.server_state, self.grace_seconds, lambda: self.is_cut):
+        if not await end_connections(self.server_state, self.grace_seconds, lambda: self.is_cut, self.draining_since):
             await cut_requests(self.app, self.server_state)
         await self.lifespan.shutdown()
 
