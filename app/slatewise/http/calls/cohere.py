@@ -2,7 +2,7 @@
 
 Also called by LiteLLM, rerankers, LangChain, Gorse, Weaviate and Elasticsearch's custom service.
 
-Called by: `rank.py` through the dialects. Calls: `common.py`.
+Called by: `rank.py` through the dialects. Calls: `common.py` and `rows.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """POST /rank/{model}, as Metarank has it. Numeric item fields become features, other known ones describe new items.
 
-Called by: `rank.py` through the dialect. Calls: `common.py`.
+Called by: `rank.py` through the dialect. Calls: `common.py` and `rows.py`.
 """
 
 from __future__ import annotations
