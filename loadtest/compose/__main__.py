@@ -4,8 +4,8 @@ Builds the images from a copy of the checkout, starts, asks, scales, kills, roll
 own on free ports. Base images are pulled, or taken from this machine. Writes a dated report. Takes about ten minutes,
 and with `refresh` also a download of torch. Grafana is not started.
 
-Called by: `make compose-check`. Calls: `steps.py`, `docker.py`. Needs docker with the plug-in compose, and nothing
-beyond Python's standard library.
+Called by: `make compose-check`. Calls: `steps.py`, `more_steps.py`, `docker.py`. Needs docker with the plug-in
+compose, and nothing beyond Python's standard library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from loadtest.compose import steps
+from loadtest.compose import more_steps, steps
 from loadtest.compose.docker import ROOT, Stack, missing, private_copy
 from loadtest.markdown import table
 from slatewise.process import cpu_name
@@ -44,9 +44,9 @@ STEPS: dict[str, Callable[[Stack], str]] = {
     "`docker kill` of redis": steps.kill_redis,
     "`docker kill` of prometheus": steps.kill_prometheus,
     "`docker kill` of haproxy": steps.kill_haproxy,
-    "a new bundle, and back": steps.bundles,
-    "256 descriptors, 64 threads, `--cpus 0.5` (R28)": steps.tight,
-    "`refresh`": steps.refresh,
+    "a new bundle, and back": more_steps.bundles,
+    "256 descriptors, 64 threads, `--cpus 0.5` (R28)": more_steps.tight,
+    "`refresh`": more_steps.refresh,
     "`docker compose down` under load": steps.down,
 }
 
@@ -80,7 +80,7 @@ def main() -> int:
     rows, failed = [], 0
     try:
         for name, step in STEPS.items():
-            if args.no_refresh and step is steps.refresh:
+            if args.no_refresh and step is more_steps.refresh:
                 continue
             begin = time.monotonic()
             try:

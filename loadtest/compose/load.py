@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import select
 import threading
 import time
 from collections import Counter
@@ -84,7 +85,12 @@ class Load:
 
 
 def send(connection: http.client.HTTPConnection, body: str, user: str) -> tuple[str, list[str]]:
-    """Status, "refused" or "broken", and the reasons of a degraded answer."""
+    """Status, "refused" or "broken", and the reasons of a degraded answer.
+
+    A kept connection that the other side has closed is opened anew first, as common HTTP clients do.
+    """
+    if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
+        connection.close()
     try:
         connection.request("POST", "/rerank", body, {"Content-Type": "application/json", "X-User-ID": user})
         answer = connection.getresponse()
