@@ -79,7 +79,8 @@ class Scene:
 
     def serve(self, k: int) -> ServerProcess:
         """Start replica `k` with its log in replica-`k`.jsonl."""
-        settings = {"BUNDLES": str(self.bundles), "REDIS_URL": self.redis_url} | SETTINGS
+        own = {"BUNDLES": str(self.bundles), "REDIS_URL": self.redis_url, "EVENTS_DIR": str(self.folder / "events")}
+        settings = own | SETTINGS
         command = ("sh", "-c", f"exec {sys.executable} -m slatewise serve >> {self.folder}/replica-{k}.jsonl")
         return self.stack.enter_context(ServerProcess(settings, command, self.ports[k]))
 

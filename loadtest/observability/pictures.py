@@ -51,7 +51,10 @@ def draw(path: Path, drawn: list[Drawn], seen: Observation) -> None:
     names = "   ".join(f"{k + 1} {fault.name}" for k, fault in enumerate(seen.faults))
     title = f"Slatewise: {path.stem}. Drawn by matplotlib from the dashboard's own queries; x in seconds of the check."
     figure.suptitle("\n".join([title, *textwrap.wrap(f"Faults: {names}", 130)]), fontsize=FONT + 1)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / (2.6 * rows + 1)))
+    height = 2.6 * rows + 1  # inches
+    figure.subplots_adjust(
+        left=0.06, right=0.84, wspace=0.48, hspace=0.38, bottom=0.35 / height, top=1 - 1.2 / height
+    )  # legends are on the right of each panel
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
@@ -77,6 +80,8 @@ def draw_panel(
     else:
         for label, points in lines:
             axis.plot([at - begin for at, _ in points], [value for _, value in points], label=label, linewidth=1.5)
+    if defaults.get("min") == 0:
+        axis.set_ylim(bottom=0)
     if panel["type"] not in ("heatmap", "state-timeline") and 1 < len(lines) <= 10:
         axis.legend(fontsize=FONT - 1, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the curves
     for step in defaults.get("thresholds", {}).get("steps", [])[1:]:
@@ -92,7 +97,12 @@ def draw_states(axis: Any, panel: dict[str, Any], lines: list[Any], begin: float
             for _, value in points
         ]
         axis.scatter([at - begin for at, _ in points], [row] * len(points), c=colors, s=6, marker="s")
-    axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=FONT - 2)
+    axis.set_yticks([])
+    axis.set_ylim(-0.7, len(lines) - 0.3)
+    size = FONT - 2 if len(lines) < 12 else FONT - 5
+    for row, (label, _) in enumerate(lines):
+        transform = axis.get_yaxis_transform()
+        axis.text(1.02, row, label, transform=transform, fontsize=size, va="center")
 
 
 def draw_heat_map(axis: Any, series: list[Series], begin: float) -> None:

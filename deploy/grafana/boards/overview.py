@@ -143,17 +143,16 @@ OVERVIEW: list[Panel] = [
         ("client disconnected", rate("slatewise_client_disconnects_total")),
     ),
     graph(
-        "Restarts",
-        "Starts of each replica's process. More than a roll-out explains: it crashes, or memory runs out.",
-        "none",
-        ("{{instance}}", f"changes({series('process_start_time_seconds')}[$__rate_interval])"),
+        "Uptime",
+        "Time since each replica was started. Teeth of a saw: it crashes, or memory runs out.",
+        "s",
+        ("{{instance}}", f"time() - {series('process_start_time_seconds')}"),
     ),
     graph(
         "Open files",
-        "Files and connections of each replica, and the limit. Growing without load: a leak.",
+        "Files and connections of each replica. Growing without load: a leak. Saturation compares them with the limit.",
         "none",
         ("{{instance}}", series("process_open_fds")),
-        ("limit of {{instance}}", series("process_max_fds")),
     ),
     graph(
         "Memory",
