@@ -39,8 +39,11 @@ BY_USER = "hdr(X-Balance-Key)"  # haproxy.cfg sets this header to the user
 def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
     """Run HAProxy, and yield its port when its health checks have had time to find the replicas."""
     port = free_port()
-    environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {
-        f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)
+    environment = {
+        "LISTEN": f"127.0.0.1:{port}",
+        "METRICS": f"127.0.0.1:{free_port()}",
+        "BALANCE": balance,
+        **{f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)},
     }
     process = subprocess.Popen(
         ["haproxy", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],

@@ -278,11 +278,12 @@ def test_server_stage_has_no_model() -> None:
 def test_haproxy_accepts_its_configuration() -> None:
     environment = {
         "LISTEN": "127.0.0.1:1",
+        "METRICS": "127.0.0.1:4",
         "BALANCE": SERVICES["haproxy"]["environment"]["BALANCE"],
         "REPLICA_1": "127.0.0.1:2",
         "REPLICA_2": "127.0.0.1:3",
     }
-    assert environment.keys() == SERVICES["haproxy"]["environment"].keys()
+    assert environment.keys() | {"http_proxy"} == SERVICES["haproxy"]["environment"].keys()
     found = subprocess.run(
         ["haproxy", "-c", "-f", "deploy/haproxy/haproxy.cfg"],
         cwd=ROOT,
