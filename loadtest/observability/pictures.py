@@ -50,10 +50,10 @@ def draw(path: Path, drawn: list[Drawn], seen: Observation) -> None:
         axis.axis("off")
     names = "   ".join(f"{k + 1} {fault.name}" for k, fault in enumerate(seen.faults))
     title = f"Slatewise: {path.stem}. Drawn by matplotlib from the dashboard's own queries; x in seconds of the check."
-    figure.suptitle("\n".join([title, *textwrap.wrap(f"Faults: {names}", 130)]), fontsize=FONT + 1)
+    figure.suptitle("\n".join([title, *textwrap.wrap(f"Faults: {names}", 180)]), fontsize=FONT + 1)
     height = 2.6 * rows + 1  # inches
     figure.subplots_adjust(
-        left=0.06, right=0.84, wspace=0.48, hspace=0.38, bottom=0.35 / height, top=1 - 1.2 / height
+        left=0.06, right=0.84, wspace=0.48, hspace=0.38, bottom=0.35 / height, top=1 - 1.3 / height
     )  # legends are on the right of each panel
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
@@ -83,7 +83,7 @@ def draw_panel(
     if defaults.get("min") == 0:
         axis.set_ylim(bottom=0)
     if panel["type"] not in ("heatmap", "state-timeline") and 1 < len(lines) <= 10:
-        axis.legend(fontsize=FONT - 1, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the curves
+        axis.legend(fontsize=FONT - 2, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the curves
     for step in defaults.get("thresholds", {}).get("steps", [])[1:]:
         if panel["type"] == "timeseries":
             axis.axhline(step["value"], color="red", linestyle="--", linewidth=0.8)
