@@ -47,7 +47,7 @@ STEPS: dict[str, Callable[[Stack], str]] = {
     "a new bundle, and back": more_steps.bundles,
     "256 descriptors, 64 threads, `--cpus 0.5` (R28)": more_steps.tight,
     "`refresh`": more_steps.refresh,
-    "`docker compose down` under load": steps.down,
+    "HAProxy stops under load, then `docker compose down`": steps.down,
 }
 
 
