@@ -157,7 +157,8 @@ MODEL_INFO = Gauge("slatewise_model_info", "1 for each variant that is served.",
 MODEL_LOAD = Gauge("slatewise_model_load_duration_seconds", "Time to load and warm up a ranker.", ["ranker"])
 BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
 
-disable_created_metrics()  # a fifth of all series, and Prometheus has the time of the first sample
+# A fifth of all series; Prometheus has the time of the first sample.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 BUILD_INFO.labels(VERSION).set(1)
 STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
