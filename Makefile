@@ -6,6 +6,7 @@
 # make compress the newest version of the demo to one with smaller variants, each measured; stop and resume at any time
 # make chaos    tests to the point of failure, an hour; writes docs/chaos.md; ONLY=soak runs one of them; stop and resume
 # make dashboards-check   every panel and alert against a real Prometheus and injected faults (apt-get installs it, as root)
+# make compose-check      docker-compose.yml in real containers: build, start, ask, scale, kill, roll, take down
 # make install-check      install, serve and ask one request: with every supported Python here, and from the built wheel
 # make image-check        the Dockerfile's steps in a clean folder and environment
 # make wheels-check       every locked package has a wheel for each supported platform and Python
@@ -26,8 +27,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export ORT_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test coverage lint format movielens train compress chaos dashboards-check install-check image-check wheels-check lock \
-	audit sbom reference-bundle serve-environment test-environment clean
+.PHONY: serve test coverage lint format movielens train compress chaos dashboards-check compose-check install-check image-check wheels-check \
+	lock audit sbom reference-bundle serve-environment test-environment clean
 
 # Ctrl-C reaches the server, the shell and make: with the trap, the shell waits for the server's quiet end.
 serve: serve-environment
@@ -72,6 +73,10 @@ chaos: test-environment
 dashboards-check: test-environment
 	command -v prometheus promtool || { apt-get update && apt-get install --yes --no-install-recommends prometheus; }
 	$(TEST)/bin/python -m loadtest.observability.dashboards
+
+# CHECK="--no-refresh" leaves out the image with torch.
+compose-check:
+	@$$(.ci/find-python $(PYTHON)) -m loadtest.compose $(CHECK)
 
 install-check:
 	@.ci/install-check

@@ -48,12 +48,14 @@ class Outcome:
         }
 
 
-def post(path: str, body: bytes, user: str | None = None) -> bytes:
+def post(path: str, body: bytes, user: str | None = None, key: str = "") -> bytes:
     """Return the bytes of an HTTP/1.1 request; `user` also goes into X-User-ID, which a load balancer can hash."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
-    return (head + (f"X-User-ID: {user}\r\n" if user else "") + "\r\n").encode() + body
+    head += f"X-User-ID: {user}\r\n" if user else ""
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
+    return (head + "\r\n").encode() + body
 
 
 def ask(connection: socket.socket, request: bytes) -> tuple[int, bytes]:

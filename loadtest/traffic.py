@@ -2,6 +2,7 @@
 
 Half of the requests come from returning users with a longer history, the rest from new users. Some returning users
 have a meta-embedding in the bundle. Use it to fill dashboards; `python -m loadtest.server` is for measurements.
+A server with keys gets the first key of SLATEWISE_API_KEYS.
 
 Called by: docker-compose.yml (service `load`), `observability/dashboards.py`. Calls: `client.py`, `workload.py`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ KNOWN_USERS = 200
 CONNECTIONS = 16
 
 
-def visits(workload: Workload, **members: Any) -> Iterator[bytes]:
+def visits(workload: Workload, key: str = "", **members: Any) -> Iterator[bytes]:
     """Endless requests: a user's history grows by up to three events a visit, and starts again when it is used up."""
     rng = workload.rng
     folder = workload.folder
@@ -41,7 +43,7 @@ def visits(workload: Workload, **members: Any) -> Iterator[bytes]:
         if user in users:
             known[user] = (sent + rng.randint(0, 3), history)
         body = workload.body(user, window(history, 0, sent), int(MOST_CANDIDATES ** rng.random()), **members)
-        yield post("/rerank", body, user)
+        yield post("/rerank", body, user, key)
 
 
 def main() -> None:
@@ -58,9 +60,9 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=600.0)
     args = parser.parse_args()
-    outcome = open_loop(
-        args.port, limit_time(args.seconds, visits(Workload(args.bundles))), args.per_second, CONNECTIONS
-    )
+    key = os.environ.get("SLATEWISE_API_KEYS", "").split(",")[0].strip()
+    requests = visits(Workload(args.bundles), key)
+    outcome = open_loop(args.port, limit_time(args.seconds, requests), args.per_second, CONNECTIONS)
     print(json.dumps(outcome.summary()))
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from slatewise import metrics
@@ -107,3 +107,9 @@ def test_objective_of_50_ms_is_a_bucket_edge() -> None:
 def test_series_of_closed_label_lists_exist_at_start(name: str, label: str, values: tuple[str, ...]) -> None:
     """rate() does not see the first increase of a new series."""
     assert all(REGISTRY.get_sample_value(name, {label: value}) is not None for value in values)
+
+
+def test_no_metric_has_a_created_series() -> None:
+    text = generate_latest().decode()
+    assert "slatewise_requests_total" in text
+    assert not re.search(r"^slatewise_\w+_created", text, re.MULTILINE)

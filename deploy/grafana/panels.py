@@ -50,8 +50,11 @@ def graph(
     stacked: bool = False,
     line: float | None = None,
     width: int = 8,
+    least: float | None = 0,
 ) -> timeseries.Panel:
-    panel = finish(timeseries.Panel(), title, description, unit, list(queries)).span(width).min(0)
+    panel = finish(timeseries.Panel(), title, description, unit, list(queries)).span(width)
+    if least is not None:
+        panel.min(least)
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     if stacked:
         panel.fill_opacity(60).stacking(common.StackingConfig().mode(StackingMode.NORMAL))

@@ -5,6 +5,7 @@ Called by: `dashboards.py`. Calls: `server_process.py`, `traffic.py`, `tests/sup
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Scene:
 
     def serve(self, k: int) -> ServerProcess:
         """Start replica `k` with its log in replica-`k`.jsonl."""
-        settings = {"BUNDLES": str(self.bundles), "REDIS_URL": self.redis_url} | SETTINGS
+        own = {"BUNDLES": str(self.bundles), "REDIS_URL": self.redis_url, "EVENTS_DIR": str(self.folder / "events")}
+        settings = own | SETTINGS
         command = ("sh", "-c", f"exec {sys.executable} -m slatewise serve >> {self.folder}/replica-{k}.jsonl")
         return self.stack.enter_context(ServerProcess(settings, command, self.ports[k]))
 
@@ -102,6 +104,18 @@ class Scene:
                 open_loop(self.ports[k], limit_time(2, requests), PER_SECOND, 8)
             except OSError:
                 time.sleep(0.3)
+
+    def events(self) -> None:
+        """Send events of users, and rank them by their stored histories, until the end."""
+        ids = self.workload.ids
+        for k in itertools.count():
+            if self.stop.wait(0.2):
+                return
+            user = f"events:{k % 20}"
+            event = json.dumps({"user": user, "item_id": ids[k % 500], "event_id": str(k)}).encode()
+            ranking = json.dumps({"user": user, "candidates": {"item_ids": ids[:20]}}).encode()
+            with suppress(OSError):
+                closed_loop(self.ports[k % 2], [post("/events", event, user), post("/rerank", ranking, user)], 1)
 
     @contextmanager
     def fault(self, name: str) -> Iterator[None]:
@@ -138,6 +152,7 @@ class Observation:
 def observe(scene: Scene, evaluate: Callable[[Prometheus, Observation], None]) -> None:
     """Inject the faults, with quiet time between them, and call `evaluate` while Prometheus still runs."""
     loads = [threading.Thread(target=scene.light_load, args=(k,), daemon=True) for k in range(2)]
+    loads.append(threading.Thread(target=scene.events, daemon=True))
     redis = scene.stack.enter_context(ExitStack())
     redis.enter_context(run_redis(scene.folder, scene.redis_port))
     scene.fill_redis()

@@ -39,7 +39,7 @@ def faster(rules: str) -> str:
         milliseconds = int(match[2]) * UNITS[match[3]] * 1_000 // FASTER
         return f"{match[1]}{max(MOST_STALE, milliseconds)}ms"
 
-    return re.sub(r"(\[|for: )(\d+)([smhd])\b", shorten, rules)
+    return re.sub(r"(\[|for: |interval: )(\d+)([smhd])\b", shorten, rules)
 
 
 class Prometheus:

@@ -1,6 +1,6 @@
 """Two replicas behind the HAProxy of the compose file: python -m loadtest.server.scale_out
 
-A replica can extend a user's encoded history only if it served that user before. This compares hashing of X-User-ID
+A replica can extend a user's encoded history only if it served that user before. This compares hashing of the user
 with round robin, and measures the effect of a killed replica and of its return. It starts real processes and uses
 deploy/haproxy/haproxy.cfg unchanged. Prints Markdown. Needs haproxy in the PATH (apt-get install haproxy).
 
@@ -32,14 +32,18 @@ USERS = 40
 VISITS = 6
 SHAPE = Shape(100, 20)
 THREADS = 4
+BY_USER = "hdr(X-Balance-Key)"  # haproxy.cfg sets this header to the user
 
 
 @contextmanager
 def haproxy(balance: str, ports: list[int]) -> Iterator[int]:
     """Run HAProxy, and yield its port when its health checks have had time to find the replicas."""
     port = free_port()
-    environment = {"LISTEN": f"127.0.0.1:{port}", "BALANCE": balance} | {
-        f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)
+    environment = {
+        "LISTEN": f"127.0.0.1:{port}",
+        "METRICS": f"127.0.0.1:{free_port()}",
+        "BALANCE": balance,
+        **{f"REPLICA_{k + 1}": f"127.0.0.1:{one}" for k, one in enumerate(ports)},
     }
     process = subprocess.Popen(
         ["haproxy", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
@@ -159,7 +163,7 @@ def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
     run = Run()
     with (
         replicas(bundles) as servers,
-        haproxy("hdr(X-User-ID)", [server.port for server in servers]) as port,
+        haproxy(BY_USER, [server.port for server in servers]) as port,
         ExitStack() as stack,
     ):
         threads = [
@@ -195,7 +199,7 @@ def death(bundles: Path, seconds: float = 4.0) -> dict[str, Any]:
 
 def main() -> None:
     bundles = ROOT / "models" / "bundles"
-    found = [hits(bundles, balance) for balance in ("hdr(X-User-ID)", "roundrobin")]
+    found = [hits(bundles, balance) for balance in (BY_USER, "roundrobin")]
     rows = [
         (r["balance"], f"{r['reused']:.1%}", f"{r['encoded_per_request']:.1f}", f"{r['kept_mb']:.1f}") for r in found
     ]

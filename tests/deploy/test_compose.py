@@ -27,13 +27,18 @@ TEXT = (ROOT / "docker-compose.yml").read_text()
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 COMPOSE: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", TEXT))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+REFRESH_TEXT = (ROOT / "deploy" / "compose" / "refresh.yaml").read_text()
+REFRESH: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", REFRESH_TEXT))
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+HAPROXY = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
 OURS = {"slatewise", "slatewise-2", "push", "load"}
 OF_THE_CONTAINER = {"host", "port", "bundles"}  # settings that the image and the compose file determine
 EXAMPLE = (ROOT / ".env.example").read_text()
 
 
 def test_compose_file_follows_the_specification() -> None:
-    compose = PyCompose.from_yaml(yaml.safe_dump(COMPOSE))
+    known = yaml.safe_dump(COMPOSE).replace("on-failure:10", "on-failure")  # this reader lacks the number of tries
+    compose = PyCompose.from_yaml(known)
     compose.validate()
     assert set(compose.service_names()) == SERVICES.keys()
 
@@ -93,8 +98,11 @@ def test_example_environment_names_every_setting() -> None:
 
 def test_example_environment_has_every_variable_and_default() -> None:
     lines = [line for line in EXAMPLE.splitlines() if line and not line.startswith("#")]
-    assert dict(line.split("=", 1) for line in lines) == dict(VARIABLE.findall(TEXT))
-    assert not re.search(r"\$(?!\{\w+:-)", TEXT), "every variable has a default"
+    used = dict(VARIABLE.findall(REFRESH_TEXT)) | dict(VARIABLE.findall(TEXT))
+    settings = {f"SLATEWISE_{name.upper()}" for name in Settings.model_fields} - dict(VARIABLE.findall(TEXT)).keys()
+    assert dict(line.split("=", 1) for line in lines) == {k: v for k, v in used.items() if k not in settings}
+    for text in (TEXT, REFRESH_TEXT):
+        assert not re.search(r"(?<!\$)\$(?!\$|\{\w+:-)", text), "every variable has a default"
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -121,28 +129,86 @@ def test_image_is_pinned_to_a_version(name: str) -> None:
 def test_own_image_is_built_once_and_runs_as_numeric_user() -> None:
     """Kubernetes' runAsNonRoot cannot verify the name of a user."""
     assert {SERVICES[name]["image"] for name in OURS} == {f"slatewise:{VERSION}"}
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert re.search(r"^USER [1-9]\d*$", dockerfile, re.MULTILINE)
-    assert re.search(r'^HEALTHCHECK .*"health_check.py"', dockerfile, re.MULTILINE)
+    server, refresh = stage("server"), stage("refresh")
+    for text in (server, refresh):
+        assert re.search(r"^USER [1-9]\d*$", text, re.MULTILINE)
+        assert "ORT_DISABLE_TELEMETRY=1" in text
+    assert re.search(r'^HEALTHCHECK .*"-I", "-S", "health_check.py"', server, re.MULTILINE)
     assert b"GET /readyz" in (ROOT / "deploy" / "health_check.py").read_bytes()
-    assert "ORT_DISABLE_TELEMETRY=1" in dockerfile
+
+
+def stage(name: str) -> str:
+    """The lines of a stage of the Dockerfile; "" is the last one, which is the default."""
+    (found,) = (text for text in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:] if names_stage(text) == name)
+    return found
+
+
+def names_stage(text: str) -> str:
+    return text.splitlines()[0].partition(" AS ")[2]
+
+
+@pytest.mark.parametrize("name", ["build", "build-refresh"])
+def test_images_do_not_depend_on_the_umask(name: str) -> None:
+    assert "RUN chmod -R a+rX /srv" in stage(name)
+
+
+@pytest.mark.parametrize("name", ["slatewise", "slatewise-2", "push", "load"])
+def test_bundles_are_mounted_and_not_baked(name: str) -> None:
+    assert SERVICES[name]["build"]["target"] == "server"
+    assert "./models/bundles:/srv/models/bundles:ro" in SERVICES[name]["volumes"]
+
+
+def test_push_keeps_vectors_that_a_refresh_published() -> None:
+    assert "--if-empty" in SERVICES["push"]["command"]
+    assert SERVICES["push"]["restart"].startswith("on-failure:"), "Redis may be away for a while"
+
+
+def test_health_checks_use_no_proxy() -> None:
+    """Docker passes the variables of a proxy to every container. wget obeys them."""
+    asked = {name for name, each in SERVICES.items() if "wget" in each.get("healthcheck", {}).get("test", [])}
+    assert asked == {"prometheus", "grafana", "haproxy"}
+    assert all(SERVICES[name]["environment"]["http_proxy"] == "" for name in asked)
+
+
+def test_only_services_without_a_profile_start_by_default() -> None:
+    assert {name for name, each in SERVICES.items() if "profiles" not in each} == {
+        *("slatewise", "push", "redis", "prometheus")
+    }
+
+
+def test_haproxy_checks_replicas_and_repeats_no_writes() -> None:
+    assert "option httpchk GET /readyz" in HAPROXY and "default-server check" in HAPROXY
+    assert "acl writes path_beg /events /feedback" in HAPROXY and "disable-l7-retry if writes" in HAPROXY
+    assert SERVICES["haproxy"]["stop_signal"] == "SIGUSR1"
+    assert SERVICES["haproxy"]["environment"]["BALANCE"] == "hdr(X-Balance-Key)"
+
+
+def test_refresh_reads_the_volume_that_replicas_write() -> None:
+    services = REFRESH["services"]
+    for name in ("slatewise", "slatewise-2"):
+        assert services[name]["volumes"] == ["events:/events"]
+        assert services[name]["environment"]["SLATEWISE_EVENTS_DIR"] == "/events"
+        assert services[name]["build"]["args"] == {"PACKAGES": "polars"}
+    refresh = services["refresh"]
+    assert "events:/events:ro" in refresh["volumes"] and refresh["build"]["target"] == "refresh"
+    assert refresh["read_only"] and refresh["cap_drop"] == ["ALL"] and refresh["mem_limit"]
+    assert "chown 10001 /events" in stage("server"), "a new volume takes this owner"
 
 
 def test_docker_ignore_lets_every_copied_file_through() -> None:
     allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
-    copied = re.findall(r"^COPY (?!--from)(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert sorted(allowed) == sorted(copied)
+    copied = re.findall(r"^COPY (?!--from)(\S+)", DOCKERFILE, re.MULTILINE)
+    assert sorted(allowed) == sorted(set(copied))
     assert all((ROOT / path).exists() for path in copied)
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_lasting_service_is_checked_and_restarted(name: str) -> None:
     service = SERVICES[name]
-    if service["restart"] == "no":
+    if service["restart"] != "unless-stopped":
         assert service["healthcheck"] == {"disable": True}
     else:
-        assert service["restart"] == "unless-stopped"
-        assert name in (*OURS, "haproxy") or "test" in service["healthcheck"]
+        assert name in OURS or "test" in service["healthcheck"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -198,29 +264,28 @@ def wait_until_written(client: redis.Redis) -> None:
 
 def test_dockerfile_takes_packages_beyond_the_lock() -> None:
     """And the documents name the argument as it is."""
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert re.search(r'^ARG PACKAGES=""$', dockerfile, re.MULTILINE)
-    assert re.search(r"^RUN .*--python /venv/bin/python install .* \$PACKAGES$", dockerfile, re.MULTILINE)
+    assert re.search(r'^ARG PACKAGES=""$', DOCKERFILE, re.MULTILINE)
+    assert re.search(r"^RUN .*--python /venv/bin/python install \$PACKAGES$", DOCKERFILE, re.MULTILINE)
     for text in (EXAMPLE, (ROOT / "docs/events.md").read_text(), (ROOT / "docs/kubernetes.md").read_text()):
         assert "--build-arg PACKAGES=polars" in text
 
 
 def test_server_stage_has_no_model() -> None:
     """Only the last stage, which is the default, adds the demo."""
-    *_, server, last = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    assert server.splitlines()[0].endswith(" AS server") and "bundles" not in server and "/demo" not in server
-    assert last.splitlines() == ["server", "COPY --from=build /demo /srv/models/bundles"]
+    assert "/demo" not in stage("server")
+    assert stage("").splitlines() == ["server", "COPY --from=build /demo /srv/models/bundles"]
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy (apt-get install haproxy)")
 def test_haproxy_accepts_its_configuration() -> None:
     environment = {
         "LISTEN": "127.0.0.1:1",
+        "METRICS": "127.0.0.1:4",
         "BALANCE": SERVICES["haproxy"]["environment"]["BALANCE"],
         "REPLICA_1": "127.0.0.1:2",
         "REPLICA_2": "127.0.0.1:3",
     }
-    assert environment.keys() == SERVICES["haproxy"]["environment"].keys()
+    assert environment.keys() | {"http_proxy"} == SERVICES["haproxy"]["environment"].keys()
     found = subprocess.run(
         ["haproxy", "-c", "-f", "deploy/haproxy/haproxy.cfg"],
         cwd=ROOT,

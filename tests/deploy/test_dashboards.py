@@ -23,6 +23,9 @@ FOREIGN = {  # from Prometheus itself, and from its client library
     "ALERTS": {*COMMON, "alertname", "alertstate"},
     "process_cpu_seconds_total": COMMON,
     "process_resident_memory_bytes": COMMON,
+    "process_open_fds": COMMON,
+    "process_max_fds": COMMON,
+    "process_start_time_seconds": COMMON,
 }
 UNITS = {"none", "s", "reqps", "ops", "bytes", "percentunit"}
 

@@ -14,7 +14,7 @@ needs_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="needs ha
 
 @needs_haproxy
 def test_user_hash_reuses_more_histories_than_round_robin() -> None:
-    hashed, around = (scale_out.hits(DEMO, balance) for balance in ("hdr(X-User-ID)", "roundrobin"))
+    hashed, around = (scale_out.hits(DEMO, balance) for balance in (scale_out.BY_USER, "roundrobin"))
     assert hashed["reused"] == (scale_out.VISITS - 1) / scale_out.VISITS, "only the first visit misses"
     assert min(hashed["requests"]) > 0, "one replica has no users"
     assert around["reused"] < hashed["reused"]

@@ -188,3 +188,15 @@ def test_a_bundle_without_meta_embeddings_is_one_line(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"meta_size": 0}))
     assert cli.main(["push", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"slatewise push: error: {tmp_path}: the bundle has no meta-embeddings\n"
+
+
+def test_push_if_empty_keeps_what_is_live(store: Generations, redis_port: int, tmp_path: Path) -> None:
+    """For example the vectors of a refresh, when `docker compose up` pushes those of the bundle again."""
+    archive = {"users": np.array(["a"]), "vectors": rows(["a"], 1.0), "ranker": "r", "space": "s"}
+    np.savez(tmp_path / "v.npz", **archive)  # type: ignore[arg-type]
+    arguments = (str(tmp_path / "v.npz"), "--redis-url", url(redis_port), "--if-empty")
+    assert run_push(*arguments)["live"] == [1]
+    push(store, ["a"], rows(["a"], 2.0))
+    assert run_push(*arguments) == {"ranker": "r", "space": "s", "kept": [2, 1]}
+    value = read(store, "a")
+    assert value is not None and value[:2] == (2.0, 2)

@@ -115,6 +115,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--ttl-days", type=float, default=0.0, help="delete users that were not written for so many days; 0: never"
     )
+    parser.add_argument(
+        "--if-empty", action="store_true", help="write nothing if a generation is live, for example that of a refresh"
+    )
     args = parser.parse_args(argv)
     ranker, space, users, vectors = read(args.file)
     printed_at = time.monotonic()
@@ -126,5 +129,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{done:,} of {len(users):,} users", file=sys.stderr)
 
     with connect(args.redis_url) as client:
-        result = push(Generations(client, ranker, space, args.ttl_days), users, vectors, args.dtype, progress)
+        store = Generations(client, ranker, space, args.ttl_days)
+        kept = store.live() if args.if_empty else []
+        result = {"kept": kept} if kept else push(store, users, vectors, args.dtype, progress)
     print(json.dumps({"ranker": ranker, "space": space} | result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploy.grafana.objectives import OBJECTIVE_SECONDS
 from deploy.grafana.panels import Panel, graph, heat
-from deploy.grafana.promql import RANKED, quantile, quantiles, rate
+from deploy.grafana.promql import FAILED, RANKED, quantile, quantiles, rate, share
 
 LATENCY: list[Panel] = [
     graph(
@@ -78,6 +78,31 @@ LATENCY: list[Panel] = [
         "reqps",
         ("{{size}}", rate("slatewise_ranking_duration_seconds_count", "size")),
         stacked=True,
+    ),
+    graph(
+        "Requests by endpoint",
+        "Finished requests by route.",
+        "reqps",
+        ("{{endpoint}}", rate("slatewise_requests_total", "endpoint")),
+        stacked=True,
+    ),
+    graph(
+        "Failed by endpoint",
+        "Share of the requests of each route that were answered 429, 500 or 503.",
+        "percentunit",
+        (
+            "{{endpoint}}",
+            share(
+                rate("slatewise_requests_total", "endpoint", FAILED),
+                rate("slatewise_requests_total", "endpoint"),
+            ),
+        ),
+    ),
+    graph(
+        "p95 by endpoint",
+        "95th percentile of each route, refusals included.",
+        "s",
+        ("{{endpoint}}", quantile(0.95, "slatewise_request_duration_seconds", "endpoint")),
     ),
     graph("Candidates", "Number of candidates in a request.", "none", *quantiles("slatewise_candidates_per_request")),
     graph("Events", "Number of history events read for a request.", "none", *quantiles("slatewise_history_length")),

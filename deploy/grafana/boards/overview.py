@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from deploy.grafana.objectives import FAILED_OBJECTIVE, OBJECTIVE_SECONDS, SLOW_OBJECTIVE
 from deploy.grafana.panels import Panel, graph, number, states
-from deploy.grafana.promql import RANKED, quantile, quantiles, rate, series, share
+from deploy.grafana.promql import FAILED, RANKED, quantile, quantiles, rate, series, share
+
+DEGRADED = 'reason=~"deadline|overload|store_error"'
 
 OVERVIEW: list[Panel] = [
     number(
@@ -17,7 +19,7 @@ OVERVIEW: list[Panel] = [
     ),
     number(
         "Failed in the last hour",
-        "Share of requests answered 429 or 5xx over all replicas, last hour; the objective is 0.1 %. Is it healthy?",
+        "Share of requests answered 429, 500 or 503 over all replicas, last hour; objective: 0.1 %. Is it healthy?",
         "percentunit",
         "{{job}}",
         "job:slatewise_requests_failed:ratio_rate1h",
@@ -41,12 +43,12 @@ OVERVIEW: list[Panel] = [
     ),
     number(
         "Degraded",
-        "Share of degraded answers: a cheaper exit, the input order, or without the user's vector.",
+        "Share of rankings with the commonest of the reasons deadline, overload and store_error.",
         "percentunit",
         "degraded",
-        share(
-            rate("slatewise_degraded_total", where='reason=~"deadline|overload|store_error"'),
-            rate("slatewise_exits_total"),
+        share(  # the largest reason, not their sum: an answer may have several
+            f"max({rate('slatewise_degraded_total', 'reason', DEGRADED)})",
+            rate("slatewise_history_cache_total"),  # one for each ranking
         ),
         red_from=0.05,
     ),
@@ -67,9 +69,9 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Failed requests",
-        "Share of requests answered 429 or 5xx; the line is the objective. Are requests failing, and since when?",
+        "Share of requests answered 429, 500 or 503; the line is the objective. Are requests failing?",
         "percentunit",
-        ("failed", share(rate("slatewise_requests_total", where='code=~"429|5.."'), rate("slatewise_requests_total"))),
+        ("failed", share(rate("slatewise_requests_total", where=FAILED), rate("slatewise_requests_total"))),
         line=FAILED_OBJECTIVE,
     ),
     graph(
@@ -88,8 +90,17 @@ OVERVIEW: list[Panel] = [
         line=1,
     ),
     graph(
+        "Budget left",
+        "Share of the error budget of the last 30 days that is left; below 0 the objective is missed.",
+        "percentunit",
+        ("failed", f"1 - job:slatewise_requests_failed:ratio_rate30d / {FAILED_OBJECTIVE}"),
+        ("slow", f"1 - job:slatewise_requests_slow:ratio_rate30d / {SLOW_OBJECTIVE}"),
+        line=0,
+        least=None,
+    ),
+    graph(
         "Saturation",
-        "Use of the fullest replica, relative to its limits: threads, requests in flight, tokens, memory.",
+        "Use of the fullest replica, relative to its limits: threads, requests in flight, tokens, memory, open files.",
         "percentunit",
         (
             "processor",
@@ -101,6 +112,7 @@ OVERVIEW: list[Panel] = [
         ),
         ("tokens", f"max({series('slatewise_outstanding_tokens')} / {series('slatewise_outstanding_tokens_limit')})"),
         ("memory", f"max({series('process_resident_memory_bytes')} / {series('slatewise_memory_limit_bytes')})"),
+        ("open files", f"max({series('process_open_fds')} / {series('process_max_fds')})"),
         line=0.9,
     ),
     graph(
@@ -129,6 +141,18 @@ OVERVIEW: list[Panel] = [
         "reqps",
         ("deadline exceeded", rate("slatewise_deadline_exceeded_total")),
         ("client disconnected", rate("slatewise_client_disconnects_total")),
+    ),
+    graph(
+        "Uptime",
+        "Time since each replica was started. Teeth of a saw: it crashes, or memory runs out.",
+        "s",
+        ("{{instance}}", f"time() - {series('process_start_time_seconds')}"),
+    ),
+    graph(
+        "Open files",
+        "Files and connections of each replica. Growing without load: a leak. Saturation compares them with the limit.",
+        "none",
+        ("{{instance}}", series("process_open_fds")),
     ),
     graph(
         "Memory",

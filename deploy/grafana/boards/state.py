@@ -1,4 +1,4 @@
-"""History cache, meta-embeddings and Redis."""
+"""History cache, meta-embeddings, Redis, events and stored histories."""
 
 from __future__ import annotations
 
@@ -113,5 +113,44 @@ STATE: list[Panel] = [
         "ops",
         ("{{kind}} {{result}}", rate("slatewise_lines_total", "kind, result")),
         width=6,
+    ),
+    graph(
+        "Events",
+        "Events that were sent. failed, refused: answered 503 or 429, so the client must repeat them.",
+        "ops",
+        ("{{result}}", rate("slatewise_events_total", "result")),
+        stacked=True,
+    ),
+    graph(
+        "Events waiting",
+        "Events that wait to be written, in the fullest replica. Growing: Redis is slower than the clients.",
+        "none",
+        ("waiting", f"max({series('slatewise_events_waiting')})"),
+    ),
+    graph(
+        "Writes of events",
+        "Time to write one batch to the histories and to the journal of the Parquet files.",
+        "s",
+        *quantiles("slatewise_events_write_duration_seconds"),
+    ),
+    graph(
+        "Events in files",
+        "Events for the Parquet files. dropped: the disk is full, and training will miss them.",
+        "ops",
+        ("{{result}}", rate("slatewise_events_tapped_total", "result")),
+        stacked=True,
+    ),
+    graph(
+        "Stored histories",
+        "Reads of stored histories. miss: the user has none. error: no answer from Redis in time.",
+        "ops",
+        ("{{result}}", rate("slatewise_history_reads_total", "result")),
+        stacked=True,
+    ),
+    graph(
+        "Histories in process",
+        "Size of the histories that a replica without Redis keeps; they end with it.",
+        "bytes",
+        ("{{instance}}", series("slatewise_embedded_histories_bytes")),
     ),
 ]

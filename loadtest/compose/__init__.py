@@ -1,0 +1,1 @@
+"""The compose file in real containers: python -m loadtest.compose."""
