@@ -155,7 +155,8 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
 
     async with AsyncExitStack() as stack:
         background = await stack.enter_async_context(BackgroundLoad())
-        needs = Needs(settings.bundles, threads, settings.chosen_variants(), lacking_vectors, read_pointers)
+        variants, keys = settings.chosen_variants(), bundle_keys(settings)
+        needs = Needs(settings.bundles, threads, variants, keys, lacking_vectors, read_pointers)
         versions = Versions(pipeline, background, needs)
         stack.push_async_callback(versions.close)
         pipeline.after_answer = versions.answered

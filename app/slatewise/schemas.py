@@ -334,21 +334,3 @@ class ModelCard(BaseModel):
     verdict: Verdict | None
     report: dict[str, Any]
     example: dict[str, Any]
-
-
-class Items(BaseModel):
-    """Items of a ranker's catalogue, as columns of equal length."""
-
-    item_ids: list[str]
-    known: list[bool] = Field(description="Whether the ranker knows the id.")
-    fields: dict[str, list[str | list[str] | None]] = Field(description="Titles and fields; null: not known.")
-
-
-class Examples(BaseModel):
-    """Requests that work as they stand. The first one is the `example` of `GET /models/{ranker}`."""
-
-    examples: list[dict[str, Any]]
-
-
-class Health(BaseModel):
-    status: str

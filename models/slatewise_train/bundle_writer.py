@@ -24,7 +24,8 @@ import numpy as np
 import onnx
 
 from slatewise.bundle.files import Files, sha256
-from slatewise.bundle.loader import load_bundle, make_ranker, score_request
+from slatewise.bundle.golden import score_request
+from slatewise.bundle.loader import load_bundle, make_ranker
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.schemas import RankRequest

@@ -19,7 +19,8 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 
 from slatewise.bundle.features import rows_of
-from slatewise.bundle.loader import load_bundle, load_rankers, score_request
+from slatewise.bundle.golden import score_request
+from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.problems import schema_error

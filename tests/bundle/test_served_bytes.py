@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from slatewise.bundle.files import Files, array_of, elements, strings
-from slatewise.bundle.loader import load_bundle, score_request
+from slatewise.bundle.golden import score_request
+from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import ManifestError
 from slatewise.schemas import RankRequest
 from tests.bundle.support import Copy, array_bytes

@@ -21,7 +21,8 @@ from slatewise.bundle.signature import SIGNATURE, PublicKeys, SignatureFault
 from slatewise.cli import main as slatewise
 from slatewise.flags import read_settings
 from slatewise.settings import Settings, SettingsError
-from tests.conftest import DEMO
+from tests.conftest import DEMO, Tiny
+from tests.support.versions import command, done, publish, serving
 
 NEWEST = max((DEMO / "movielens").glob("[0-9]*"), key=lambda folder: int(folder.name))
 
@@ -161,3 +162,18 @@ def test_graph_with_weights_in_another_file_is_refused(folder: Path, tmp_path: P
     with_file(folder, "variants/fp32/point.onnx", content)
     with pytest.raises(ManifestError, match="xternal data"):
         load_bundle(folder, 1, ("fp32",))
+
+
+def test_unsigned_version_is_refused_also_by_a_running_server(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "bundles"
+    publish(tiny.folder, root, 1)
+    key = tmp_path / "key"
+    public = new_key(key, capsys, root / "tiny" / "1")
+    with serving(root, bundle_keys=public) as client:
+        publish(tiny.folder, root, 2)
+        answer = command(client, "switch", version=2)
+        assert answer.status_code == 422 and "is not signed" in answer.json()["detail"]
+        assert slatewise(["sign", str(key), str(root / "tiny" / "2")]) == 0
+        assert done(client, "switch", version=2)["version"] == 2

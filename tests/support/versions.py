@@ -20,7 +20,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.bundle.files import Files
-from slatewise.bundle.loader import make_ranker, score_request
+from slatewise.bundle.golden import score_request
+from slatewise.bundle.loader import make_ranker
 from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.engine import Engine
 from slatewise.schemas import RankRequest

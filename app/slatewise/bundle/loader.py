@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slatewise.bundle.files import Files, WrongDigest, check_file, checked_path, strings
+from slatewise.bundle.golden import check_golden, score_request
 from slatewise.bundle.manifest import (
     Manifest,
     ManifestError,
@@ -36,7 +37,7 @@ from slatewise.bundle.probe import check_fields, check_numbers, extreme_rows, pr
 from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.bundle.signature import PublicKeys
 from slatewise.bundle.titles import read_titles
-from slatewise.inference.arrays import FIRST_ITEM, Float32, Float64
+from slatewise.inference.arrays import FIRST_ITEM, Float32
 from slatewise.inference.engine import Engine, EngineError, Step, at_once
 from slatewise.inference.item_table import Int8Items, record
 from slatewise.schemas import RankRequest
@@ -328,29 +329,3 @@ def load_int8_items(files: Files, name: str, shape: tuple[int, ...]) -> Int8Item
     for column in ("scale", "middle"):
         check_numbers(f"{name}: {column}", records[column])
     return Int8Items(records)
-
-
-def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
-    """Score the golden request. Raises ManifestError if a weighted sum differs by more than the golden bound."""
-    manifest = ranker.manifest
-    variant = manifest.variants[name]
-    found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
-    expected = (len(manifest.example["candidates"]["item_ids"]), len(manifest.heads))
-    for exit, probabilities in found.items():
-        if probabilities.shape != expected:
-            raise ManifestError(f"exit {exit} does not give a probability for each candidate and head")
-    scores = found[manifest.default_exit] @ ranker.score_weights(None)
-    worst = float(np.abs(scores - np.array(variant.golden_scores)).max())
-    bound = variant.golden_bound or variant.bound
-    if not worst <= bound:
-        raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {bound:.0e}")
-
-
-def score_request(
-    ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
-) -> dict[str, Float64]:
-    """Return the (N, heads) probabilities by exit, from `Engine.score` with the embedded store's meta-embedding."""
-    history = ranker.history(request)
-    candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
-    meta = ranker.embedded_meta_of(request.user)
-    return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}

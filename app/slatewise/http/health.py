@@ -9,14 +9,18 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client import REGISTRY
 from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel
 
 from slatewise import metrics
 from slatewise.errors import NotReady
 from slatewise.http.problems import PROBLEMS
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.schemas import Health
 
 routes = APIRouter()
+
+
+class Health(BaseModel):
+    status: str
 
 
 def ready_pipeline(app: FastAPI) -> Pipeline:

@@ -9,18 +9,33 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
 
 from slatewise.bundle.titles import Titles
 from slatewise.errors import Invalid
 from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS
-from slatewise.schemas import MAX_ID, Examples, Items
+from slatewise.schemas import MAX_ID
 
 MOST_ITEMS = 500  # ids of one request
 MOST_FOUND = 100  # results of one search
 
 routes = APIRouter()
 RESPONSES: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 404, 422, 503)}
+
+
+class Items(BaseModel):
+    """Items of a ranker's catalogue, as columns of equal length."""
+
+    item_ids: list[str]
+    known: list[bool] = Field(description="Whether the ranker knows the id.")
+    fields: dict[str, list[str | list[str] | None]] = Field(description="Titles and fields; null: not known.")
+
+
+class Examples(BaseModel):
+    """Requests that work as they stand. The first one is the `example` of `GET /models/{ranker}`."""
+
+    examples: list[dict[str, Any]]
 
 
 @routes.get("/models/{ranker}/items", response_model=Items, responses=RESPONSES)

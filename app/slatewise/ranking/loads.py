@@ -24,6 +24,7 @@ from slatewise.bundle.files import WRONG_DIGEST
 from slatewise.bundle.loader import load_version
 from slatewise.bundle.manifest import Manifest, ManifestError, read_manifest
 from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.signature import PublicKeys
 from slatewise.errors import Conflict, NotFound, Refused
 from slatewise.ranking.background_load import BackgroundLoad, with_pause
 from slatewise.ranking.history_cache import HistoryCache
@@ -38,11 +39,13 @@ COLLECT_SECONDS = 5.0  # after which reference cycles are looked for
 
 @dataclass(frozen=True)
 class Needs:
-    """What a load needs to know of the server. `lacking`: why the vectors of a new space do not suffice yet."""
+    """What a load needs to know of the server. `keys`: whose
+    bundles are loaded. `lacking`: why the vectors of a new space do not suffice yet."""
 
     root: Path
     threads: int
     variants: tuple[str, ...]
+    keys: PublicKeys
     lacking: Callable[[Manifest, Manifest], Awaitable[str | None]]
     read_pointers: Callable[[], Awaitable[None]]
 
@@ -74,7 +77,7 @@ class Loads:
                 if reason := await self.needs.lacking(served.manifest, manifest):
                     outcome = "waiting"
                     raise ManifestError(reason)
-            load = partial(load_version, folder, version, self.needs.threads, self.needs.variants)
+            load = partial(load_version, folder, version, self.needs.threads, self.needs.variants, self.needs.keys)
             ranker = await self.background.run(partial(load, step=with_pause))
             if served is not None:
                 check_successor(served, ranker)
