@@ -53,6 +53,19 @@ def test_oldest_of_the_most_frequent_address_gives_way() -> None:
     asyncio.run(main())
 
 
+def test_address_with_many_at_work_takes_no_place_of_another() -> None:
+    async def main() -> None:
+        door = door_of()
+        good = Visitor(door, "good")
+        for visitor in [Visitor(door, "bad") for _ in range(3)]:
+            door.work(visitor)
+        assert Visitor(door, "bad").place == "spare"
+        assert not good.evicted
+        assert Visitor(door, "new").place == "place" and good.evicted, "it holds no more than a new one"
+
+    asyncio.run(main())
+
+
 def test_connections_at_work_keep_their_places_and_probes_get_spare_ones(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         door = door_of()

@@ -118,8 +118,8 @@ class Door:
         is_spare = False
         if len(self.guests) - self.spare >= self.limits.max_connections:
             self.full.warning("all %d places of connections are taken (max_connections)", self.limits.max_connections)
-            is_spare = not self.make_room(self.waiting)
-            if is_spare and self.spare >= SPARE and not self.make_room(self.waiting_spare):
+            is_spare = not self.make_room(self.waiting, guest.address)
+            if is_spare and self.spare >= SPARE and not self.make_room(self.waiting_spare, guest.address):
                 return "full"
         self.guests[guest] = is_spare
         self.spare += is_spare
@@ -159,11 +159,17 @@ class Door:
     def waiting_like(self, guest: Guest) -> Waiting:
         return self.waiting_spare if self.guests[guest] else self.waiting
 
-    def make_room(self, waiting: Waiting) -> bool:
-        """Close connections that wait, of the address that has most of them. Returns whether there was one."""
-        if not waiting:
+    def make_room(self, waiting: Waiting, newcomer: str) -> bool:
+        """Close connections that wait, of the address that holds most. Returns whether there was one.
+
+        No address loses a place to one that holds more: an attacker whose requests are all being answered would take
+        those of everybody else.
+        """
+        held = {address: self.of_address[address] for address in waiting}
+        most = max(held, key=held.__getitem__, default=None)
+        if most is None or held[most] < self.of_address[newcomer]:
             return False
-        of_address = max(waiting.values(), key=len)
+        of_address = waiting[most]
         for guest in list(of_address)[: 1 + len(of_address) // AT_ONCE]:
             metrics.CONNECTIONS_CLOSED.labels("evicted").inc()
             self.leave(guest)
