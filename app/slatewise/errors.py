@@ -123,8 +123,8 @@ class Refused(RankingError):
     status = 422
     title = "Version refused"
 
-    def __init__(self, detail: str, again: bool) -> None:
-        super().__init__(detail)
+    def __init__(self, detail: str, faults: tuple[Fault, ...] = (), again: bool = False) -> None:
+        super().__init__(detail, faults)
         self.again = again
 
 

@@ -1,4 +1,4 @@
-"""Attacks on the door of a server, with a good client beside each: python -m loadtest.chaos.door [--mutants 100000]
+"""R5 to R9: attacks on the door, with a good client beside each: python -m loadtest.chaos.door [--mutants 100000]
 
 A server with the committed demo, and attackers in processes of their own, from another address. For each attack: p99 of
 a good client before and during it, wrong answers, growth of the server's memory, and whether the attacker's connections

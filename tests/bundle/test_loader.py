@@ -30,7 +30,7 @@ from slatewise_train.bundle_writer import write_graphs
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import uncalibrated
-from tests.bundle.support import FP32, GRAPHS, Copy, array_bytes
+from tests.support.bundle_copy import FP32, GRAPHS, Copy, array_bytes
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny

@@ -11,7 +11,7 @@ import pytest
 from slatewise.bundle import probe as probe_module
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.probe import MOST, check_numbers, extreme_rows
-from tests.bundle.support import Copy, array_bytes
+from tests.support.bundle_copy import Copy, array_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from slatewise.bundle.golden import score_request
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import ManifestError
 from slatewise.schemas import RankRequest
-from tests.bundle.support import Copy, array_bytes
+from tests.support.bundle_copy import Copy, array_bytes
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny

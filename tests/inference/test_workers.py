@@ -87,6 +87,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.now
+
 
 # Results and waits
 

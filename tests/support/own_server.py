@@ -18,6 +18,8 @@ from fastapi import FastAPI
 
 from slatewise.http.server import Server, bind
 from slatewise.http.tls import ReloadedContext
+from slatewise.main import door_limits
+from slatewise.settings import Settings
 
 
 class OwnServer:
@@ -28,7 +30,7 @@ class OwnServer:
     ) -> None:
         listener = bind("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
-        self.server = Server(app, drain, grace, tls)
+        self.server = Server(app, door_limits(Settings()), drain, grace, tls)
         self.loop: asyncio.AbstractEventLoop
 
         async def serve() -> None:

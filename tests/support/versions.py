@@ -26,8 +26,8 @@ from slatewise.bundle.manifest import read_manifest
 from slatewise.inference.engine import Engine
 from slatewise.schemas import RankRequest
 from slatewise.settings import Settings
-from tests.bundle.support import FP32, Copy
 from tests.support.application import serve
+from tests.support.bundle_copy import FP32, Copy
 
 KEY = "an-admin-key-of-tests"
 FAILS = 7  # events; no request of the bundle and none of the probe has as many

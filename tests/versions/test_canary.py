@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from slatewise.ranking.shadow import kendall_tau
-from tests.bundle.support import Copy
 from tests.http.support import assert_problem, sums
+from tests.support.bundle_copy import Copy
 from tests.support.versions import (
     FAILS,
     command,

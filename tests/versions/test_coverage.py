@@ -16,8 +16,8 @@ from slatewise.main import load
 from slatewise.settings import Settings
 from slatewise.store.generations import Generations
 from slatewise.store.push import push
-from tests.bundle.support import Copy
 from tests.http.support import ask, assert_problem
+from tests.support.bundle_copy import Copy
 from tests.support.versions import command, done, example_of, publish, serving, state_of, wait_until
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from slatewise.bundle.folder import look, look_for
-from tests.bundle.support import FP32, Copy
 from tests.bundle.test_loader import with_nan
 from tests.http.support import ask, sums
+from tests.support.bundle_copy import FP32, Copy
 from tests.support.versions import done, example_of, npy, publish, serving, state_of, wait_until
 
 if TYPE_CHECKING:

@@ -63,6 +63,30 @@ class SlatewiseError(Exception):
         return self.detail if self.request_id is None else f"{self.detail} (request {self.request_id})"
 
 
+class BadRequest(SlatewiseError):
+    """The headers are not those of an HTTP/1.1 request, or contradict each other."""
+
+    status = 400
+    slug = "bad-request"
+
+
+class HeadersTooSlow(SlatewiseError):
+    status = 408
+    slug = "headers-too-slow"
+
+
+class HeadersTooLarge(SlatewiseError):
+    status = 431
+    slug = "headers-too-large"
+
+
+class NoPlace(SlatewiseError):
+    """The server has no place for another connection."""
+
+    status = 503
+    slug = "too-many-connections"
+
+
 class NotJson(SlatewiseError):
     status = 400
     slug = "not-json"
@@ -113,6 +137,20 @@ class Invalid(SlatewiseError, ValueError):
     def at(cls, pointer: str, detail: str) -> Invalid:
         fault = Fault(pointer, detail)
         return cls(str(fault), (fault,))
+
+
+class Conflict(SlatewiseError):
+    """A command to `/admin` cannot be carried out now. It changed nothing."""
+
+    status = 409
+    slug = "conflict"
+
+
+class Refused(SlatewiseError):
+    """A version cannot be served; the one that was served still is."""
+
+    status = 422
+    slug = "version-refused"
 
 
 class Overloaded(SlatewiseError):
@@ -168,6 +206,10 @@ class TimedOut(SlatewiseError, TimeoutError):
 
 
 OF_THE_SERVER: tuple[type[SlatewiseError], ...] = (
+    BadRequest,
+    HeadersTooSlow,
+    HeadersTooLarge,
+    NoPlace,
     NotJson,
     UpgradeRefused,
     Unauthorized,
@@ -176,6 +218,8 @@ OF_THE_SERVER: tuple[type[SlatewiseError], ...] = (
     TooLarge,
     UnsupportedType,
     Invalid,
+    Conflict,
+    Refused,
     Overloaded,
     NotReady,
     OverloadedUndegraded,

@@ -95,7 +95,7 @@ class Loads:
         if error is not None:
             log.error("%s version %d is not served: %s", name, version, reason)
             again = outcome != "rejected" or WRONG_DIGEST in str(reason)
-            raise Refused(f"version {version} is not served: {reason}", again) from error
+            raise Refused(f"version {version} is not served: {reason}", again=again) from error
         metrics.MODEL_LOAD.labels(name).set(seconds)
         metrics.MODEL_LAST_SUCCESS.labels(name).set_to_current_time()
         return ranker

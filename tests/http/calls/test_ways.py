@@ -27,7 +27,7 @@ from slatewise.ranking.registry import Registry
 from tests.conftest import DEMO
 from tests.http.calls.support import MODEL
 
-LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 4096, 4096, 0.0)
+LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 50_000, 4096, 4096, 0.0)
 
 PIECES = [
     '"',
@@ -138,7 +138,12 @@ def read_slowly(body: bytes) -> Any:
 
 
 def translated(sent: cohere.CohereRequest, documents: list[Any], ids: list[str]) -> Any:
-    return ids, cohere.texts_of(documents, ids), sent.model_dump(exclude={"documents"}), members_of_query(sent.query)
+    return (
+        ids,
+        cohere.texts_of(documents, ids),
+        sent.model_dump(exclude={"documents"}),
+        members_of_query(sent.query, LIMITS),
+    )
 
 
 @given(bodies(CALLS))
