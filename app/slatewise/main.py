@@ -58,6 +58,7 @@ from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
 from slatewise.store.node import RedisNode
 
 log = logging.getLogger("slatewise")
+LAG_SECONDS = 0.05  # between two measurements of the event loop
 EVENT_BYTES = 300  # that a stored event takes in Redis, with a long id
 
 
@@ -69,6 +70,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
         workers = await stack.enter_async_context(Workers(threads))
         metrics.THREADS.set(threads)
         metrics.MEMORY_LIMIT.set(memory_limit())
+        stack.push_async_callback(cancelled, asyncio.create_task(watch_loop()))
         cache = HistoryCache(int(settings.history_cache_mb * 2**20))
         metrics.HISTORY_CACHE_LIMIT.set(cache.limit_bytes)
         registry = Registry(rankers.values())
@@ -164,6 +166,14 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
             polling = asyncio.create_task(Watch(versions, settings.reload_s).run())
             stack.push_async_callback(cancelled, polling)
         yield versions
+
+
+async def watch_loop() -> None:
+    """Measure how late the event loop is, until the task is cancelled."""
+    while True:
+        due = time.perf_counter() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        metrics.LOOP_LAG.observe(max(0.0, time.perf_counter() - due))
 
 
 async def cancelled(task: asyncio.Task[None]) -> None:

@@ -84,6 +84,14 @@ OUTSTANDING_TOKENS = Gauge(
 OUTSTANDING_TOKENS_LIMIT = Gauge(
     "slatewise_outstanding_tokens_limit", "Number of outstanding tokens above which the response is the input order."
 )
+DEAD_SECONDS = Counter(
+    "slatewise_dead_inference_seconds_total", "Time in the model that went into requests that had ended meanwhile."
+)
+LOOP_LAG = Histogram(
+    "slatewise_event_loop_lag_seconds",
+    "Time by which the event loop was late for a timer of its own, twenty times a second.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
+)
 QUEUE_LENGTH = Gauge("slatewise_queue_length", "Chunks of work that wait for a thread.")
 THREADS = Gauge("slatewise_threads", "Threads that run the model.")
 MEMORY_LIMIT = Gauge(

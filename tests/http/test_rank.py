@@ -281,3 +281,20 @@ def test_unknown_actions_and_values_are_in_answer_and_metrics(client: httpx.Clie
     right = ask(client, example)
     assert right["history"]["unknown_actions"] == 0 and right["unknown_values"] == {}
     assert [after - b for after, b in zip(sums(client, *names), before, strict=True)] == [4, 6]
+
+
+@pytest.mark.parametrize("name", ["X-Request-Timeout-Ms", "x-envoy-expected-rq-timeout-ms"])
+def test_headers_of_proxies_limit_the_deadline(client: httpx.Client, example: dict[str, Any], name: str) -> None:
+    def exit_of(milliseconds: str, **members: Any) -> str:
+        answer = client.post("/rerank", json=example | members, headers={name: milliseconds})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["exit"])
+
+    assert exit_of("0.001") == "input_order"
+    assert exit_of("60000") == "set"
+    assert exit_of("60000", deadline_ms=0.001) == "input_order", "the earliest deadline counts"
+    assert exit_of("0") == "set", "0 is no limit"
+    for wrong in ("", "soon", "-1", "1e3", "NaN", "1" * 40):
+        refused = client.post("/rerank", json=example, headers={name: wrong})
+        assert_problem(refused, 422)
+        assert name.lower() in refused.json()["detail"]

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slatewise import metrics
 from slatewise.inference import workers as scheduling
-from slatewise.inference.workers import QUIET_SECONDS, Chunks, Job, Workers
+from slatewise.inference.workers import PRIORITY_ROWS, QUIET_SECONDS, Chunks, Job, Workers
 
 PATIENCE = 30  # seconds; not reached if the code is right
 Turn = tuple[int, int]  # job, chunk
@@ -237,11 +238,11 @@ drawn_jobs = st.lists(st.tuples(st.integers(-2, 2), costs), max_size=8)
 
 
 def slow_order(jobs: dict[int, tuple[int, list[int]]]) -> list[Turn]:
-    """Reference simulation: next is the job with the lowest priority number, then the fewest rows, then the oldest."""
+    """Reference simulation: next is the job with the fewest rows; a priority counts as rows. Then the oldest."""
     ran: list[Turn] = []
     done = dict.fromkeys(jobs, 0)
     while left := [n for n in jobs if done[n] < len(jobs[n][1])]:
-        n = min(left, key=lambda n: (jobs[n][0], sum(jobs[n][1][: done[n]]), n))
+        n = min(left, key=lambda n: (PRIORITY_ROWS * jobs[n][0] + sum(jobs[n][1][: done[n]]), n))
         ran.append((n, done[n]))
         done[n] += 1
     return ran
@@ -378,7 +379,7 @@ def test_higher_priority_job_preempts_between_two_chunks() -> None:
             await until(stop.begun.is_set)
             jobs += [
                 workers.submit(counted(1, [9, 9, 9], ran), priority=2),
-                workers.submit(counted(2, [500] * 3, ran), priority=-1),
+                workers.submit(counted(2, [500] * 3, ran), priority=-50),
             ]
             stop.may_end.set()
             await asyncio.wait_for(asyncio.gather(*jobs), PATIENCE)
@@ -723,3 +724,71 @@ def test_idle_thread_keeps_no_job_alive() -> None:
             await until(gone)
 
     asyncio.run(main())
+
+
+def test_cancelled_job_leaves_the_queue_at_once() -> None:
+    ran: list[int] = []
+
+    def job(number: int) -> Chunks[None]:
+        yield 1
+        ran.append(number)
+
+    async def main() -> None:
+        async with one_busy_thread() as (workers, release):
+            jobs = [workers.submit(job(number)) for number in range(3)]
+            jobs[1].cancel()
+            await asyncio.sleep(0)  # in which the callbacks of futures run
+            assert workers.queue == [jobs[0], jobs[2]]
+            release.set()
+            await patiently(jobs[2])
+            assert ran == [0, 2]
+            await patiently(workers.submit(job(3)))  # the thread went on after the ticket without a job
+
+    asyncio.run(main())
+    assert ran == [0, 2, 3]
+
+
+def test_time_of_a_chunk_for_a_dead_request_is_counted() -> None:
+    before = metrics.DEAD_SECONDS._value.get()
+
+    async def main() -> None:
+        begun, may_end = threading.Event(), threading.Event()
+
+        def job() -> Chunks[None]:
+            yield 1
+            begun.set()
+            may_end.wait(PATIENCE)
+
+        async with Workers(1) as workers:
+            dead = workers.submit(job())
+            await asyncio.to_thread(begun.wait, PATIENCE)
+            dead.cancel()
+            await asyncio.sleep(0.05)
+            may_end.set()
+
+    asyncio.run(main())
+    assert metrics.DEAD_SECONDS._value.get() - before >= 0.04
+
+
+def test_important_jobs_do_not_starve_one_that_waits() -> None:
+    """Jobs of priority -100 keep arriving; one of priority 0 is done after a bounded number of their rows."""
+    ran: list[int] = []
+
+    def job(number: int) -> Chunks[None]:
+        yield 100
+        ran.append(number)
+
+    async def main() -> None:
+        async with one_busy_thread() as (workers, release):
+            waiting = workers.submit(job(-1))
+            arrivals = [workers.submit(job(0), priority=-100)]
+            release.set()
+            for number in range(1, 1_000):
+                await patiently(arrivals[-1])
+                arrivals = [workers.submit(job(number), priority=-100)]
+                if waiting.done():
+                    break
+            assert waiting.done()
+
+    asyncio.run(main())
+    assert 0 < ran.index(-1) <= 2 * 100 * PRIORITY_ROWS // 100 + 2

@@ -7,6 +7,7 @@ at the end the request log and the capture that `app.py` has opened.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
@@ -35,6 +36,11 @@ from slatewise.schemas import RankRequest, RankResponse
 
 MOST_MEMBERS = 1_000  # of a native body, whose lists are columns
 CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
+
+# The deadline is the earliest of these and of the body's `deadline_ms`. Envoy sets the second one.
+DEADLINE_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
+MILLISECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
+MOST_MILLISECONDS = 600_000.0  # of a RankRequest
 
 T = TypeVar("T")
 
@@ -172,6 +178,9 @@ def with_headers(parsed: RankRequest, headers: Headers) -> RankRequest:
         changes["user"] = user
     if parsed.id is None and identifier is not None:
         changes["id"] = identifier
+    given = [ms for name in DEADLINE_HEADERS if (ms := header_milliseconds(headers, name))]
+    if given:
+        changes["deadline_ms"] = min([*given, *filter(None, (parsed.deadline_ms,))])
     if changes:
         try:
             RankRequest.model_validate({"candidates": {"item_ids": ["0"]}, **changes})
@@ -181,6 +190,16 @@ def with_headers(parsed: RankRequest, headers: Headers) -> RankRequest:
     if parsed.id is None:
         parsed.__dict__["id"] = new_request_id()  # frozen, but nobody else has it yet, and a copy costs more
     return parsed
+
+
+def header_milliseconds(headers: Headers, name: str) -> float | None:
+    """Return the milliseconds in a header; `None` if it is missing or 0. Raises Invalid."""
+    text = headers.get(name)
+    if text is None:
+        return None
+    if not MILLISECONDS.fullmatch(text):
+        raise Invalid.at("", f"the header {name} must be a number of milliseconds, at most {MOST_MILLISECONDS:.0f}")
+    return min(float(text), MOST_MILLISECONDS) or None
 
 
 def header_text(headers: Headers, name: str) -> str | None:

@@ -5,13 +5,20 @@ through the model, and receives True if no other job has run for a while. The si
 (`engine.HISTORY_CHUNK`, `engine.CANDIDATE_CHUNK`). A job can be interrupted or cancelled only between two chunks. A
 thread continues with its job unless a queued job comes first.
 
-Jobs are ordered by priority, then by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual
-time of a job advances by the cost of each of its chunks, and the job with the smallest virtual time is next, so large
-and small requests get equal numbers of rows. A new job starts at the virtual time of the system, which advances by the
-cost of each chunk divided by the number of jobs (as in WF2Q+; Bennett and Zhang 1997). So a stream of small jobs cannot
-starve a large one.
+Jobs are ordered by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual time of a job
+advances by the cost of each of its chunks, and the job with the smallest virtual time is next, so large and small
+requests get equal numbers of rows. A new job starts at the virtual time of the system, which advances by the cost of
+each chunk divided by the number of jobs (as in WF2Q+; Bennett and Zhang 1997). So a stream of small jobs cannot starve
+a large one.
+
+A level of priority counts as PRIORITY_ROWS rows of virtual time. So an important job comes first, and every job ages:
+one that waits is overtaken for a bounded time only, whatever the priorities of those that arrive later.
+
+A job that is cancelled while it waits leaves the queue at once, and no further chunk of a cancelled job runs. The time
+of the chunk that it may be in is counted: nobody waits for the result.
+
 Called by: `ranking/pipeline.py`, `ranking/history_cache.py`; `main.py` opens the threads. Calls: the generators, which
-call `engine.py`.
+call `engine.py`; `metrics.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +33,10 @@ from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from slatewise import metrics
+
 JOIN_SECONDS = 1.5  # for the running chunks, at the end
+PRIORITY_ROWS = 64  # of virtual time, by which a level of priority is ahead of the next one
 QUIET_SECONDS = 0.1  # without concurrent jobs, after which the machine counts as idle except for the one job
 
 Result = TypeVar("Result")
@@ -48,7 +58,11 @@ class Job(asyncio.Future[Result]):
 
     def __lt__(self, other: Job[Any]) -> bool:
         """Return whether this job comes before the other one in the queue."""
-        return (self.priority, self.virtual_start, self.number) < (other.priority, other.virtual_start, other.number)
+        return self.place < other.place
+
+    @property
+    def place(self) -> tuple[float, int]:
+        return self.virtual_start + PRIORITY_ROWS * self.priority, self.number
 
     @property
     def queued(self) -> float:
@@ -71,7 +85,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         self.queue: list[Job[Any]] = []
         self.lock = threading.Lock()
-        self.tickets: SimpleQueue[None] = SimpleQueue()  # one for each job that enters the queue; `get` waits in C
+        self.tickets: SimpleQueue[None] = SimpleQueue()  # at least one for each queued job; `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
         self.crowded_at = -inf  # the last time that a job arrived while another was present
@@ -120,7 +134,20 @@ class Workers:
                 self.crowded_at = time.perf_counter()
             heapq.heappush(self.queue, job)
         self.tickets.put(None)
+        job.add_done_callback(self.withdraw)
         return job
+
+    def withdraw(self, job: asyncio.Future[Any]) -> None:
+        """Remove a job that was cancelled from the queue. Its ticket stays, and the thread that takes it goes on."""
+        if not job.cancelled():
+            return
+        with self.lock:
+            if job not in self.queue:
+                return
+            self.queue.remove(job)
+            heapq.heapify(self.queue)
+        with suppress(Exception):  # the caller is gone
+            job.chunks.close()
 
     def work(self) -> None:
         """Run jobs until the workers close: the main function of each thread."""
@@ -129,6 +156,8 @@ class Workers:
             with self.lock:
                 if self.stopping:
                     return
+                if not self.queue:  # the job of this ticket was cancelled
+                    continue
                 job: Job[Any] | None = heapq.heappop(self.queue)
                 self.busy += 1
             while job is not None:
@@ -144,6 +173,7 @@ class Workers:
             return None
         virtual_start = job.virtual_start
         cost = job.cost
+        begin = time.perf_counter()
         answer: tuple[Any, BaseException | None] | None = None
         try:
             job.run_chunk(
@@ -154,6 +184,8 @@ class Workers:
         except BaseException as error:  # every accepted job is settled, whatever it raises
             answer = (None, error)
         with self.lock:
+            if job.cancelled():
+                metrics.DEAD_SECONDS.inc(time.perf_counter() - begin)
             self.virtual_time = max(self.virtual_time, virtual_start) + cost / (self.busy + len(self.queue))
             if answer is None and not self.stopping:
                 return heapq.heappushpop(self.queue, job)

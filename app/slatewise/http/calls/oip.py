@@ -172,7 +172,7 @@ def parameters_of(sent: InferParameters) -> dict[str, Any]:
     if sent.priority is not None:
         members["priority"] = min(sent.priority, LOWEST_PRIORITY)
     if sent.timeout:
-        members["deadline_ms"] = min(sent.timeout / 1e3, MOST_MILLISECONDS)
+        members["deadline_ms"] = min(sent.timeout / 1e3, members.get("deadline_ms", MOST_MILLISECONDS))
     return members
 
 
