@@ -94,7 +94,10 @@ PLACES = {
             f"http/{name}.py"
             for name in ("app", "auth", "body", "dialect", "events", "head", "hot_routes", "problems", "rank")
         ),
-        *(f"http/{name}.py" for name in ("telemetry", "trace_context", "tracing", "whole_bodies", "drain")),
+        *(
+            f"http/{name}.py"
+            for name in ("telemetry", "trace_context", "tracing", "whole_bodies", "drain", "request_headers")
+        ),
         *(f"http/calls/{name}.py" for name in ("aws", "cohere", "common", "metarank", "oip", "tei")),
     },
     "redis": {f"store/{name}.py" for name in ("client", "deletion", "node", "nodes", "poll", "replies", "writer")}

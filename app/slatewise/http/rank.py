@@ -7,7 +7,6 @@ at the end the request log and the capture that `app.py` has opened.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
@@ -17,16 +16,16 @@ import numpy as np
 import pydantic_core
 from fastapi import Request, Response
 from pydantic import ValidationError
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from slatewise import metrics
-from slatewise.errors import Invalid, NotReady, RankingError
+from slatewise.errors import NotReady, RankingError
 from slatewise.http.body import check_counts, check_names, content_coding, content_length, read_body
 from slatewise.http.dialect import Dialect, Incoming
 from slatewise.http.health import ready_pipeline
 from slatewise.http.mistakes import wrong_request
-from slatewise.http.problems import PROBLEMS, new_request_id, problem, request_id_of, schema_error, unexpected
+from slatewise.http.problems import PROBLEMS, problem, request_id_of, unexpected
+from slatewise.http.request_headers import with_headers
 from slatewise.http.request_log import Outcome
 from slatewise.http.trace_context import caller_of
 from slatewise.ranking.admission import Admission
@@ -36,11 +35,6 @@ from slatewise.schemas import RankRequest, RankResponse
 
 MOST_MEMBERS = 1_000  # of a native body, whose lists are columns
 CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
-
-# The deadline is the earliest of these and of the body's `deadline_ms`. Envoy sets the second one.
-DEADLINE_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
-MILLISECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
-MOST_MILLISECONDS = 600_000.0  # of a RankRequest
 
 T = TypeVar("T")
 
@@ -165,50 +159,6 @@ def parse(incoming: Incoming) -> tuple[RankRequest, None]:
         return RankRequest.model_validate_json(incoming.body), None
     except ValidationError as error:
         raise wrong_request(error, incoming.body) from None
-
-
-def with_headers(parsed: RankRequest, headers: Headers) -> RankRequest:
-    """Add user and id, which may also come from the headers; without an id, a new one is made. Raises Invalid."""
-    changes: dict[str, Any] = {}
-    user = header_text(headers, "x-user-id")
-    identifier = header_text(headers, "x-request-id")
-    if user is not None:
-        if parsed.user is not None and parsed.user != user:
-            raise Invalid.at("/user", "differs from the header X-User-ID")
-        changes["user"] = user
-    if parsed.id is None and identifier is not None:
-        changes["id"] = identifier
-    given = [ms for name in DEADLINE_HEADERS if (ms := header_milliseconds(headers, name))]
-    if given:
-        changes["deadline_ms"] = min([*given, *filter(None, (parsed.deadline_ms,))])
-    if changes:
-        try:
-            RankRequest.model_validate({"candidates": {"item_ids": ["0"]}, **changes})
-        except ValidationError as error:
-            raise schema_error(error) from None
-        parsed = parsed.model_copy(update=changes)
-    if parsed.id is None:
-        parsed.__dict__["id"] = new_request_id()  # frozen, but nobody else has it yet, and a copy costs more
-    return parsed
-
-
-def header_milliseconds(headers: Headers, name: str) -> float | None:
-    """Return the milliseconds in a header; `None` if it is missing or 0. Raises Invalid."""
-    text = headers.get(name)
-    if text is None:
-        return None
-    if not MILLISECONDS.fullmatch(text):
-        raise Invalid.at("", f"the header {name} must be a number of milliseconds, at most {MOST_MILLISECONDS:.0f}")
-    return min(float(text), MOST_MILLISECONDS) or None
-
-
-def header_text(headers: Headers, name: str) -> str | None:
-    """Decode a header as UTF-8, because Starlette decodes headers as Latin-1. Raises Invalid."""
-    value = headers.get(name)
-    try:
-        return None if value is None else value.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        raise Invalid.at("", f"the header {name} is not UTF-8") from None
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
