@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from slatewise.http.problems import new_request_id
-from slatewise.http.rank import with_headers
+from slatewise.http.request_headers import with_headers
 from slatewise.schemas import REQUEST_ID, RankRequest
 from slatewise.settings import Settings
 from tests.conftest import Tiny
