@@ -1,12 +1,12 @@
 """Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
 
-    before the body is read    requests in flight, Content-Length    else 429, 413
+    when the body is there     requests in flight                    else 429; 413 by Content-Length, unread
     after parsing              outstanding tokens                    else a cheaper exit, the input order, or 503
     during the ranking         deadline                              else the highest complete exit, or 504
 
 A token is one event to read or one candidate. The outstanding tokens are those of all requests that are being ranked.
 
-Called by: `http/rank.py` before the body is read, `pipeline.py` after parsing. Calls: `metrics.py`.
+Called by: `http/rank.py` when the body has arrived, `pipeline.py` after parsing. Calls: `metrics.py`.
 """
 
 from __future__ import annotations
