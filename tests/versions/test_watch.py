@@ -155,7 +155,6 @@ def rewritten(graph: str, change: Callable[[bytes], bytes]) -> Callable[[Copy], 
 POISON: dict[str, tuple[Callable[[Copy], object], str]] = {
     "truncated": (rewritten("point", lambda content: content[: len(content) // 2]), "refuses it"),
     "empty": (rewritten("encode", lambda content: b""), "refuses it"),
-    "another digest": (lambda c: (c.folder / FP32 / "set.onnx").write_bytes(b"x"), "sha256"),
     "an unknown operator": (rewritten("dot", unknown_operator), "Surprise"),
     "another input": (rewritten("dot", other_input), "surprise"),
     "another output": (rewritten("set", renamed_output), "probabilities"),
@@ -170,6 +169,8 @@ POISON: dict[str, tuple[Callable[[Copy], object], str]] = {
     "a format of the future": (lambda c: c.change_manifest(lambda m: m.update(format=9)), "format 9 is not known"),
     "no JSON": (lambda c: (c.folder / "manifest.json").write_bytes(b'{"files": {}, "x": NaN'), "manifest.json"),
     "another number": (lambda c: c.change_manifest(lambda m: m.update(version=77)), "version 77"),
+    # Last, because it is tried again and again, and would then be the latest attempt.
+    "another digest": (lambda c: (c.folder / FP32 / "set.onnx").write_bytes(b"x"), "sha256"),
 }
 
 
