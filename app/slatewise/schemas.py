@@ -31,7 +31,8 @@ Id = Annotated[Text | Integer, Field(union_mode="left_to_right")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LAST_TIME = 99_999_999_999  # unix seconds that a request may have, at most
 UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=LAST_TIME)]
-Milliseconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=600_000)]
+MOST_MILLISECONDS = 600_000.0
+Milliseconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=MOST_MILLISECONDS)]
 REQUEST_ID = r"[!-~]{1,128}"
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 

@@ -62,15 +62,21 @@ def shuffled(copy: Copy) -> None:
     copy.write("items.npy", npy(np.concatenate([table[:2], table[rows]])))
 
 
+def renamed_output(graph: onnx.GraphProto, suffix: str) -> str:
+    """Return the name of the first output, whose value is now called NAME_suffix: new nodes compute the output."""
+    output: str = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = [f"{name}_{suffix}" if name == output else name for name in node.output]
+    return output
+
+
 def slow(copy: Copy) -> None:
     """The exit `set` does a lot of useless work."""
 
     def change(content: bytes) -> bytes:
         model = onnx.load_from_string(content)
         graph = model.graph
-        output = graph.output[0].name
-        for node in graph.node:
-            node.output[:] = [f"{name}_quick" if name == output else name for name in node.output]
+        output = renamed_output(graph, "quick")
         side = np.full((200, 200), 1 / 200, np.float32)
         graph.initializer.extend(
             [numpy_helper.from_array(side, "side"), numpy_helper.from_array(np.zeros((), np.float32), "nil")]
@@ -95,9 +101,7 @@ def failing(copy: Copy) -> None:
     def change(content: bytes) -> bytes:
         model = onnx.load_from_string(content)
         graph = model.graph
-        output = graph.output[0].name
-        for node in graph.node:
-            node.output[:] = [f"{name}_good" if name == output else name for name in node.output]
+        output = renamed_output(graph, "good")
         graph.initializer.append(numpy_helper.from_array(np.array([FAILS + 1], np.int64), "wrong"))
         graph.node.extend(
             [

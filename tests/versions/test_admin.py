@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,6 @@ from tests.support.versions import HEADERS, KEY, command, done, example_of, publ
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
-
-
-@pytest.fixture
-def root(tiny: Tiny, tmp_path: Path) -> Path:
-    """A folder with version 1."""
-    publish(tiny.folder, tmp_path, 1)
-    return tmp_path
-
-
-@pytest.fixture
-def server(root: Path) -> Iterator[httpx.Client]:
-    with serving(root) as client:
-        yield client
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from tests.support.versions import (
     example_of,
     failing,
     publish,
-    serving,
     shuffled,
     slow,
     state_of,
@@ -32,18 +31,6 @@ from tests.support.versions import (
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
-
-
-@pytest.fixture
-def root(tiny: Tiny, tmp_path: Path) -> Path:
-    publish(tiny.folder, tmp_path, 1)
-    return tmp_path
-
-
-@pytest.fixture
-def server(root: Path) -> Iterator[httpx.Client]:
-    with serving(root) as client:
-        yield client
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `problems.py` and `calls/aws.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `door.py`, `keys.py`, `problems.py` and
+`calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from slatewise import metrics
 from slatewise.errors import Unauthorized
 from slatewise.http.calls import aws
+from slatewise.http.door import PROBES
 from slatewise.http.hot_routes import Routes
 from slatewise.http.keys import Keys
 from slatewise.http.problems import problem, request_id_of
@@ -22,7 +24,7 @@ from slatewise.ranking.trace import Trace
 
 METRICS_PATH = "/metrics"
 # `/admin` has a key of its own (`admin.py`), and is 404 without it.
-OPEN_PATHS = ("/livez", "/readyz", METRICS_PATH, "/v2/health/live", "/v2/health/ready", "/admin/", "/admin")
+OPEN_PATHS = (*PROBES, "/admin/", "/admin")
 # Open unless a setting closes them: they show no data of the rankers. A slash at the end stands for all paths below.
 PAGE_PATHS = ("/", "/page/", "/docs", "/docs/", "/openapi.json", "/static-offline-docs/")
 AWS_PATHS = ("/personalize-ranking", "/events")  # AWS clients sign these, and cannot send a bearer key

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from slatewise import metrics
 from slatewise.errors import BadRequest, HeadersTooLarge, HeadersTooSlow, NoPlace, RankingError
-from slatewise.http.door import SINGLE, Door, address_of
+from slatewise.http.door import PROBES, SINGLE, Door, address_of
 from slatewise.http.problems import new_request_id, problem
 
 END_OF_HEAD = b"\r\n\r\n"
@@ -31,7 +31,6 @@ PIECE = 65_536  # bytes of a chunked body that are parsed at once: its end is no
 MOST_FRAMING = 8  # bytes of chunk lengths, extensions and trailers, for each byte of a body; and PIECE for a short one
 LINGER_SECONDS = 1.0  # after an early answer, a client may send on for so long: a reset would destroy the answer
 LINGER_BYTES = 4 * 2**20
-PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
 NEVER = math.inf
 RESET = struct.pack("ii", 1, 0)  # linger for no time
 

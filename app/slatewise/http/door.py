@@ -70,6 +70,9 @@ SINGLE = frozenset(
     )
 )
 
+# Paths that a spare place serves.
+PROBES = ("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+
 Waiting = dict[str, dict[Guest, None]]  # by address
 
 

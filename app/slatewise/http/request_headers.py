@@ -13,16 +13,18 @@ from starlette.datastructures import Headers
 
 from slatewise.errors import Invalid
 from slatewise.http.problems import new_request_id, schema_error
-from slatewise.schemas import RankRequest
+from slatewise.schemas import MOST_MILLISECONDS, RankRequest
 
 # The deadline is the earliest of these and of the body's `deadline_ms`. Envoy sets the second one.
 DEADLINE_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
 MILLISECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
-MOST_MILLISECONDS = 600_000.0  # of a RankRequest
 
 
 def with_headers(parsed: RankRequest, headers: Headers) -> RankRequest:
-    """Add user and id, which may also come from the headers; without an id, a new one is made. Raises Invalid."""
+    """Add user, id and deadline, which may also come from the headers; without an id, a new one is made.
+
+    Raises Invalid.
+    """
     changes: dict[str, Any] = {}
     user = header_text(headers, "x-user-id")
     identifier = header_text(headers, "x-request-id")

@@ -41,7 +41,7 @@ from slatewise.http.rank import response_headers, stage_milliseconds
 from slatewise.ranking.pipeline import Ranking
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings
-from slatewise.schemas import CLOSED, Milliseconds, RankRequest, RequestedExit, Text
+from slatewise.schemas import CLOSED, MOST_MILLISECONDS, Milliseconds, RankRequest, RequestedExit, Text
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 NAMES = {
@@ -55,7 +55,6 @@ NAMES = {
     "/user": "user",
     "/request_time": "request_time",
 }
-MOST_MILLISECONDS = 600_000.0  # of a RankRequest
 ONE_VALUE = ("user", "history.offset", "request_time")
 INPUTS = {  # name -> datatype in the metadata; other types are converted
     "user": "BYTES",
