@@ -14,6 +14,8 @@ PREFIX = "SLATEWISE_"
 # a server without the keys that its operator meant would be open.
 CLIENT_VARIABLES = ("SLATEWISE_URL", "SLATEWISE_API_KEY")
 KEYS_VARIABLES = {"SLATEWISE_API_KEYS", "SLATEWISE_API_KEYS_FILE"}
+# Settings of before, and what took their place.
+REPLACED = {"SLATEWISE_MAX_OUTSTANDING_TOKENS": "SLATEWISE_MAX_QUEUE_MS, a time in milliseconds"}
 # Kubernetes and Docker set such variables for each Service or link whose name begins with "slatewise".
 SERVICE_LINK = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.IGNORECASE
@@ -35,6 +37,9 @@ def unknown_variables(environment: Mapping[str, str], settings: Collection[str])
         if not name.upper().startswith(PREFIX) or name.upper() in known or SERVICE_LINK.fullmatch(name):
             continue
         if name.upper().endswith("_PORT") and is_link_address(value):
+            continue
+        if name.upper() in REPLACED:
+            messages.append(f"{name} is no setting any more; use {REPLACED[name.upper()]}")
             continue
         nearest = difflib.get_close_matches(name.upper(), known - {*CLIENT_VARIABLES}, 1, 0.0)[0]
         messages.append(f"{name} is not a setting; did you mean {nearest}?")

@@ -18,6 +18,7 @@ Called by: `http/` and `ranking/`; `http/problems.py` renders the errors.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 MOST_FAULTS = 20  # most faults in one response
 
@@ -167,9 +168,14 @@ class Invalid(RankingError):
 
 
 class Overloaded(RankingError):
+    """Too many requests. seconds: until the work in progress is done."""
+
     status = 429
     title = "Overloaded"
-    headers = {"Retry-After": "1"}
+
+    def __init__(self, detail: str, seconds: float = 0.0) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(max(1, ceil(seconds)))}
 
 
 class NotReady(RankingError):
@@ -178,12 +184,11 @@ class NotReady(RankingError):
     headers = {"Retry-After": "1"}
 
 
-class OverloadedUndegraded(RankingError):
+class OverloadedUndegraded(Overloaded):
     """The server is overloaded and the request has `allow_degraded: false`."""
 
     status = 503
     title = "Overloaded and not to be degraded"
-    headers = {"Retry-After": "1"}
 
 
 class StoreFault(RankingError):

@@ -78,7 +78,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             rankers.clear()  # else a version that is replaced would stay in memory
         limits = RequestLimits(
             max_in_flight=settings.max_in_flight,
-            max_outstanding_tokens=settings.max_outstanding_tokens,
+            max_queue_s=settings.max_queue_ms / 1e3,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
             max_values=settings.max_values,
@@ -105,7 +105,7 @@ async def open_pipeline(settings: Settings, rankers: dict[str, Ranker]) -> Async
             store,
             cache,
             workers,
-            Admission(limits),
+            Admission(limits, threads),
             histories=histories,
             pack_history=settings.history_cache_dtype == "int8",
         )

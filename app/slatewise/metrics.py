@@ -78,11 +78,14 @@ IN_FLIGHT = Gauge("slatewise_requests_in_flight", "Requests that are being proce
 IN_FLIGHT_LIMIT = Gauge(
     "slatewise_requests_in_flight_limit", "Number of requests in flight above which new ones are refused."
 )
-OUTSTANDING_TOKENS = Gauge(
-    "slatewise_outstanding_tokens", "Events and candidates of the admitted requests that are not answered yet."
+QUEUE = Gauge("slatewise_queue_seconds", "Predicted time until the work of the admitted requests is done.")
+QUEUE_LIMIT = Gauge(
+    "slatewise_queue_limit_seconds", "Predicted wait for other requests above which the response is the input order."
 )
-OUTSTANDING_TOKENS_LIMIT = Gauge(
-    "slatewise_outstanding_tokens_limit", "Number of outstanding tokens above which the response is the input order."
+PREDICTION = Histogram(
+    "slatewise_work_ratio",
+    "Time in the model over the time that was predicted, by request that was ranked in full.",
+    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
 )
 DEAD_SECONDS = Counter(
     "slatewise_dead_inference_seconds_total", "Time in the model that went into requests that had ended meanwhile."
@@ -226,7 +229,7 @@ STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 # Create each series at start: rate() does not see the first increase of a new series.
 for _reason in get_args(DegradedReason):
     DEGRADED.labels(_reason)
-for _reason in ("key", "in_flight", "tokens"):
+for _reason in ("key", "in_flight", "queue"):
     REJECTED.labels(_reason)
 for _reason in (
     "address",

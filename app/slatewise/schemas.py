@@ -23,7 +23,7 @@ AnsweredExit: TypeAlias = Literal[ModelExit, "input_order"]
 CacheResult: TypeAlias = Literal["miss", "hit", "extended", "none"]
 MetaStatus: TypeAlias = Literal["hit", "default", "stale", "error", "off"]
 HistorySource: TypeAlias = Literal["request", "stored", "none"]
-DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "store_error", "explanations"]
+DegradedReason: TypeAlias = Literal["deadline", "overload", "exit", "variant", "store_error", "explanations"]
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ID, strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]

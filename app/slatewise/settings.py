@@ -250,11 +250,12 @@ class Settings(SecuritySettings, BaseSettings):
         ge=1,
         description="Requests in flight whose bodies have arrived; above it, new ones get 429 before they are parsed.",
     )
-    max_outstanding_tokens: int = Field(
-        50_000,
-        ge=1,
-        description="Events and candidates in progress. Above half of it, cheaper exits are used; above it, answers "
-        "keep the input order, or are 503.",
+    max_queue_ms: float = Field(
+        150.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest predicted wait of a request for others, in ms. From 40 percent of it on, cheaper exits "
+        "answer; above it, answers keep the input order, or are 503.",
     )
 
     @field_validator("port", mode="before")

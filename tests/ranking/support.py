@@ -29,7 +29,7 @@ def request_limits(**changes: Any) -> RequestLimits:
     """Limits that no test reaches, except for the given ones."""
     values: dict[str, Any] = {
         "max_in_flight": 1_000,
-        "max_outstanding_tokens": 10**6,
+        "max_queue_s": 1e6,
         "max_body_bytes": 10**6,
         "body_timeout_s": 60.0,
         "max_values": 10**6,
@@ -59,7 +59,7 @@ def run(
                 store or EmbeddedStore(),
                 HistoryCache(cache_bytes),
                 workers,
-                Admission(request_limits(**limits)),
+                Admission(request_limits(**limits), threads),
                 pack_history=pack_history,
             )
             return await work(pipeline)

@@ -40,6 +40,7 @@ from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32
 from slatewise.inference.engine import Engine, EngineError, Step, at_once
 from slatewise.inference.item_table import Int8Items, record
+from slatewise.inference.timed_calls import time_calls
 from slatewise.schemas import RankRequest
 
 log = logging.getLogger("slatewise")
@@ -289,6 +290,8 @@ def load_variant(files: Files, ranker: Ranker, name: str, threads: int, step: St
     for request in ranker.warmup:  # allocates memory now instead of during the first request
         for multi_threaded in (False, True) if engine.multi_threaded else (False,):
             score_request(ranker, engine, request, multi_threaded)
+    limits = manifest.limits
+    time_calls(engine, limits.history_used, limits.set_wise, len(manifest.features), manifest.meta_size, step)
     return engine
 
 

@@ -60,7 +60,7 @@ async def prometheus_metrics(request: Request) -> Response:
     """Return all metrics in the text format of Prometheus, or in OpenMetrics with exemplars if that is accepted."""
     pipeline: Pipeline | None = request.app.state.pipeline
     if pipeline is not None:
-        metrics.OUTSTANDING_TOKENS.set(pipeline.admission.outstanding_tokens)
+        metrics.QUEUE.set(pipeline.admission.load.backlog())
         metrics.QUEUE_LENGTH.set(len(pipeline.workers.queue))
         metrics.HISTORY_CACHE_BYTES.set(pipeline.cache.nbytes)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -1,14 +1,16 @@
 """Runs one variant of a ranker with ONNX Runtime on the CPU. No other serving module imports onnxruntime.
 
 The interface is `start`, `extend`, `prefix`, `dot`, `point` and `set`. Each method except `prefix` runs one graph once.
-All methods are safe to call from several threads: states are immutable, and the engine stores nothing about a request.
+All methods are safe to call from several threads: states are immutable, and the engine stores nothing about a request
+but the time of its calls (`costs`).
 `score` runs the whole cascade simply and slowly; tests compare with it.
 Called by: `ranking/pipeline.py`, chunk by chunk in the threads of `workers.py`; `bundle/loader.py`, training, load
-tests. Calls: onnxruntime, `item_table.py`.
+tests. Calls: onnxruntime, `item_table.py`, `costs.py`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from slatewise.inference.arrays import (
     HistoryState,
     PointScores,
 )
+from slatewise.inference.costs import GraphCosts, work_of
 from slatewise.inference.item_table import ItemTable
 
 HISTORY_CHUNK = 256  # events in one call of `extend`
@@ -82,6 +85,7 @@ class Engine:
             )
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineLoadError(f"{folder}onnxruntime refuses it: {error}") from error
+        self.costs = {name: GraphCosts() for name in names}
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
         past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
         if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
@@ -96,10 +100,13 @@ class Engine:
     def run(self, graph: str, feeds: dict[str, NDArray[Any]], multi_threaded: bool = False) -> dict[str, NDArray[Any]]:
         """Run a graph and return its outputs by name. Raises EngineError."""
         session = self.multi_threaded.get(graph, self.sessions[graph]) if multi_threaded else self.sessions[graph]
+        begin = time.perf_counter()
         try:
-            return dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
+            outputs = dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
         except Exception as error:
             raise EngineError(f"graph {graph} failed: {error}") from error
+        self.costs[graph].learn(work_of(graph, feeds), time.perf_counter() - begin)
+        return outputs
 
     def extend(self, state: HistoryState, events: History, multi_threaded: bool = False) -> HistoryState:
         """Return a new state, of the events of `state` followed by `events` (at least one). Raises EngineError."""

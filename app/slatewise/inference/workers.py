@@ -55,6 +55,8 @@ class Job(asyncio.Future[Result]):
         self.cost = 0  # cost of the next chunk, in rows
         self.queued_at: float | None = time.perf_counter()  # `None` while a chunk runs
         self.waited = 0.0
+        self.begun_at: float | None = None  # of the chunk that runs
+        self.run_before = 0.0  # seconds of the chunks before
 
     def __lt__(self, other: Job[Any]) -> bool:
         """Return whether this job comes before the other one in the queue."""
@@ -70,13 +72,25 @@ class Job(asyncio.Future[Result]):
         since = self.queued_at
         return self.waited + (0.0 if since is None else time.perf_counter() - since)
 
+    @property
+    def ran(self) -> float:
+        """Seconds that the job has run so far."""
+        since = self.begun_at
+        return self.run_before + (0.0 if since is None else time.perf_counter() - since)
+
     def run_chunk(self, idle: bool) -> None:
         """Run the next chunk. Raises StopIteration, with the result, after the last one."""
         self.waited = self.queued
         self.queued_at = None
         self.virtual_start += self.cost
-        self.cost = self.chunks.send(idle)
-        self.queued_at = time.perf_counter()
+        begin = self.begun_at = time.perf_counter()
+        try:
+            self.cost = self.chunks.send(idle)
+        finally:
+            now = time.perf_counter()
+            self.begun_at = None
+            self.run_before += now - begin
+        self.queued_at = now
 
 
 class Workers:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 # The limits of requests are the server's defaults. Load is no reason to refuse: each caller waits for its own answer.
 LIMITS = RequestLimits(
     max_in_flight=1 << 31,
-    max_outstanding_tokens=1 << 62,
+    max_queue_s=float("inf"),
     max_body_bytes=1 << 62,
     body_timeout_s=1.0,
     max_values=2**62,
@@ -47,7 +47,7 @@ class Background:
         self.loop = asyncio.new_event_loop()
         self.workers = Workers(threads)
         self.pipeline = Pipeline(
-            Registry([ranker]), EmbeddedStore(), HistoryCache(cache_bytes), self.workers, Admission(LIMITS)
+            Registry([ranker]), EmbeddedStore(), HistoryCache(cache_bytes), self.workers, Admission(LIMITS, threads)
         )
         self.lock = threading.Lock()  # nothing is scheduled behind `end`, where it would wait for ever
         self.stopped = False

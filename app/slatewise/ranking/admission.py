@@ -1,23 +1,35 @@
 """Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
 
     when the body is there     requests in flight                    else 429; 413 by Content-Length, unread
-    after parsing              outstanding tokens                    else a cheaper exit, the input order, or 503
-    during the ranking         deadline                              else the highest complete exit, or 504
+    after parsing              the wait for other requests           else a cheaper offer, the input order, or 503
+    after parsing              the deadline, by prediction           else a cheaper offer, the input order, or 504
+    during the ranking         the deadline                          else the highest complete exit, or 504
 
-A token is one event to read or one candidate. The outstanding tokens are those of all requests that are being ranked.
+Offers are the ways to answer (`offers.py`). An offer is taken if the wait that `load.py` predicts for it is within a
+share of the limit: the cheaper the offer, the larger the share, and the last offer may use all of it.
 
-Called by: `http/rank.py` when the body has arrived, `pipeline.py` after parsing. Calls: `metrics.py`.
+Called by: `http/rank.py` when the body has arrived, `pipeline.py` after parsing. Calls: `load.py`, `metrics.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slatewise import metrics
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
-from slatewise.schemas import EXITS, AnsweredExit, DegradedReason, ModelExit
+from slatewise.ranking.load import Load, Running
+from slatewise.ranking.offers import Offer
+from slatewise.schemas import DegradedReason, ModelExit
+
+SHARES: dict[ModelExit, float] = {"set": 0.4, "point": 0.6, "dot": 0.8}  # of the limit; of the last offer, all of it
+HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
+HELD_SHARE = 0.75  # of its share
+PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
+MARGIN = 1.1  # of the predicted duration, for errors of the prediction
+RENDER_SECONDS = 0.001  # from the last score to the answer
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class RequestLimits:
     """Limits that the operator sets, equal for all rankers. See the settings of the same names."""
 
     max_in_flight: int
-    max_outstanding_tokens: int
+    max_queue_s: float
     max_body_bytes: int
     body_timeout_s: float
     max_values: int  # in a JSON body
@@ -41,11 +53,14 @@ class Deadline:
     milliseconds: float
     entered: float  # time.perf_counter()
 
+    @property
+    def due(self) -> float | None:
+        """The time.perf_counter() of the deadline; `None` without one."""
+        return self.entered + self.milliseconds / 1e3 if self.milliseconds else None
+
     def remaining(self) -> float | None:
         """Return the seconds left, negative after the deadline; `None` without a deadline."""
-        if not self.milliseconds:
-            return None
-        return self.entered + self.milliseconds / 1e3 - time.perf_counter()
+        return None if self.due is None else self.due - time.perf_counter()
 
     def timeout(self) -> asyncio.Timeout:
         """Return an `asyncio.timeout` up to the deadline. This call raises TimeoutError if the deadline has passed."""
@@ -57,21 +72,22 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The exit to compute (`input_order`: do not run the model), and the reasons if a higher exit was requested."""
+    """The offer to carry out (`None`: answer in input order), and the reasons if it is not the first one."""
 
-    exit: AnsweredExit
+    offer: Offer | None
     degraded: frozenset[DegradedReason] = frozenset()
 
 
 class Admission:
-    """Counts requests in flight and tokens of work, and refuses above the limits. Lives on the event loop."""
+    """Counts requests in flight and the work in progress, and refuses above the limits. Lives on the event loop."""
 
-    def __init__(self, limits: RequestLimits) -> None:
+    def __init__(self, limits: RequestLimits, threads: int = 1) -> None:
         self.limits = limits
         self.in_flight = 0
-        self.outstanding_tokens = 0
+        self.load = Load(threads)
+        self.held_until: dict[ModelExit, float] = {}  # time.perf_counter()
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
-        metrics.OUTSTANDING_TOKENS_LIMIT.set(limits.max_outstanding_tokens)
+        metrics.QUEUE_LIMIT.set(limits.max_queue_s)
 
     def enter(self) -> None:
         """Count the request as in flight. Raises Overloaded if too many are. `leave` must follow in both cases."""
@@ -79,7 +95,7 @@ class Admission:
         metrics.IN_FLIGHT.inc()
         if self.in_flight > self.limits.max_in_flight:
             metrics.REJECTED.labels("in_flight").inc()
-            raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight")
+            raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight", self.load.backlog())
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -94,50 +110,73 @@ class Admission:
         """Return the deadline of a request that was received at `entered` (time.perf_counter())."""
         return Deadline(deadline_ms or self.limits.deadline_ms, entered)
 
-    def admit(self, wanted: ModelExit, tokens: int, deadline: Deadline, allow_degraded: bool) -> Admitted:
-        """Return the exit that the outstanding tokens and the deadline allow.
+    def admit(self, offers: Sequence[Offer], deadline: Deadline, allow_degraded: bool, priority: int = 0) -> Admitted:
+        """Return the first offer that the load and the deadline allow.
 
-        Up to half of the token limit every exit is allowed, up to three quarters `point`, and up to the limit `dot`. If
-        no other request is being ranked, a request is admitted whatever its size. Raises OverloadedUndegraded or
+        If no other request is being ranked, the load allows every offer; and of those that are too late by the
+        prediction, one with an old prediction is tried, or else the last one. Raises OverloadedUndegraded or
         DeadlineExceeded.
         """
-        admitted = self.admit_tokens(wanted, tokens, allow_degraded)
+        first = offers[0]
+        alone = not self.load.running
         remaining = deadline.remaining()
-        if admitted.exit != "input_order" and remaining is not None and remaining <= 0:
-            self.on_deadline(deadline, allow_degraded)
-            return Admitted("input_order", admitted.degraded | {"deadline"})
-        return admitted
-
-    def admit_tokens(self, wanted: ModelExit, tokens: int, allow_degraded: bool) -> Admitted:
-        """Return the exit that the outstanding tokens allow. Raises OverloadedUndegraded."""
-        limit = self.limits.max_outstanding_tokens
-        load = (self.outstanding_tokens + tokens) / limit
-        if self.has_room(tokens):
-            return Admitted(wanted)
-        if load > 1:
-            metrics.REJECTED.labels("tokens").inc()
+        reasons: set[DegradedReason] = set()
+        for offer in offers if allow_degraded else offers[:1]:
+            is_last = offer is offers[-1] or not allow_degraded
+            if not self.has_room(offer.exit, offer.seconds, priority, is_last):
+                reasons.add("overload")
+            elif remaining is not None and not self.in_time(offer, remaining, alone, is_last):
+                reasons.add("deadline")
+            else:
+                if offer.exit != first.exit:
+                    reasons.add("exit")
+                if offer.variant != first.variant:
+                    reasons.add("variant")
+                return Admitted(offer, frozenset(reasons))
+        if "overload" in reasons:
+            metrics.REJECTED.labels("queue").inc()
             if not allow_degraded:
-                raise OverloadedUndegraded(f"more than {limit} events and candidates are at work")
-            return Admitted("input_order", frozenset({"overload"}))
-        allowed: ModelExit = "dot" if load > 0.75 else "point"
-        if not allow_degraded or EXITS.index(wanted) <= EXITS.index(allowed):
-            return Admitted(wanted)
-        return Admitted(allowed, frozenset({"overload", "exit"}))
+                milliseconds = self.limits.max_queue_s * 1e3
+                raise OverloadedUndegraded(
+                    f"the wait for other requests is more than {milliseconds:g} ms", self.load.backlog()
+                )
+        if "deadline" in reasons:
+            self.on_deadline(deadline, allow_degraded)
+        return Admitted(None, frozenset(reasons))
 
-    def has_room(self, tokens: int) -> bool:
-        """Return whether the load is low enough for every exit, and for work that may be left out."""
-        total = self.outstanding_tokens + tokens
-        return not self.outstanding_tokens or total / self.limits.max_outstanding_tokens <= 0.5
+    def has_room(self, exit: ModelExit, seconds: float, priority: int = 0, is_last: bool = False) -> bool:
+        """Return whether the wait for other requests is short enough for so much work that ends with this exit."""
+        if not self.load.running:
+            return True
+        share = 1.0 if is_last else SHARES[exit]
+        now = time.perf_counter()
+        if not is_last and now < self.held_until.get(exit, 0.0):
+            share *= HELD_SHARE
+        share *= PRIORITY_SCALE / (PRIORITY_SCALE + max(0, priority))
+        if self.load.wait(seconds) <= share * self.limits.max_queue_s:
+            return True
+        self.held_until[exit] = now + HELD_SECONDS
+        return False
 
-    def begin_work(self, tokens: int) -> None:
-        """Count the tokens of an admitted request as outstanding. The caller must call `end_work` afterwards."""
-        self.outstanding_tokens += tokens
+    def in_time(self, offer: Offer, remaining: float, alone: bool, is_last: bool) -> bool:
+        """Return whether the offer is worth trying with so many seconds left."""
+        if remaining <= 0:
+            return False
+        if alone and (is_last or offer.stale):
+            return True
+        duration = MARGIN * self.load.duration(offer.seconds) + RENDER_SECONDS
+        return duration <= remaining and not self.load.delays(offer.seconds)
 
-    def end_work(self, tokens: int) -> None:
-        self.outstanding_tokens -= tokens
+    def begin_work(self, running: Running) -> None:
+        """Count the work of an admitted request. The caller must call `end_work` afterwards."""
+        self.load.running.add(running)
+
+    def end_work(self, running: Running) -> None:
+        running.end_job()
+        self.load.running.discard(running)
 
     def on_deadline(self, deadline: Deadline, allow_degraded: bool) -> None:
-        """Count a missed deadline. Raises DeadlineExceeded unless the request accepts a degraded response."""
+        """Count a deadline that passed, or would pass. Raises DeadlineExceeded unless a degraded answer is allowed."""
         metrics.DEADLINE_EXCEEDED.inc()
         if not allow_degraded:
-            raise DeadlineExceeded(f"not done within deadline_ms = {deadline.milliseconds:g}")
+            raise DeadlineExceeded(f"cannot be done within deadline_ms = {deadline.milliseconds:g}")

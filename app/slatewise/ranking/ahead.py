@@ -46,7 +46,7 @@ async def encode_ahead(pipeline: Pipeline, body: EncodeRequest, priority: int = 
     look_up = pipeline.begin_look_up(plan)
     history = ranker.history(given.request)
     reuse = pipeline.find_cached(plan, history)
-    pipeline.admission.begin_work(plan.tokens)
+    pipeline.admission.begin_work(plan.running)
     try:
         async with plan.deadline.timeout():
             await pipeline.encode(plan, history, reuse, timings)
@@ -57,7 +57,7 @@ async def encode_ahead(pipeline: Pipeline, body: EncodeRequest, priority: int = 
     except EngineError as error:
         raise RankingError("the model failed on this request") from error
     finally:
-        pipeline.admission.end_work(plan.tokens)
+        pipeline.admission.end_work(plan.running)
     use = EncodedHistory(used=len(history), dropped=plan.dropped, cache=reuse.result, source=given.source)
     faults: list[DegradedReason] = ["store_error"] if given.fault else []
     version = ranker.manifest.version

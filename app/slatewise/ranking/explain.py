@@ -6,9 +6,10 @@ has the equations, what is exact, and the measured quality and cost.
     events       the newest events are left out one at a time. All events after the missing one are encoded again.
     neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again.
 
-The work is bounded by the constants below, whatever the request (`explanation_tokens`).
+The work is bounded by the constants below, whatever the request (`explanation_seconds`).
 
-Called by: `pipeline.py`, as chunks on a worker thread. Calls: `inference/batched.py`.
+Called by: `pipeline.py`, as chunks on a worker thread. Calls: `inference/batched.py`,
+`inference/costs.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from slatewise.inference.arrays import (
     KeptState,
     PointScores,
 )
+from slatewise.inference.costs import Work
 from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
 from slatewise.inference.workers import Chunks
 from slatewise.schemas import EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
@@ -70,16 +72,26 @@ class Effects:
     places: Float64  # (E, K) change of the smoothed rank
 
 
-def explanation_tokens(request: RankRequest, dropped: int, exit: ModelExit) -> int:
-    """Return the number of events and candidates that the explanations send through the model, at least 1."""
-    events = min(EVENTS, len(request.history.item_ids) - dropped)
-    candidates = len(request.candidates.item_ids)
-    total = 1
-    if events:
-        total += (events + 1) * (events + 1 + (min(candidates, CONTENDERS) if exit != "dot" else 0))
+def explanation_seconds(engine: Engine, events: int, candidates: int, exit: ModelExit) -> float:
+    """Predict the seconds of the explanations of a request with so many events that the model reads."""
+    costs = engine.costs
+    seconds = 0.0
+    if left_out := min(EVENTS, events):
+        rows = (left_out + 1) ** 2
+        seconds += costs["encode"].seconds(Work(1, rows, rows * (events + 1)))
+        each = min(candidates, CONTENDERS)
+        rows = (left_out + 1) * each
+        if exit == "dot":
+            seconds += costs["dot"].seconds(Work(1, rows, 0))
+        else:
+            seconds += costs["point"].seconds(Work(1, rows, rows * (events + 1)))
+        if exit == "set":
+            seconds += costs["set"].seconds(Work(1, rows, rows * each))
     if exit == "set":
-        total += neighbour_count(candidates) * (candidates - 1)
-    return total
+        slates, others = neighbour_count(candidates), candidates - 1
+        rows = slates * others
+        seconds += costs["set"].seconds(Work(1, rows, rows * others))
+    return seconds
 
 
 def neighbour_count(candidates: int) -> int:

@@ -67,6 +67,11 @@ class HistoryCache:
             self.entries.move_to_end(key)
         return entry
 
+    def events(self, key: Hashable) -> int:
+        """Return the number of events in the cached state, 0 without one. The order of use stays as it is."""
+        entry = self.entries.get(key)
+        return 0 if entry is None else len(entry.history)
+
     def find(self, key: Hashable, history: History) -> Reuse:
         """Look up the longest prefix of a history (at least one event) that the cached state covers."""
         entry = self.get(key)

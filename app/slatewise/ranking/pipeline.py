@@ -1,6 +1,6 @@
 """Ranks one parsed request: `Pipeline.rank`. Knows nothing of HTTP.
 
-Called by: `http/rank.py`, `ahead.py`. Calls: `given.py`, `validation.py`, `admission.py`, `registry.py`,
+Called by: `http/rank.py`, `ahead.py`. Calls: `given.py`, `plan.py`, `admission.py`, `registry.py`,
 `history_cache.py`, `store/lookup.py`, and `cascade.py` in chunks on the threads of `inference/workers.py`.
 """
 
@@ -26,16 +26,17 @@ from slatewise.inference.arrays import (
     Int64,
     KeptState,
 )
-from slatewise.inference.engine import Engine, EngineError
+from slatewise.inference.engine import EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
-from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.admission import Admission
 from slatewise.ranking.cascade import StageScores, extend, run_cascade
-from slatewise.ranking.explain import Ranked, explain, explanation_tokens
+from slatewise.ranking.explain import Ranked, explain
 from slatewise.ranking.given import Given, with_history
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
+from slatewise.ranking.offers import encode_seconds
+from slatewise.ranking.plan import Plan, cache_key, make_plan
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
-from slatewise.ranking.validation import choose
 from slatewise.schemas import AnsweredExit, DegradedReason, Explanation, HistoryUse, ModelExit, RankRequest
 from slatewise.store.lookup import MetaEmbedding, Store
 
@@ -75,39 +76,6 @@ class Ranking:
         if self.scored is None:
             return np.arange(self.candidates)[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Decisions for one request that need no arrays, so that refusing a request is cheap."""
-
-    request: RankRequest
-    ranker: Ranker
-    variant: str
-    admitted: Admitted
-    deadline: Deadline
-    dropped: int  # oldest events, which the model skips
-    tokens: int
-    given: Given
-    explain: bool = False
-
-    @property
-    def engine(self) -> Engine:
-        return self.ranker.engines[self.variant]
-
-    @property
-    def meta_user(self) -> str | None:
-        """The user to look up; `None` without a user, and for a ranker that reads no meta-embeddings."""
-        return self.request.user if self.ranker.manifest.meta_size else None
-
-    @property
-    def default_meta(self) -> MetaEmbedding:
-        """The meta-embedding of a request whose user is not looked up, or not found in time."""
-        return MetaEmbedding(self.ranker.default_meta, "off" if self.meta_user is None else "default")
-
-    @property
-    def cache_key(self) -> tuple[str, int, str, str, str | None]:
-        return *self.ranker.identity, self.variant, self.request.user
 
 
 @dataclass
@@ -160,10 +128,10 @@ class Pipeline:
         plan = self.plan(given, ranker, trace.timings.entered)
         n = len(request.candidates.item_ids)
         progress = Progress(HistoryUse(0, plan.dropped, 0, 0, 0, "none", given.source))
-        degraded = set(plan.admitted.degraded)
+        degraded = set(plan.degraded)
         if given.fault:
             degraded.add("store_error")
-        if plan.admitted.exit == "input_order":
+        if plan.exit == "input_order":
             unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
             trace.timings.lap("features")
             return Ranking(ranker, n, None, unknown_ids, {}, progress.history, plan.default_meta, frozenset(degraded))
@@ -190,7 +158,7 @@ class Pipeline:
                 trace.variant = plan.variant
 
         meta = progress.meta or plan.default_meta
-        if best is not None and "deadline" in degraded and best.exit != plan.admitted.exit:
+        if best is not None and "deadline" in degraded and best.exit != plan.exit:
             degraded.add("exit")
         if request.explain and progress.explanations is None:
             degraded.add("explanations")
@@ -206,19 +174,8 @@ class Pipeline:
         return await with_history(request, ranker, timings, self.histories, self.store, self.admission)
 
     def plan(self, given: Given, ranker: Ranker, entered: float) -> Plan:
-        """Check and admit a request. Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded."""
-        request = given.request
-        variant, wanted = choose(request, ranker, self.admission.limits)
-        dropped = ranker.window_start(request)
-        tokens = len(request.history.item_ids) - dropped + len(request.candidates.item_ids)
-        deadline = self.admission.deadline(request.deadline_ms, entered)
-        explained = explanation_tokens(request, dropped, wanted) if request.explain else 0
-        if explained and request.allow_degraded and not self.admission.has_room(tokens + explained):
-            explained = 0
-        admitted = self.admission.admit(wanted, tokens + explained, deadline, request.allow_degraded)
-        if request.explain and (not explained or admitted.exit == "input_order"):
-            admitted = replace(admitted, degraded=admitted.degraded | {"explanations"})
-        return Plan(request, ranker, variant, admitted, deadline, dropped, tokens + explained, given, bool(explained))
+        """As `plan.make_plan`, with the parts of this pipeline."""
+        return make_plan(given, ranker, entered, self.admission, self.cache)
 
     async def score_until_deadline(
         self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
@@ -227,13 +184,16 @@ class Pipeline:
 
         Raises TimeoutError or EngineError.
         """
-        self.admission.begin_work(plan.tokens)
+        self.admission.begin_work(plan.running)
         try:
             async with plan.deadline.timeout():
                 look_up = self.begin_look_up(plan)
                 reuse = self.find_cached(plan, history)
                 progress.history = replace(progress.history, cache=reuse.result)
+                expected = encode_seconds(plan.engine, len(history), reuse.events) + plan.score_seconds
+                plan.running.expect(expected)
                 state = await self.encode(plan, history, reuse, timings)
+                plan.running.expect(plan.score_seconds)
                 unknown = int(np.count_nonzero(history.items == UNKNOWN_ITEM))
                 progress.history = replace(progress.history, used=len(history), unknown=unknown)
                 meta = plan.default_meta if look_up is None else await look_up
@@ -241,31 +201,37 @@ class Pipeline:
                 timings.lap("embed")  # the rest of the look-up, after the encoding
                 dot_first = plan.deadline.milliseconds > 0
                 cascade = run_cascade(
-                    plan.engine, candidates, state, meta.vector, plan.admitted.exit, dot_first, progress.completed
+                    plan.engine, candidates, state, meta.vector, plan.exit, dot_first, progress.completed
                 )
-                point = await self.run(cascade, "score", plan.request.priority, timings)
+                point = await self.run(plan, cascade, "score", timings)
                 if plan.explain:
                     best = progress.completed[-1]
                     ranked = Ranked(
                         plan.ranker, plan.engine, plan.request, history, candidates, state, meta.vector, point, *best
                     )
-                    progress.explanations = await self.run(explain(ranked), "score", plan.request.priority, timings)
+                    progress.explanations = await self.run(plan, explain(ranked), "score", timings)
+                metrics.PREDICTION.observe(plan.running.ran / expected)
         finally:
-            self.admission.end_work(plan.tokens)
+            self.admission.end_work(plan.running)
 
     def begin_look_up(self, plan: Plan) -> Awaitable[MetaEmbedding] | None:
         """Start to look the user up, unless that was done with the stored history."""
         user = plan.meta_user
         return plan.given.look_up or (None if user is None else self.store.look_up(plan.ranker, user))
 
-    async def run(self, chunks: Chunks[T], stage: str, priority: int, timings: Timings) -> T:
+    async def run(self, plan: Plan, chunks: Chunks[T], stage: str, timings: Timings) -> T:
         """Run the generator in a worker thread and return its value. The wait for a thread counts as `queue`."""
-        job = self.workers.submit(chunks, priority)
+        job = self.submit(plan, chunks)
         try:
             return await job
         finally:
             job.cancel()
+            plan.running.end_job()
             timings.lap(stage, job.queued)
+
+    def submit(self, plan: Plan, chunks: Chunks[T]) -> Job[T]:
+        job = plan.running.job = self.workers.submit(chunks, plan.request.priority)
+        return job
 
     def find_cached(self, plan: Plan, history: History) -> Reuse:
         """Find the cached state to reuse. Without a user nothing is cached, and an empty history needs no cache."""
@@ -278,11 +244,10 @@ class Pipeline:
     async def encode(self, plan: Plan, history: History, reuse: Reuse, timings: Timings) -> KeptState:
         """Return the state of the history: the cached one, the cached one extended, or a new one."""
         engine = plan.engine
-        priority = plan.request.priority
         if not len(history):
             return engine.start
         if reuse.result == "none":
-            return await self.run(extend(engine, engine.start, 0, history, False), "encode", priority, timings)
+            return await self.run(plan, extend(engine, engine.start, 0, history, False), "encode", timings)
         if reuse.result == "hit" and reuse.state is not None:
             return reuse.state
         base = engine.start if reuse.state is None else reuse.state
@@ -291,12 +256,13 @@ class Pipeline:
 
         def submit() -> Job[KeptState]:
             nonlocal job
-            job = self.workers.submit(extend(engine, base, reuse.events, history, self.pack_history), priority)
+            job = self.submit(plan, extend(engine, base, reuse.events, history, self.pack_history))
             return job
 
         try:
             state = await self.cache.once(plan.cache_key, history, submit)
         finally:
+            plan.running.end_job()
             timings.lap("encode", 0.0 if job is None else job.queued)
         if deletions == self.cache.deletions:
             self.cache.put(plan.cache_key, Entry(history, state))
@@ -304,7 +270,7 @@ class Pipeline:
 
     def forget(self, user: str | None) -> None:
         """Drop the kept states of a deleted user, or with `None` those of all users."""
-        keys = [(*ranker.identity, variant, user) for ranker in self.registry.loaded() for variant in ranker.engines]
+        keys = [cache_key(ranker, variant, user) for ranker in self.registry.loaded() for variant in ranker.engines]
         self.cache.forget(None if user is None else keys)
 
 

@@ -1,0 +1,92 @@
+"""The ways to answer a request, the requested one first and then ever cheaper ones, with their predicted seconds.
+
+    set      all exits of the variant, from the requested one down
+    point
+    dot
+    dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
+
+Called by: `pipeline.py`; `admission.py` chooses among them. Calls: `inference/costs.py`, `history_cache.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.costs import Work
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.schemas import EXITS, ModelExit
+
+STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
+CHEAPER = 0.8  # of the time of the variant that is given up
+
+
+class Offer(NamedTuple):
+    exit: ModelExit
+    variant: str
+    encode: float  # predicted seconds of a thread for the history
+    score: float  # and for the candidates
+    stale: bool  # the prediction is old
+
+    @property
+    def seconds(self) -> float:
+        return self.encode + self.score
+
+
+class Size(NamedTuple):
+    """The work of a request."""
+
+    events: int  # that the model reads
+    cached: int  # of them, those in the cached state; 0 without one
+    candidates: int
+    dot_first: bool
+
+
+def make_offers(ranker: Ranker, variant: str, wanted: ModelExit, size: Size, any_variant: bool) -> list[Offer]:
+    """Return at least one offer."""
+    exits = [exit for exit in reversed(EXITS[: EXITS.index(wanted) + 1]) if exit in ranker.manifest.exits]
+    offers = [offer(ranker.engines[variant], variant, exit, size) for exit in exits]
+    if any_variant and not size.cached and len(ranker.engines) > 1:
+        rows = ranker.manifest.variants
+        cheapest = min(
+            (
+                offer(engine, name, exits[-1], size)
+                for name, engine in ranker.engines.items()
+                if rows[name].within_gate is not False
+            ),
+            key=lambda one: one.seconds,
+            default=offers[-1],
+        )
+        if cheapest.seconds < CHEAPER * offers[-1].seconds:
+            offers.append(cheapest)
+    return offers
+
+
+def offer(engine: Engine, variant: str, exit: ModelExit, size: Size) -> Offer:
+    graphs = ["encode", exit] if exit != "set" else ["encode", "point", "set"]
+    learned_at = min(engine.costs[graph].learned_at for graph in graphs)
+    stale = learned_at < time.perf_counter() - STALE_SECONDS
+    encode = encode_seconds(engine, size.events, size.cached)
+    return Offer(exit, variant, encode, score_seconds(engine, exit, size), stale)
+
+
+def encode_seconds(engine: Engine, events: int, cached: int) -> float:
+    """Predict the seconds to encode the events behind the cached ones."""
+    calls = products = 0
+    for first in range(cached, events, HISTORY_CHUNK):
+        last = min(first + HISTORY_CHUNK, events)
+        calls += 1
+        products += (last - first) * (last + 1)  # with the start token
+    return engine.costs["encode"].seconds(Work(calls, events - cached, products)) if calls else 0.0
+
+
+def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
+    """Predict the seconds of the cascade."""
+    n, costs = size.candidates, engine.costs
+    seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first else 0.0
+    if exit != "dot":
+        seconds += costs["point"].seconds(Work(-(-n // CANDIDATE_CHUNK), n, n * (size.events + 1)))
+    if exit == "set":
+        seconds += costs["set"].seconds(Work(1, n, n * n))
+    return seconds

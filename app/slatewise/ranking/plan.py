@@ -1,0 +1,90 @@
+"""The plan for one request: its variant and exit, and the work that they take. It needs counts only, no arrays.
+
+Called by: `pipeline.py`. Calls: `validation.py`, `offers.py`, `explain.py` for its costs, `admission.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.engine import Engine
+from slatewise.ranking.admission import Admission, Deadline
+from slatewise.ranking.explain import explanation_seconds
+from slatewise.ranking.given import Given
+from slatewise.ranking.history_cache import HistoryCache
+from slatewise.ranking.load import Running
+from slatewise.ranking.offers import Size, make_offers
+from slatewise.ranking.validation import choose
+from slatewise.schemas import AnsweredExit, DegradedReason, RankRequest
+from slatewise.store.lookup import MetaEmbedding
+
+CacheKey = tuple[str, int, str, str, str | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for one request, made before any array, so that refusing a request is cheap."""
+
+    request: RankRequest
+    ranker: Ranker
+    variant: str
+    exit: AnsweredExit  # to compute; `input_order`: do not run the model
+    degraded: frozenset[DegradedReason]  # why it is not the requested one
+    deadline: Deadline
+    dropped: int  # oldest events, which the model skips
+    given: Given
+    running: Running
+    score_seconds: float = 0.0  # predicted for the candidates and the explanations
+    explain: bool = False
+
+    @property
+    def engine(self) -> Engine:
+        return self.ranker.engines[self.variant]
+
+    @property
+    def meta_user(self) -> str | None:
+        """The user to look up; `None` without a user, and for a ranker that reads no meta-embeddings."""
+        return self.request.user if self.ranker.manifest.meta_size else None
+
+    @property
+    def default_meta(self) -> MetaEmbedding:
+        """The meta-embedding of a request whose user is not looked up, or not found in time."""
+        return MetaEmbedding(self.ranker.default_meta, "off" if self.meta_user is None else "default")
+
+    @property
+    def cache_key(self) -> CacheKey:
+        return cache_key(self.ranker, self.variant, self.request.user)
+
+
+def cache_key(ranker: Ranker, variant: str, user: str | None) -> CacheKey:
+    return *ranker.identity, variant, user
+
+
+def make_plan(given: Given, ranker: Ranker, entered: float, admission: Admission, cache: HistoryCache) -> Plan:
+    """Check and admit a request that was received at `entered`.
+
+    Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded.
+    """
+    request = given.request
+    variant, wanted = choose(request, ranker, admission.limits)
+    dropped = ranker.window_start(request)
+    deadline = admission.deadline(request.deadline_ms, entered)
+    events, candidates = len(request.history.item_ids) - dropped, len(request.candidates.item_ids)
+    cached = 0 if request.user is None else min(events, cache.events(cache_key(ranker, variant, request.user)))
+    size = Size(events, cached, candidates, deadline.milliseconds > 0)
+    offers = make_offers(ranker, variant, wanted, size, request.variant == "auto")
+    explained = explanation_seconds(ranker.engines[variant], events, candidates, wanted) if request.explain else 0.0
+    explain = request.explain
+    if request.allow_degraded and not admission.has_room(wanted, offers[0].seconds + explained):
+        explain = False
+    admitted = admission.admit(offers, deadline, request.allow_degraded, request.priority)
+    offer, degraded = admitted.offer, admitted.degraded
+    explain &= offer is not None and offer.variant == variant  # the prediction is for that variant
+    if request.explain and not explain:
+        degraded |= {"explanations"}
+    if offer is None:
+        return Plan(request, ranker, variant, "input_order", degraded, deadline, dropped, given, Running(0.0, None))
+    score = offer.score + (explained if explain else 0.0)
+    running = Running(offer.encode + score, deadline.due)
+    return Plan(request, ranker, offer.variant, offer.exit, degraded, deadline, dropped, given, running, score, explain)
