@@ -71,7 +71,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "max_body_bytes": ("9", 9),
     "body_timeout_s": ("1.5", 1.5),
     "max_in_flight": ("10", 10),
-    "max_outstanding_tokens": ("11", 11),
+    "max_queue_ms": ("11", 11.0),
 }
 
 
@@ -118,7 +118,7 @@ WRONG = [
     ("max_body_bytes", "0"),
     ("body_timeout_s", "0"),
     ("max_in_flight", "0"),
-    ("max_outstanding_tokens", "0"),
+    ("max_queue_ms", "0"),
     ("redis_timeout_ms", "nan"),
     ("body_timeout_s", "nan"),
     ("deadline_ms", "nan"),

@@ -30,7 +30,7 @@ from tests.http.support import BOUND, ask, sums, wait_for
 from tests.support.application import serve
 
 USERS = 64
-GAUGES = ("slatewise_requests_in_flight ", "slatewise_outstanding_tokens ", "slatewise_queue_length")
+GAUGES = ("slatewise_requests_in_flight ", "slatewise_queue_seconds ", "slatewise_queue_length")
 NOW = 1_700_000_000
 
 

@@ -62,7 +62,7 @@ def test_disconnect_between_chunks_stops_the_request(
         wait_for(client, gone[0], before[0] + 1)
         wait_for(client, "slatewise_requests_in_flight ", 0)
         assert sums(client, *gone) == [count + 1 for count in before]
-        assert sums(client, "slatewise_outstanding_tokens ") == [0], "its tokens are free before its chunk has ended"
+        assert sums(client, "slatewise_queue_seconds ") == [0], "its work is done with before its chunk has ended"
         stop.may_end.set()
         wait_for(client, "slatewise_queue_length", 0)
         assert (
@@ -79,7 +79,7 @@ def test_disconnect_stops_encode(tiny: Tiny, example: dict[str, Any], monkeypatc
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
             connection.sendall(post_head(len(body)).replace(b"/score", b"/encode") + body)
             assert stop.begun.wait(30)
-        wait_for(client, "slatewise_outstanding_tokens ", 0)
+        wait_for(client, "slatewise_queue_seconds ", 0)
         wait_for(client, "slatewise_requests_in_flight ", 0)
         stop.may_end.set()
         wait_for(client, "slatewise_queue_length", 0)
@@ -130,7 +130,7 @@ def test_disconnected_clients_leave_no_running_work(tiny: Tiny, example: dict[st
             with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
                 connection.sendall(head + body)
         give_up = time.monotonic() + 20
-        for gauge in ("slatewise_requests_in_flight 0.0", "slatewise_outstanding_tokens 0.0"):
+        for gauge in ("slatewise_requests_in_flight 0.0", "slatewise_queue_seconds 0.0"):
             while gauge not in client.get("/metrics").text:
                 assert time.monotonic() < give_up
                 time.sleep(0.05)

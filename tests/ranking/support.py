@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from slatewise.inference.arrays import Float64
 from slatewise.inference.workers import Workers
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.history_cache import HistoryCache
+from slatewise.ranking.load import Running
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Trace
@@ -121,6 +123,17 @@ def worst(ranking: Ranking, expected: Float64) -> float:
     """Largest difference of a probability."""
     assert ranking.scored is not None
     return float(np.abs(ranking.scored.probabilities - expected).max())
+
+
+@contextmanager
+def working(admission: Admission, requests: int, seconds: float = 1_000.0) -> Iterator[None]:
+    """Act as if so many other requests with so much work were running."""
+    others = {Running(seconds, None) for _ in range(requests)}
+    admission.load.running |= others
+    try:
+        yield
+    finally:
+        admission.load.running -= others
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,9 +16,11 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, RankingError, TooLarge
 from slatewise.inference.engine import Engine, EngineError
 from slatewise.ranking.admission import Admission, Admitted, Deadline
+from slatewise.ranking.load import Running
+from slatewise.ranking.offers import Offer
 from slatewise.ranking.pipeline import Pipeline, Ranking
-from slatewise.schemas import EXITS, Candidates, ModelExit
-from tests.ranking.support import draw_request, rank, request_limits, run
+from slatewise.schemas import Candidates, ModelExit
+from tests.ranking.support import draw_request, rank, request_limits, run, working
 
 NO_DEADLINE = Deadline(0, 0)
 
@@ -55,31 +55,21 @@ def test_requests_in_flight_above_the_limit_are_refused() -> None:
     assert rejected("in_flight") == before + 1
 
 
-@contextmanager
-def working(admission: Admission, tokens: int) -> Iterator[None]:
-    """Act as if other requests with this number of tokens were running."""
-    admission.begin_work(tokens)
-    try:
-        yield
-    finally:
-        admission.end_work(tokens)
-
-
-def test_failed_request_frees_its_tokens(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_request_ends_its_work(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     async def ask(pipeline: Pipeline) -> int:
         def fail(*_: Any, **__: Any) -> Any:
-            seen.append(pipeline.admission.outstanding_tokens)
+            seen.append(len(pipeline.admission.load.running))
             raise EngineError("broken")
 
         monkeypatch.setattr(Engine, "point", fail)
         with pytest.raises(RankingError, match="the model failed"):
             await rank(pipeline, draw_request(ranker, 5, 20, 3))
-        return pipeline.admission.outstanding_tokens
+        return len(pipeline.admission.load.running)
 
     assert run(ranker, ask) == 0
-    assert seen == [25]
+    assert seen == [1]
 
 
 @pytest.mark.parametrize(("length", "refused"), [(None, False), (0, False), (100, False), (101, True), (10**18, True)])
@@ -92,52 +82,114 @@ def test_content_length_above_the_limit_is_refused(length: int | None, refused: 
         admission.check_content_length(length)
 
 
-def slow_admit(wanted: ModelExit, tokens: int, outstanding: int, limit: int, allow_degraded: bool) -> Admitted | None:
-    """Look up the rule of `admit` in a table; `None`: the request is refused."""
-    load = (outstanding + tokens) / limit
-    if outstanding == 0 or load <= 0.5:
-        return Admitted(wanted)
-    if load > 1:
-        return Admitted("input_order", frozenset({"overload"})) if allow_degraded else None
-    allowed = ["dot", "point"] if load <= 0.75 else ["dot"]
-    if wanted in allowed or not allow_degraded:
-        return Admitted(wanted)
-    return Admitted("point" if load <= 0.75 else "dot", frozenset({"overload", "exit"}))
+def offers(*exits: ModelExit, seconds: float = 0.01, stale: bool = False) -> list[Offer]:
+    """Offers of one variant, with equal work; the last of two equal exits is one of another variant."""
+    names = ["other" if exit in exits[:k] else "own" for k, exit in enumerate(exits)]
+    return [Offer(exit, name, 0.0, seconds, stale) for exit, name in zip(exits, names, strict=True)]
 
 
-@given(st.sampled_from(EXITS), st.integers(1, 150), st.sampled_from([0, 1, 24, 25, 50, 74, 75, 99, 100]), st.booleans())
-def test_admit_under_random_loads_equals_the_table(
-    wanted: ModelExit, tokens: int, outstanding: int, allow_degraded: bool
-) -> None:
-    admission = Admission(request_limits(max_outstanding_tokens=100))
-    expected = slow_admit(wanted, tokens, outstanding, 100, allow_degraded)
-    before = rejected("tokens")
-    with working(admission, outstanding):
-        if expected is None:
-            with pytest.raises(OverloadedUndegraded, match="more than 100"):
-                admission.admit(wanted, tokens, NO_DEADLINE, allow_degraded)
+ALL = offers("set", "point", "dot", "dot")
+
+
+def slow_admit(count: int, others: int, priority: int, allow_degraded: bool) -> int | None:
+    """Look up the place of the offer that is taken, by the rule in words; `None`: the request is refused.
+
+    One thread and a limit of 100 ms: each of the others costs an offer of 10 ms a tenth of the limit.
+    """
+    shares = [0.4, 0.6, 0.8, 1.0]
+    for place in range(count) if allow_degraded else [0]:
+        share = 1.0 if place == count - 1 or not allow_degraded else shares[place]
+        if others == 0 or others * 0.1 <= share * 10 / (10 + max(0, priority)) + 1e-9:
+            return place
+    return None
+
+
+@given(st.integers(1, 4), st.integers(0, 12), st.sampled_from([-5, 0, 10, 90]), st.booleans())
+def test_admit_under_random_loads_equals_the_rule(count: int, others: int, priority: int, allow_degraded: bool) -> None:
+    admission = Admission(request_limits(max_queue_s=0.1 + 1e-9))
+    place = slow_admit(count, others, priority, allow_degraded)
+    before = rejected("queue")
+    with working(admission, others):
+        if place is None and not allow_degraded:
+            with pytest.raises(OverloadedUndegraded, match="more than 100 ms"):
+                admission.admit(ALL[:count], NO_DEADLINE, False, priority)
         else:
-            assert admission.admit(wanted, tokens, NO_DEADLINE, allow_degraded) == expected
-    over = outstanding > 0 and outstanding + tokens > 100
-    assert rejected("tokens") - before == over
+            admitted = admission.admit(ALL[:count], NO_DEADLINE, allow_degraded, priority)
+            reasons = {0: set(), 1: {"exit"}, 2: {"exit"}, 3: {"exit", "variant"}, None: set()}[place]
+            overload = {"overload"} if place != 0 else set()
+            assert admitted == Admitted(None if place is None else ALL[place], frozenset(reasons | overload))
+    assert rejected("queue") - before == (place is None)
+
+
+def test_exit_comes_back_only_well_below_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("slatewise.ranking.admission.time.perf_counter", lambda: now)
+    admission = Admission(request_limits(max_queue_s=0.1 + 1e-9))
+
+    def exit_beside(others: int) -> str:
+        with working(admission, others):
+            offer = admission.admit(ALL, NO_DEADLINE, True).offer
+        assert offer is not None
+        return offer.exit
+
+    assert [exit_beside(k) for k in (4, 5, 4, 3)] == ["set", "point", "point", "set"]
+    now += 1.1
+    assert exit_beside(4) == "set"
+
+
+def test_deadline_takes_the_best_exit_in_time() -> None:
+    """One other request has 1 s of work on one thread: each offer takes twice its own time."""
+    admission = Admission(request_limits())
+    dear = [
+        offer._replace(score=seconds)
+        for offer, seconds in zip(offers("set", "point", "dot"), (0.4, 0.2, 0.02), strict=True)
+    ]
+    wanted = [(2_000, "set", set()), (600, "point", {"deadline", "exit"}), (200, "dot", {"deadline", "exit"})]
+    with working(admission, 1):
+        for milliseconds, exit, reasons in wanted:
+            admitted = admission.admit(dear, Deadline(milliseconds, time.perf_counter()), True)
+            assert admitted.offer is not None and (admitted.offer.exit, admitted.degraded) == (exit, reasons)
+        before = gauge("slatewise_deadline_exceeded_total")
+        assert admission.admit(dear, Deadline(30, time.perf_counter()), True) == Admitted(None, frozenset({"deadline"}))
+        with pytest.raises(DeadlineExceeded, match="deadline_ms = 30"):
+            admission.admit(dear, Deadline(30, time.perf_counter()), False)
+        assert gauge("slatewise_deadline_exceeded_total") == before + 2
+
+
+def test_lone_request_tries_what_may_be_in_time() -> None:
+    """The last offer, or an offer whose prediction is old: else a wrong prediction would never be corrected."""
+    admission = Admission(request_limits())
+    late = offers("set", "dot", seconds=10.0)
+    soon = Deadline(5_000, time.perf_counter())
+    assert admission.admit(late, soon, True) == Admitted(late[1], frozenset({"deadline", "exit"}))
+    old = offers("set", "dot", seconds=10.0, stale=True)
+    assert admission.admit(old, soon, True) == Admitted(old[0])
+    assert admission.admit(late, soon, False) == Admitted(late[0])
+
+
+def test_no_request_makes_an_admitted_one_late() -> None:
+    admission = Admission(request_limits())
+    small = offers("dot", seconds=0.1)
+    promised = Running(1.0, time.perf_counter() + 1.15)
+    admission.begin_work(promised)
+    relaxed = Deadline(60_000, time.perf_counter())
+    assert admission.admit(small, relaxed, True).offer == small[0]
+    admission.begin_work(Running(0.1, None))
+    assert admission.admit(small, relaxed, True) == Admitted(None, frozenset({"deadline"}))
+    assert admission.admit(small, NO_DEADLINE, True).offer == small[0], "who has no deadline waits its turn"
+    admission.end_work(promised)
+    assert admission.admit(small, relaxed, True).offer == small[0]
 
 
 def test_passed_deadline_gives_input_order_or_an_error() -> None:
-    admission = Admission(request_limits(max_outstanding_tokens=100))
+    admission = Admission(request_limits(max_queue_s=0.1))
     before = gauge("slatewise_deadline_exceeded_total")
-    assert admission.admit("set", 1, passed(), True) == Admitted("input_order", frozenset({"deadline"}))
+    assert admission.admit(ALL, passed(), True) == Admitted(None, frozenset({"deadline"}))
     with pytest.raises(DeadlineExceeded, match="deadline_ms = 1"):
-        admission.admit("set", 1, passed(), False)
-    with working(admission, 70):
-        reasons = frozenset({"deadline", "overload", "exit"})
-        assert admission.admit("set", 1, passed(), True) == Admitted("input_order", reasons)
+        admission.admit(ALL, passed(), False)
+    with working(admission, 7):
+        assert admission.admit(ALL, passed(), True) == Admitted(None, frozenset({"deadline", "overload"}))
     assert gauge("slatewise_deadline_exceeded_total") == before + 3
-
-
-def test_overload_is_reported_before_a_passed_deadline() -> None:
-    admission = Admission(request_limits(max_outstanding_tokens=100))
-    with working(admission, 100):
-        assert admission.admit("dot", 1, passed(), True) == Admitted("input_order", frozenset({"overload"}))
 
 
 def test_deadline_defaults_to_the_limit_of_the_server() -> None:
@@ -175,16 +227,16 @@ def test_refused_request_makes_no_array(
     request = request.model_copy(update={"candidates": Candidates(item_ids=ids)})
 
     async def ask(pipeline: Pipeline) -> Ranking:
-        with working(pipeline.admission, 100 if reason == "overload" else 0):
+        with working(pipeline.admission, 1 if reason == "overload" else 0):
             return await rank(pipeline, request)
 
     if allow_degraded:
-        ranking = run(ranker, ask, max_outstanding_tokens=100)
+        ranking = run(ranker, ask, max_queue_s=1e-9)
         assert (ranking.exit, ranking.scored, ranking.degraded) == ("input_order", None, {reason})
         assert ranking.unknown == (3,) and ranking.history.dropped > 0 and ranking.history.used == 0
     else:
         with pytest.raises((OverloadedUndegraded, DeadlineExceeded)):
-            run(ranker, ask, max_outstanding_tokens=100)
+            run(ranker, ask, max_queue_s=1e-9)
 
 
 def test_ranking_is_frozen(ranker: Ranker) -> None:

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.ranker import Ranker
-from slatewise.errors import DeadlineExceeded, OverloadedUndegraded
+from slatewise.errors import DeadlineExceeded
 from slatewise.inference.arrays import Float64
+from slatewise.inference.costs import GraphCosts, work_of
 from slatewise.inference.engine import Engine
 from slatewise.ranking import explain
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.schemas import Explanation, RankRequest
 from tests.conftest import DEMO
-from tests.ranking.support import BOUND, draw_request, rank, run, until
+from tests.ranking.support import BOUND, draw_request, rank, run, until, working
 
 
 def explained(ranker: Ranker, request: RankRequest, **options: Any) -> Ranking:
@@ -252,7 +253,7 @@ def deadline_in(method: str, ranker: Ranker, monkeypatch: pytest.MonkeyPatch, **
             return await rank(pipeline, request)
         finally:
             may_end.set()
-            assert pipeline.admission.outstanding_tokens == 0
+            assert not pipeline.admission.load.running
 
     return run(ranker, work)
 
@@ -270,23 +271,20 @@ def test_deadline_without_degradation_is_504(ranker: Ranker, monkeypatch: pytest
 
 def test_load_drops_explanations_first(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other work present, the exit is kept and the explanations are dropped; alone, they are computed."""
+    monkeypatch.setattr(GraphCosts, "seconds", lambda _, work: work.rows / 1e3)
     request = draw_request(ranker, 20, 30, 1, exit="set", explain=True)
-    own = 50
-    extra = explain.explanation_tokens(request, 0, "set")
+    own = (20 + 30 + 30) / 1e3
 
     async def beside(pipeline: Pipeline) -> list[Ranking]:
         alone = await rank(pipeline, request)
-        pipeline.admission.begin_work(1)
-        busy = await rank(pipeline, request)
-        strict = request.model_copy(update={"allow_degraded": False})
-        with pytest.raises(OverloadedUndegraded):
-            await rank(pipeline, strict)
-        pipeline.admission.end_work(1)
-        assert pipeline.admission.outstanding_tokens == 0
-        return [alone, busy]
+        with working(pipeline.admission, 1):
+            busy = await rank(pipeline, request)
+            strict = await rank(pipeline, request.model_copy(update={"allow_degraded": False}))
+        return [alone, busy, strict]
 
-    alone, busy = run(ranker, beside, max_outstanding_tokens=own + extra)
-    assert alone.explanations and not alone.degraded
+    alone, busy, strict = run(ranker, beside, threads=1, max_queue_s=1.01 * own / 0.4)
+    for ranking in (alone, strict):
+        assert ranking.explanations and not ranking.degraded
     assert busy.exit == "set" and busy.explanations is None and busy.degraded == {"explanations"}
 
 
@@ -332,24 +330,25 @@ def test_explanations_yield_to_other_requests(ranker: Ranker, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("events", "n", "exit"), [(0, 1, "dot"), (0, 9, "set"), (1, 1, "set"), (50, 300, "set")])
-def test_tokens_are_those_that_the_model_reads(
+def test_predicted_work_is_that_of_the_calls(
     ranker: Ranker, events: int, n: int, exit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With one second for each row and product, the prediction is the sum over the calls of batches."""
+    monkeypatch.setattr(GraphCosts, "seconds", lambda _, work: float(work.rows + work.products))
     request = draw_request(ranker, events, n, 1, exit=exit, explain=True)
-    rows = 0
+    batched = 0.0
     original = Engine.run
 
     def counted(engine: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> Any:
-        nonlocal rows
-        first = feeds["items"] if graph == "encode" else feeds.get("candidates", feeds.get("hidden"))
-        if len(first) > 1 and graph in ("encode", "point"):
-            rows += first.shape[0] * first.shape[1]
+        nonlocal batched
+        columns = feeds["items" if graph == "encode" else "hidden" if graph == "set" else "candidates"]
+        if len(columns) > 1 or (graph == "set" and columns.shape[1] == n - 1):  # a large slate is a batch by itself
+            batched += engine.costs[graph].seconds(work_of(graph, feeds))
         return original(engine, graph, feeds, multi_threaded)
 
     monkeypatch.setattr(Engine, "run", counted)
     explained(ranker, request)
-    neighbours = explain.neighbour_count(n) * (n - 1) if exit == "set" else 0
-    assert explain.explanation_tokens(request, 0, exit) == 1 + rows + neighbours
+    assert explain.explanation_seconds(ranker.engines["fp32"], events, n, exit) == pytest.approx(batched)
 
 
 def test_answer_has_explanations_only_if_asked(client: httpx.Client, example: dict[str, Any]) -> None:

@@ -12,18 +12,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from slatewise.bundle.manifest import BundleLimits
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import DeadlineExceeded, Invalid, NotFound, OverloadedUndegraded
 from slatewise.inference.arrays import Float64, HistoryState, PackedState
+from slatewise.inference.costs import GraphCosts
 from slatewise.inference.engine import Engine
+from slatewise.ranking.admission import Admission
 from slatewise.ranking.history_cache import ENTRY_OVERHEAD
+from slatewise.ranking.load import Running
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import MetaEmbedding
 from tests.conftest import Tiny
-from tests.ranking.support import BOUND, cut, draw_request, rank, reference, run, until, worst
+from tests.ranking.support import BOUND, cut, draw_request, rank, reference, run, until, working, worst
 from tests.support.blocked_engine import BlockedMethod
 
 
@@ -243,37 +247,51 @@ def test_no_chunk_starts_after_the_deadline(ranker: Ranker, monkeypatch: pytest.
     assert 1 <= len(chunks) <= 3
 
 
-def test_rising_load_lowers_the_exit_then_skips_the_model(ranker: Ranker) -> None:
+def test_rising_load_lowers_the_exit_then_skips_the_model(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes 1 ms: 0.1 s by `dot` and `point`, 0.2 s by `set`. Two threads; each other request has much work."""
+    monkeypatch.setattr(GraphCosts, "seconds", lambda _, work: work.rows / 1e3)
     request = draw_request(ranker, 0, 100, 8)
 
-    async def ask(pipeline: Pipeline, waiting: int, request: RankRequest = request) -> Ranking:
-        pipeline.admission.outstanding_tokens += waiting  # simulates other requests
-        try:
+    async def ask(pipeline: Pipeline, others: int, request: RankRequest = request) -> Ranking:
+        with working(pipeline.admission, others):
             return await rank(pipeline, request)
-        finally:
-            pipeline.admission.outstanding_tokens -= waiting
 
-    exits = {
-        waiting: run(ranker, lambda p, w=waiting: ask(p, w), max_outstanding_tokens=1000)
-        for waiting in (0, 300, 500, 800, 1000)
-    }
-    assert [ranking.exit for ranking in exits.values()] == ["set", "set", "point", "dot", "input_order"]
-    assert [ranking.degraded for ranking in exits.values()] == [
-        set(),
-        set(),
-        {"overload", "exit"},
-        {"overload", "exit"},
-        {"overload"},
-    ]
+    rankings = [run(ranker, lambda p, k=k: ask(p, k), max_queue_s=0.5) for k in (0, 2, 3, 6, 7, 10, 11)]
+    assert [ranking.exit for ranking in rankings] == ["set", "set", "point", "point", "dot", "dot", "input_order"]
+    assert [ranking.degraded for ranking in rankings] == [set()] * 2 + [{"overload", "exit"}] * 4 + [{"overload"}]
     strict = request.model_copy(update={"allow_degraded": False})
-    assert run(ranker, lambda p: ask(p, 800, strict), max_outstanding_tokens=1000).exit == "set"
-    with pytest.raises(OverloadedUndegraded):
-        run(ranker, lambda p: ask(p, 1000, strict), max_outstanding_tokens=1000)
+    assert run(ranker, lambda p: ask(p, 5, strict), max_queue_s=0.5).exit == "set"
+    with pytest.raises(OverloadedUndegraded, match="more than 500 ms") as refused:
+        run(ranker, lambda p: ask(p, 6, strict), max_queue_s=0.5)
+    assert refused.value.headers == {"Retry-After": "3000"}  # six others of 1,000 s on two threads
 
 
 def test_large_request_alone_is_served_in_full(ranker: Ranker) -> None:
-    ranking = run(ranker, lambda p: rank(p, draw_request(ranker, 0, 500, 9)), max_outstanding_tokens=100)
+    ranking = run(ranker, lambda p: rank(p, draw_request(ranker, 0, 500, 9)), max_queue_s=1e-6)
     assert ranking.exit == "set" and not ranking.degraded
+
+
+def test_work_of_a_request_is_predicted_and_observed(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request finds the state of the first, so less work is predicted."""
+    predicted = []
+    begin_work = Admission.begin_work
+
+    def begin(admission: Admission, running: Running) -> None:
+        predicted.append(running.predicted)
+        begin_work(admission, running)
+
+    monkeypatch.setattr(Admission, "begin_work", begin)
+    before = REGISTRY.get_sample_value("slatewise_work_ratio_count") or 0.0
+    request = draw_request(ranker, 100, 200, 9, user="predicted")
+
+    async def ask_twice(pipeline: Pipeline) -> None:
+        await rank(pipeline, request)
+        await rank(pipeline, request)
+        assert not pipeline.admission.load.running
+
+    run(ranker, ask_twice)
+    assert 0 < predicted[1] < predicted[0]
+    assert REGISTRY.get_sample_value("slatewise_work_ratio_count") == before + 2
 
 
 def test_failing_store_gives_the_default_vector(ranker: Ranker) -> None:
@@ -426,7 +444,7 @@ def test_cancelled_request_runs_no_further_chunk(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert pipeline.admission.outstanding_tokens == 0
+        assert not pipeline.admission.load.running
         stop.may_end.set()
         await until(lambda: not pipeline.workers.busy and not pipeline.workers.queue)
         assert stop.calls == 1
@@ -450,7 +468,7 @@ def test_closing_the_workers_cancels_the_request(ranker: Ranker, monkeypatch: py
         with pytest.raises(asyncio.CancelledError):
             await task
         await end
-        assert (stop.calls, pipeline.admission.outstanding_tokens) == (1, 0)
+        assert stop.calls == 1 and not pipeline.admission.load.running
 
     run(ranker, close, threads=1)
 

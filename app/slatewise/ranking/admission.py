@@ -125,6 +125,7 @@ class Admission:
             is_last = offer is offers[-1] or not allow_degraded
             if not self.has_room(offer.exit, offer.seconds, priority, is_last):
                 reasons.add("overload")
+                self.held_until[offer.exit] = time.perf_counter() + HELD_SECONDS
             elif remaining is not None and not self.in_time(offer, remaining, alone, is_last):
                 reasons.add("deadline")
             else:
@@ -149,14 +150,10 @@ class Admission:
         if not self.load.running:
             return True
         share = 1.0 if is_last else SHARES[exit]
-        now = time.perf_counter()
-        if not is_last and now < self.held_until.get(exit, 0.0):
+        if not is_last and time.perf_counter() < self.held_until.get(exit, 0.0):
             share *= HELD_SHARE
         share *= PRIORITY_SCALE / (PRIORITY_SCALE + max(0, priority))
-        if self.load.wait(seconds) <= share * self.limits.max_queue_s:
-            return True
-        self.held_until[exit] = now + HELD_SECONDS
-        return False
+        return self.load.wait(seconds) <= share * self.limits.max_queue_s
 
     def in_time(self, offer: Offer, remaining: float, alone: bool, is_last: bool) -> bool:
         """Return whether the offer is worth trying with so many seconds left."""

@@ -1,0 +1,76 @@
+"""The ways to answer a request: their order, their predicted work, and when another variant is one of them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slatewise.bundle.loader import load_rankers
+from slatewise.bundle.ranker import Ranker
+from slatewise.inference.costs import GraphCosts
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
+from slatewise.ranking.offers import STALE_SECONDS, Size, make_offers
+from tests.conftest import DEMO
+
+
+@pytest.fixture(scope="module")
+def demo() -> Ranker:
+    return load_rankers(DEMO)["movielens"]
+
+
+def exits(ranker: Ranker, size: Size, any_variant: bool = True, wanted: str = "set") -> list[tuple[str, str]]:
+    found = make_offers(ranker, ranker.default_variant, wanted, size, any_variant)  # type: ignore[arg-type]
+    return [(offer.exit, offer.variant) for offer in found]
+
+
+def test_offers_go_from_the_wanted_exit_down(ranker: Ranker) -> None:
+    size = Size(20, 0, 30, False)
+    assert exits(ranker, size) == [("set", "fp32"), ("point", "fp32"), ("dot", "fp32")]
+    assert exits(ranker, size, wanted="point") == [("point", "fp32"), ("dot", "fp32")]
+    assert exits(ranker, size, wanted="dot") == [("dot", "fp32")]
+
+
+def test_cheaper_variant_is_the_last_offer_without_a_state(demo: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap = {id(costs) for costs in demo.engines["int8-tables8"].costs.values()}
+    monkeypatch.setattr(GraphCosts, "seconds", lambda self, work: work.rows * (0.5 if id(self) in cheap else 1.0))
+    own = [("set", "int8"), ("point", "int8"), ("dot", "int8")]
+    assert exits(demo, Size(20, 0, 30, False)) == [*own, ("dot", "int8-tables8")]
+    assert exits(demo, Size(20, 5, 30, False)) == own, "the state of the user belongs to the other variant"
+    assert exits(demo, Size(20, 0, 30, False), any_variant=False) == own, "the request names its variant"
+    monkeypatch.setattr(GraphCosts, "seconds", lambda self, work: work.rows * (0.9 if id(self) in cheap else 1.0))
+    assert exits(demo, Size(20, 0, 30, False)) == own, "hardly cheaper"
+
+
+@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 1_100), st.booleans())
+def test_predicted_work_equals_that_of_the_calls(
+    demo: Ranker, events: int, cached: int, candidates: int, dot_first: bool
+) -> None:
+    """A second for each call, row and product: the sum over the chunks that `cascade.py` makes."""
+    cached = min(cached, events)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphCosts, "seconds", lambda _, work: float(sum(work)))
+        (offer,) = make_offers(demo, "fp32", "dot", Size(events, cached, candidates, dot_first), False)
+        point = make_offers(demo, "fp32", "point", Size(events, cached, candidates, dot_first), False)[0]
+    slow = 0
+    for first in range(cached, events, HISTORY_CHUNK):
+        rows = min(HISTORY_CHUNK, events - first)
+        slow += 1 + rows + rows * (1 + first + rows)
+    assert offer.encode == point.encode == slow
+    assert offer.score == 1 + candidates
+    chunks = -(-candidates // CANDIDATE_CHUNK)
+    rows_and_products = candidates + candidates * (events + 1)
+    assert point.score == chunks + rows_and_products + (1 + candidates if dot_first else 0)
+
+
+def test_prediction_is_old_without_a_call(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ranker.engines["fp32"]
+    now = time.perf_counter()
+    for costs in engine.costs.values():
+        monkeypatch.setattr(costs, "learned_at", now)
+    size = Size(20, 0, 30, False)
+    assert [offer.stale for offer in make_offers(ranker, "fp32", "set", size, False)] == [False] * 3
+    monkeypatch.setattr(engine.costs["set"], "learned_at", now - STALE_SECONDS - 1)
+    assert [offer.stale for offer in make_offers(ranker, "fp32", "set", size, False)] == [True, False, False]
