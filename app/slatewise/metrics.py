@@ -229,7 +229,7 @@ STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 # Create each series at start: rate() does not see the first increase of a new series.
 for _reason in get_args(DegradedReason):
     DEGRADED.labels(_reason)
-for _reason in ("key", "in_flight", "queue"):
+for _reason in ("key", "in_flight", "event_loop", "queue"):
     REJECTED.labels(_reason)
 for _reason in (
     "address",

@@ -251,7 +251,7 @@ class Settings(SecuritySettings, BaseSettings):
         description="Requests in flight whose bodies have arrived; above it, new ones get 429 before they are parsed.",
     )
     max_queue_ms: float = Field(
-        150.0,
+        120.0,
         gt=0,
         allow_inf_nan=False,
         description="Longest predicted wait of a request for others, in ms. From 40 percent of it on, cheaper exits "

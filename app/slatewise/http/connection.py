@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import socket
 import struct
+import time
 from typing import Any
 
 import httptools
@@ -234,6 +235,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self.stays = self.cycle.keep_alive
         self.cycle.keep_alive = False  # until the body has arrived: the rest of it would be taken for a request
+        self.cycle.scope["entered"] = time.perf_counter()
         self.cycle.transport = self.outlet  # type: ignore[assignment]  # the part of a transport that it uses
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
@@ -250,6 +252,7 @@ class Connection(HttpToolsProtocol):
         if self.overrun:
             return
         self.state = ANSWER
+        self.cycle.scope["whole"] = time.perf_counter()
         self.door.work(self)
         self.due = self.loop.time() + self.door.limits.write_timeout_s if self.flow.write_paused else NEVER
         if not self.cycle.response_started:

@@ -66,7 +66,7 @@ class WholeBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in METHODS:
             return await self.app(scope, receive, send)
-        scope["entered"] = time.perf_counter()
+        scope.setdefault("entered", time.perf_counter())
         length = content_length(Headers(scope=scope))
         if length is not None and length > self.most:  # refused unread
             return await self.app(scope, receive, send)

@@ -1,6 +1,7 @@
 """Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
 
     when the body is there     requests in flight                    else 429; 413 by Content-Length, unread
+    before parsing             the wait for the event loop           else 429
     after parsing              the wait for other requests           else a cheaper offer, the input order, or 503
     after parsing              the deadline, by prediction           else a cheaper offer, the input order, or 504
     during the ranking         the deadline                          else the highest complete exit, or 504
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 from slatewise import metrics
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
 from slatewise.ranking.load import Load, Running
+from slatewise.ranking.loop_lag import LATE_SECONDS, LoopLag
 from slatewise.ranking.offers import Offer
 from slatewise.schemas import DegradedReason, ModelExit
 
-SHARES: dict[ModelExit, float] = {"set": 0.4, "point": 0.6, "dot": 0.8}  # of the limit; of the last offer, all of it
+SHARES: dict[ModelExit, float] = {"set": 0.6, "point": 0.75, "dot": 0.9}  # of the limit; of the last offer, all of it
 HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
@@ -85,6 +87,7 @@ class Admission:
         self.limits = limits
         self.in_flight = 0
         self.load = Load(threads)
+        self.loop_lag = LoopLag()
         self.held_until: dict[ModelExit, float] = {}  # time.perf_counter()
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
         metrics.QUEUE_LIMIT.set(limits.max_queue_s)
@@ -96,6 +99,15 @@ class Admission:
         if self.in_flight > self.limits.max_in_flight:
             metrics.REJECTED.labels("in_flight").inc()
             raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight", self.load.backlog())
+
+    def check_turn(self, waited: float) -> None:
+        """Raise Overloaded if the event loop is behind and a request has waited for so many seconds to be parsed.
+
+        Parsing it would make all others late, whatever their answers are.
+        """
+        if self.loop_lag.is_behind and waited > LATE_SECONDS:
+            metrics.REJECTED.labels("event_loop").inc()
+            raise Overloaded("more requests arrive than this server can read", self.load.backlog())
 
     def leave(self) -> None:
         self.in_flight -= 1

@@ -53,12 +53,18 @@ class Load:
         return sum(other.left for other in self.running) / self.threads
 
     def wait(self, seconds: float) -> float:
-        """Seconds that a new request with so much work would wait for others."""
-        return sum(min(other.left, seconds) for other in self.running) / self.threads
+        """Seconds that a new request with so much work would wait for others, if they were just as many all the time.
+
+        Of the others, the whole work counts: under load, new ones take the place of those that end.
+        """
+        return sum(min(other.predicted, seconds) for other in self.running) / self.threads
 
     def duration(self, seconds: float) -> float:
-        """Seconds until a new request with so much work would be done. It has one thread at a time."""
-        return max(seconds, self.wait(seconds) + seconds / self.threads)
+        """Seconds until a new request with so much work would be done, if it were the last one.
+
+        It has one thread at a time.
+        """
+        return max(seconds, (sum(min(other.left, seconds) for other in self.running) + seconds) / self.threads)
 
     def delays(self, seconds: float) -> bool:
         """Return whether a new request with so much work makes another one late that would be in time without it."""
