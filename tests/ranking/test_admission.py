@@ -193,9 +193,16 @@ def test_passed_deadline_gives_input_order_or_an_error() -> None:
 
 
 def test_deadline_defaults_to_the_limit_of_the_server() -> None:
-    assert Admission(request_limits(deadline_ms=40)).deadline(None, 5.0) == Deadline(40, 5.0)
-    assert Admission(request_limits(deadline_ms=40)).deadline(7, 5.0) == Deadline(7, 5.0)
+    assert Admission(request_limits(deadline_ms=40)).deadline(None, 5.0) == Deadline(40, 5.0, 0.001)
+    assert Admission(request_limits(deadline_ms=40)).deadline(7, 5.0) == Deadline(7, 5.0, 0.001)
     assert Admission(request_limits()).deadline(None, 5.0).remaining() is None
+
+
+def test_time_for_the_answer_is_kept_before_the_deadline() -> None:
+    admission = Admission(request_limits())
+    admission.loop_lag.mean = 0.004
+    assert admission.deadline(50, 7.0).due == pytest.approx(7.045)
+    assert admission.deadline(8, 7.0).due == pytest.approx(7.006), "at most a quarter of the deadline"
 
 
 def test_timeout_of_a_passed_deadline_raises_at_once() -> None:

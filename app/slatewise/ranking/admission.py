@@ -31,7 +31,8 @@ HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
 MARGIN = 1.1  # of the predicted duration, for errors of the prediction
-RENDER_SECONDS = 0.001  # from the last score to the answer
+RENDER_SECONDS = 0.001  # from the last score to the answer, beside the lag of the event loop
+MOST_RESERVED = 0.25  # of a deadline
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,19 @@ class Deadline:
 
     milliseconds: float
     entered: float  # time.perf_counter()
+    reserved: float = 0.0  # seconds before the deadline at which the model must be done
 
     @property
     def due(self) -> float | None:
-        """The time.perf_counter() of the deadline; `None` without one."""
-        return self.entered + self.milliseconds / 1e3 if self.milliseconds else None
+        """The time.perf_counter() at which the model must be done; `None` without a deadline."""
+        return self.entered + self.milliseconds / 1e3 - self.reserved if self.milliseconds else None
 
     def remaining(self) -> float | None:
-        """Return the seconds left, negative after the deadline; `None` without a deadline."""
+        """Return the seconds left for the model, negative if they are over; `None` without a deadline."""
         return None if self.due is None else self.due - time.perf_counter()
 
     def timeout(self) -> asyncio.Timeout:
-        """Return an `asyncio.timeout` up to the deadline. This call raises TimeoutError if the deadline has passed."""
+        """Return an `asyncio.timeout` for the seconds left. This call raises TimeoutError if none are left."""
         remaining = self.remaining()
         if remaining is not None and remaining <= 0:
             raise TimeoutError
@@ -120,7 +122,9 @@ class Admission:
 
     def deadline(self, deadline_ms: float | None, entered: float) -> Deadline:
         """Return the deadline of a request that was received at `entered` (time.perf_counter())."""
-        return Deadline(deadline_ms or self.limits.deadline_ms, entered)
+        milliseconds = deadline_ms or self.limits.deadline_ms
+        reserved = min(MOST_RESERVED * milliseconds / 1e3, RENDER_SECONDS + self.loop_lag.mean)
+        return Deadline(milliseconds, entered, reserved)
 
     def admit(self, offers: Sequence[Offer], deadline: Deadline, allow_degraded: bool, priority: int = 0) -> Admitted:
         """Return the first offer that the load and the deadline allow.
@@ -173,16 +177,15 @@ class Admission:
             return False
         if alone and (is_last or offer.stale):
             return True
-        duration = MARGIN * self.load.duration(offer.seconds) + RENDER_SECONDS
+        duration = MARGIN * self.load.duration(offer.seconds) + self.load.slip
         return duration <= remaining and not self.load.delays(offer.seconds)
 
     def begin_work(self, running: Running) -> None:
         """Count the work of an admitted request. The caller must call `end_work` afterwards."""
-        self.load.running.add(running)
+        self.load.begin(running)
 
     def end_work(self, running: Running) -> None:
-        running.end_job()
-        self.load.running.discard(running)
+        self.load.end(running)
 
     def on_deadline(self, deadline: Deadline, allow_degraded: bool) -> None:
         """Count a deadline that passed, or would pass. Raises DeadlineExceeded unless a degraded answer is allowed."""

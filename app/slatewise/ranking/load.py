@@ -9,11 +9,14 @@ Called by: `admission.py`, `pipeline.py`. Calls: nothing.
 from __future__ import annotations
 
 import time
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from slatewise.inference.workers import Job
+
+SLIP_STEP = 0.05
 
 
 class Running:
@@ -24,6 +27,7 @@ class Running:
         self.due = due  # time.perf_counter() at which it must be done
         self.ran = 0.0  # in jobs that have ended
         self.job: Job[Any] | None = None  # the present one
+        self.expected_at = inf  # time.perf_counter() at which it would be done by the prediction
 
     @property
     def left(self) -> float:
@@ -47,6 +51,17 @@ class Load:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.running: set[Running] = set()
+        self.slip = 0.0  # mean seconds by which requests end later than predicted: waits that are not for threads
+
+    def begin(self, running: Running) -> None:
+        running.expected_at = time.perf_counter() + self.duration(running.predicted)
+        self.running.add(running)
+
+    def end(self, running: Running) -> None:
+        running.end_job()
+        self.running.discard(running)
+        late = time.perf_counter() - running.expected_at
+        self.slip = max(0.0, self.slip + SLIP_STEP * (late - self.slip))
 
     def backlog(self) -> float:
         """Seconds until the work in progress is done."""
