@@ -254,7 +254,7 @@ class Settings(SecuritySettings, BaseSettings):
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Longest predicted wait of a request for others, in ms. From 40 percent of it on, cheaper exits "
+        description="Longest predicted wait of a request for others, in ms. From 60 percent of it on, cheaper exits "
         "answer; above it, answers keep the input order, or are 503.",
     )
 
