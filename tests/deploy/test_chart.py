@@ -177,11 +177,11 @@ def test_every_variable_in_the_chart_is_a_setting() -> None:
 
 
 def test_metrics_in_the_chart_exist() -> None:
-    assert metrics.OUTSTANDING_TOKENS
+    assert metrics.QUEUE
     known = {sample.name for family in REGISTRY.collect() for sample in family.samples}
     query = render(KEDA)["ScaledObject"]["spec"]["triggers"][0]["metadata"]["query"]
     named = re.findall(r"slatewise_\w+", query)
-    assert named == ["slatewise_outstanding_tokens", "slatewise_outstanding_tokens_limit"]
+    assert named == ["slatewise_queue_seconds", "slatewise_queue_limit_seconds"]
     assert set(named) <= known
     assert 'namespace="shop"' in query
 

@@ -100,7 +100,7 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Saturation",
-        "Use of the fullest replica, relative to its limits: threads, requests in flight, tokens, memory, open files.",
+        "Use of the fullest replica, relative to its limits: threads, requests in flight, predicted wait, memory, open files.",
         "percentunit",
         (
             "processor",
@@ -110,7 +110,7 @@ OVERVIEW: list[Panel] = [
             "in flight",
             f"max({series('slatewise_requests_in_flight')} / {series('slatewise_requests_in_flight_limit')})",
         ),
-        ("tokens", f"max({series('slatewise_outstanding_tokens')} / {series('slatewise_outstanding_tokens_limit')})"),
+        ("wait", f"max({series('slatewise_queue_seconds')} / {series('slatewise_queue_limit_seconds')})"),
         ("memory", f"max({series('process_resident_memory_bytes')} / {series('slatewise_memory_limit_bytes')})"),
         ("open files", f"max({series('process_open_fds')} / {series('process_max_fds')})"),
         line=0.9,
@@ -124,7 +124,7 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Refused by reason",
-        "key: invalid key. in_flight, tokens: too much load, before or after reading the body. Are requests refused?",
+        "key: invalid key. in_flight, event_loop, queue: too much load, before or after parsing. Are requests refused?",
         "reqps",
         ("{{reason}}", rate("slatewise_rejected_total", "reason")),
         stacked=True,
