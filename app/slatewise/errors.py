@@ -173,8 +173,8 @@ class Overloaded(RankingError):
     status = 429
     title = "Overloaded"
 
-    def __init__(self, detail: str, seconds: float = 0.0) -> None:
-        super().__init__(detail)
+    def __init__(self, detail: str, faults: tuple[Fault, ...] = (), *, seconds: float = 0.0) -> None:
+        super().__init__(detail, faults)
         self.headers = {"Retry-After": str(max(1, ceil(seconds)))}
 
 

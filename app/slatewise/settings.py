@@ -251,10 +251,10 @@ class Settings(SecuritySettings, BaseSettings):
         description="Requests in flight whose bodies have arrived; above it, new ones get 429 before they are parsed.",
     )
     max_queue_ms: float = Field(
-        120.0,
+        90.0,
         gt=0,
         allow_inf_nan=False,
-        description="Longest predicted wait of a request for others, in ms. From 60 percent of it on, cheaper exits "
+        description="Longest predicted wait of a request for others, in ms. From 80 percent of it on, cheaper exits "
         "answer; above it, answers keep the input order, or are 503.",
     )
 

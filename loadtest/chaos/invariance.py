@@ -84,7 +84,7 @@ def main() -> int:
     workload = Workload(BUNDLES)
     manifest = read_manifest(workload.folder)
     rows = []
-    settings = {"BUNDLES": str(BUNDLES), "DRAIN_SECONDS": "0", "MAX_OUTSTANDING_TOKENS": "1000000"}
+    settings = {"BUNDLES": str(BUNDLES), "DRAIN_SECONDS": "0", "MAX_QUEUE_MS": "1000000"}
     with ServerProcess(settings) as server:
         for variant, entry in manifest.variants.items():
             found = differences(server.port, workload, variant)

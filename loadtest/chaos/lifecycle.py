@@ -29,7 +29,7 @@ from slatewise.settings import default_bundles
 from tests.support.kept_alive import Clients, Tally
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-SETTINGS = {"VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "1", "MAX_OUTSTANDING_TOKENS": "10000000"}
+SETTINGS = {"VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "1", "MAX_QUEUE_MS": "1000000"}
 LEAST = 1_500  # requests before a signal
 BACK_SECONDS = 3.0  # a replica that died answers again
 PAUSE_SECONDS = 10.0

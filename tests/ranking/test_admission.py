@@ -96,7 +96,7 @@ def slow_admit(count: int, others: int, priority: int, allow_degraded: bool) -> 
 
     One thread and a limit of 100 ms: each of the others costs an offer of 10 ms a tenth of the limit.
     """
-    shares = [0.6, 0.75, 0.9, 1.0]
+    shares = [0.8, 0.9, 0.95, 1.0]
     for place in range(count) if allow_degraded else [0]:
         share = 1.0 if place == count - 1 or not allow_degraded else shares[place]
         if others == 0 or others * 0.1 <= share * 10 / (10 + max(0, priority)) + 1e-9:
@@ -132,9 +132,9 @@ def test_exit_comes_back_only_well_below_its_share(monkeypatch: pytest.MonkeyPat
         assert offer is not None
         return offer.exit
 
-    assert [exit_beside(k) for k in (6, 7, 6, 4)] == ["set", "point", "point", "set"]
+    assert [exit_beside(k) for k in (8, 9, 8, 6)] == ["set", "point", "point", "set"]
     now += 1.1
-    assert exit_beside(6) == "set"
+    assert exit_beside(8) == "set"
 
 
 def test_deadline_takes_the_best_exit_in_time() -> None:

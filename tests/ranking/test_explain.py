@@ -282,7 +282,7 @@ def test_load_drops_explanations_first(ranker: Ranker, monkeypatch: pytest.Monke
             strict = await rank(pipeline, request.model_copy(update={"allow_degraded": False}))
         return [alone, busy, strict]
 
-    alone, busy, strict = run(ranker, beside, threads=1, max_queue_s=1.01 * own / 0.6)
+    alone, busy, strict = run(ranker, beside, threads=1, max_queue_s=1.01 * own / 0.8)
     for ranking in (alone, strict):
         assert ranking.explanations and not ranking.degraded
     assert busy.exit == "set" and busy.explanations is None and busy.degraded == {"explanations"}

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from slatewise import metrics
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
 from slatewise.ranking.load import Load, Running
-from slatewise.ranking.loop_lag import LATE_SECONDS, LoopLag
+from slatewise.ranking.loop_lag import LoopLag
 from slatewise.ranking.offers import Offer
 from slatewise.schemas import DegradedReason, ModelExit
 
-SHARES: dict[ModelExit, float] = {"set": 0.6, "point": 0.75, "dot": 0.9}  # of the limit; of the last offer, all of it
+SHARES: dict[ModelExit, float] = {"set": 0.8, "point": 0.9, "dot": 0.95}  # of the limit; of the last offer, all of it
+LOOP_SHARE = 0.25  # of the limit, in which a request must be parsed when the event loop is behind
 HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
@@ -100,16 +101,18 @@ class Admission:
         metrics.IN_FLIGHT.inc()
         if self.in_flight > self.limits.max_in_flight:
             metrics.REJECTED.labels("in_flight").inc()
-            raise Overloaded(f"more than {self.limits.max_in_flight} requests are in flight", self.load.backlog())
+            raise Overloaded(
+                f"more than {self.limits.max_in_flight} requests are in flight", seconds=self.load.backlog()
+            )
 
     def check_turn(self, waited: float) -> None:
         """Raise Overloaded if the event loop is behind and a request has waited for so many seconds to be parsed.
 
         Parsing it would make all others late, whatever their answers are.
         """
-        if self.loop_lag.is_behind and waited > LATE_SECONDS:
+        if self.loop_lag.is_behind and waited > LOOP_SHARE * self.limits.max_queue_s:
             metrics.REJECTED.labels("event_loop").inc()
-            raise Overloaded("more requests arrive than this server can read", self.load.backlog())
+            raise Overloaded("more requests arrive than this server can read", seconds=self.load.backlog())
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -155,7 +158,7 @@ class Admission:
             if not allow_degraded:
                 milliseconds = self.limits.max_queue_s * 1e3
                 raise OverloadedUndegraded(
-                    f"the wait for other requests is more than {milliseconds:g} ms", self.load.backlog()
+                    f"the wait for other requests is more than {milliseconds:g} ms", seconds=self.load.backlog()
                 )
         if "deadline" in reasons:
             self.on_deadline(deadline, allow_degraded)
@@ -191,4 +194,4 @@ class Admission:
         """Count a deadline that passed, or would pass. Raises DeadlineExceeded unless a degraded answer is allowed."""
         metrics.DEADLINE_EXCEEDED.inc()
         if not allow_degraded:
-            raise DeadlineExceeded(f"cannot be done within deadline_ms = {deadline.milliseconds:g}")
+            raise DeadlineExceeded(f"not done within deadline_ms = {deadline.milliseconds:g}")

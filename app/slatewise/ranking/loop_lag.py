@@ -14,7 +14,7 @@ from slatewise import metrics
 
 SECONDS = 0.05  # between two measurements
 LATE_SECONDS = 0.01
-BEHIND_AFTER = 3  # late measurements in a row
+BEHIND_AFTER = 4  # late measurements in a row
 CAUGHT_UP_AFTER = 10  # measurements in a row that are not late
 MEAN_STEP = 0.1
 

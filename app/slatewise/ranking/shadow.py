@@ -82,6 +82,9 @@ class Shadow:
             metrics.series(metrics.SHADOW_REQUESTS, other.name, "failed").inc()
             log.warning("shadow of %s version %d: %s", other.name, other.manifest.version, error)
             return
+        if "overload" in ranking.degraded:
+            metrics.series(metrics.SHADOW_REQUESTS, other.name, "dropped").inc()
+            return
         if ranking.scored is None or ranking.degraded or ranking.history.used != shown.history.used:
             metrics.series(metrics.SHADOW_REQUESTS, other.name, "differs").inc()
             return

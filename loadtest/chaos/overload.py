@@ -1,0 +1,370 @@
+"""Overload: python -m loadtest.chaos.overload [--seconds 20] [--only R16]
+
+R16: 0.5 to 10 times the capacity, open loop. R17: recovery after it. R18: deadlines under overload. R19: large requests
+beside small ones, and priorities. R20: clients that try again at once. R21: /livez meanwhile.
+
+The ranker is the reference one with random weights (`make reference-bundle`), and all users are new: 256 events and
+1,000 candidates, so that the capacity is at most 60 requests a second on two cores. A request counts as *ranked* if the model
+scored it, with whatever exit; refused ones get the input order, 429 or 503.
+
+Called by: `__main__.py`, and the command line. Calls: `flood.py`, `loadtest/server_process.py`, `workload.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.chaos.flood import Answer, Flood, percentile, send
+from loadtest.chaos.report import Row, conclude
+from loadtest.client import closed_loop, limit_time, post
+from loadtest.markdown import table
+from loadtest.server_process import SERVE, ServerProcess, exit_on_sigterm
+from loadtest.workload import Shape, W, Workload
+
+BUNDLES = Path("build/bundles")
+SHAPE = Shape(256, 1_000)
+LARGEST = Shape(256, 4_096)
+SMALL = Shape(50, 20)
+SETTINGS = {"BUNDLES": str(BUNDLES), "HISTORY_CACHE_MB": "0", "DRAIN_SECONDS": "0", "SLOW_MS": "0"}
+QUIET = ("sh", "-c", 'exec "$@" 2>/dev/null', "sh", *SERVE)
+DIFFERENT = 100  # requests of a kind
+FACTORS = (0.5, 0.8, 1.0, 1.5, 3.0, 10.0)
+CAPACITY_SECONDS = 5.0
+RECOVERY_SECONDS = 5.0
+DEADLINE_MS = 50.0
+LATE_MS = 10.0  # that an answer may come after its deadline
+LOW = 10  # priority
+
+
+@dataclass(frozen=True)
+class Step:
+    """A time at one rate."""
+
+    name: str
+    seconds: float
+    answers: list[Answer]
+    server_cpu: float  # seconds
+    client_cpu: float
+    resident_mb: float
+    livez: list[tuple[float, int]]  # (latency, status)
+
+    @property
+    def ranked(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.is_good]
+
+    @property
+    def refused(self) -> list[Answer]:
+        return [answer for answer in self.answers if not answer.is_good]
+
+    @property
+    def goodput(self) -> float:
+        return len(self.ranked) / self.seconds
+
+    def p(self, q: float) -> float:
+        """Milliseconds of the ranked answers."""
+        return 1e3 * percentile([answer.latency for answer in self.ranked], q)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        exits = Counter(answer.exit if answer.status == 200 else str(answer.status) for answer in self.answers)
+        refused = [answer.latency for answer in self.refused]
+        return (
+            self.name,
+            f"{len(self.answers) / self.seconds:.0f}",
+            f"{self.goodput:.0f}",
+            ", ".join(f"{exit} {count / len(self.answers):.0%}" for exit, count in exits.most_common()),
+            f"{self.p(0.5):.0f}",
+            f"{self.p(0.99):.0f}",
+            f"{1e3 * percentile(refused, 0.99):.0f}" if refused else "",
+            f"{self.server_cpu / self.seconds:.2f}",
+            f"{self.client_cpu / self.seconds:.2f}",
+            f"{self.resident_mb:.0f}",
+        )
+
+
+COLUMNS = (
+    "load",
+    "sent/s",
+    "ranked/s",
+    "answers",
+    "p50 ms",
+    "p99 ms",
+    "refused p99 ms",
+    "CPU of the server, cores",
+    "of the client",
+    "MB",
+)
+
+
+@contextmanager
+def probing(port: int) -> Iterator[list[tuple[float, int]]]:
+    """Ask /livez ten times a second, each time on a new connection."""
+    found: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.1):
+            begin = time.perf_counter()
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            try:
+                connection.request("GET", "/livez")
+                status = connection.getresponse().status
+            except OSError:
+                status = 0
+            finally:
+                connection.close()
+            found.append((time.perf_counter() - begin, status))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def step(server: ServerProcess, name: str, flood: Flood) -> Step:
+    before = server.cpu_seconds()
+    with probing(server.port) as livez:
+        answers, client_cpu = send(server.port, flood)
+    spent = server.cpu_seconds() - before
+    seconds = sum(seconds for _, seconds in flood.rates)
+    found = Step(name, seconds, answers, spent, client_cpu, server.resident_mb(), livez)
+    print("overload:", *found.cells, file=sys.stderr, flush=True)
+    return found
+
+
+class Bench:
+    """Requests, and the capacity for each kind of them. steps: all that were measured, for the table."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.workload = Workload(BUNDLES, "reference")
+        self.steps: list[Step] = []
+        self.requests = self.of(SHAPE)
+
+    def of(self, shape: Shape, **members: object) -> list[bytes]:
+        return [post("/rerank", body) for body in self.workload.distinct(shape, DIFFERENT, **members)]
+
+    def server(self, **settings: str) -> ServerProcess:
+        return ServerProcess(SETTINGS | settings, command=QUIET)
+
+    def capacity(self, server: ServerProcess, requests: list[bytes]) -> float:
+        """Requests a second in a closed loop of four connections."""
+        endless = (request for _ in iter(int, 1) for request in requests)
+        return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 4).per_second
+
+    def flood(self, server: ServerProcess, name: str, rate: float, requests: list[bytes]) -> Step:
+        found = step(server, name, Flood([requests], [(rate, self.seconds)]))
+        self.steps.append(found)
+        return found
+
+
+def sweep(bench: Bench) -> list[Row]:
+    """R16, R20 and R21."""
+    with bench.server() as server:
+        capacity = bench.capacity(server, bench.requests)
+        steps = {
+            factor: bench.flood(server, f"{factor:g} x capacity", factor * capacity, bench.requests)
+            for factor in FACTORS
+        }
+        again = bench.flood(server, "10 x capacity, again", 10 * capacity, bench.requests)
+        retries = Flood([bench.requests], [(3 * capacity, bench.seconds)], retry=True)
+        retried = step(server, "3 x capacity, tried again", retries)
+        bench.steps.append(retried)
+    with bench.server(MAX_QUEUE_MS="0.001") as server:
+        nearly_all = bench.flood(server, "5 x, limit of 1 us", 5 * capacity, bench.requests)
+    cores = os.cpu_count() or 1
+    lone = cores / capacity * len(nearly_all.ranked)  # at most: a full answer takes all cores for 1 / capacity
+    refusal = max(0.0, nearly_all.server_cpu - lone) / len(nearly_all.refused)
+    peak = max(one.goodput for one in steps.values())  # more is ranked than by full answers alone: exits give way
+    at_8, at_3, at_10 = steps[0.8], steps[3.0], steps[10.0]
+    share = len(at_10.refused) / at_10.seconds * refusal / cores
+    least = 0.9 * peak * (1 - share)
+    memory = again.resident_mb / at_10.resident_mb - 1
+    probes = [probe for one in steps.values() for probe in one.livez]
+    livez = 1e3 * percentile([seconds for seconds, _ in probes], 0.99)
+    bad = sum(status != 200 for _, status in probes)
+    kept = retried.goodput / at_3.goodput
+    return [
+        Row("R16", "the capacity is at most 60 requests/s", f"{capacity:.0f}", capacity <= 60),
+        Row(
+            "R16",
+            "at 3 times capacity at least 90 % of the peak is ranked, or of what is sent",
+            f"{at_3.goodput:.0f} of {peak:.0f}/s, {len(at_3.answers) / at_3.seconds:.0f} sent",
+            at_3.goodput >= 0.9 * min(peak, len(at_3.answers) / at_3.seconds),
+        ),
+        Row(
+            "R16",
+            "at 10 times capacity at least 90 % of the peak is ranked, less the CPU of refusing",
+            f"{at_10.goodput:.0f} of {peak:.0f}/s, at least {least:.0f}; a refusal takes {1e6 * refusal:.0f} us",
+            at_10.goodput >= least,
+        ),
+        *(
+            Row(
+                "R16",
+                f"p99 of ranked answers at {one.name} at most twice that at 0.8",
+                f"{one.p(0.99):.0f} and {at_8.p(0.99):.0f} ms",
+                one.p(0.99) <= 2 * at_8.p(0.99),
+            )
+            for one in (at_3, at_10)
+        ),
+        Row("R16", "a refusal takes at most 5 ms of CPU", f"{1e3 * refusal:.2f} ms", refusal <= 0.005),
+        Row(
+            "R16",
+            "memory after a second time at 10 times capacity at most 5 % above that of the first",
+            f"{memory:+.1%}",
+            memory <= 0.05,
+        ),
+        Row(
+            "R20",
+            "clients that try again at once: at least 80 % of R16's at 3 times capacity is ranked",
+            f"{kept:.0%} with {len(retried.answers) / retried.seconds:.0f} tries/s",
+            kept >= 0.8,
+        ),
+        Row(
+            "R21",
+            "/livez: p99 below 50 ms, never false",
+            f"{livez:.1f} ms, {bad} of {len(probes)} bad",
+            livez < 50 and not bad,
+        ),
+    ]
+
+
+def recovery(bench: Bench) -> list[Row]:
+    """R17."""
+    with bench.server() as server:
+        capacity = bench.capacity(server, bench.requests)
+        alone = bench.flood(server, "0.5 x, before", 0.5 * capacity, bench.requests)
+        rates = [(10 * capacity, bench.seconds), (0.5 * capacity, max(bench.seconds, 2 * RECOVERY_SECONDS))]
+        after = step(server, "10 x, then 0.5 x", Flood([bench.requests], rates))
+        queue = server.get("/metrics")[1].split("\nslatewise_queue_seconds ")[1].split()[0]
+    bench.steps.append(after)
+    late = [one for one in after.answers if one.due >= bench.seconds + RECOVERY_SECONDS]
+    p99 = 1e3 * percentile([one.latency for one in late], 0.99)
+    refused = sum(not one.is_good for one in late)
+    found = f"p99 {p99:.0f} ms, {alone.p(0.99):.0f} before; {refused} of {len(late)} not ranked"
+    return [
+        Row(
+            "R17",
+            "5 s after 10 times capacity, p99 is at most twice that before",
+            found,
+            p99 <= 2 * alone.p(0.99) and not refused,
+        ),
+        Row("R17", "no work is left", f"{queue} s", float(queue) == 0),
+    ]
+
+
+def deadlines(bench: Bench) -> list[Row]:
+    """R18."""
+    w = bench.of(W, deadline_ms=DEADLINE_MS)
+    large = bench.of(LARGEST, deadline_ms=DEADLINE_MS)
+    with bench.server() as server:
+        slow = 1e3 / bench.capacity(server, bench.of(LARGEST)) * (os.cpu_count() or 1)
+        rate = bench.capacity(server, bench.of(W))
+        at = {f: bench.flood(server, f"W, deadline 50 ms, {f:g} x", f * rate, w) for f in (0.8, 1.0, 3.0)}
+        dead = server.get("/metrics")[1]
+        many = bench.flood(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3e3 / slow * 2, large)
+        seconds = [
+            float(t.split("\nslatewise_dead_inference_seconds_total ")[1].split()[0])
+            for t in (dead, server.get("/metrics")[1])
+        ]
+    peak = max(one.goodput for one in at.values())
+    dead_share = (seconds[1] - seconds[0]) / many.server_cpu
+    rows = [
+        Row(
+            "R18",
+            "W, deadline of 50 ms, 3 times capacity: at least 90 % of the peak is ranked",
+            f"{at[3.0].goodput:.0f} of {peak:.0f}/s",
+            at[3.0].goodput >= 0.9 * peak,
+        )
+    ]
+    for one, what in ((at[3.0], "W"), (many, f"requests of {slow:.0f} ms")):
+        p95 = 1e3 * percentile([answer.latency for answer in one.answers], 0.95)
+        p99 = 1e3 * percentile([answer.latency for answer in one.answers], 0.99)
+        rows.append(
+            Row(
+                "R18",
+                f"{what}: answered within 10 ms of the deadline of 50 ms (p95)",
+                f"p95 {p95:.0f} ms, p99 {p99:.0f} ms",
+                p95 <= DEADLINE_MS + LATE_MS,
+            )
+        )
+    rows.append(
+        Row("R18", "at most 10 % of the CPU goes into requests that have ended", f"{dead_share:.1%}", dead_share <= 0.1)
+    )
+    return rows
+
+
+def mixture(bench: Bench) -> list[Row]:
+    """R19."""
+    small, largest = bench.of(SMALL), bench.of(LARGEST, priority=LOW)
+    important, low = bench.requests, bench.of(SHAPE, priority=LOW)
+    with bench.server() as server:
+        rate = 0.05 * bench.capacity(server, bench.of(LARGEST)) / 0.05 * 0.5  # the large ones take half of the time
+        many = rate * 19
+        alone = step(server, "small alone", Flood([small], [(many, bench.seconds)]))
+        both = step(
+            server, "5 % with 4,096 candidates", Flood([small, largest], [(many + rate, bench.seconds)], (0.95, 0.05))
+        )
+        capacity = bench.capacity(server, bench.requests)
+        three = step(
+            server,
+            "3 x, half of them of priority 10",
+            Flood([important, low], [(3 * capacity, bench.seconds)], (0.5, 0.5)),
+        )
+    bench.steps += [alone, both, three]
+    mixed = 1e3 * percentile([one.latency for one in both.ranked if one.kind == 0], 0.99)
+    shed = []
+    for kind in (0, 1):
+        of_kind = [one for one in three.answers if one.kind == kind]
+        shed.append(sum(not one.is_good or "overload" in one.degraded for one in of_kind) / len(of_kind))
+    unranked = [sum(not one.is_good for one in three.answers if one.kind == kind) for kind in (0, 1)]
+    found = f"degraded or refused {shed[0]:.0%} and {shed[1]:.0%}; not ranked {unranked[0]} and {unranked[1]}"
+    return [
+        Row(
+            "R19",
+            "small requests beside 5 % large ones of priority 10: p99 at most twice that alone",
+            f"{mixed:.1f} and {alone.p(0.99):.1f} ms",
+            mixed <= 2 * alone.p(0.99),
+        ),
+        Row(
+            "R19",
+            "priority 10 is degraded first, and refused first",
+            found,
+            shed[1] > shed[0] and unranked[1] >= unranked[0],
+        ),
+    ]
+
+
+PARTS = {"R16": sweep, "R17": recovery, "R18": deadlines, "R19": mixture}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.chaos.overload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each step")
+    parser.add_argument("--only", choices=PARTS, action="append")
+    args = parser.parse_args()
+    exit_on_sigterm()
+    bench = Bench(args.seconds)
+    rows = [row for name, part in PARTS.items() if name in (args.only or PARTS) for row in part(bench)]
+    return conclude(rows, table(COLUMNS, [one.cells for one in bench.steps]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
