@@ -27,7 +27,7 @@ from slatewise.ranking.offers import Offer
 from slatewise.schemas import DegradedReason, ModelExit
 
 SHARES: dict[ModelExit, float] = {"set": 0.8, "point": 0.9, "dot": 0.95}  # of the limit; of the last offer, all of it
-LOOP_SHARE = 0.25  # of the limit, in which a request must be parsed when the event loop is behind
+LOOP_SHARE = 0.1  # of the limit, in which a request must be parsed when the event loop is behind
 HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
