@@ -165,6 +165,11 @@ class Bench:
         endless = (request for _ in iter(int, 1) for request in requests)
         return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 4).per_second
 
+    def work(self, server: ServerProcess, requests: list[bytes]) -> float:
+        """Seconds of a request that has the server to itself, so that its answer is a full one."""
+        endless = (request for _ in iter(int, 1) for request in requests)
+        return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 1).quantile(0.5)
+
     def flood(self, server: ServerProcess, name: str, rate: float, requests: list[bytes]) -> Step:
         found = step(server, name, Flood([requests], [(rate, self.seconds)]))
         self.steps.append(found)
@@ -271,11 +276,13 @@ def deadlines(bench: Bench) -> list[Row]:
     w = bench.of(W, deadline_ms=DEADLINE_MS)
     large = bench.of(LARGEST, deadline_ms=DEADLINE_MS)
     with bench.server() as server:
-        slow = 1e3 / bench.capacity(server, bench.of(LARGEST)) * (os.cpu_count() or 1)
+        slow = bench.work(server, bench.of(LARGEST))
         rate = bench.capacity(server, bench.of(W))
         at = {f: bench.flood(server, f"W, deadline 50 ms, {f:g} x", f * rate, w) for f in (0.8, 1.0, 3.0)}
         dead = server.get("/metrics")[1]
-        many = bench.flood(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3e3 / slow * 2, large)
+        many = bench.flood(
+            server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 * (os.cpu_count() or 1) / slow, large
+        )
         seconds = [
             float(t.split("\nslatewise_dead_inference_seconds_total ")[1].split()[0])
             for t in (dead, server.get("/metrics")[1])
@@ -290,7 +297,7 @@ def deadlines(bench: Bench) -> list[Row]:
             at[3.0].goodput >= 0.9 * peak,
         )
     ]
-    for one, what in ((at[3.0], "W"), (many, f"requests of {slow:.0f} ms")):
+    for one, what in ((at[3.0], "W"), (many, f"requests of {1e3 * slow:.0f} ms")):
         p95 = 1e3 * percentile([answer.latency for answer in one.answers], 0.95)
         p99 = 1e3 * percentile([answer.latency for answer in one.answers], 0.99)
         rows.append(
@@ -312,7 +319,7 @@ def mixture(bench: Bench) -> list[Row]:
     small, largest = bench.of(SMALL), bench.of(LARGEST, priority=LOW)
     important, low = bench.requests, bench.of(SHAPE, priority=LOW)
     with bench.server() as server:
-        rate = 0.05 * bench.capacity(server, bench.of(LARGEST)) / 0.05 * 0.5  # the large ones take half of the time
+        rate = 0.5 * (os.cpu_count() or 1) / bench.work(server, bench.of(LARGEST))  # the large ones take half the time
         many = rate * 19
         alone = step(server, "small alone", Flood([small], [(many, bench.seconds)]))
         both = step(

@@ -157,14 +157,17 @@ def test_deadline_takes_the_best_exit_in_time() -> None:
 
 
 def test_lone_request_tries_what_may_be_in_time() -> None:
-    """The last offer, or an offer whose prediction is old: else a wrong prediction would never be corrected."""
+    """An offer whose prediction is old is tried: else a wrong prediction would never be corrected."""
     admission = Admission(request_limits())
     late = offers("set", "dot", seconds=10.0)
     soon = Deadline(5_000, time.perf_counter())
-    assert admission.admit(late, soon, True) == Admitted(late[1], frozenset({"deadline", "exit"}))
+    assert admission.admit(late, soon, True) == Admitted(None, frozenset({"deadline"}))
+    with pytest.raises(DeadlineExceeded):
+        admission.admit(late, soon, False)
     old = offers("set", "dot", seconds=10.0, stale=True)
     assert admission.admit(old, soon, True) == Admitted(old[0])
-    assert admission.admit(late, soon, False) == Admitted(late[0])
+    near = offers("set", seconds=4.9)  # without others no margin is needed
+    assert admission.admit(near, soon, True) == Admitted(near[0])
 
 
 def test_no_request_makes_an_admitted_one_late() -> None:

@@ -36,7 +36,7 @@ from slatewise.inference.item_table import ItemTable
 
 HISTORY_CHUNK = 256  # events in one call of `extend`
 NO_FOLDER = "/dev/null/none"  # which cannot exist
-CANDIDATE_CHUNK = 512  # candidates in one call of `point`
+CANDIDATE_CHUNK = 256  # candidates in one call of `point`
 
 
 Step: TypeAlias = Callable[[Callable[[], Any]], Any]  # runs a step of a load, and returns its result

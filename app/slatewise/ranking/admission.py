@@ -132,9 +132,8 @@ class Admission:
     def admit(self, offers: Sequence[Offer], deadline: Deadline, allow_degraded: bool, priority: int = 0) -> Admitted:
         """Return the first offer that the load and the deadline allow.
 
-        If no other request is being ranked, the load allows every offer; and of those that are too late by the
-        prediction, one with an old prediction is tried, or else the last one. Raises OverloadedUndegraded or
-        DeadlineExceeded.
+        If no other request is being ranked, the load allows every offer, and an offer with an old prediction is tried
+        even if it is too late by it. Raises OverloadedUndegraded or DeadlineExceeded.
         """
         first = offers[0]
         alone = not self.load.running
@@ -145,7 +144,7 @@ class Admission:
             if not self.has_room(offer.exit, offer.seconds, priority, is_last):
                 reasons.add("overload")
                 self.held_until[offer.exit] = time.perf_counter() + HELD_SECONDS
-            elif remaining is not None and not self.in_time(offer, remaining, alone, is_last):
+            elif remaining is not None and not self.in_time(offer, remaining, alone):
                 reasons.add("deadline")
             else:
                 if offer.exit != first.exit:
@@ -174,12 +173,12 @@ class Admission:
         share *= PRIORITY_SCALE / (PRIORITY_SCALE + max(0, priority))
         return self.load.wait(seconds) <= share * self.limits.max_queue_s
 
-    def in_time(self, offer: Offer, remaining: float, alone: bool, is_last: bool) -> bool:
+    def in_time(self, offer: Offer, remaining: float, alone: bool) -> bool:
         """Return whether the offer is worth trying with so many seconds left."""
         if remaining <= 0:
             return False
-        if alone and (is_last or offer.stale):
-            return True
+        if alone:
+            return offer.stale or offer.seconds <= remaining
         duration = MARGIN * self.load.duration(offer.seconds) + self.load.slip
         return duration <= remaining and not self.load.delays(offer.seconds)
 
