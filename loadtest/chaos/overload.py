@@ -7,173 +7,31 @@ The ranker is the reference one with random weights (`make reference-bundle`), a
 1,000 candidates, so that the capacity is at most 60 requests a second on two cores. A request counts as *ranked* if the
 model scored it, with whatever exit; refused ones get the input order, 429 or 503.
 
-Called by: `__main__.py`, and the command line. Calls: `flood.py`, `loadtest/server_process.py`, `workload.py`.
+Called by: `__main__.py`, and the command line. Calls: `bench.py`, `flood.py`, `report.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import os
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
-from loadtest.chaos.flood import Answer, Flood, percentile, send
+from loadtest.chaos.bench import COLUMNS, SHAPE, Bench, step
+from loadtest.chaos.flood import Flood, percentile
 from loadtest.chaos.report import Row, conclude
-from loadtest.client import closed_loop, limit_time, post
 from loadtest.markdown import table
-from loadtest.server_process import SERVE, ServerProcess, exit_on_sigterm
-from loadtest.workload import Shape, W, Workload
+from loadtest.server_process import ServerProcess, exit_on_sigterm
+from loadtest.workload import Shape, W
 
-BUNDLES = Path("build/bundles")
-SHAPE = Shape(256, 1_000)
 LARGEST = Shape(256, 4_096)
 SMALL = Shape(50, 20)
-SETTINGS = {"BUNDLES": str(BUNDLES), "HISTORY_CACHE_MB": "0", "DRAIN_SECONDS": "0", "SLOW_MS": "0"}
-QUIET = ("sh", "-c", 'exec "$@" 2>/dev/null', "sh", *SERVE)
-DIFFERENT = 100  # requests of a kind
 FACTORS = (0.5, 0.8, 1.0, 1.5, 3.0, 10.0)
-CAPACITY_SECONDS = 5.0
 RECOVERY_SECONDS = 5.0
 DEADLINE_MS = 50.0
 LATE_MS = 10.0  # that an answer may come after its deadline
+SLOW_MS = 200
 LOW = 10  # priority
-
-
-@dataclass(frozen=True)
-class Step:
-    """A time at one rate."""
-
-    name: str
-    seconds: float
-    answers: list[Answer]
-    server_cpu: float  # seconds
-    client_cpu: float
-    resident_mb: float
-    livez: list[tuple[float, int]]  # (latency, status)
-
-    @property
-    def ranked(self) -> list[Answer]:
-        return [answer for answer in self.answers if answer.is_good]
-
-    @property
-    def refused(self) -> list[Answer]:
-        return [answer for answer in self.answers if not answer.is_good]
-
-    @property
-    def goodput(self) -> float:
-        return len(self.ranked) / self.seconds
-
-    def p(self, q: float) -> float:
-        """Milliseconds of the ranked answers."""
-        return 1e3 * percentile([answer.latency for answer in self.ranked], q)
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        exits = Counter(answer.exit if answer.status == 200 else str(answer.status) for answer in self.answers)
-        refused = [answer.latency for answer in self.refused]
-        return (
-            self.name,
-            f"{len(self.answers) / self.seconds:.0f}",
-            f"{self.goodput:.0f}",
-            ", ".join(f"{exit} {count / len(self.answers):.0%}" for exit, count in exits.most_common()),
-            f"{self.p(0.5):.0f}",
-            f"{self.p(0.99):.0f}",
-            f"{1e3 * percentile(refused, 0.99):.0f}" if refused else "",
-            f"{self.server_cpu / self.seconds:.2f}",
-            f"{self.client_cpu / self.seconds:.2f}",
-            f"{self.resident_mb:.0f}",
-        )
-
-
-COLUMNS = (
-    "load",
-    "sent/s",
-    "ranked/s",
-    "answers",
-    "p50 ms",
-    "p99 ms",
-    "refused p99 ms",
-    "CPU of the server, cores",
-    "of the client",
-    "MB",
-)
-
-
-@contextmanager
-def probing(port: int) -> Iterator[list[tuple[float, int]]]:
-    """Ask /livez ten times a second, each time on a new connection."""
-    found: list[tuple[float, int]] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        while not over.wait(0.1):
-            begin = time.perf_counter()
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            try:
-                connection.request("GET", "/livez")
-                status = connection.getresponse().status
-            except OSError:
-                status = 0
-            finally:
-                connection.close()
-            found.append((time.perf_counter() - begin, status))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
-
-
-def step(server: ServerProcess, name: str, flood: Flood) -> Step:
-    before = server.cpu_seconds()
-    with probing(server.port) as livez:
-        answers, client_cpu = send(server.port, flood)
-    spent = server.cpu_seconds() - before
-    seconds = sum(seconds for _, seconds in flood.rates)
-    found = Step(name, seconds, answers, spent, client_cpu, server.resident_mb(), livez)
-    print("overload:", *found.cells, file=sys.stderr, flush=True)
-    return found
-
-
-class Bench:
-    """Requests, and the capacity for each kind of them. steps: all that were measured, for the table."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.workload = Workload(BUNDLES, "reference")
-        self.steps: list[Step] = []
-        self.requests = self.of(SHAPE)
-
-    def of(self, shape: Shape, **members: object) -> list[bytes]:
-        return [post("/rerank", body) for body in self.workload.distinct(shape, DIFFERENT, **members)]
-
-    def server(self, **settings: str) -> ServerProcess:
-        return ServerProcess(SETTINGS | settings, command=QUIET)
-
-    def capacity(self, server: ServerProcess, requests: list[bytes]) -> float:
-        """Requests a second in a closed loop of four connections."""
-        endless = (request for _ in iter(int, 1) for request in requests)
-        return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 4).per_second
-
-    def work(self, server: ServerProcess, requests: list[bytes]) -> float:
-        """Seconds of a request that has the server to itself, so that its answer is a full one."""
-        endless = (request for _ in iter(int, 1) for request in requests)
-        return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 1).quantile(0.5)
-
-    def flood(self, server: ServerProcess, name: str, rate: float, requests: list[bytes]) -> Step:
-        found = step(server, name, Flood([requests], [(rate, self.seconds)]))
-        self.steps.append(found)
-        return found
+SHARE_OF_LARGE = 0.25  # of all cores
 
 
 def sweep(bench: Bench) -> list[Row]:
@@ -276,42 +134,29 @@ def deadlines(bench: Bench) -> list[Row]:
     w = bench.of(W, deadline_ms=DEADLINE_MS)
     large = bench.of(LARGEST, deadline_ms=DEADLINE_MS)
     with bench.server() as server:
-        slow = bench.work(server, bench.of(LARGEST))
         rate = bench.capacity(server, bench.of(W))
         at = {f: bench.flood(server, f"W, deadline 50 ms, {f:g} x", f * rate, w) for f in (0.8, 1.0, 3.0)}
-        dead = server.get("/metrics")[1]
-        many = bench.flood(
-            server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 * (os.cpu_count() or 1) / slow, large
-        )
-        seconds = [
-            float(t.split("\nslatewise_dead_inference_seconds_total ")[1].split()[0])
-            for t in (dead, server.get("/metrics")[1])
-        ]
+        slow = bench.work(server, bench.of(LARGEST))
+        many = bench.flood(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 / slow, large)
+    with bench.slow_server(SLOW_MS) as server:
+        threads = os.cpu_count() or 1
+        held = bench.flood(server, f"calls of {SLOW_MS} ms, 50 ms, 3 x", 3e3 * threads / SLOW_MS / 2, w)
+        dead = dead_seconds(server) / held.seconds / threads
     peak = max(one.goodput for one in at.values())
-    dead_share = (seconds[1] - seconds[0]) / many.server_cpu
-    rows = [
-        Row(
-            "R18",
-            "W, deadline of 50 ms, 3 times capacity: at least 90 % of the peak is ranked",
-            f"{at[3.0].goodput:.0f} of {peak:.0f}/s",
-            at[3.0].goodput >= 0.9 * peak,
-        )
-    ]
-    for one, what in ((at[3.0], "W"), (many, f"requests of {1e3 * slow:.0f} ms")):
-        p95 = 1e3 * percentile([answer.latency for answer in one.answers], 0.95)
-        p99 = 1e3 * percentile([answer.latency for answer in one.answers], 0.99)
-        rows.append(
-            Row(
-                "R18",
-                f"{what}: answered within 10 ms of the deadline of 50 ms (p95)",
-                f"p95 {p95:.0f} ms, p99 {p99:.0f} ms",
-                p95 <= DEADLINE_MS + LATE_MS,
-            )
-        )
-    rows.append(
-        Row("R18", "at most 10 % of the CPU goes into requests that have ended", f"{dead_share:.1%}", dead_share <= 0.1)
-    )
-    return rows
+    found = f"{at[3.0].goodput:.0f} of {peak:.0f}/s"
+    good = "W, deadline of 50 ms, 3 times capacity: at least 90 % of the peak is ranked"
+    rows = [Row("R18", good, found, at[3.0].goodput >= 0.9 * peak)]
+    for one in (at[3.0], many, held):
+        late = [1e3 * percentile([answer.latency for answer in one.answers], q) for q in (0.95, 0.99)]
+        criterion = f"{one.name}: answered within 10 ms of the deadline (p95)"
+        rows.append(Row("R18", criterion, f"{late[0]:.0f} ms, p99 {late[1]:.0f} ms", late[0] <= DEADLINE_MS + LATE_MS))
+    criterion = f"calls of {SLOW_MS} ms: at most 10 % of the threads' time goes into requests that have ended"
+    return [*rows, Row("R18", criterion, f"{dead:.1%}", dead <= 0.1)]
+
+
+def dead_seconds(server: ServerProcess) -> float:
+    text: str = server.get("/metrics")[1]
+    return float(text.split("\nslatewise_dead_inference_seconds_total ")[1].split()[0])
 
 
 def mixture(bench: Bench) -> list[Row]:
@@ -319,7 +164,7 @@ def mixture(bench: Bench) -> list[Row]:
     small, largest = bench.of(SMALL), bench.of(LARGEST, priority=LOW)
     important, low = bench.requests, bench.of(SHAPE, priority=LOW)
     with bench.server() as server:
-        rate = 0.5 * (os.cpu_count() or 1) / bench.work(server, bench.of(LARGEST))  # the large ones take half the time
+        rate = SHARE_OF_LARGE / bench.work(server, bench.of(LARGEST))
         many = rate * 19
         alone = step(server, "small alone", Flood([small], [(many, bench.seconds)]))
         both = step(

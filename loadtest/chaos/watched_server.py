@@ -1,6 +1,7 @@
-"""`slatewise serve` with one more path, /chaos/tasks, and a leak if CHAOS_LEAK is set: the control of the soak test.
+"""`slatewise serve` with one more path, /chaos/tasks. With CHAOS_LEAK it leaks: the control of the soak test. With
+CHAOS_SLOW_MS each call of the model takes so much longer.
 
-Called by: `soak.py`, as `python -m loadtest.chaos.watched_server`. Calls: `slatewise/main.py`.
+Called by: `soak.py` and `bench.py`, as `python -m loadtest.chaos.watched_server`. Calls: `slatewise/main.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from typing import Any
 
+import onnxruntime as ort
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +20,7 @@ from slatewise import main as server
 
 TASKS = "/chaos/tasks"
 LEAK = "CHAOS_LEAK"
+SLOW = "CHAOS_SLOW_MS"
 
 
 class Watched:
@@ -43,12 +47,25 @@ class Watched:
         await self.app(scope, keep if self.leaks else receive, send)
 
 
+def slow_down(seconds: float) -> None:
+    """Make each call of the model take so much longer, once the bundles are loaded."""
+    run = ort.InferenceSession.run
+
+    def slow(session: Any, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return run(session, *arguments)
+
+    ort.InferenceSession.run = slow
+
+
 def serve() -> int:
     build = server.build_app
 
     def build_watched(*arguments: Any, **options: Any) -> FastAPI:
         app = build(*arguments, **options)
         app.add_middleware(Watched, leaks=bool(os.environ.get(LEAK)))
+        if slow := os.environ.get(SLOW):
+            slow_down(float(slow) / 1e3)
         return app
 
     server.build_app = build_watched

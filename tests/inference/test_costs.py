@@ -55,6 +55,14 @@ def test_prediction_follows_a_machine_of_another_speed(factor: float) -> None:
         assert costs.seconds(work) == pytest.approx(expected, rel=0.15)
 
 
+def test_engine_that_becomes_much_slower_is_predicted_soon() -> None:
+    costs = GraphCosts()
+    seconds = 50 * costs.seconds(SIZES[2])
+    for _ in range(10):
+        costs.learn(SIZES[2], seconds)
+    assert costs.seconds(SIZES[2]) == pytest.approx(seconds, rel=0.6)
+
+
 @given(st.floats(1e-9, 1e4))
 def test_one_call_moves_a_prediction_by_a_tenth(seconds: float) -> None:
     costs = GraphCosts()

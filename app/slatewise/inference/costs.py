@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 STEP = 0.1
 MOST_ERROR = 1.0  # a call that took twice the prediction, or longer; a fast one counts as -0.5 at most
+SLOW_CALLS = 3  # in a row that took twice the prediction or longer: then it is wrong, and FAST_STEP corrects it
+FAST_STEP = 1.0
 LEAST_WEIGHT = 1e-9  # seconds; a weight of zero could not grow again
 UNITS = (1.0, 1e-2, 1e-4)  # calls, rows in hundreds, products in ten thousands: weights of like size
 
@@ -61,6 +63,7 @@ class GraphCosts:
     def __init__(self) -> None:
         self.weights = (1e-4, 1e-4, 1e-4)
         self.learned_at = -inf  # time.perf_counter()
+        self.slow_calls = 0  # in a row
         self.timed: dict[Work, float] | None = None  # from `begin` to `fit`: the shortest time of each size
 
     def seconds(self, work: Work) -> float:
@@ -73,8 +76,10 @@ class GraphCosts:
             self.timed[work] = min(seconds, self.timed.get(work, inf))
         predicted = self.seconds(work)
         error = min(MOST_ERROR, max(-MOST_ERROR / 2, seconds / predicted - 1))
+        self.slow_calls = self.slow_calls + 1 if error == MOST_ERROR else 0
+        step = STEP if self.slow_calls < SLOW_CALLS else FAST_STEP
         a, b, c = (
-            max(LEAST_WEIGHT, weight * exp(STEP * error * weight * size * unit / predicted))
+            max(LEAST_WEIGHT, weight * exp(step * error * weight * size * unit / predicted))
             for weight, size, unit in zip(self.weights, work, UNITS, strict=True)
         )
         self.weights = (a, b, c)

@@ -160,13 +160,13 @@ def extended(draw: Requests) -> float:
 
 
 def candidate_chunks(draw: Requests) -> float:
-    """Return the largest difference between chunks of 1 to 512 candidates and one call, for `point` and `set`."""
+    """Return the largest difference between chunks of candidates and one call, for `point` and `set`."""
     result = 0.0
     candidates = draw.candidates(600)
     meta = draw.meta()
     state = draw.state(draw.history(draw.manifest.limits.history_used))
     whole = draw.engine.point(candidates, meta, state)
-    for size in (1, 7, 64, 512):
+    for size in (1, 7, 64, 256):
         chunks = join([draw.engine.point(candidates, meta, state, slice(k, k + size)) for k in range(0, 600, size)])
         result = max(result, worst(chunks.probabilities, whole.probabilities))
         if "set" in draw.manifest.exits:
