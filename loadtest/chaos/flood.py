@@ -119,6 +119,7 @@ class Sender:
         self.idle: deque[Connection] = deque()
         self.waiting: deque[tuple[int, float]] = deque()
         self.open = 0
+        self.connections: list[Connection] = []
         self.in_flight = 0
         self.turn = 0
         self.answers: list[Answer] = []
@@ -140,6 +141,9 @@ class Sender:
         give_up = time.perf_counter() + END_SECONDS
         while self.in_flight and time.perf_counter() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+        for connection in self.connections:
+            connection.transport.close()
+        await asyncio.sleep(0)
         lost = [Answer(0, self.end, END_SECONDS, 0, "", "")] * self.in_flight
         return self.answers + lost
 
@@ -151,6 +155,7 @@ class Sender:
         except OSError:
             self.open -= 1
             return
+        self.connections.append(connection)
         self.free(connection)
 
     def free(self, connection: Connection) -> None:

@@ -84,6 +84,7 @@ def shared(
             redis_timeout_ms=5_000,
             embedding_cache_s=0,
             threads=2,
+            max_queue_ms=1e6,
         )
         with serve(settings) as client:
             ids = ranker.vocabulary.items

@@ -61,7 +61,9 @@ def flood_stub(flood: Flood, replies: list[bytes]) -> tuple[list[Answer], int]:
     async def main() -> list[Answer]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
-            return await Sender(server.sockets[0].getsockname()[1], flood).run()
+            answers = await Sender(server.sockets[0].getsockname()[1], flood).run()
+            await asyncio.sleep(0.1)  # the ends of the connections
+        return answers
 
     return asyncio.run(main()), asked
 

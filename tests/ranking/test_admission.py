@@ -190,7 +190,7 @@ def test_passed_deadline_gives_input_order_or_an_error() -> None:
     assert admission.admit(ALL, passed(), True) == Admitted(None, frozenset({"deadline"}))
     with pytest.raises(DeadlineExceeded, match="deadline_ms = 1"):
         admission.admit(ALL, passed(), False)
-    with working(admission, 7):
+    with working(admission, 9):
         assert admission.admit(ALL, passed(), True) == Admitted(None, frozenset({"deadline", "overload"}))
     assert gauge("slatewise_deadline_exceeded_total") == before + 3
 

@@ -44,13 +44,13 @@ def test_delays_equals_a_look_at_each_request(others: list[tuple[int, int | None
     """The slow way: for each request with a deadline, its end with and without the new one."""
     now = time.perf_counter()
     works = [w for w, _ in others]
-    dues = [None if due is None else now + due + 0.5 for _, due in others]
+    dues = [None if due is None else now + due + 0.1 for _, due in others]
     expected = False
     for k, (work, due) in enumerate(others):
         rest = [min(w, work) for j, w in enumerate(works) if j != k]
         without = max(work, (work + sum(rest)) / threads)
         beside = max(work, (work + sum(rest) + min(own, work)) / threads)
-        expected |= due is not None and without <= due + 0.5 < beside
+        expected |= due is not None and without <= due + 0.1 < beside
     assert loaded(works, threads, dues).delays(own) == expected
 
 

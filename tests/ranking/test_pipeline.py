@@ -485,7 +485,7 @@ def test_request_alone_uses_all_threads_with_equal_scores(
         runs.append((graph, multi_threaded))
         return engine_run(self, graph, feeds, multi_threaded)
 
-    request = draw_request(ranker, 100, 700, 18, exit="set")
+    request = draw_request(ranker, 100, 500, 18, exit="set")
     monkeypatch.setattr(Engine, "run", recorded)
     alone = run(multi_threaded, lambda p: rank(p, request))
     assert runs == [("encode", True), ("point", True), ("point", True), ("set", True)]

@@ -252,7 +252,6 @@ class Connection(HttpToolsProtocol):
         if self.overrun:
             return
         self.state = ANSWER
-        self.cycle.scope["whole"] = time.perf_counter()
         self.door.work(self)
         self.due = self.loop.time() + self.door.limits.write_timeout_s if self.flow.write_paused else NEVER
         if not self.cycle.response_started:

@@ -126,7 +126,7 @@ async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) 
     dialect = exchange.dialect
     trace = exchange.trace
     body = await read_admitted(request, pipeline.admission, dialect.any_type)
-    pipeline.admission.check_turn(time.perf_counter() - request.scope.get("whole", trace.timings.entered))
+    await pipeline.admission.turn()
     if not dialect.is_binary:
         check_counts(body, pipeline.admission.limits.max_values)
     incoming = Incoming(body, request.headers, path, pipeline.registry, pipeline.admission.limits)

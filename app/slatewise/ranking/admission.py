@@ -1,7 +1,7 @@
 """Admission control: decides whether a request is served in full, degraded or refused. It needs counts only, no arrays.
 
     when the body is there     requests in flight                    else 429; 413 by Content-Length, unread
-    before parsing             the wait for the event loop           else 429
+    before parsing             the wait for a turn (`turns.py`)      else 429
     after parsing              the wait for other requests           else a cheaper offer, the input order, or 503
     after parsing              the deadline, by prediction           else a cheaper offer, the input order, or 504
     during the ranking         the deadline                          else the highest complete exit, or 504
@@ -9,7 +9,8 @@
 Offers are the ways to answer (`offers.py`). An offer is taken if the wait that `load.py` predicts for it is within a
 share of the limit: the cheaper the offer, the larger the share, and the last offer may use all of it.
 
-Called by: `http/rank.py` when the body has arrived, `pipeline.py` after parsing. Calls: `load.py`, `metrics.py`.
+Called by: `http/rank.py` when the body has arrived, `pipeline.py` after parsing. Calls: `load.py`, `turns.py`,
+`metrics.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded,
 from slatewise.ranking.load import Load, Running
 from slatewise.ranking.loop_lag import LoopLag
 from slatewise.ranking.offers import Offer
+from slatewise.ranking.turns import Turns
 from slatewise.schemas import DegradedReason, ModelExit
 
 SHARES: dict[ModelExit, float] = {"set": 0.8, "point": 0.9, "dot": 0.95}  # of the limit; of the last offer, all of it
-LOOP_SHARE = 0.1  # of the limit, in which a request must be parsed when the event loop is behind
+TURN_SHARE = 0.5  # of the limit, in which a request must be parsed
 HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
@@ -91,6 +93,7 @@ class Admission:
         self.in_flight = 0
         self.load = Load(threads)
         self.loop_lag = LoopLag()
+        self.turns = Turns(TURN_SHARE * limits.max_queue_s)
         self.held_until: dict[ModelExit, float] = {}  # time.perf_counter()
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
         metrics.QUEUE_LIMIT.set(limits.max_queue_s)
@@ -105,12 +108,9 @@ class Admission:
                 f"more than {self.limits.max_in_flight} requests are in flight", seconds=self.load.backlog()
             )
 
-    def check_turn(self, waited: float) -> None:
-        """Raise Overloaded if the event loop is behind and a request has waited for so many seconds to be parsed.
-
-        Parsing it would make all others late, whatever their answers are.
-        """
-        if self.loop_lag.is_behind and waited > LOOP_SHARE * self.limits.max_queue_s:
+    async def turn(self) -> None:
+        """Wait until the request may be parsed. Raises Overloaded if that took too long."""
+        if not await self.turns.wait():
             metrics.REJECTED.labels("event_loop").inc()
             raise Overloaded("more requests arrive than this server can read", seconds=self.load.backlog())
 
