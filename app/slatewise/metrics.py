@@ -104,7 +104,14 @@ CONNECTIONS_CLOSED = Counter(
 )
 DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that disconnected before the response.")
 REJECTED = Counter(
-    "slatewise_rejected_total", "Requests refused for a missing or wrong key, or for overload, by reason.", ["reason"]
+    "slatewise_rejected_total",
+    "Requests refused for a missing or wrong key, for the limits of a key, or for overload, by reason.",
+    ["reason"],
+)
+KEY_REQUESTS = Counter(
+    "slatewise_key_requests_total",
+    "Requests of the keys with a name, by `key` (the name) and `result`: admitted, or the limit that refused them.",
+    ["key", "result"],
 )
 DEGRADED = Counter(
     "slatewise_degraded_total", "Degraded responses, by reason; a response may have several reasons.", ["reason"]
@@ -226,7 +233,7 @@ STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 # Create each series at start: rate() does not see the first increase of a new series.
 for _reason in get_args(DegradedReason):
     DEGRADED.labels(_reason)
-for _reason in ("key", "in_flight", "tokens"):
+for _reason in ("key", "key_tries", "key_in_flight", "key_rate", "in_flight", "tokens"):
     REJECTED.labels(_reason)
 for _reason in (
     "address",
@@ -267,6 +274,13 @@ def show_versions(ranker: str) -> None:
         CANARY_STOPS.labels(ranker, reason)
     for result in get_args(ShadowResult):
         SHADOW_REQUESTS.labels(ranker, result)
+
+
+def show_key(name: str) -> None:
+    """Create the series of a key that has a name."""
+    if name:
+        for result in ("admitted", "in_flight", "rate"):
+            KEY_REQUESTS.labels(name, result)
 
 
 @cache

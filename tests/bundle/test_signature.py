@@ -18,6 +18,7 @@ from slatewise.bundle import sign
 from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.signature import SIGNATURE, PublicKeys, SignatureFault
+from slatewise.bundle.trust import trusted_keys
 from slatewise.cli import main as slatewise
 from slatewise.flags import read_settings
 from slatewise.settings import Settings, SettingsError
@@ -129,7 +130,7 @@ def test_text_that_is_no_public_key_is_refused(text: str, monkeypatch: pytest.Mo
         return
     monkeypatch.setenv("SLATEWISE_BUNDLE_KEYS", text)
     with pytest.raises(SettingsError, match="SLATEWISE_BUNDLE_KEYS"):
-        main.bundle_keys(read_settings({}))
+        trusted_keys(read_settings({}).bundle_keys)
 
 
 # Weights in other files
