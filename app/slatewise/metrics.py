@@ -61,6 +61,12 @@ REQUESTS = Counter(
     "Requests that ended, by status code; 499: the client disconnected.",
     ["endpoint", "ranker", "version", "variant", "code"],
 )
+FAILED = Counter(
+    "slatewise_requests_failed_total",
+    "Requests that the service failed, by status: 429, 500, 503, and 504 if the client set no deadline.",
+    ["endpoint", "code"],
+)
+FAILURES = ("429", "500", "503", "504")
 DURATION = Histogram(
     "slatewise_request_duration_seconds",
     "Time from entering the application to the response.",
@@ -274,6 +280,12 @@ def show_versions(ranker: str) -> None:
         CANARY_STOPS.labels(ranker, reason)
     for result in get_args(ShadowResult):
         SHADOW_REQUESTS.labels(ranker, result)
+
+
+def show_endpoint(endpoint: str) -> None:
+    """Create the series of a route that an alert reads."""
+    for code in FAILURES:
+        FAILED.labels(endpoint, code)
 
 
 def show_key(name: str) -> None:
