@@ -29,6 +29,7 @@ LABELS = {
     "kind",
     "size",
     "field",
+    "key",
 }  # no ids
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 KINDS: dict[type, str] = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
@@ -95,7 +96,11 @@ def test_objective_of_50_ms_is_a_bucket_edge() -> None:
         ("slatewise_stage_duration_seconds_count", "stage", STAGES),
         ("slatewise_ranking_duration_seconds_count", "size", ("up to 100", "101 to 500", "501 to 2000", "over 2000")),
         ("slatewise_degraded_total", "reason", ("deadline", "overload", "exit", "store_error")),
-        ("slatewise_rejected_total", "reason", ("key", "in_flight", "event_loop", "queue")),
+        (
+            "slatewise_rejected_total",
+            "reason",
+            ("key", "key_tries", "key_in_flight", "key_rate", "in_flight", "event_loop", "queue"),
+        ),
         ("slatewise_history_cache_total", "result", ("hit", "extended", "miss", "none")),
         (
             "slatewise_embedding_lookups_total",

@@ -9,8 +9,8 @@
                                                       UnsupportedType 415
 
 Checked before the body is read: BadRequest 400, HeadersTooSlow 408, HeadersTooLarge 431, NoPlace 503 (by
-`http/connection.py`), then Unauthorized 401; when it has arrived, NotReady 503 and Overloaded 429. Of commands to
-`/admin`: Conflict 409, Refused 422.
+`http/connection.py`), then Unauthorized 401 and TooManyRequests 429; when it has arrived, NotReady 503 and Overloaded
+429. Of commands to `/admin`: Conflict 409, Refused 422.
 
 The detail of an error is sent to the client: it names limits and never repeats values.
 
@@ -172,6 +172,17 @@ class Overloaded(RankingError):
 
     status = 429
     title = "Overloaded"
+
+    def __init__(self, detail: str, faults: tuple[Fault, ...] = (), *, seconds: float = 0.0) -> None:
+        super().__init__(detail, faults)
+        self.headers = {"Retry-After": str(max(1, ceil(seconds)))}
+
+
+class TooManyRequests(RankingError):
+    """More than a key or an address may ask, whatever the load is. seconds: until another request has a chance."""
+
+    status = 429
+    title = "Too many requests"
 
     def __init__(self, detail: str, faults: tuple[Fault, ...] = (), *, seconds: float = 0.0) -> None:
         super().__init__(detail, faults)

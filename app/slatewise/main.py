@@ -27,7 +27,7 @@ from slatewise import logs, metrics
 from slatewise.bundle.loader import Lacking, load_rankers
 from slatewise.bundle.manifest import Manifest, ManifestError
 from slatewise.bundle.ranker import Ranker
-from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.bundle.trust import trusted_keys
 from slatewise.environment import is_link_address
 from slatewise.events.histories import EmbeddedHistories, Histories
 from slatewise.events.redis_histories import RedisHistories
@@ -52,7 +52,7 @@ from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.versions import Versions
 from slatewise.ranking.watch import Watch
-from slatewise.settings import Settings, SettingsError, listed, variable
+from slatewise.settings import Settings, SettingsError, variable
 from slatewise.store.client import REPLY_BYTES, connect_async
 from slatewise.store.coverage import lacking
 from slatewise.store.lookup import EmbeddedStore, RedisStore, Store
@@ -158,7 +158,7 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
 
     async with AsyncExitStack() as stack:
         background = await stack.enter_async_context(BackgroundLoad())
-        variants, keys = settings.chosen_variants(), bundle_keys(settings)
+        variants, keys = settings.chosen_variants(), trusted_keys(settings.bundle_keys)
         needs = Needs(settings.bundles, threads, variants, keys, lacking_vectors, read_pointers)
         versions = Versions(pipeline, background, needs)
         stack.push_async_callback(versions.close)
@@ -187,7 +187,7 @@ def build_app(settings: Settings, rankers: dict[str, Ranker]) -> FastAPI:
 def load(settings: Settings) -> dict[str, Ranker]:
     """Load the rankers that can be served, by name. Raises ManifestError if no ranker can be served."""
     begin = time.perf_counter()
-    keys = bundle_keys(settings)
+    keys = trusted_keys(settings.bundle_keys)
     try:
         threads = settings.threads or cpu_quota()
         rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), keys, lacking_at_start(settings))
@@ -199,14 +199,6 @@ def load(settings: Settings) -> dict[str, Ranker]:
         metrics.MODEL_LOAD.labels(ranker.name).set(time.perf_counter() - begin)
         log.info("serving %s version %d, variants %s", ranker.name, ranker.manifest.version, ", ".join(ranker.engines))
     return rankers
-
-
-def bundle_keys(settings: Settings) -> PublicKeys:
-    """Return the keys whose bundles are loaded. Raises SettingsError."""
-    try:
-        return PublicKeys(listed(settings.bundle_keys))
-    except SignatureFault as error:
-        raise SettingsError([f"SLATEWISE_BUNDLE_KEYS (--bundle-keys): {error}"]) from None
 
 
 def lacking_at_start(settings: Settings) -> Lacking:

@@ -61,6 +61,12 @@ REQUESTS = Counter(
     "Requests that ended, by status code; 499: the client disconnected.",
     ["endpoint", "ranker", "version", "variant", "code"],
 )
+FAILED = Counter(
+    "slatewise_requests_failed_total",
+    "Requests that the service failed, by status: 429, 500, 503, and 504 if the client set no deadline.",
+    ["endpoint", "code"],
+)
+FAILURES = ("429", "500", "503", "504")
 DURATION = Histogram(
     "slatewise_request_duration_seconds",
     "Time from entering the application to the response.",
@@ -107,7 +113,14 @@ CONNECTIONS_CLOSED = Counter(
 )
 DISCONNECTS = Counter("slatewise_client_disconnects_total", "Clients that disconnected before the response.")
 REJECTED = Counter(
-    "slatewise_rejected_total", "Requests refused for a missing or wrong key, or for overload, by reason.", ["reason"]
+    "slatewise_rejected_total",
+    "Requests refused for a missing or wrong key, for the limits of a key, or for overload, by reason.",
+    ["reason"],
+)
+KEY_REQUESTS = Counter(
+    "slatewise_key_requests_total",
+    "Requests of the keys with a name, by `key` (the name) and `result`: admitted, or the limit that refused them.",
+    ["key", "result"],
 )
 DEGRADED = Counter(
     "slatewise_degraded_total", "Degraded responses, by reason; a response may have several reasons.", ["reason"]
@@ -229,7 +242,7 @@ STAGES_BY_NAME = {stage: STAGE.labels(stage) for stage in STAGES}
 # Create each series at start: rate() does not see the first increase of a new series.
 for _reason in get_args(DegradedReason):
     DEGRADED.labels(_reason)
-for _reason in ("key", "in_flight", "event_loop", "queue"):
+for _reason in ("key", "key_tries", "key_in_flight", "key_rate", "in_flight", "event_loop", "queue"):
     REJECTED.labels(_reason)
 for _reason in (
     "address",
@@ -270,6 +283,19 @@ def show_versions(ranker: str) -> None:
         CANARY_STOPS.labels(ranker, reason)
     for result in get_args(ShadowResult):
         SHADOW_REQUESTS.labels(ranker, result)
+
+
+def show_endpoint(endpoint: str) -> None:
+    """Create the series of a route that an alert reads."""
+    for code in FAILURES:
+        FAILED.labels(endpoint, code)
+
+
+def show_key(name: str) -> None:
+    """Create the series of a key that has a name."""
+    if name:
+        for result in ("admitted", "in_flight", "rate"):
+            KEY_REQUESTS.labels(name, result)
 
 
 @cache

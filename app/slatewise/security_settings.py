@@ -22,7 +22,27 @@ class SecuritySettings(BaseModel):
     api_keys_file: str = Field(
         "",
         description="File with further keys, one a line, read again when it changes; `#` begins a comment. A key may "
-        "be given as `sha256:` and its digest.",
+        "be given as `sha256:` and its digest, and limits may follow it.",
+    )
+    key_max_in_flight: int = Field(
+        0,
+        ge=0,
+        description="Requests in flight of one key, above which its next ones get 429, for keys whose line in "
+        "`api_keys_file` has no `in_flight`; 0: no limit.",
+    )
+    key_max_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Requests a second of one key, above which its next ones get 429, for keys whose line in "
+        "`api_keys_file` has no `rate`; 0: no limit.",
+    )
+    most_important_priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="Most important priority of requests without a key, and of keys whose line in `api_keys_file` has "
+        "no `priority`; a smaller number in a request is raised to it. -100: clients may choose any.",
     )
     metrics_key: SecretStr = Field(
         SecretStr(""),

@@ -6,7 +6,6 @@ Called by: `boards/`. Calls: nothing.
 from __future__ import annotations
 
 RANKED = 'variant!=""'  # ranked by the model; refusals and the input order are quick and would hide slow rankings
-FAILED = 'code=~"429|500|503"'  # as in deploy/prometheus/rules.yml
 LOOKUPS = 'result!~"corrupt|mismatched"'  # one result for each look-up; these two come in addition to it
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import onnx
+import polars
 import pytest
 
 from slatewise import main
@@ -18,8 +19,10 @@ from slatewise.bundle import sign
 from slatewise.bundle.loader import load_bundle, load_rankers
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.signature import SIGNATURE, PublicKeys, SignatureFault
+from slatewise.bundle.trust import trusted_keys
 from slatewise.cli import main as slatewise
 from slatewise.flags import read_settings
+from slatewise.local.ranker import load as load_in_process
 from slatewise.settings import Settings, SettingsError
 from tests.conftest import DEMO, Tiny
 from tests.support.versions import command, done, publish, serving
@@ -129,7 +132,54 @@ def test_text_that_is_no_public_key_is_refused(text: str, monkeypatch: pytest.Mo
         return
     monkeypatch.setenv("SLATEWISE_BUNDLE_KEYS", text)
     with pytest.raises(SettingsError, match="SLATEWISE_BUNDLE_KEYS"):
-        main.bundle_keys(read_settings({}))
+        trusted_keys(read_settings({}).bundle_keys)
+
+
+# Commands that load a bundle themselves
+
+
+@pytest.mark.parametrize("command", ["rank", "batch", "check-bundle", "check-bundle of the root", "load"])
+def test_command_loads_only_a_signed_bundle(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    table = tmp_path / "in.parquet"
+    polars.DataFrame({"user": ["u", "u"], "item_id": ["1", "2"]}).write_parquet(table)
+    out = tmp_path / "out.parquet"
+    arguments = {
+        "rank": ["rank", "u", "1", "2", "--bundle", str(folder), "--variant", "fp32"],
+        "batch": ["batch", str(table), str(out), "--bundle", str(folder), "--variant", "fp32", "--workers", "1"],
+        "check-bundle": ["check-bundle", str(folder)],
+        "check-bundle of the root": ["check-bundle", str(folder.parents[1])],
+    }
+
+    def run() -> tuple[int, str]:
+        """The exit code and the error of the command, or of its equal in Python."""
+        if command in arguments:
+            code = slatewise(arguments[command])
+            return code, capfd.readouterr().err
+        try:
+            load_in_process(folder, "fp32", threads=1).close()
+        except ManifestError as error:
+            return 1, str(error)
+        return 0, ""
+
+    key = tmp_path / "key"
+    assert slatewise(["sign", "--new-key", str(key)]) == 0
+    public = capfd.readouterr().out.rpartition("SLATEWISE_BUNDLE_KEYS=")[2].strip()
+    assert run()[0] == 0, "without the setting, no signature is needed"
+    out.unlink(missing_ok=True)
+    monkeypatch.setenv("SLATEWISE_BUNDLE_KEYS", public)
+    code, error = run()
+    assert code == 1 and not out.exists()
+    assert f"{folder} is not signed: no {SIGNATURE}" in error and "SLATEWISE_BUNDLE_KEYS asks for one" in error
+    assert "Traceback" not in error
+    assert slatewise(["sign", str(key), str(folder)]) == 0
+    capfd.readouterr()
+    assert run()[0] == 0
+    monkeypatch.setenv("SLATEWISE_BUNDLE_KEYS", ",")
+    if command in arguments:
+        code, error = run()
+        assert code == 1 and "SLATEWISE_BUNDLE_KEYS: is set but contains no key" in error
 
 
 # Weights in other files

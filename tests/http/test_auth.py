@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from prometheus_client import REGISTRY
 from starlette.testclient import TestClient
 
 from slatewise.bundle.ranker import Ranker
+from slatewise.http import wrong_keys
 from slatewise.http.auth import RequireKey
 from slatewise.http.keys import Keys
 from slatewise.main import build_app
@@ -28,7 +30,11 @@ PAGES = (
 )
 
 
-def test_api_key_is_required_except_on_open_paths(tiny: Tiny, example: dict[str, Any]) -> None:
+def test_api_key_is_required_except_on_open_paths(
+    tiny: Tiny, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wrong_keys, "MOST_TRIES", 1_000)
+
     def refused() -> float:
         return REGISTRY.get_sample_value("slatewise_rejected_total", {"reason": "key"}) or 0.0
 

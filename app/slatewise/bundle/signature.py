@@ -46,7 +46,8 @@ class PublicKeys:
         try:
             signature = (folder / SIGNATURE).read_bytes()
         except OSError as error:
-            raise SignatureFault(f"is not signed: no {SIGNATURE} ({error.strerror})") from None
+            reason = f"is not signed: no {SIGNATURE} ({error.strerror})"
+            raise SignatureFault(f"{reason}, and SLATEWISE_BUNDLE_KEYS asks for one") from None
         for key in self.keys:
             try:
                 return key.verify(signature, manifest)

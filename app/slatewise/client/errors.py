@@ -158,6 +158,12 @@ class Overloaded(SlatewiseError):
     slug = "overloaded"
 
 
+class TooManyRequests(Overloaded):
+    """More requests than the operator allows this key, or too many wrong keys from this address."""
+
+    slug = "too-many-requests"
+
+
 class NotReady(SlatewiseError):
     status = 503
     slug = "not-ready"
@@ -221,6 +227,7 @@ OF_THE_SERVER: tuple[type[SlatewiseError], ...] = (
     Conflict,
     Refused,
     Overloaded,
+    TooManyRequests,
     NotReady,
     OverloadedUndegraded,
     StoreFault,

@@ -215,7 +215,7 @@ def keys(settings: Settings) -> Line:
     except KeysError as error:
         return Line("keys", "fail", str(error))
     if known:
-        return Line("keys", "ok", f"{len(known.digests)} API keys")
+        return Line("keys", "ok", f"{len(known)} API keys")
     if settings.host in ("127.0.0.1", "::1", "localhost"):
         return Line("keys", "ok", f"none, and the server listens on {settings.host} alone")
     return Line(

@@ -2,7 +2,7 @@
 
 Without the setting `SLATEWISE_ADMIN_KEY` no path below `/admin` exists, and the OpenAPI document does not show one.
 
-Called by: `app.py`. Calls: `ranking/versions.py`, `events.py` (to read a body).
+Called by: `app.py`. Calls: `ranking/versions.py`, `events.py` (to read a body), `wrong_keys.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import ValidationError
 
-from slatewise import metrics
-from slatewise.errors import NotFound, NotReady, Unauthorized
+from slatewise.errors import NotFound, NotReady
 from slatewise.http.auth import given_key
 from slatewise.http.events import body_of, read_json
 from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS, schema_error
+from slatewise.http.wrong_keys import WrongKeys
 from slatewise.ranking.versions import Action, Command, Versions
 from slatewise.version_schemas import RolloutBody, VersionBody, VersionState, VersionStates
 
@@ -36,24 +36,24 @@ ACTIONS: dict[Action, str] = {
     "shadow": "Let both versions rank a share of the requests, and compare them. Clients do not see it.",
 }
 FAULTS: dict[int | str, dict[str, Any]] = {
-    status: PROBLEMS[status] for status in (400, 401, 404, 408, 409, 413, 415, 422, 500, 503)
+    status: PROBLEMS[status] for status in (400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503)
 }
 KEY: dict[str, Any] = {"security": [{"admin": []}]}
 
 
-def admin_routes(key: str) -> APIRouter:
+def admin_routes(key: str, wrong_keys: WrongKeys) -> APIRouter:
     """Return the routes. A request without `key` gets 401 before its body is read."""
     known = key.encode()
 
     async def require_admin_key(request: Request) -> None:
-        given = given_key(request.headers.get("authorization", ""), request.url.path).encode("latin-1")
-        if not hmac.compare_digest(given, known):
-            metrics.REJECTED.labels("key").inc()
-            raise Unauthorized("an `Authorization: Bearer` header with the admin key is needed")
+        given = given_key(request.headers.get("authorization", ""), request.url.path)
+        if not hmac.compare_digest(given.encode("latin-1"), known):
+            detail = "an `Authorization: Bearer` header with the admin key is needed"
+            raise wrong_keys.refusal(request.scope.get("client"), given, detail)
 
     routes = APIRouter(prefix="/admin", dependencies=[Depends(require_admin_key)])
 
-    @routes.get("/rankers", responses={s: PROBLEMS[s] for s in (401, 503)}, openapi_extra=KEY)
+    @routes.get("/rankers", responses={s: PROBLEMS[s] for s in (401, 429, 503)}, openapi_extra=KEY)
     async def list_versions(request: Request) -> VersionStates:
         """List the versions of each ranker: served, loaded beside it, pinned, stopped, and the latest load."""
         versions = served_versions(request)

@@ -39,6 +39,7 @@ from slatewise.http.request_log import open_request_log
 from slatewise.http.reread import Watched, following, look
 from slatewise.http.telemetry import fastapi_telemetry, open_tracing
 from slatewise.http.whole_bodies import WholeBodies
+from slatewise.http.wrong_keys import WrongKeys
 from slatewise.ranking.pipeline import Pipeline
 from slatewise.ranking.versions import Versions
 from slatewise.settings import Settings
@@ -58,9 +59,17 @@ def create_app(
     open_paths = OPEN_PATHS + (PAGE_PATHS if settings.open_pages else ())
     seen = look((settings.api_keys_file,))
     keys, metrics_keys = open_keys(settings)
+    wrong_keys = WrongKeys()
     middleware = [  # outermost first
         *allow_origins(settings.origins()),
-        Middleware(RequireKey, keys=keys, routes=ROUTES, open_paths=open_paths, metrics_keys=metrics_keys),
+        Middleware(
+            RequireKey,
+            keys=keys,
+            routes=ROUTES,
+            open_paths=open_paths,
+            metrics_keys=metrics_keys,
+            wrong_keys=wrong_keys,
+        ),
         Middleware(
             WholeBodies, max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s
         ),  # behind the check of keys: a client without one is answered before its body is read
@@ -122,7 +131,7 @@ def create_app(
     app.include_router(model_list.routes)
     app.include_router(oip.routes)
     if admin_key := settings.admin_key.get_secret_value() if settings.versions_may_change() else "":
-        app.include_router(admin.admin_routes(admin_key))
+        app.include_router(admin.admin_routes(admin_key, wrong_keys))
     document_hot_routes(app, ROUTES.dialects)
     bodies = (*events.BODIES, *(admin.BODIES if admin_key else ()))
     complete_document(app, keys, open_paths, bodies)

@@ -1,7 +1,7 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `door.py`, `keys.py`, `problems.py` and
-`calls/aws.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `callers.py`, `wrong_keys.py`,
+`problems.py` and `calls/aws.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slatewise import metrics
-from slatewise.errors import Unauthorized
+from slatewise.errors import RankingError, TooManyRequests, Unauthorized
+from slatewise.http.callers import Caller, Limits
 from slatewise.http.calls import aws
 from slatewise.http.door import PROBES
 from slatewise.http.hot_routes import Routes
 from slatewise.http.keys import Keys
 from slatewise.http.problems import problem, request_id_of
 from slatewise.http.request_log import Outcome
+from slatewise.http.wrong_keys import WrongKeys
 from slatewise.ranking.trace import Trace
 
 METRICS_PATH = "/metrics"
@@ -28,11 +30,13 @@ OPEN_PATHS = (*PROBES, "/admin/", "/admin")
 # Open unless a setting closes them: they show no data of the rankers. A slash at the end stands for all paths below.
 PAGE_PATHS = ("/", "/page/", "/docs", "/docs/", "/openapi.json", "/static-offline-docs/")
 AWS_PATHS = ("/personalize-ranking", "/events")  # AWS clients sign these, and cannot send a bearer key
+KEY_NEEDED = "an `Authorization: Bearer` header with a valid key is needed"
 SCOPE_PARTS = 4  # date, region, service and "aws4_request", behind the access key id
 
 
 class RequireKey:
-    """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set.
+    """Middleware that refuses requests without a valid `Authorization: Bearer` key, if keys are set, and requests above
+    the limits of their key. Behind it, `scope["caller"]` is the holder of the key.
 
     The paths in `open_paths` need no key; one that ends with a slash stands for all paths below it. /metrics needs one
     of `metrics_keys`, if there are any. A refused request to one of `routes` gets the error of its dialect, and counts
@@ -40,7 +44,13 @@ class RequireKey:
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, routes: Routes, open_paths: Iterable[str], metrics_keys: Keys | None = None
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        routes: Routes,
+        open_paths: Iterable[str],
+        metrics_keys: Keys | None = None,
+        wrong_keys: WrongKeys | None = None,
     ) -> None:
         self.app = app
         self.open = frozenset(open_paths)
@@ -48,18 +58,38 @@ class RequireKey:
         self.keys = keys
         self.metrics_keys = metrics_keys
         self.routes = routes
+        self.wrong_keys = wrong_keys or WrongKeys()
+        self.anyone = Caller(Limits(priority=keys.default.priority))  # who needs no key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        keys = self.keys_of(scope["path"]) if scope["type"] == "http" else None
-        if not keys:
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         entered = time.perf_counter()
+        try:
+            caller = self.caller_of(scope)
+            caller.enter()
+        except (Unauthorized, TooManyRequests) as error:
+            return await self.refuse(error, scope, receive, send, entered)
+        try:
+            scope["caller"] = caller
+            await self.app(scope, receive, send)
+        finally:
+            caller.leave()
+
+    def caller_of(self, scope: Scope) -> Caller:
+        """Raises Unauthorized, or TooManyRequests after too many wrong keys."""
+        keys = self.keys_of(scope["path"])
+        if not keys:
+            return self.anyone
+        key = given_key(Headers(scope=scope).get("authorization", ""), scope["path"])
+        caller = keys.find(key.encode("latin-1"))  # Starlette decodes headers as Latin-1
+        if caller is None:
+            raise self.wrong_keys.refusal(scope.get("client"), key, KEY_NEEDED)
+        return caller
+
+    async def refuse(self, error: RankingError, scope: Scope, receive: Receive, send: Send, entered: float) -> None:
+        """Answer before the body is read."""
         headers = Headers(scope=scope)
-        key = given_key(headers.get("authorization", ""), scope["path"])
-        if keys.accept(key.encode("latin-1")):  # Starlette decodes headers as Latin-1
-            return await self.app(scope, receive, send)
-        error = Unauthorized("an `Authorization: Bearer` header with a valid key is needed")
-        metrics.REJECTED.labels("key").inc()
         if found := self.routes.find(scope):
             dialect = found[0]
             response = dialect.render_error(error, request_id_of(headers))

@@ -235,7 +235,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self.stays = self.cycle.keep_alive
         self.cycle.keep_alive = False  # until the body has arrived: the rest of it would be taken for a request
-        self.cycle.scope["entered"] = time.perf_counter()
+        self.cycle.scope["entered"] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
         self.cycle.transport = self.outlet  # type: ignore[assignment]  # the part of a transport that it uses
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

@@ -36,10 +36,11 @@ from slatewise.schemas import EncodeRequest, EncodeResponse, Problem, User
 
 
 class CountedRoute(APIRoute):
-    """Counts each request in `slatewise_requests_total`, by the template of the route and the status of the answer."""
+    """Counts each request, and each that failed, by the template of the route and the status of the answer."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        metrics.show_endpoint(self.path_format)
 
         async def counted(request: Request) -> Response:
             code = 500
@@ -52,6 +53,8 @@ class CountedRoute(APIRoute):
                 raise
             finally:
                 metrics.series(metrics.REQUESTS, self.path_format, "", "", "", str(code)).inc()
+                if str(code) in metrics.FAILURES:  # 504 too: no client sets a deadline here
+                    metrics.series(metrics.FAILED, self.path_format, str(code)).inc()
 
         return counted
 

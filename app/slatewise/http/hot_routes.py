@@ -1,6 +1,6 @@
 """The routes that rank: found by path, called past FastAPI, and documented in its router.
 
-Called by: `app.py` and `auth.py`. Calls: `rank.py`.
+Called by: `app.py` and `auth.py`. Calls: `rank.py`, `metrics.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from slatewise import metrics
 from slatewise.errors import NotFound
 from slatewise.http.dialect import Dialect
 from slatewise.http.rank import answer
@@ -26,6 +27,8 @@ class Routes:
 
     def __init__(self, dialects: Collection[Dialect[Any]]) -> None:
         self.dialects = dialects
+        for dialect in dialects:
+            metrics.show_endpoint(dialect.path)
         self.exact = {dialect.path: dialect for dialect in dialects if "{" not in dialect.path}
         self.patterns: list[tuple[re.Pattern[str], Dialect[Any]]] = [
             (compile_path(dialect.path)[0], dialect) for dialect in dialects if "{" in dialect.path

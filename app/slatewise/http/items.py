@@ -21,7 +21,7 @@ MOST_ITEMS = 500  # ids of one request
 MOST_FOUND = 100  # results of one search
 
 routes = APIRouter()
-RESPONSES: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 404, 422, 503)}
+RESPONSES: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 404, 422, 429, 503)}
 
 
 class Items(BaseModel):
@@ -81,7 +81,9 @@ async def find(titles: Titles, query: str, limit: int) -> list[str]:
     raise AssertionError("the search has no result")
 
 
-@routes.get("/models/{ranker}/examples", response_model=Examples, responses={s: RESPONSES[s] for s in (401, 404, 503)})
+@routes.get(
+    "/models/{ranker}/examples", response_model=Examples, responses={s: RESPONSES[s] for s in (401, 404, 429, 503)}
+)
 async def show_examples(ranker: str, request: Request) -> Examples:
     """Return requests of demo users: histories and candidates to begin with. They hold no user of your own data."""
     return Examples(

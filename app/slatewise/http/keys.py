@@ -1,6 +1,6 @@
 """API keys, from the settings and from a file that may change while the server runs. Only their SHA-256 are kept.
 
-Called by: `app.py` makes them, `auth.py` asks, `reread.py` reads the file again. Calls: `settings.py`.
+Called by: `app.py` makes them, `auth.py` asks, `reread.py` reads the file again. Calls: `callers.py`, `settings.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from slatewise import metrics
+from slatewise.http.callers import NO_LIMITS, Caller, Limits, read_limits
 from slatewise.settings import Settings, listed, variable
 
 DIGEST = "sha256:"
@@ -25,43 +27,65 @@ class KeysError(ValueError):
 class Keys:
     """The valid keys: those in `listed`, and those in the file at `path`, which `read` reads again."""
 
-    def __init__(self, listed: Iterable[str] = (), path: str = "", setting: str = "api_keys") -> None:
-        """`setting` names the source of `listed` in a fault. Raises KeysError."""
+    def __init__(
+        self, listed: Iterable[str] = (), path: str = "", setting: str = "api_keys", default: Limits = NO_LIMITS
+    ) -> None:
+        """`setting` names the source of `listed` in a fault. `default` is for keys without limits. Raises KeysError."""
         try:
             self.listed = tuple(map(digest_of, listed))
         except KeysError as error:
             raise KeysError(f"{variable(setting)}: {error}") from None
         self.path = path
-        self.digests = self.listed
+        self.default = default
+        self.callers: dict[bytes, Caller] = {}  # by digest
         self.read()
 
-    def __bool__(self) -> bool:
-        """Whether keys are needed at all."""
-        return bool(self.digests)
+    def __len__(self) -> int:
+        """Return the number of keys. Without a key, none is needed."""
+        return len(self.callers)
 
     def read(self) -> None:
-        """Take the keys of the file. Raises KeysError, and then keeps those of before."""
+        """Take the keys of the file. Raises KeysError, and then keeps those of before.
+
+        A key that stays keeps the counts of its requests.
+        """
+        limits = dict.fromkeys(self.listed, self.default)
         if self.path:
             try:
-                self.digests = (*self.listed, *read_digests(Path(self.path)))
+                limits |= read_file(Path(self.path), self.default)
             except KeysError as error:
                 raise KeysError(f"{variable('api_keys_file')}: {error}") from None
+        callers = {digest: self.callers.get(digest) or Caller(each) for digest, each in limits.items()}
+        for digest, caller in callers.items():
+            caller.limits = limits[digest]
+            metrics.show_key(caller.limits.name)
+        self.callers = callers
 
-    def accept(self, given: bytes) -> bool:
-        """Whether this is a valid key. Compares with all keys, in constant time."""
+    def find(self, given: bytes) -> Caller | None:
+        """Return the caller whose key this is, or `None`. Compares with all keys, in constant time."""
+        callers = self.callers  # another thread may replace them
         digest = hashlib.sha256(given).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return bool(given) and any(matches)
+        matches = [hmac.compare_digest(digest, known) for known in callers]
+        return callers[digest] if given and any(matches) else None
 
 
 def open_keys(settings: Settings) -> tuple[Keys, Keys]:
     """Return the API keys, and the key of /metrics. Raises KeysError."""
     of_metrics = listed(settings.metrics_key.get_secret_value())
-    return Keys(settings.keys(), settings.api_keys_file), Keys(of_metrics, setting="metrics_key")
+    keys = Keys(settings.keys(), settings.api_keys_file, default=default_limits(settings))
+    return keys, Keys(of_metrics, setting="metrics_key")
 
 
-def read_digests(path: Path) -> list[bytes]:
-    """Read a key from each line that is neither empty nor begins with `#`. Raises KeysError."""
+def default_limits(settings: Settings) -> Limits:
+    """Return the limits of a key whose line states none."""
+    return Limits(settings.key_max_in_flight, settings.key_max_rate, settings.most_important_priority)
+
+
+def read_file(path: Path, default: Limits) -> dict[bytes, Limits]:
+    """Read a key, and the limits behind it, from each line that is neither empty nor begins with `#`.
+
+    Returns the limits by digest. Raises KeysError.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -73,17 +97,21 @@ def read_digests(path: Path) -> list[bytes]:
         lines = content.decode().splitlines()
     except UnicodeDecodeError:
         raise KeysError(f"{path} is not UTF-8") from None
-    digests = []
+    found: dict[bytes, Limits] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
+        key, *words = line.split()
         try:
-            digests.append(digest_of(line))
-        except KeysError as error:
+            digest = digest_of(key)
+            limits = read_limits(words, default)
+            if found.setdefault(digest, limits) != limits:
+                raise KeysError("an earlier line has the same key with other limits")
+        except ValueError as error:
             raise KeysError(f"{path}, line {number}: {error}") from None
-    if not digests:
+    if not found:
         raise KeysError(f"{path} contains no key")
-    return digests
+    return found
 
 
 def digest_of(key: str) -> bytes:

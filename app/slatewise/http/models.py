@@ -17,7 +17,7 @@ from slatewise.schemas import Limits, ModelCard, ModelName, Models
 routes = APIRouter()
 
 
-@routes.get("/models", response_model=Models, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
+@routes.get("/models", response_model=Models, responses={s: PROBLEMS[s] for s in (401, 429, 503)})
 async def list_models(request: Request) -> Models:
     """List the rankers that are served."""
     pipeline = ready_pipeline(request.app)
@@ -26,7 +26,7 @@ async def list_models(request: Request) -> Models:
     return Models(models=[model_name(ranker, limits, versions) for ranker in pipeline.registry.serving()])
 
 
-@routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 503)})
+@routes.get("/models/{ranker}", response_model=ModelCard, responses={s: PROBLEMS[s] for s in (401, 404, 429, 503)})
 async def show_model(ranker: str, request: Request) -> ModelCard:
     """Describe one ranker: limits, heads, quality and latency of its variants, and an example request."""
     pipeline = ready_pipeline(request.app)

@@ -40,7 +40,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
         413: "The body is too long, as sent or inflated.",
         415: "The body's type or coding is not supported.",
         422: "A member is missing, unknown or outside its limits: `errors[].pointer` says which.",
-        429: "Overloaded: try again after `Retry-After` seconds.",
+        429: "Overloaded, or above a limit of the key: try again after `Retry-After` seconds.",
         431: "The headers are too large.",
         500: "The model failed on this request.",
         503: "Not ready, too many connections, or overloaded and `allow_degraded` is false.",

@@ -50,6 +50,7 @@ class Exchange:
         self.ranking: Ranking | None = None  # set together with the code 200
         self.given_id: str | None = None  # id of a request that could not be parsed
         self.code = 500
+        self.error: RankingError | None = None
         self.refusal = "internal-error"  # slug of the error; empty for a ranking
 
     def request_id(self) -> str:
@@ -63,8 +64,15 @@ class Exchange:
         """Render an error in the dialect of the request, and note it as the outcome."""
         response = self.dialect.render_error(error, self.request_id())
         self.code = response.status_code
+        self.error = error
         self.refusal = error.slug
         return response
+
+    def failed(self) -> str:
+        """Return the native status if the service failed, or an empty text. Who sets a deadline may miss it."""
+        code = str(self.code if self.error is None else self.error.status)
+        is_own = code == "504" and self.parsed is not None and bool(self.parsed.deadline_ms)
+        return code if code in metrics.FAILURES and not is_own else ""
 
     def record(self) -> None:
         """Count the request, and log and capture it if it is selected."""
@@ -78,6 +86,8 @@ class Exchange:
             context = state.tracing.context(span)
         exemplar = context.ids() if context is not None and context.sampled else None
         labels = count(self.dialect.path, self.code, seconds, self.trace, exemplar)
+        if failure := self.failed():
+            metrics.series(metrics.FAILED, self.dialect.path, failure).inc()
         degraded: tuple[str, ...] = ()
         if self.parsed is not None and self.ranking is not None:
             degraded = tuple(sorted(self.ranking.degraded))
@@ -126,12 +136,14 @@ async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) 
     dialect = exchange.dialect
     trace = exchange.trace
     body = await read_admitted(request, pipeline.admission, dialect.any_type)
+    trace.timings.lap("parse")
     await pipeline.admission.turn()
+    trace.timings.lap("queue")
     if not dialect.is_binary:
         check_counts(body, pipeline.admission.limits.max_values)
     incoming = Incoming(body, request.headers, path, pipeline.registry, pipeline.admission.limits)
     parsed, call = dialect.parse(incoming)
-    parsed = exchange.parsed = with_headers(parsed, request.headers)
+    parsed = exchange.parsed = request.scope["caller"].bounded(with_headers(parsed, request.headers))
     trace.timings.lap("parse")
     ranking = await while_connected(request, pipeline.rank(parsed, trace))
     response = dialect.render(parsed, call, ranking, trace.timings)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import ManifestError, bundle_folder
 from slatewise.bundle.ranker import Ranker
+from slatewise.bundle.trust import keys_of_environment
 from slatewise.client.body import Members, Options, rank_body, to_json
 from slatewise.client.errors import SlatewiseError, from_problem
 from slatewise.client.results import Ranking
@@ -37,11 +38,13 @@ def load(path: str | Path = "movielens", variant: str | None = None, *, threads:
 
     path: a bundle, a ranker's folder (its newest version), or the name of a ranker in the default folder of bundles,
     such as the demo "movielens". variant: the only one to load; default: all, as the server does. threads: that run the
-    model; 0: the CPU quota. Raises ManifestError.
+    model; 0: the CPU quota. If the variable SLATEWISE_BUNDLE_KEYS is set, one of its keys must have signed the bundle.
+    Raises ManifestError, or SettingsError for wrong keys.
     """
+    keys = keys_of_environment()
     folder = find_bundle(path)
     count = threads or cpu_quota()
-    return LocalRanker(load_bundle(folder, count, () if variant is None else (variant,)), count)
+    return LocalRanker(load_bundle(folder, count, () if variant is None else (variant,), keys), count)
 
 
 def find_bundle(path: str | Path) -> Path:

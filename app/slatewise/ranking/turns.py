@@ -31,7 +31,7 @@ class Turns:
             self.left -= 1
             self.schedule()
             return True
-        turn = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.waiting.append((time.perf_counter(), turn))
         self.schedule()
         return await turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploy.grafana.objectives import OBJECTIVE_SECONDS
 from deploy.grafana.panels import Panel, graph, heat
-from deploy.grafana.promql import FAILED, RANKED, quantile, quantiles, rate, share
+from deploy.grafana.promql import RANKED, quantile, quantiles, rate, share
 
 LATENCY: list[Panel] = [
     graph(
@@ -88,12 +88,12 @@ LATENCY: list[Panel] = [
     ),
     graph(
         "Failed by endpoint",
-        "Share of the requests of each route that were answered 429, 500 or 503.",
+        "Share of the requests of each route that the service failed (429, 500, 503, and 504 by its own deadline).",
         "percentunit",
         (
             "{{endpoint}}",
             share(
-                rate("slatewise_requests_total", "endpoint", FAILED),
+                rate("slatewise_requests_failed_total", "endpoint"),
                 rate("slatewise_requests_total", "endpoint"),
             ),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploy.grafana.objectives import FAILED_OBJECTIVE, OBJECTIVE_SECONDS, SLOW_OBJECTIVE
 from deploy.grafana.panels import Panel, graph, number, states
-from deploy.grafana.promql import FAILED, RANKED, quantile, quantiles, rate, series, share
+from deploy.grafana.promql import RANKED, quantile, quantiles, rate, series, share
 
 DEGRADED = 'reason=~"deadline|overload|store_error"'
 
@@ -19,7 +19,7 @@ OVERVIEW: list[Panel] = [
     ),
     number(
         "Failed in the last hour",
-        "Share of requests answered 429, 500 or 503 over all replicas, last hour; objective: 0.1 %. Is it healthy?",
+        "Share of requests that the service failed, all replicas, last hour; the objective is 0.1 %. Is it healthy?",
         "percentunit",
         "{{job}}",
         "job:slatewise_requests_failed:ratio_rate1h",
@@ -69,9 +69,9 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Failed requests",
-        "Share of requests answered 429, 500 or 503; the line is the objective. Are requests failing?",
+        "Share of requests that the service failed; the line is the objective. Are requests failing?",
         "percentunit",
-        ("failed", share(rate("slatewise_requests_total", where=FAILED), rate("slatewise_requests_total"))),
+        ("failed", share(rate("slatewise_requests_failed_total"), rate("slatewise_requests_total"))),
         line=FAILED_OBJECTIVE,
     ),
     graph(
@@ -100,7 +100,7 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Saturation",
-        "Use of the fullest replica, relative to its limits: threads, requests in flight, predicted wait, memory, open files.",
+        "Use of the fullest replica, relative to its limits: threads, requests in flight, wait, memory, open files.",
         "percentunit",
         (
             "processor",
@@ -124,7 +124,7 @@ OVERVIEW: list[Panel] = [
     ),
     graph(
         "Refused by reason",
-        "key: invalid key. in_flight, event_loop, queue: too much load, before or after parsing. Are requests refused?",
+        "key: wrong. key_in_flight, key_rate: above its limit. Others: too much load. Are requests refused?",
         "reqps",
         ("{{reason}}", rate("slatewise_rejected_total", "reason")),
         stacked=True,

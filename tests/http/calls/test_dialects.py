@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from starlette.datastructures import Headers
 
 from slatewise.bundle.loader import load_rankers
+from slatewise.http import wrong_keys
 from slatewise.http.app import ROUTES
 from slatewise.http.calls.aws import AwsAnswer, AwsError
 from slatewise.http.calls.cohere import CohereAnswer, CohereError
@@ -66,6 +67,12 @@ CALLS = {
     f"/v2/models/{MODEL}/versions/5/infer": (oip, InferAnswer, OipError),
 }
 EVERY_CALL = pytest.mark.parametrize("path", CALLS)
+
+
+@pytest.fixture(autouse=True)
+def many_wrong_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of this file send more of them within seconds than one address may."""
+    monkeypatch.setattr(wrong_keys, "MOST_TRIES", 1_000)
 
 
 def scores_by_id(path: str, answer: Any, ids: list[str]) -> list[tuple[str, float]]:

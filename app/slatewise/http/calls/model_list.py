@@ -44,7 +44,7 @@ class ModelList(TypedDict):
 routes = APIRouter()
 
 
-@routes.get("/v1/models", response_model=ModelList, responses={401: PROBLEMS[401], 503: PROBLEMS[503]})
+@routes.get("/v1/models", response_model=ModelList, responses={s: PROBLEMS[s] for s in (401, 429, 503)})
 async def list_models_as_openai(request: Request) -> ModelList:
     """List the rankers with their limits, for clients of OpenAI (`data`) and Cohere (`models`)."""
     pipeline = ready_pipeline(request.app)

@@ -286,10 +286,10 @@ class ModelHealth(TypedDict):
 
 
 routes = APIRouter()
-OF_A_MODEL: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 404, 503)}
+OF_A_MODEL: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 404, 429, 503)}
 
 
-@routes.get("/v2", response_model=ServerMetadata, responses={401: PROBLEMS[401]})
+@routes.get("/v2", response_model=ServerMetadata, responses={s: PROBLEMS[s] for s in (401, 429)})
 async def server_metadata() -> ServerMetadata:
     """Name the server, by the Open Inference Protocol."""
     return {"name": "slatewise", "version": VERSION, "extensions": ["binary_tensor_data"]}
