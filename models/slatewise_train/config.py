@@ -329,6 +329,6 @@ def read_model_config(toml: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"[model] family = {as_toml(family)}: must be text in quotes")
     model = ModelConfig(family, shape)
     checked_table(families.find(family).config, shape, "model", {"items", "actions", "fields", "numeric", "heads"})
-    if "width" in shape:  # a width that is chosen later fits the other sizes
+    if shape.keys() & {"width", "decoder_blocks"}:  # a width that is chosen later fits the other sizes
         model.sized(items=3, actions=1, fields={}, numeric=0, heads=1)
     return model

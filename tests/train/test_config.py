@@ -102,6 +102,7 @@ def test_wrong_name_or_table_is_refused_in_one_line(tmp_path: Path, text: str, m
         ("split", "max_bad_share = nan", "must be a number from 0 to 1"),
         ("split", 'kind = "random"', 'must be one of "leave-one-out", "time"'),
         ("model", "blocks = 0", "must be a whole number from 1 to 100"),
+        ("model", "decoder_blocks = -1", "must be a whole number from 0 to 100"),
         ("model", "meta_size = 0", "must be a whole number from 1 to 8_192"),
         ("model", "width = -8", "must be a whole number from 1 to 8_192"),
         ("model", "dropout = 1.0", "must be a number from 0 to 0.9"),
@@ -137,6 +138,7 @@ def test_value_outside_its_range_is_refused(tmp_path: Path, table: str, line: st
         ("[split]\nkind = 'time'\ntest_from = 10:00:00", "[split] test_from = 10:00:00: must be a number"),
         ("[heads.a]\nkind = 'next'\nweight = 0", "[heads] all weights are 0"),
         ("[model]\nwidth = 8\nattention_heads = 3", "attention_heads = 3 must divide width = 8"),
+        ("[model]\nblocks = 2\ndecoder_blocks = 3", "decoder_blocks = 3 must not be more than blocks = 2"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -52,6 +52,7 @@ def make_model(attention_heads: int = 2, set_blocks: int = 1, **shape: int) -> L
 
 
 MODEL = make_model()
+SHALLOW = make_model(blocks=3, decoder_blocks=1)  # for candidates
 
 
 def draw_events(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,9 +179,10 @@ def test_order_of_events_changes_the_user_vector() -> None:
     assert (encode(items, actions, gaps)[1][0, -1] - encode(swapped, actions, gaps)[1][0, -1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("model", [MODEL, SHALLOW], ids=["all", "last"])
 @given(n=st.integers(1, 40), length=st.integers(0, 20), data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_point_score_does_not_depend_on_other_candidates(n: int, length: int, data: st.DataObject) -> None:
+def test_point_score_does_not_depend_on_other_candidates(model: Ligr, n: int, length: int, data: st.DataObject) -> None:
     changed = data.draw(st.integers(0, n - 1))
     torch.manual_seed(n)
     vectors = torch.randn(1, n, 8)
@@ -190,12 +192,52 @@ def test_point_score_does_not_depend_on_other_candidates(n: int, length: int, da
     others[0, changed] = torch.randn(8)
     other_numeric[0, changed] = torch.nan
     one, other = (
-        MODEL.point_logits(point_hidden(v, f, length)).detach()
+        model.point_logits(point_hidden(v, f, length, model)).detach()
         for v, f in ((vectors, numeric), (others, other_numeric))
     )
     rest = torch.arange(n) != changed
     torch.testing.assert_close(one[:, rest], other[:, rest], rtol=0, atol=2e-6)
     assert (one[:, changed] - other[:, changed]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("decoder_blocks", [1, 2, 3])
+def test_candidates_pass_the_last_blocks_of_the_history(decoder_blocks: int) -> None:
+    model = make_model(blocks=3, decoder_blocks=decoder_blocks)
+    state, _ = encode(*draw_events(9), model)
+    vectors, fused = torch.randn(2, 1, 5, 8)
+    position = torch.tensor([10])
+    with torch.no_grad():
+        found = model.hidden(vectors, state, position, None, fused)
+        expected = vectors
+        for k in range(3 - decoder_blocks, 3):
+            expected = model.blocks[k](expected, *state[k], position, None)
+        torch.testing.assert_close(found, expected + fused, rtol=0, atol=0)
+        for k in range(3):
+            other = [(key + (i == k), value + (i == k)) for i, (key, value) in enumerate(state)]
+            changed = (model.hidden(vectors, other, position, None, fused) - found).abs().max() > 1e-4
+            assert changed == (k >= 3 - decoder_blocks), "the blocks before these are not read"
+
+
+def test_as_many_decoder_blocks_as_blocks_are_the_model_without_them() -> None:
+    without = make_model(blocks=3)
+    stated = make_model(blocks=3, decoder_blocks=3)
+    assert (
+        without.state_dict().keys()
+        == stated.state_dict().keys()
+        == make_model(blocks=3, decoder_blocks=1).state_dict().keys()
+    )
+    vectors, numeric = torch.randn(1, 5, 8), torch.randn(1, 5, NUMERIC)
+    assert torch.equal(point_hidden(vectors, numeric, 6, without), point_hidden(vectors, numeric, 6, stated))
+
+
+def test_decoder_blocks_keep_the_identity_of_older_checkpoints() -> None:
+    config = LigrConfig(9, 4, {"genre": 3}, 2, 1, width=8, dropout=0.5)
+    text = (
+        "LigrConfig(items=9, actions=4, fields={'genre': 3}, numeric=2, heads=1, width=8, blocks=2, attention_heads=1, "
+        "set_blocks=1, feed_forward=4, meta_size=16, dropout=0.5, field_dropout=0.0, key_heads=0, key_size=0)"
+    )
+    assert repr(config) == repr(replace(config, decoder_blocks=2)) == text
+    assert repr(replace(config, decoder_blocks=1)) == text.replace("blocks=2,", "blocks=2, decoder_blocks=1,")
 
 
 @given(n=st.integers(1, 40), set_blocks=st.integers(0, 2))

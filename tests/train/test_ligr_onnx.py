@@ -29,7 +29,7 @@ ACTIONS = 5
 WIDTH = 8
 META = 3
 LONGEST = 130
-ATTENTION = {  # of heads, by name
+FORMS = {  # of attention and of the candidates' blocks, by name
     "one": {"attention_heads": 1},
     "two": {"attention_heads": 2},
     "grouped": {
@@ -37,8 +37,9 @@ ATTENTION = {  # of heads, by name
         "key_heads": 1,
         "key_size": 2,
     },  # query heads share keys and values, and are half as wide
+    "shallow": {"attention_heads": 2, "decoder_blocks": 1},  # candidates pass the last block alone
 }
-SHAPES = [(heads, set_blocks, numeric) for heads in ATTENTION for set_blocks in (0, 1, 2) for numeric in (0, 2)]
+SHAPES = [(form, set_blocks, numeric) for form in FORMS for set_blocks in (0, 1, 2) for numeric in (0, 2)]
 HEAD_WEIGHTS = (1.0, -0.4)
 Shape = tuple[str, int, int]
 Built = dict[Shape, tuple[Ligr, dict[str, onnx.ModelProto], Engine]]
@@ -52,7 +53,7 @@ def graphs_of(model: Ligr) -> LigrGraphs:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Rankers of every shape with random weights, as torch models, graphs and engines."""
     result = {}
-    for heads, set_blocks, numeric in SHAPES:
+    for form, set_blocks, numeric in SHAPES:
         torch.manual_seed(set_blocks + numeric)
         config = LigrConfig(
             ITEMS,
@@ -64,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
             blocks=2,
             set_blocks=set_blocks,
             meta_size=META,
-            **ATTENTION[heads],
+            **FORMS[form],
         )
         values = torch.randint(0, 4, (ITEMS, 2))
         model = Ligr(config, {"genre": values}, torch.full((numeric,), 2.0), torch.full((numeric,), 1.5)).eval()
@@ -76,7 +77,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         folder = tmp_path_factory.mktemp("graphs")
         for name, graph in graphs.items():
             onnx.save(graph, folder / f"{name}.onnx")
-        result[heads, set_blocks, numeric] = (
+        result[form, set_blocks, numeric] = (
             model,
             graphs,
             Engine(folder, model.item_table().detach().numpy(), exits, 1),
@@ -269,15 +270,16 @@ def test_dense_layer_is_one_gemm_with_its_bias(built: Built, ranks: dict[Shape, 
     model = built[shape][0]
     layers = dense_layers(model)
     own = {name for name in layers if name.startswith("blocks.")}
-    keys_values = {name for name in own if name.endswith((".key", ".value"))}
+    first = model.config.first_decoder_block
+    read = {name for name in own if int(name.split(".")[1]) >= first and not name.endswith((".key", ".value"))}
     of_set = {name for name in layers if name.startswith("set_")} if shape[1] else set()
     of_point = {name for name in layers if name.startswith(("point_", "fusion."))}
     expected = {
         "encode": Counter(own),
         "dot": Counter(),
-        "point": Counter(own - keys_values | of_point),
+        "point": Counter(read | of_point),
         "set": Counter(of_set),
-        "rank": Counter(own) + Counter(own - keys_values) + Counter(of_point | of_set),
+        "rank": Counter(own) + Counter(read) + Counter(of_point | of_set),
     }
     assert own | of_set | of_point == layers - ({"set_out"} if not shape[1] else set()), "no layer is left out"
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -319,7 +321,8 @@ def test_graphs_have_no_transpose_identity_or_unused_node(built: Built, ranks: d
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_one_operator_without_mask(built: Built, ranks: dict[Shape, Any], shape: Shape) -> None:
-    blocks = {"encode": 2, "dot": 0, "point": 2, "set": shape[1], "rank": 4 + shape[1]}
+    read = 2 - built[shape][0].config.first_decoder_block
+    blocks = {"encode": 2, "dot": 0, "point": read, "set": shape[1], "rank": 2 + read + shape[1]}
     for name, graph in every_graph(built, ranks, shape).items():
         operators = [node.op_type for node in graph.graph.node]
         assert operators.count("Attention") == blocks[name]

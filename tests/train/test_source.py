@@ -72,6 +72,7 @@ def test_graphs_rebuilt_from_the_demo_give_the_same_scores(tmp_path: Path) -> No
         {"set_blocks": 0},
         {"blocks": 1, "attention_heads": 1, "feed_forward": 2},
         {"key_heads": 2, "key_size": 2},
+        {"decoder_blocks": 1},
         {"meta_size": 0},
     ],
     ids=str,

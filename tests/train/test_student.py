@@ -100,6 +100,23 @@ def test_shrink_takes_evenly_spaced_blocks() -> None:
         torch.testing.assert_close(student.blocks[k].up.weight, teacher.blocks[original].up.weight)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "shape", "expected"),
+    [
+        ({}, {"decoder_blocks": 1}, (4, 1)),
+        ({}, {"blocks": 2}, (2, 2)),
+        ({"decoder_blocks": 1}, {"feed_forward": 2}, (4, 1)),
+        ({"decoder_blocks": 3}, {"blocks": 2}, (2, 2)),
+        ({"decoder_blocks": 3}, {"blocks": 3, "decoder_blocks": 2}, (3, 2)),
+    ],
+)
+def test_student_has_at_most_the_decoder_blocks_of_its_teacher(
+    teacher: dict[str, int], shape: dict[str, int], expected: tuple[int, int]
+) -> None:
+    config = shrink(make_teacher(**teacher), shape).config
+    assert (config.blocks, config.blocks - config.first_decoder_block) == expected
+
+
 def test_shrink_copies_hidden_units_of_largest_norm() -> None:
     teacher = make_teacher(blocks=1)
     with torch.no_grad():
@@ -123,6 +140,8 @@ def test_regroup_selects_the_frequencies_of_a_smaller_head() -> None:
         ({"width": 8}, "has its teacher's width"),
         ({"blocks": 5}, "blocks = 4"),
         ({"blocks": 0}, "blocks = 4"),
+        ({"decoder_blocks": 5}, "decoder_blocks = 4"),
+        ({"blocks": 1, "decoder_blocks": 2}, "must not be more than blocks = 1"),
         ({"key_size": 16}, "key_size = 8"),
         ({"key_size": 3}, "must be even"),
         ({"key_heads": 3}, "key_heads = 2"),

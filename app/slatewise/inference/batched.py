@@ -85,7 +85,7 @@ def point(
     }
     if candidates.numeric.shape[1]:
         feeds["numeric"] = alike(candidates.numeric, rows)
-    for i in range(engine.blocks):
+    for i in engine.decoder_blocks:
         feeds[f"key_{i}"] = states.keys[i]
         feeds[f"value_{i}"] = states.values[i]
     out = engine.run("point", feeds, multi_threaded)

@@ -92,6 +92,8 @@ class Engine:
             raise EngineLoadError(f"{folder}encode.onnx has no fixed width for {', '.join(unknown)}")
         nothing = {name: np.zeros((1, 0, width), np.float32) for name, width in past.items()}
         self.blocks = len(nothing) // 2
+        read = {i.name for i in self.sessions["point"].get_inputs()} if "point" in self.sessions else set()
+        self.decoder_blocks = [i for i in range(self.blocks) if f"key_{i}" in read]  # those that candidates read
         start = History(np.array([START_ITEM]), np.array([UNKNOWN_ACTION]), np.array([GAP_MISSING]))
         keys, values = (tuple(nothing[f"past_{part}_{i}"] for i in range(self.blocks)) for part in ("key", "value"))
         nowhere = HistoryState(keys, values, np.zeros((1, 0), np.float32))
@@ -170,7 +172,7 @@ class Engine:
         }
         if candidates.numeric.shape[1]:
             feeds["numeric"] = pad_single_row(candidates.numeric[rows])[None]
-        for i in range(self.blocks):
+        for i in self.decoder_blocks:
             feeds[f"key_{i}"] = state.keys[i]
             feeds[f"value_{i}"] = state.values[i]
         out = self.run("point", feeds, multi_threaded)

@@ -198,7 +198,7 @@ def padding(draw: Requests) -> float:
     states = [draw.state(history) for history in histories]
     users = engine.run("encode", encode_feeds(engine, histories))["user"]
     result = worst(users, np.concatenate([state.user for state in states]))
-    feeds = point_feeds(slates, metas, states) | {"user": users}
+    feeds = point_feeds(engine, slates, metas, states) | {"user": users}
     if draw.manifest.features:
         feeds["numeric"] = pad([c.numeric for c in slates])
     batch = engine.run("point", feeds)
@@ -236,12 +236,14 @@ def encode_feeds(engine: Engine, histories: list[History]) -> dict[str, np.ndarr
     return feeds | {"length": np.array([len(h) for h in histories])}
 
 
-def point_feeds(slates: list[Candidates], metas: list[np.ndarray], states: list[HistoryState]) -> dict[str, np.ndarray]:
+def point_feeds(
+    engine: Engine, slates: list[Candidates], metas: list[np.ndarray], states: list[HistoryState]
+) -> dict[str, np.ndarray]:
     """Build the inputs of the graph `point` for a padded batch of requests, without `user` and `numeric`."""
     feeds = {"candidates": pad([c.vectors for c in slates]), "meta": np.stack(metas)}
     feeds["context"] = np.concatenate([c.context for c in slates])
     feeds["history_length"] = np.array([state.events + 1 for state in states])
-    for i in range(len(states[0].keys)):
+    for i in engine.decoder_blocks:
         feeds[f"key_{i}"] = pad([state.keys[i][0] for state in states])
         feeds[f"value_{i}"] = pad([state.values[i][0] for state in states])
     return feeds

@@ -4,8 +4,9 @@
   normalisation.
 - The history is encoded causally, with rotary positions after a learned start token. Its keys and values can therefore
   be cached and extended by new events.
-- Candidates pass through the same blocks. A candidate attends to the start token and the history. It does not attend to
-  other candidates or to itself.
+- Candidates pass through the last `decoder_blocks` of the same blocks, all of them by default. A candidate attends to
+  the start token and the history. It does not attend to other candidates or to itself. Depth of the history is paid
+  once, depth of the candidates in every request (deep encoder, shallow decoder: arXiv 2006.10369, 2508.20900).
 - Numeric features, meta-embedding and request context are added after the blocks (late fusion).
 - Set-wise blocks let the candidates of a slate attend to each other.
 
@@ -13,7 +14,7 @@ Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_stu
 defines the letters in shapes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ class LigrConfig(RankerConfig):
     """The TOML's table `[model]` and sizes that follow from the data. Raises ValueError for sizes that do not match."""
 
     width: int = number(64, least=1, most=8192)
-    blocks: int = number(2, least=1, most=100)  # shared by history and candidates
+    blocks: int = number(2, least=1, most=100)  # of the history
+    # Blocks of the candidates, which share the last blocks of the history. 0: blocks.
+    decoder_blocks: int = number(0, least=0, most=100)
     attention_heads: int = number(1, least=1, most=1024)
     set_blocks: int = number(1, least=0, most=100)
     # hidden units of a feed-forward layer, as a multiple of the width
@@ -54,6 +57,25 @@ class LigrConfig(RankerConfig):
             raise ValueError(
                 f"key_size = {self.key_size or self.value_size} must be even: rotary positions rotate pairs of numbers"
             )
+        if self.decoder_blocks > self.blocks:
+            raise ValueError(
+                f"decoder_blocks = {self.decoder_blocks} must not be more than blocks = {self.blocks}: candidates pass "
+                "the last blocks of the history"
+            )
+
+    def __repr__(self) -> str:
+        """Describe the config, without decoder_blocks if it changes nothing.
+
+        The identity of a checkpoint contains this text, so trainings from before decoder_blocks can continue.
+        """
+        same = self.first_decoder_block == 0
+        names = [field.name for field in fields(self) if not (same and field.name == "decoder_blocks")]
+        return f"LigrConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @property
+    def first_decoder_block(self) -> int:
+        """The block of the history, from 0, at which candidates begin."""
+        return self.blocks - (self.decoder_blocks or self.blocks)
 
     @property
     def value_size(self) -> int:
@@ -301,7 +323,8 @@ class Ligr(RankerModel):
         self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor
     ) -> Tensor:
         x = self.dropout(vectors)  # (B, N, d)
-        for block, (key, value) in zip(self.blocks, history, strict=True):
+        first = self.config.first_decoder_block
+        for block, (key, value) in zip(list(self.blocks)[first:], history[first:], strict=True):
             x = block(x, key, value, positions, mask)
         return x + fused
 

@@ -4,7 +4,8 @@
              -> key_<i> value_<i> (B,P+T,...), user (B,d)
     dot      candidates (B,N,d) user (B,d)                        -> probabilities (B,N,heads)
     point    candidates numeric (B,N,F) meta (B,M) context (B,4) user
-             key_<i> value_<i> (B,K,...) history_length (B,)      -> probabilities, logits, hidden (B,N,d)
+             key_<i> value_<i> (B,K,...) of the last `decoder_blocks` blocks
+             history_length (B,)                                  -> probabilities, logits, hidden (B,N,d)
     set      hidden (B,N,d) logits (B,N,heads) set_length (B,)    -> probabilities
 
 Rows of a batch are padded on the right; `length`, `history_length` and `set_length` are the lengths without padding.
@@ -51,6 +52,7 @@ class LigrGraphs(RankerGraphs):
         self.calibrations = calibrations
         self.state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         self.blocks = len(model.blocks)
+        self.first_decoder_block = model.config.first_decoder_block
         self.set_blocks = len(model.set_blocks)
         self.heads = model.config.attention_heads
         self.key_heads = model.config.key_heads or model.config.attention_heads
@@ -200,11 +202,12 @@ class LigrGraphs(RankerGraphs):
     ) -> tuple[str, Stream]:
         """Let candidates' vectors (B, N, d) attend to the first length (B,) positions of the encoded history.
 
-        Returns the logits (B, N, heads) of the exit `point`, and the hidden states.
+        state: keys and values of the candidates' blocks. Returns the logits (B, N, heads) of the exit `point`, and the
+        hidden states.
         """
         x = self.stream(g, candidates)
         position = g.op("Unsqueeze", length, g.ints(1))  # (B, 1): all candidates are at the position after the history
-        for i, (key, value) in enumerate(state):
+        for i, (key, value) in enumerate(state, start=self.first_decoder_block):
             query = self.rotate_alike(g, self.queries(g, x, f"blocks.{i}"), x.shape, position)
             x = self.block(g, x, f"blocks.{i}", self.attention(g, query, key, value, length))
         hidden = Stream(g.op("Add", x.rows, fused), x.shape)
@@ -253,10 +256,10 @@ class LigrGraphs(RankerGraphs):
         out = self.layer(g, self.norm(g, x.rows, "set_norm"), "set_out")
         return g.op("Add", logits, self.unstacked(g, out, x.shape, self.config.heads))
 
-    def state_inputs(self, g: GraphBuilder, prefix: str, length: str) -> list[tuple[str, str]]:
-        """Add graph inputs (B, length, width) for the keys and values of each block."""
+    def state_inputs(self, g: GraphBuilder, prefix: str, length: str, first: int = 0) -> list[tuple[str, str]]:
+        """Add graph inputs (B, length, width) for the keys and values of the blocks from `first` on."""
         state = []
-        for i in range(self.blocks):
+        for i in range(first, self.blocks):
             key = g.input(f"{prefix}key_{i}", ["B", length, self.config.key_width])
             state.append((key, g.input(f"{prefix}value_{i}", ["B", length, self.config.value_width])))
         return state
@@ -295,7 +298,7 @@ class LigrGraphs(RankerGraphs):
         candidates = g.input("candidates", ["B", "N", d])
         fused = self.fused(g, candidates)
         user = g.input("user", ["B", d])
-        state = self.state_inputs(g, "", "K")
+        state = self.state_inputs(g, "", "K", self.first_decoder_block)
         logits, hidden = self.read_history(g, candidates, fused, user, state, g.input("history_length", ["B"], INT))
         logits = g.output("logits", logits, ["B", "N", heads])
         g.output("hidden", g.op("Reshape", hidden.rows, hidden.shape), ["B", "N", d])
@@ -331,6 +334,7 @@ class LigrGraphs(RankerGraphs):
         length = g.op("Expand", g.op("Shape", history, start=1, end=2), g.op("Shape", history, start=0, end=1))  # (B,)
         fused = self.fused(g, candidates)
         state, user = self.write_history(g, g.op("Gather", "items", history), actions, gaps, length, [])
+        state = state[self.first_decoder_block :]
         logits, hidden = self.read_history(g, candidates, fused, user, state, length)
         if self.set_blocks:
             slate = g.op("Expand", g.op("Shape", candidates, start=1, end=2), g.op("Shape", candidates, start=0, end=1))

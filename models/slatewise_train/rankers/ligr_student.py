@@ -1,8 +1,8 @@
 """Students of the family `ligr`: smaller rankers, initialised from a larger one, the teacher.
 
 After this initialisation a student needs only a few epochs of `compression/distill.py`. A student keeps the width, the
-item table and the exits of its teacher, so both use the same bundle. It may have fewer blocks, narrower feed-forward
-layers, and fewer or smaller heads of queries, keys and values.
+item table and the exits of its teacher, so both use the same bundle. It may have fewer blocks, for the history or for
+the candidates alone, narrower feed-forward layers, and fewer or smaller heads of queries, keys and values.
 
 Called by: `families.py` (its table of families). Calls: `ligr.py`.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slatewise_train.rankers.ligr import Block, Ligr, LigrConfig
 
-SHRINKS = ("blocks", "set_blocks", "attention_heads", "key_heads", "key_size", "feed_forward")
+SHRINKS = ("blocks", "decoder_blocks", "set_blocks", "attention_heads", "key_heads", "key_size", "feed_forward")
 
 
 def half(config: LigrConfig) -> dict[str, int]:
@@ -54,6 +54,7 @@ def student_config(teacher: LigrConfig, shape: Mapping[str, int]) -> LigrConfig:
             f"a student has its teacher's {', '.join(sorted(unknown))}; it may have less of {', '.join(SHRINKS)}"
         )
     before: dict[str, Any] = {name: getattr(teacher, name) for name in SHRINKS}
+    before["decoder_blocks"] = before["decoder_blocks"] or before["blocks"]
     before["key_heads"] = before["key_heads"] or before["attention_heads"]
     before["key_size"] = before["key_size"] or teacher.value_size
     if grown := [name for name, value in shape.items() if not 1 <= value <= before[name]]:
@@ -67,7 +68,10 @@ def student_config(teacher: LigrConfig, shape: Mapping[str, int]) -> LigrConfig:
     if "attention_heads" in shape and before["key_heads"] != before["attention_heads"]:
         raise ValueError("a teacher with shared key heads keeps its attention_heads: its values cannot be separated")
     key_heads = min(before["key_heads"], shape.get("attention_heads", before["key_heads"]))
-    return dataclasses.replace(teacher, **before | {"key_heads": key_heads} | dict(shape))
+    decoder_blocks = min(before["decoder_blocks"], shape.get("blocks", before["blocks"]))
+    return dataclasses.replace(
+        teacher, **before | {"key_heads": key_heads, "decoder_blocks": decoder_blocks} | dict(shape)
+    )
 
 
 def initialise_block(block: Block, original: Block, config: LigrConfig, before: LigrConfig) -> None:
