@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from slatewise.bundle.features import (
     unknown_positions,
     window_start,
 )
-from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, GAP_FIRST, GAP_MISSING
+from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, GAP_FIRST, GAP_MISSING, Float32
 
 # quarters of a second, which floats hold exactly, so the reference can use integers
 quarters = st.integers(0, 4 * 99_999_999_999)
@@ -293,6 +294,36 @@ def test_field_text_is_split_as_a_cell_of_a_table_is() -> None:
     change, unknown = field_change(column, np.arange(7), values, vectors, 0)
     np.testing.assert_array_equal(change, [[3, 3], [3, 3], [8, 8], [3, 3], [0, 0], [3, 3], [0, 0]])
     assert unknown == 5
+
+
+def slow_field_change(
+    column: list[Any], positions: list[int], values: dict[str, int], vectors: Float32
+) -> tuple[list[Float32], int]:
+    """One candidate after the other: the mean of the known values, less the row of no value."""
+    changes, unknown = [], 0
+    for position in positions:
+        cell = column[position] if isinstance(column[position], list) else [column[position]]
+        parts: list[str] = []
+        for text in filter(None, cell):
+            parts += [text] if text in values else [p if p in values else p.strip() for p in text.split("|")]
+        known = [vectors[values[p]] for p in parts if p in values]
+        unknown += sum(bool(p) and p not in values for p in parts)
+        changes.append(np.mean(known, axis=0) - vectors[0] if known else np.zeros_like(vectors[0]))
+    return changes, unknown
+
+
+CELL = st.one_of(st.none(), st.sampled_from(["", "x", " x", "y|x", "x|z", "?", "|", "y | ?|"]))
+
+
+@given(st.lists(st.one_of(CELL, st.lists(CELL, max_size=4)), min_size=1, max_size=8), st.data())
+def test_field_change_equals_that_of_each_candidate(column: list[Any], data: st.DataObject) -> None:
+    vectors = np.array([[1, 1], [5, 1], [3, 7], [9, 8]], np.float32)
+    values = {"x": 1, "y": 2, "x|z": 3}
+    positions = data.draw(st.lists(st.integers(0, len(column) - 1), min_size=1, max_size=8))
+    changes, unknown = slow_field_change(column, positions, values, vectors)
+    found = field_change(column, np.array(positions), values, vectors, 0)
+    np.testing.assert_allclose(found[0], changes, rtol=1e-6, atol=1e-6)
+    assert found[1] == unknown
 
 
 def test_equal_unknown_values_are_counted_for_each_candidate() -> None:

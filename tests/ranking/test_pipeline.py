@@ -23,7 +23,7 @@ from slatewise.inference.engine import Engine
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.history_cache import ENTRY_OVERHEAD
 from slatewise.ranking.load import Running
-from slatewise.ranking.pipeline import Pipeline, Ranking
+from slatewise.ranking.pipeline import FEW, Pipeline, Ranking
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import MetaEmbedding
 from tests.conftest import Tiny
@@ -512,3 +512,40 @@ def test_request_alone_uses_all_threads_with_equal_scores(
     monkeypatch.undo()
     for ranking in (alone, crowded):
         assert worst(ranking, reference(ranker, request, "set")) <= BOUND
+
+
+def test_fields_of_many_candidates_give_the_scores_of_few(ranker: Ranker) -> None:
+    """A worker thread reads the fields of more than FEW candidates."""
+    field, known = next(iter(ranker.vocabulary.fields.items()))
+    n = FEW + 1
+    column = [[next(iter(known)), "?"] if k % 2 else None for k in range(n)]
+    candidates = {"item_ids": [f"new-{k}" for k in range(n)], "fields": {field: column}}
+    request = RankRequest.model_validate({"candidates": candidates, "request_time": 0, "exit": "point"})
+    ranking = run(ranker, lambda p: rank(p, request))
+    assert worst(ranking, reference(ranker, request, "point")) <= BOUND
+    assert ranking.unknown_values == {field: n // 2}
+
+
+def test_deadline_passes_while_fields_are_read(ranker: Ranker) -> None:
+    field = next(iter(ranker.vocabulary.fields))
+    candidates = {"item_ids": ["new"] * (FEW + 1), "fields": {field: ["?"] * (FEW + 1)}}
+    body = {"candidates": candidates, "deadline_ms": 200}
+
+    async def ask(pipeline: Pipeline, request: RankRequest) -> Ranking:
+        may_end = threading.Event()
+
+        def other() -> Any:
+            yield 1
+            assert may_end.wait(30)
+
+        held = pipeline.workers.submit(other())
+        try:
+            return await rank(pipeline, request)
+        finally:
+            may_end.set()
+            await held
+
+    ranking = run(ranker, lambda p: ask(p, RankRequest.model_validate(body)), threads=1)
+    assert ranking.exit == "input_order" and ranking.degraded == {"deadline"}
+    with pytest.raises(DeadlineExceeded):
+        run(ranker, lambda p: ask(p, RankRequest.model_validate(body | {"allow_degraded": False})), threads=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slatewise.ranking import turns as module
-from slatewise.ranking.turns import AT_ONCE, Turns
+from slatewise.ranking.turns import AT_ONCE, LARGE, Turns
 
 
 @given(st.integers(1, 30))
@@ -66,6 +67,14 @@ def test_late_requests_take_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     results = asyncio.run(main())
     assert len(results) == 20 and not any(results)
+
+
+@pytest.mark.parametrize(("size", "elsewhere"), [(LARGE, False), (LARGE + 1, True)])
+def test_large_bodies_are_parsed_in_a_thread(size: int, elsewhere: bool) -> None:
+    async def main() -> bool:
+        return await Turns(60.0).parse(size, threading.get_ident) != threading.get_ident()
+
+    assert asyncio.run(main()) == elsewhere
 
 
 def test_clients_that_are_gone_take_no_turn() -> None:

@@ -11,7 +11,7 @@ array types and the special rows.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -128,16 +128,27 @@ def field_change(
     vector to add is the mean of the vectors of the candidate's known values, as in training, minus row `none_row`, or 0
     without known values. Equal values are computed once. The second result is the number of unknown values.
 
-    column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`.
+    column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`, from 1 on.
     """
-    none = vectors[none_row]
     numbers: dict[Any, int] = {}
     given = [tuple(v) if isinstance(v, list) else (v,) for v in map(column.__getitem__, positions.tolist())]
     number_of = np.array([numbers.setdefault(v, len(numbers)) for v in given], np.int64)
-    rows = [[values.get(v) for v in split_values(distinct, values)] for distinct in numbers]
-    known = [[row for row in found if row is not None] for found in rows]
-    means = np.stack([vectors[r].mean(axis=0) - none if r else np.zeros_like(none) for r in known])
-    unknown = np.array([len(found) - len(r) for found, r in zip(rows, known, strict=True)])
+    cells: list[Sequence[str | None]] = list(numbers)
+    flat = list(chain.from_iterable(cells))
+    texts = list(filter(None, flat))
+    if VALUE_SEPARATOR in "".join(texts) or texts != list(map(str.strip, texts)):
+        cells = [split_values(cell, values) for cell in cells]
+        flat = list(chain.from_iterable(cells))
+    cell_of = np.repeat(np.arange(len(cells)), list(map(len, cells)))  # (F,) the cell of each single value
+    rows = rows_of(values, flat)
+    known = rows > 0
+    given_values = np.fromiter(map(bool, flat), bool, len(flat))
+    unknown = np.bincount(cell_of[given_values & ~known], minlength=len(cells))
+    means = np.zeros((len(cells), vectors.shape[1]), np.float32)
+    described, starts, counts = np.unique(cell_of[known], return_index=True, return_counts=True)
+    if len(described):
+        sums = np.add.reduceat(vectors[rows[known]], starts, axis=0)
+        means[described] = sums / counts[:, None].astype(np.float32) - vectors[none_row]
     change: Float32 = means[number_of]
     return change, int(unknown[number_of].sum())
 

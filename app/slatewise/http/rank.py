@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -142,7 +143,7 @@ async def rank(exchange: Exchange, pipeline: Pipeline, path: Mapping[str, str]) 
     if not dialect.is_binary:
         check_counts(body, pipeline.admission.limits.max_values)
     incoming = Incoming(body, request.headers, path, pipeline.registry, pipeline.admission.limits)
-    parsed, call = dialect.parse(incoming)
+    parsed, call = await pipeline.admission.turns.parse(len(body), partial(dialect.parse, incoming))
     parsed = exchange.parsed = request.scope["caller"].bounded(with_headers(parsed, request.headers))
     trace.timings.lap("parse")
     ranking = await while_connected(request, pipeline.rank(parsed, trace))

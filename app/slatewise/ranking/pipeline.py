@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
-from slatewise.bundle.ranker import Ranker, weighted_mean
+from slatewise.bundle.ranker import Ranker, Unknown, weighted_mean
 from slatewise.errors import RankingError
 from slatewise.events.histories import Histories
 from slatewise.inference.arrays import (
@@ -41,6 +42,7 @@ from slatewise.schemas import AnsweredExit, DegradedReason, Explanation, History
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
+FEW = 200  # candidates whose fields are read on the event loop
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,15 @@ class Pipeline:
         if given.fault:
             degraded.add("store_error")
         if plan.exit == "input_order":
-            unknown_ids = tuple(unknown_positions(ranker.vocabulary.items, request.candidates.item_ids))
-            trace.timings.lap("features")
-            return Ranking(ranker, n, None, unknown_ids, {}, progress.history, plan.default_meta, frozenset(degraded))
+            return unranked(plan, n, progress, degraded, trace.timings)
 
         history, late, unknown_actions = ranker.read_history(request)
         progress.history = replace(progress.history, reordered=late, unknown_actions=unknown_actions)
-        request_time = time.time() if request.request_time is None else request.request_time
-        candidates, unknown = ranker.candidates(request, request_time, plan.engine.items)
+        try:
+            candidates, unknown = await self.candidates(plan, trace.timings)
+        except TimeoutError:
+            self.admission.on_deadline(plan.deadline, request.allow_degraded)
+            return unranked(plan, n, progress, degraded | {"deadline"}, trace.timings)
         trace.timings.lap("features")
         try:
             await self.score_until_deadline(plan, history, candidates, progress, trace.timings)
@@ -176,6 +179,17 @@ class Pipeline:
     def plan(self, given: Given, ranker: Ranker, entered: float) -> Plan:
         """As `plan.make_plan`, with the parts of this pipeline."""
         return make_plan(given, ranker, entered, self.admission, self.cache)
+
+    async def candidates(self, plan: Plan, timings: Timings) -> tuple[Candidates, Unknown]:
+        """Make the arrays of the candidates: those of many with fields in a worker thread. Raises TimeoutError."""
+        request = plan.request
+        at = time.time() if request.request_time is None else request.request_time
+        make = partial(plan.ranker.candidates, request, at, plan.engine.items)
+        count = len(request.candidates.item_ids)
+        if count <= FEW or not request.candidates.fields:
+            return make()
+        async with plan.deadline.timeout():
+            return await self.run(plan, in_one_chunk(count, make), "features", timings)
 
     async def score_until_deadline(
         self, plan: Plan, history: History, candidates: Candidates, progress: Progress, timings: Timings
@@ -272,6 +286,20 @@ class Pipeline:
         """Drop the kept states of a deleted user, or with `None` those of all users."""
         keys = [cache_key(ranker, variant, user) for ranker in self.registry.loaded() for variant in ranker.engines]
         self.cache.forget(None if user is None else keys)
+
+
+def in_one_chunk(cost: int, function: Callable[[], T]) -> Chunks[T]:
+    yield cost
+    return function()
+
+
+def unranked(plan: Plan, count: int, progress: Progress, degraded: set[DegradedReason], timings: Timings) -> Ranking:
+    """Return the ranking in input order."""
+    ids = plan.request.candidates.item_ids
+    unknown = tuple(unknown_positions(plan.ranker.vocabulary.items, ids))
+    timings.lap("features")
+    reasons = frozenset(degraded)
+    return Ranking(plan.ranker, count, None, unknown, {}, progress.history, plan.default_meta, reasons)
 
 
 def weigh(plan: Plan, best: StageScores) -> Scored:

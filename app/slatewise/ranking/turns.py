@@ -12,8 +12,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
 AT_ONCE = 2
+LARGE = 100_000  # bytes of a body that is parsed in a thread
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -24,6 +29,18 @@ class Turns:
         self.waiting: deque[tuple[float, asyncio.Future[bool]]] = deque()  # (time.perf_counter() of arrival, its turn)
         self.left = AT_ONCE  # that may still be parsed in this turn
         self.is_scheduled = False
+        self.large = asyncio.Lock()
+
+    async def parse(self, size: int, function: Callable[[], T]) -> T:
+        """Call a function that parses so many bytes.
+
+        That of a large body runs in a thread, one at a time: the interpreter goes on with the event loop meanwhile,
+        unless a single call into C takes long.
+        """
+        if size <= LARGE:
+            return function()
+        async with self.large:
+            return await asyncio.to_thread(function)
 
     async def wait(self) -> bool:
         """Wait for a turn. Return whether it came in time. While few requests arrive, this does not wait at all."""
