@@ -87,7 +87,7 @@ def test_refused_request_is_logged_with_id_and_reason(client: httpx.Client, caps
     assert response.status_code == 404
     (line,) = lines
     assert (line["id"], line["code"], line["reasons"], line["endpoint"]) == ("r-1", "404", ["not-found"], "/rerank")
-    assert line["stages_ms"].keys() == {"parse"}
+    assert line["stages_ms"].keys() == {"parse", "queue"}
 
 
 def test_request_that_is_not_json_is_logged_with_the_header_id(

@@ -42,7 +42,7 @@ async def encode_ahead(pipeline: Pipeline, body: EncodeRequest, priority: int = 
         **members,
     )
     given = await pipeline.with_history(request, ranker, timings)
-    plan = pipeline.plan(given, ranker, timings.entered)
+    plan = pipeline.plan(given, ranker, timings)
     look_up = pipeline.begin_look_up(plan)
     history = ranker.history(given.request)
     reuse = pipeline.find_cached(plan, history)

@@ -127,7 +127,7 @@ class Pipeline:
         trace.ranker = ranker
         given = await self.with_history(request, ranker, trace.timings)
         request = given.request
-        plan = self.plan(given, ranker, trace.timings.entered)
+        plan = self.plan(given, ranker, trace.timings)
         n = len(request.candidates.item_ids)
         progress = Progress(HistoryUse(0, plan.dropped, 0, 0, 0, "none", given.source))
         degraded = set(plan.degraded)
@@ -176,9 +176,9 @@ class Pipeline:
         """As `given.with_history`, with the parts of this pipeline."""
         return await with_history(request, ranker, timings, self.histories, self.store, self.admission)
 
-    def plan(self, given: Given, ranker: Ranker, entered: float) -> Plan:
+    def plan(self, given: Given, ranker: Ranker, timings: Timings) -> Plan:
         """As `plan.make_plan`, with the parts of this pipeline."""
-        return make_plan(given, ranker, entered, self.admission, self.cache)
+        return make_plan(given, ranker, timings, self.admission, self.cache)
 
     async def candidates(self, plan: Plan, timings: Timings) -> tuple[Candidates, Unknown]:
         """Make the arrays of the candidates: those of many with fields in a worker thread. Raises TimeoutError."""

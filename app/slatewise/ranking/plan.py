@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise.ranking.admission import Admission, Deadline
+from slatewise.ranking.admission import Admission, Deadline, Turn
 from slatewise.ranking.explain import explanation_seconds
 from slatewise.ranking.given import Given
 from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.load import Running
 from slatewise.ranking.offers import Size, make_offers
+from slatewise.ranking.trace import Timings
 from slatewise.ranking.validation import choose
 from slatewise.schemas import AnsweredExit, DegradedReason, RankRequest
 from slatewise.store.lookup import MetaEmbedding
@@ -61,24 +62,25 @@ def cache_key(ranker: Ranker, variant: str, user: str | None) -> CacheKey:
     return *ranker.identity, variant, user
 
 
-def make_plan(given: Given, ranker: Ranker, entered: float, admission: Admission, cache: HistoryCache) -> Plan:
-    """Check and admit a request that was received at `entered`.
+def make_plan(given: Given, ranker: Ranker, timings: Timings, admission: Admission, cache: HistoryCache) -> Plan:
+    """Check and admit a request. What it has waited so far counts.
 
     Raises NotFound, Invalid, OverloadedUndegraded or DeadlineExceeded.
     """
     request = given.request
     variant, wanted = choose(request, ranker, admission.limits)
     dropped = ranker.window_start(request)
-    deadline = admission.deadline(request.deadline_ms, entered)
+    deadline = admission.deadline(request.deadline_ms, timings.entered)
     events, candidates = len(request.history.item_ids) - dropped, len(request.candidates.item_ids)
     cached = 0 if request.user is None else min(events, cache.events(cache_key(ranker, variant, request.user)))
     size = Size(events, cached, candidates, deadline.milliseconds > 0)
     offers = make_offers(ranker, variant, wanted, size, request.variant == "auto")
     explained = explanation_seconds(ranker.engines[variant], events, candidates, wanted) if request.explain else 0.0
     explain = request.explain
-    if request.allow_degraded and not admission.has_room(wanted, offers[0].seconds + explained):
+    turn = Turn(request.priority, timings.seconds.get("queue", 0.0))
+    if request.allow_degraded and not admission.has_room(wanted, offers[0].seconds + explained, turn):
         explain = False
-    admitted = admission.admit(offers, deadline, request.allow_degraded, request.priority)
+    admitted = admission.admit(offers, deadline, request.allow_degraded, turn)
     offer, degraded = admitted.offer, admitted.degraded
     explain &= offer is not None and offer.variant == variant  # the prediction is for that variant
     if request.explain and not explain:
