@@ -85,14 +85,15 @@ def measure(seconds: float) -> Row:
         begin = time.monotonic()
         mix, asked = ceiling(server, limit_time(seconds, mix_of_sizes))
         took = time.monotonic() - begin
-    number = (
-        f"{small:.0f} MB at the start, {warm:.0f} MB in {count:,} of the largest, of which {cached:.1f} MB are cached"
+    numbers = (
+        f"{small:.0f} MB at the start",
+        f"{warm:.0f} MB in {count:,} of the largest, {cached:.1f} MB of it cached histories",
+        f"{mix:.0f} MB in {asked:,} of {took:.0f} s",
     )
-    number += f" histories, {mix:.0f} MB in {asked:,} of {took:.0f} s"
     return Row(
         "R30",
         f"largest memory of a mix at most {TOLERANCE:.0%} above that of the largest requests with a full history cache",
-        f"{mix / warm - 1:+.1%}: {number}",
+        f"{mix / warm - 1:+.1%}: {', '.join(numbers)}",
         mix <= warm * (1 + TOLERANCE) and cached >= FULL * CACHE_MB,
     )
 
