@@ -57,6 +57,20 @@ COVERED = (
         ),
     ),
     Covered(
+        "R11",
+        "poison bundles (truncated, empty, huge, NaN, another digest, operator or input, links and paths that lead out): "
+        "refused, counted, and the old version serves",
+        (
+            "tests/versions/test_watch.py::test_poison_bundles_are_refused_and_the_old_one_serves",
+            "tests/versions/test_watch.py::test_refused_folder_is_tried_again_when_it_changes_only",
+            "tests/versions/test_admin.py::test_refused_version_keeps_the_old_one_and_says_why",
+            "tests/bundle/test_loader.py",
+            "tests/bundle/test_numbers.py",
+            "tests/bundle/test_served_bytes.py",
+            "tests/bundle/test_signature.py",
+        ),
+    ),
+    Covered(
         "R12",
         "64 users at once: ids equal, scores within 1e-5 of the answers alone",
         ("tests/http/test_crowd.py::test_64_users_at_once_get_their_isolated_answers",),
@@ -99,6 +113,21 @@ COVERED = (
             "tests/http/test_request_log.py::test_stalled_reader_delays_no_request_and_drops_are_counted",
             "tests/http/test_request_log.py::test_full_disk_drops_the_line_and_tries_the_next_one",
             "tests/events/test_tap.py::test_a_full_disk_costs_the_tap_alone",
+        ),
+    ),
+    Covered(
+        "R31",
+        "no code from data, pickle or torch in the server; keys in no log, compared in constant time; admin off by "
+        "default; a user without rights, a read-only root",
+        (
+            "tests/test_security.py",
+            "tests/test_imports.py::test_server_loads_nothing_of_training",
+            "tests/test_imports.py::test_server_imports_nothing_of_training",
+            "tests/http/test_keys.py",
+            "tests/http/test_secrets_in_logs.py",
+            "tests/versions/test_admin.py::test_without_its_key_nothing_of_admin_exists",
+            "tests/versions/test_admin.py::test_only_the_admin_key_opens_admin",
+            "tests/deploy/test_compose.py::test_own_image_is_built_once_and_runs_as_numeric_user",
         ),
     ),
 )

@@ -1,9 +1,11 @@
-"""R29. Memory, descriptors, threads and tasks of a server over a million requests of mixed shapes while Redis fails.
+"""R29. Memory, descriptors, threads and tasks of a server over a million requests of mixed shapes.
 
-First the same test has to fail with a server that leaks on purpose, so that its limits are known to find a leak.
+Meanwhile Redis fails and recovers, and two versions of the bundle are switched by `/admin`; each switch is a load from
+the disk. First the same test has to fail with a server that leaks on purpose, so that its limits are known to find a
+leak.
 
 Called by: `__main__.py`, and the command line: python -m loadtest.chaos.soak [--requests 1000000]. Calls: `bundle.py`,
-`traffic.py`, `watched_server.py`, `report.py`, and the fault proxy of the store's measurements.
+`traffic.py`, `watched_server.py`, `reload.py`, `report.py`, and the fault proxy of the store's measurements.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +31,19 @@ import numpy as np
 import psutil
 
 from loadtest.chaos.bundle import NAME, push_vectors, small_bundles
+from loadtest.chaos.reload import admin
 from loadtest.chaos.report import Row, conclude
 from loadtest.chaos.traffic import Deck, Traffic
 from loadtest.chaos.watched_server import LEAK, TASKS
+from loadtest.client import ask
+from loadtest.client import connect as connect_http
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from loadtest.store.faults import FAULTS, ProxyThread, proxy_thread
 from loadtest.workload import Workload
-from slatewise.settings import Settings
+from slatewise.process import CGROUP
 from slatewise.store.client import connect
 from tests.support.redis_server import run_redis
+from tests.support.versions import KEY
 
 REQUESTS = 1_000_000
 CONNECTIONS = 6
@@ -43,13 +51,19 @@ CONTROL_SHARE = 0.03  # of the requests, for the server that leaks
 LEAST_CONTROL = 6_000
 LEAST_WARM_UP = 500
 MOST_HISTORY, MOST_CANDIDATES = 160, 200
-SETTINGS = {"HISTORY_CACHE_MB": "8", "EMBEDDING_CACHE_USERS": "1000", "DRAIN_SECONDS": "0", "THREADS": "1"}
+SETTINGS = {
+    "HISTORY_CACHE_MB": "8",
+    "EMBEDDING_CACHE_USERS": "1000",
+    "DRAIN_SECONDS": "0",
+    "THREADS": "1",
+    "RELOAD": "admin",
+    "ADMIN_KEY": KEY,
+}
 SLOPE_LIMIT = 1.0  # MB in 100,000 requests, from the middle of the run on
 GROWTH_LIMIT = 0.05  # of the memory in the middle of the run
 FAULT_SECONDS = 1.5  # and as long without a fault
 SAMPLE_SECONDS = 0.5
 REST_SECONDS = 1.5
-KEPT_VERSIONS = 3
 MORE_DESCRIPTORS = 8  # connections to Redis, of which a server may have some more than before
 
 
@@ -59,12 +73,25 @@ class Sample(NamedTuple):
     descriptors: int
     threads: int
     tasks: int
+    group_mb: float = math.nan  # memory of the server's cgroup, with the page cache and whatever else is in it
 
 
 def sample(server: ServerProcess, done: int) -> Sample:
     process = psutil.Process(server.process.pid)
     tasks = int(server.get(TASKS)[1])
-    return Sample(done, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), tasks)
+    mb = process.memory_info().rss / 2**20
+    return Sample(done, mb, process.num_fds(), process.num_threads(), tasks, group_mb(server.process.pid))
+
+
+def group_mb(pid: int) -> float:
+    """Memory of the cgroup (version 2 or 1) of a process; NaN if it cannot be read."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            names = {"": f".{path}/memory.current", "memory": f"memory{path}/memory.usage_in_bytes"}
+            if kinds in names and (CGROUP / names[kinds]).exists():
+                return int((CGROUP / names[kinds]).read_text()) / 2**20
+    return math.nan
 
 
 def second_half(samples: list[Sample]) -> np.ndarray:
@@ -87,50 +114,45 @@ def growth(samples: list[Sample]) -> float:
 
 
 class Disturbances:
-    """Faults of Redis one after the other, an emptied Redis, and new versions of the bundle, until it is stopped."""
+    """Faults of Redis one after the other, each with another version and an emptied Redis, until it is stopped."""
 
     def __init__(self, bundles: Path, redis_port: int) -> None:
         self.bundles = bundles
         self.redis_port = redis_port
         self.stopping = threading.Event()
         self.done = 0
-        self.versions = itertools.count(2)
-        self.reloads = "reload" in Settings.model_fields
+        self.switches: Counter[int] = Counter()  # by status
 
     def empty(self) -> None:
         with connect(f"redis://127.0.0.1:{self.redis_port}/0") as client:
             client.flushall()
         push_vectors(self.bundles, self.redis_port)
 
-    def new_version(self) -> None:
-        """Publish the same bundle once more, under the next number, and remove the oldest one."""
-        number = next(self.versions)
-        folder = self.bundles / NAME
-        staging = self.bundles / ".next"
-        shutil.copytree(folder / "1", staging)
-        manifest = json.loads((staging / "manifest.json").read_text()) | {"version": number}
-        (staging / "manifest.json").write_text(json.dumps(manifest))
-        staging.rename(folder / str(number))
-        if number - KEPT_VERSIONS > 1:
-            shutil.rmtree(folder / str(number - KEPT_VERSIONS))
+    def switch(self, port: int) -> None:
+        """Serve the other version."""
+        connection = connect_http(port)
+        try:
+            status, _ = ask(connection, admin(f"{NAME}/switch", {"version": 2 - self.done % 2}))
+        finally:
+            connection.close()
+        self.switches[status] += 1
 
-    def work(self, proxy: ProxyThread) -> None:
+    def work(self, proxy: ProxyThread, port: int) -> None:
         for fault in itertools.cycle(list(FAULTS.values())[1:]):  # the first is "none"
             proxy.loop.call_soon_threadsafe(fault, proxy.proxy)
+            self.switch(port)
             self.stopping.wait(FAULT_SECONDS)
             proxy.heal()
             self.empty()
-            if self.reloads:
-                self.new_version()
             self.done += 1
             if self.stopping.wait(FAULT_SECONDS):
                 return
 
     @contextmanager
-    def running(self, proxy: ProxyThread) -> Iterator[None]:
-        """Raises at the end what went wrong in the thread."""
+    def running(self, proxy: ProxyThread, port: int) -> Iterator[None]:
+        """`port`: of the server. Raises at the end what went wrong in the thread."""
         with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(self.work, proxy)
+            work = pool.submit(self.work, proxy, port)
             try:
                 yield
             finally:
@@ -146,9 +168,9 @@ class Outcome(NamedTuple):
     after: Sample
     traffic: Traffic
     faults: int
+    switches: Counter[int]  # of versions, by status
     seconds: float
     cpu_seconds: float  # of the server
-    version: int  # that is served in the end
 
     @property
     def flat(self) -> bool:
@@ -173,18 +195,16 @@ def follow(server: ServerProcess, traffic: Traffic) -> list[Sample]:
 
 
 def run(requests: int, leaks: bool = False) -> Outcome:
-    """Serve, warm up without faults, then send the requests while Redis fails again and again."""
+    """Serve, warm up without faults, then send the requests while Redis fails and versions change again and again."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bundles = home / "bundles"
-        shutil.copytree(small_bundles(), bundles)
+        publish_two(bundles)
         redis_port = stack.enter_context(run_redis(home))
         proxy = stack.enter_context(proxy_thread(redis_port))
         disturbances = Disturbances(bundles, redis_port)
         push_vectors(bundles, redis_port)
         settings = SETTINGS | {"BUNDLES": str(bundles), "REDIS_URL": f"redis://127.0.0.1:{proxy.proxy.port}/0"}
-        if disturbances.reloads:
-            settings |= {"RELOAD": "poll", "RELOAD_S": "1"}
         environment = dict(os.environ) | ({LEAK: "1"} if leaks else {})
         log = home / "log"  # a line for each wrong request
         command = ("sh", "-c", f'exec "$@" >{log} 2>&1', "sh", sys.executable, "-m", "loadtest.chaos.watched_server")
@@ -195,12 +215,19 @@ def run(requests: int, leaks: bool = False) -> Outcome:
         before = at_rest(server)
         traffic = Traffic(server.port, deck, requests, CONNECTIONS)
         begin, cpu = time.monotonic(), server.cpu_seconds()
-        with disturbances.running(proxy):
+        with disturbances.running(proxy, server.port):
             samples = follow(server, traffic)
         seconds, cpu = time.monotonic() - begin, server.cpu_seconds() - cpu
         after = at_rest(server)
-        version = int(server.get("/models")[1]["models"][0]["version"])
-        return Outcome(samples, before, after, traffic, disturbances.done, seconds, cpu, version)
+        return Outcome(samples, before, after, traffic, disturbances.done, disturbances.switches, seconds, cpu)
+
+
+def publish_two(bundles: Path) -> None:
+    """Write versions 1 and 2 of the small bundle, which differ by their number."""
+    shutil.copytree(small_bundles(), bundles)
+    shutil.copytree(bundles / NAME / "1", bundles / NAME / "2")
+    manifest = bundles / NAME / "2" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
 
 
 def at_rest(server: ServerProcess) -> Sample:
@@ -238,6 +265,12 @@ def rows_of(found: Outcome, control: Outcome) -> list[Row]:
         Row("R29", "no status that the request does not allow", f"{statuses}", not found.traffic.wrong),
         Row(
             "R29",
+            "versions change while Redis fails: every switch succeeds",
+            f"{found.switches[200]:,} of {found.switches.total():,} switches",
+            set(found.switches) == {200},
+        ),
+        Row(
+            "R29",
             "a server that leaks on purpose fails the same test",
             f"{slope(control.samples):.1f} MB in 100,000 of {control.traffic.requests:,} requests",
             not control.flat,
@@ -252,15 +285,13 @@ def main() -> int:
     exit_on_sigterm()
     control = run(max(LEAST_CONTROL, int(requests * CONTROL_SHARE)), leaks=True)
     found = run(requests)
+    middle = found.samples[len(found.samples) // 2]
     notes = [
         f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, of which the server computed "
         f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. "
-        f"{found.faults} faults of Redis, each followed by an emptied Redis "
-        + (
-            f"and a new version; version {found.version} was served in the end."
-            if "reload" in Settings.model_fields
-            else "(no new versions: no such setting)."
-        )
+        f"{found.faults:,} faults of Redis, each with a switch of the version and followed by an emptied Redis. "
+        f"The cgroup with server, clients and Redis had {middle.group_mb:.0f} MB in the middle and "
+        f"{found.samples[-1].group_mb:.0f} MB at the end, with the page cache."
     ]
     notes += [f"{count} x {what}" for what, count in found.traffic.wrong.most_common(10)]
     return conclude(rows_of(found, control), "\n".join(notes))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loadtest.chaos import __main__ as chaos
-from loadtest.chaos import fast, outputs, soak
+from loadtest.chaos import fast, outputs, soak, worst_shape
 from loadtest.chaos.bundle import small_bundles
 from loadtest.chaos.report import Row, as_table, conclude, numbers_in, rows_in
 from tests.conftest import HERE
@@ -106,6 +108,16 @@ def test_a_short_soak_answers_all_and_a_leak_fails_it() -> None:
     assert not found.traffic.wrong and not found.flat
     assert found.after.threads == found.before.threads and found.after.tasks <= found.before.tasks + 8
     assert found.after.descriptors <= found.before.descriptors + soak.MORE_DESCRIPTORS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the record of the kernel is that of Linux")
+def test_a_short_peak_of_memory_is_seen_until_it_is_forgotten() -> None:
+    before = worst_shape.peak_mb(os.getpid())
+    _short = b"x" * (200 << 20)
+    del _short
+    peak = worst_shape.peak_mb(os.getpid())
+    worst_shape.forget_peak(os.getpid())
+    assert peak >= before and worst_shape.peak_mb(os.getpid()) < peak - 100
 
 
 @pytest.mark.parametrize("script", outputs.STREAMS.values(), ids=list(outputs.STREAMS))

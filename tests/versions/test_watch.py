@@ -148,6 +148,12 @@ def huge(copy: Copy) -> None:
     copy.write("items.npy", npy(table))
 
 
+def endless(copy: Copy) -> None:
+    """Two files of a terabyte, which take no place on the disk: one that is read, and one that is only checked."""
+    os.truncate(copy.folder / "report.json", 2**40)
+    os.truncate(copy.folder / "items.npy", 2**40)
+
+
 def rewritten(graph: str, change: Callable[[bytes], bytes]) -> Callable[[Copy], None]:
     return lambda copy: copy.rewrite(f"{FP32}/{graph}.onnx", change)
 
@@ -169,6 +175,7 @@ POISON: dict[str, tuple[Callable[[Copy], object], str]] = {
     "a format of the future": (lambda c: c.change_manifest(lambda m: m.update(format=9)), "format 9 is not known"),
     "no JSON": (lambda c: (c.folder / "manifest.json").write_bytes(b'{"files": {}, "x": NaN'), "manifest.json"),
     "another number": (lambda c: c.change_manifest(lambda m: m.update(version=77)), "version 77"),
+    "files larger than the memory": (endless, "is larger than the memory"),
     # Last, because it is tried again and again, and would then be the latest attempt.
     "another digest": (lambda c: (c.folder / FP32 / "set.onnx").write_bytes(b"x"), "sha256"),
 }

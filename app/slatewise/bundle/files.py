@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from slatewise.bundle.manifest import ManifestError
 from slatewise.inference.engine import Step, at_once
+from slatewise.process import memory_limit
 
 DECODE_AT_ONCE = 2**18  # characters of JSON that are decoded in one call, which lets no other thread run
 
@@ -33,12 +34,14 @@ def sha256(path: Path) -> str:
 
 
 def checked_path(folder: Path, name: str) -> Path:
-    """Raise ManifestError if a file is missing, is a symbolic link, or lies outside the bundle."""
+    """Raise ManifestError if a file is missing, is a symbolic link, lies outside the bundle, or exceeds the memory."""
     path = folder / name
     if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestError(f"{name} leads out of the bundle")
     if not path.is_file():
         raise ManifestError(f"{name} is missing")
+    if path.stat().st_size > memory_limit():  # to read it would end the process, and to compute its digest take hours
+        raise ManifestError(f"{name} is larger than the memory")
     return path
 
 
