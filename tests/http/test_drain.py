@@ -62,7 +62,9 @@ async def load_and_signal(server: ServerProcess, clients: Clients, number: int) 
 def test_signal_under_load_loses_no_request(body: dict[str, Any], number: int, pause: float) -> None:
     """Twelve clients with kept connections, during the whole drain and beyond its end."""
     content = json.dumps(body).encode()
-    with ServerProcess({"VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "0.4", "MAX_QUEUE_MS": "1000000"}) as server:
+    with ServerProcess(
+        {"VARIANTS": "fp32", "THREADS": "1", "DRAIN_SECONDS": "0.4", "MAX_QUEUE_MS": "1000000"}
+    ) as server:
         clients = Clients(server.port, b"POST /score" + HEAD, lambda _: content, 12, pause)
         tally = asyncio.run(load_and_signal(server, clients, number))
         assert server.process.wait(20) == 0
