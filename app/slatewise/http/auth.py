@@ -1,7 +1,7 @@
 """Authentication by API key.
 
-Called by: the middleware stack of `app.py`, for every route. Calls: `keys.py`, `callers.py`, `wrong_keys.py`,
-`problems.py` and `calls/aws.py`.
+Called by: the middleware stack of `app.py`, for every route. Calls: `door.py`, `keys.py`, `callers.py`,
+`wrong_keys.py`, `problems.py` and `calls/aws.py`.
 """
 
 from __future__ import annotations
