@@ -58,7 +58,7 @@ COVERED = (
     ),
     Covered(
         "R11",
-        "poison bundles (truncated, empty, huge, NaN, another digest, operator or input, links and paths that lead out): "
+        "poison bundles (truncated, empty, huge, NaN, another digest, operator or input, links and paths out): "
         "refused, counted, and the old version serves",
         (
             "tests/versions/test_watch.py::test_poison_bundles_are_refused_and_the_old_one_serves",
