@@ -5,7 +5,7 @@ To generate and check a request takes far longer than to answer it, so several p
 
 Called by: `__main__.py`, and the command line: python -m loadtest.chaos.schema [--requests 100000] [--minutes 30]
 [--seed 1]; CHAOS_MINUTES in the environment replaces the default of the minutes. Calls: Schemathesis, `bundle.py`,
-`door.py`, `report.py`, `loadtest/server_process.py`.
+`report.py`, `loadtest/server_process.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from loadtest.chaos.bundle import small_bundles
-from loadtest.chaos.door import QUIET
 from loadtest.chaos.report import Row, conclude
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from slatewise.process import available_cpus
@@ -104,9 +103,10 @@ def main() -> int:
     statuses: Counter[int] = Counter()
     faults: Counter[str] = Counter()
     operations = 0
-    settings_of_server = {"BUNDLES": str(small_bundles()), "DRAIN_SECONDS": "0"}
+    quiet = {"LOG_LEVEL": "error"}  # else each refusal is a line
+    settings_of_server = {"BUNDLES": str(small_bundles()), "DRAIN_SECONDS": "0"} | quiet
     begin = time.monotonic()
-    with ServerProcess(settings_of_server, QUIET) as server:
+    with ServerProcess(settings_of_server) as server:
         share = -(-args.requests // args.processes)
         with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
             jobs = [
