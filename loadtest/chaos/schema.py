@@ -4,12 +4,14 @@ A request with valid data may be refused: a schema cannot express equal lengths 
 To generate and check a request takes far longer than to answer it, so several processes do it.
 
 Called by: `__main__.py`, and the command line: python -m loadtest.chaos.schema [--requests 100000] [--minutes 30]
-[--seed 1]. Calls: Schemathesis, `bundle.py`, `door.py`, `report.py`, `loadtest/server_process.py`.
+[--seed 1]; CHAOS_MINUTES in the environment replaces the default of the minutes. Calls: Schemathesis, `bundle.py`,
+`report.py`, `loadtest/server_process.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -25,7 +27,6 @@ from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from loadtest.chaos.bundle import small_bundles
-from loadtest.chaos.door import QUIET
 from loadtest.chaos.report import Row, conclude
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from slatewise.process import available_cpus
@@ -89,7 +90,12 @@ def check_all(port: int, first_seed: int, number: int, until: float) -> Found:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.chaos.schema", description=__doc__)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="end after this time, whatever was sent")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float(os.environ.get("CHAOS_MINUTES", MINUTES)),
+        help="end after this time, whatever was sent",
+    )
     parser.add_argument("--processes", type=int, default=available_cpus(), help="that send requests")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     args = parser.parse_args()
@@ -97,9 +103,10 @@ def main() -> int:
     statuses: Counter[int] = Counter()
     faults: Counter[str] = Counter()
     operations = 0
-    settings_of_server = {"BUNDLES": str(small_bundles()), "DRAIN_SECONDS": "0"}
+    quiet = {"LOG_LEVEL": "error"}  # else each refusal is a line
+    settings_of_server = {"BUNDLES": str(small_bundles()), "DRAIN_SECONDS": "0"} | quiet
     begin = time.monotonic()
-    with ServerProcess(settings_of_server, QUIET) as server:
+    with ServerProcess(settings_of_server) as server:
         share = -(-args.requests // args.processes)
         with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
             jobs = [

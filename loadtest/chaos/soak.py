@@ -290,8 +290,8 @@ def main() -> int:
         f"{requests:,} requests over {CONNECTIONS} connections in {found.seconds:.0f} s, of which the server computed "
         f"{found.cpu_seconds:.0f} s. In {found.traffic.left_early:,} clients left without reading. "
         f"{found.faults:,} faults of Redis, each with a switch of the version and followed by an emptied Redis. "
-        f"The cgroup with server, clients and Redis had {middle.group_mb:.0f} MB in the middle and "
-        f"{found.samples[-1].group_mb:.0f} MB at the end, with the page cache."
+        "The cgroup of server, clients and Redis, with the page cache and all other work in it, had "
+        f"{middle.group_mb:.0f} MB in the middle and {found.samples[-1].group_mb:.0f} MB at the end."
     ]
     notes += [f"{count} x {what}" for what, count in found.traffic.wrong.most_common(10)]
     return conclude(rows_of(found, control), "\n".join(notes))
