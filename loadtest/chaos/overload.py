@@ -209,7 +209,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each step")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each step")
     parser.add_argument("--only", choices=PARTS, action="append")
     args = parser.parse_args()
     exit_on_sigterm()
