@@ -140,7 +140,7 @@ def deadlines(bench: Bench) -> list[Row]:
         many = bench.flood(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 / slow, large)
     with bench.slow_server(SLOW_MS) as server:
         threads = os.cpu_count() or 1
-        rates = [(3e3 * threads / SLOW_MS / 2, 3 * bench.seconds)]  # the first calls are those that the costs learn from
+        rates = [(3e3 * threads / SLOW_MS / 2, 3 * bench.seconds)]  # longer: the costs learn from the first calls
         held = step(server, f"calls of {SLOW_MS} ms, 50 ms, 3 x", Flood([w], rates))
         bench.steps.append(held)
         dead = dead_seconds(server) / held.seconds / threads
