@@ -173,6 +173,8 @@ def test_lone_request_tries_what_may_be_in_time() -> None:
         admission.admit(late, soon, False)
     old = offers("set", "dot", seconds=10.0, stale=True)
     assert admission.admit(old, soon, True) == Admitted(old[0])
+    assert admission.admit(old, soon, True) == Admitted(old[1], frozenset({"deadline", "exit"}))
+    assert admission.admit(old, soon, True) == Admitted(None, frozenset({"deadline"})), "each was tried just now"
     near = offers("set", seconds=4.9)  # without others no margin is needed
     assert admission.admit(near, soon, True) == Admitted(near[0])
 

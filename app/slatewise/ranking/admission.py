@@ -19,12 +19,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from slatewise import metrics
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
 from slatewise.ranking.load import Load, Running
 from slatewise.ranking.loop_lag import LoopLag
-from slatewise.ranking.offers import Offer
+from slatewise.ranking.offers import STALE_SECONDS, Offer
 from slatewise.ranking.turns import Turns
 from slatewise.schemas import DegradedReason, ModelExit
 
@@ -102,6 +103,7 @@ class Admission:
         self.load = Load(threads)
         self.loop_lag = LoopLag()
         self.turns = Turns(TURN_SHARE * limits.max_queue_s)
+        self.tried_at: dict[tuple[ModelExit, str], float] = {}  # time.perf_counter()
         self.held_until: dict[ModelExit, float] = {}  # time.perf_counter()
         metrics.IN_FLIGHT_LIMIT.set(limits.max_in_flight)
         metrics.QUEUE_LIMIT.set(limits.max_queue_s)
@@ -186,9 +188,20 @@ class Admission:
         if remaining <= 0:
             return False
         if alone:
-            return offer.stale or offer.seconds <= remaining
+            return offer.seconds <= remaining or (offer.stale and self.is_time_to_try(offer))
         duration = MARGIN * self.load.duration(offer.seconds) + self.load.slip
         return duration <= remaining and not self.load.delays(offer.seconds)
+
+    def is_time_to_try(self, offer: Offer) -> bool:
+        """Return whether an offer with an old prediction was not tried lately, and note that it is tried now.
+
+        A call that comes too late may end before the graph whose prediction is old.
+        """
+        now = time.perf_counter()
+        if now < self.tried_at.get((offer.exit, offer.variant), -inf) + STALE_SECONDS:
+            return False
+        self.tried_at[offer.exit, offer.variant] = now
+        return True
 
     def begin_work(self, running: Running) -> None:
         """Count the work of an admitted request. The caller must call `end_work` afterwards."""
