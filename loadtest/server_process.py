@@ -61,6 +61,11 @@ class RunningServer:
         finally:
             connection.close()
 
+    def sample(self, name: str) -> float:
+        """Sum of the samples in /metrics whose line begins with `name`."""
+        lines = str(self.get("/metrics")[1]).splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
 
 class ServerProcess(RunningServer):
     """A child process that serves HTTP at `port`, ready inside the `with` block. The default command is Slatewise.

@@ -178,15 +178,10 @@ class Overloaded(RankingError):
         self.headers = {"Retry-After": str(max(1, ceil(seconds)))}
 
 
-class TooManyRequests(RankingError):
+class TooManyRequests(Overloaded):
     """More than a key or an address may ask, whatever the load is. seconds: until another request has a chance."""
 
-    status = 429
     title = "Too many requests"
-
-    def __init__(self, detail: str, faults: tuple[Fault, ...] = (), *, seconds: float = 0.0) -> None:
-        super().__init__(detail, faults)
-        self.headers = {"Retry-After": str(max(1, ceil(seconds)))}
 
 
 class NotReady(RankingError):

@@ -36,6 +36,7 @@ BUCKETS = (
     1.0,
     2.5,
 )
+RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 SIZE_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
 SCORE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SIZES = (
@@ -91,7 +92,7 @@ QUEUE_LIMIT = Gauge(
 PREDICTION = Histogram(
     "slatewise_work_ratio",
     "Time in the model over the time that was predicted, by request that was ranked in full.",
-    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
+    buckets=RATIO_BUCKETS,
 )
 DEAD_SECONDS = Counter(
     "slatewise_dead_inference_seconds_total", "Time in the model that went into requests that had ended meanwhile."
@@ -230,7 +231,7 @@ SHADOW_LATENCY = Histogram(
     "slatewise_shadow_latency_ratio",
     "Time in the model of the candidate version over that of the served one, by request.",
     ["ranker"],
-    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
+    buckets=RATIO_BUCKETS,
 )
 BUILD_INFO = Gauge("slatewise_build_info", "1, with the version of the service.", ["version"])
 

@@ -118,17 +118,6 @@ def probing(port: int) -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def step(server: ServerProcess, name: str, flood: Flood) -> Step:
-    before = server.cpu_seconds()
-    with probing(server.port) as livez:
-        answers, client_cpu = send(server.port, flood)
-    spent = server.cpu_seconds() - before
-    seconds = sum(seconds for _, seconds in flood.rates)
-    found = Step(name, seconds, answers, spent, client_cpu, server.resident_mb(), livez)
-    print("overload:", *found.cells, file=sys.stderr, flush=True)
-    return found
-
-
 class Bench:
     """Requests, and the capacity for each kind of them. steps: all that were measured, for the table."""
 
@@ -136,7 +125,7 @@ class Bench:
         self.seconds = seconds
         self.workload = Workload(BUNDLES, "reference")
         self.steps: list[Step] = []
-        self.requests = self.of(SHAPE)  # unless a part needs others
+        self.requests = self.of(SHAPE)
 
     def of(self, shape: Shape, **members: object) -> list[bytes]:
         return [post("/rerank", body) for body in self.workload.distinct(shape, DIFFERENT, **members)]
@@ -159,7 +148,16 @@ class Bench:
         endless = (request for _ in iter(int, 1) for request in requests)
         return closed_loop(server.port, limit_time(CAPACITY_SECONDS, endless), 1).quantile(0.5)
 
-    def flood(self, server: ServerProcess, name: str, rate: float, requests: list[bytes]) -> Step:
-        found = step(server, name, Flood([requests], [(rate, self.seconds)]))
+    def at_rate(self, server: ServerProcess, name: str, rate: float, requests: list[bytes]) -> Step:
+        return self.flood(server, name, Flood([requests], [(rate, self.seconds)]))
+
+    def flood(self, server: ServerProcess, name: str, flood: Flood) -> Step:
+        before = server.cpu_seconds()
+        with probing(server.port) as livez:
+            answers, client_cpu = send(server.port, flood)
+        spent = server.cpu_seconds() - before
+        seconds = sum(seconds for _, seconds in flood.rates)
+        found = Step(name, seconds, answers, spent, client_cpu, server.resident_mb(), livez)
+        print("overload:", *found.cells, file=sys.stderr, flush=True)
         self.steps.append(found)
         return found

@@ -16,11 +16,11 @@ import argparse
 import os
 import sys
 
-from loadtest.chaos.bench import COLUMNS, SHAPE, Bench, step
+from loadtest.chaos.bench import COLUMNS, SHAPE, Bench
 from loadtest.chaos.flood import Flood, percentile
 from loadtest.chaos.report import Row, conclude
 from loadtest.markdown import table
-from loadtest.server_process import ServerProcess, exit_on_sigterm
+from loadtest.server_process import exit_on_sigterm
 from loadtest.workload import Shape, W
 
 LARGEST = Shape(256, 4_096)
@@ -39,15 +39,14 @@ def sweep(bench: Bench) -> list[Row]:
     with bench.server() as server:
         capacity = bench.capacity(server, bench.requests)
         steps = {
-            factor: bench.flood(server, f"{factor:g} x capacity", factor * capacity, bench.requests)
+            factor: bench.at_rate(server, f"{factor:g} x capacity", factor * capacity, bench.requests)
             for factor in FACTORS
         }
-        again = bench.flood(server, "10 x capacity, again", 10 * capacity, bench.requests)
+        again = bench.at_rate(server, "10 x capacity, again", 10 * capacity, bench.requests)
         retries = Flood([bench.requests], [(3 * capacity, bench.seconds)], retry=True)
-        retried = step(server, "3 x capacity, tried again", retries)
-        bench.steps.append(retried)
+        retried = bench.flood(server, "3 x capacity, tried again", retries)
     with bench.server(MAX_QUEUE_MS="0.001") as server:
-        nearly_all = bench.flood(server, "5 x, limit of 1 us", 5 * capacity, bench.requests)
+        nearly_all = bench.at_rate(server, "5 x, limit of 1 us", 5 * capacity, bench.requests)
     cores = os.cpu_count() or 1
     lone = cores / capacity * len(nearly_all.ranked)  # at most: a full answer takes all cores for 1 / capacity
     refusal = max(0.0, nearly_all.server_cpu - lone) / len(nearly_all.refused)
@@ -109,11 +108,10 @@ def recovery(bench: Bench) -> list[Row]:
     """R17."""
     with bench.server() as server:
         capacity = bench.capacity(server, bench.requests)
-        alone = bench.flood(server, "0.5 x, before", 0.5 * capacity, bench.requests)
+        alone = bench.at_rate(server, "0.5 x, before", 0.5 * capacity, bench.requests)
         rates = [(10 * capacity, bench.seconds), (0.5 * capacity, max(bench.seconds, 2 * RECOVERY_SECONDS))]
-        after = step(server, "10 x, then 0.5 x", Flood([bench.requests], rates))
-        queue = server.get("/metrics")[1].split("\nslatewise_queue_seconds ")[1].split()[0]
-    bench.steps.append(after)
+        after = bench.flood(server, "10 x, then 0.5 x", Flood([bench.requests], rates))
+        queue = server.sample("slatewise_queue_seconds ")
     late = [one for one in after.answers if one.due >= bench.seconds + RECOVERY_SECONDS]
     p99 = 1e3 * percentile([one.latency for one in late], 0.99)
     refused = sum(not one.is_good for one in late)
@@ -125,7 +123,7 @@ def recovery(bench: Bench) -> list[Row]:
             found,
             p99 <= 2 * alone.p(0.99) and not refused,
         ),
-        Row("R17", "no work is left", f"{queue} s", float(queue) == 0),
+        Row("R17", "no work is left", f"{queue} s", queue == 0),
     ]
 
 
@@ -135,15 +133,14 @@ def deadlines(bench: Bench) -> list[Row]:
     large = bench.of(LARGEST, deadline_ms=DEADLINE_MS)
     with bench.server() as server:
         rate = bench.capacity(server, bench.of(W))
-        at = {f: bench.flood(server, f"W, deadline 50 ms, {f:g} x", f * rate, w) for f in (0.8, 1.0, 3.0)}
+        at = {f: bench.at_rate(server, f"W, deadline 50 ms, {f:g} x", f * rate, w) for f in (0.8, 1.0, 3.0)}
         slow = bench.work(server, bench.of(LARGEST))
-        many = bench.flood(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 / slow, large)
+        many = bench.at_rate(server, f"{LARGEST.candidates} candidates, 50 ms, 3 x", 3 / slow, large)
     with bench.slow_server(SLOW_MS) as server:
         threads = os.cpu_count() or 1
         rates = [(3e3 * threads / SLOW_MS / 2, 3 * bench.seconds)]  # longer: the costs learn from the first calls
-        held = step(server, f"calls of {SLOW_MS} ms, 50 ms, 3 x", Flood([w], rates))
-        bench.steps.append(held)
-        dead = dead_seconds(server) / held.seconds / threads
+        held = bench.flood(server, f"calls of {SLOW_MS} ms, 50 ms, 3 x", Flood([w], rates))
+        dead = server.sample("slatewise_dead_inference_seconds_total ") / held.seconds / threads
     peak = max(one.goodput for one in at.values())
     found = f"{at[3.0].goodput:.0f} of {peak:.0f}/s"
     good = "W, deadline of 50 ms, 3 times capacity: at least 90 % of the peak is ranked"
@@ -156,11 +153,6 @@ def deadlines(bench: Bench) -> list[Row]:
     return [*rows, Row("R18", criterion, f"{dead:.1%}", dead <= 0.1)]
 
 
-def dead_seconds(server: ServerProcess) -> float:
-    text: str = server.get("/metrics")[1]
-    return float(text.split("\nslatewise_dead_inference_seconds_total ")[1].split()[0])
-
-
 def mixture(bench: Bench) -> list[Row]:
     """R19."""
     small, largest = bench.of(SMALL), bench.of(LARGEST, priority=LOW)
@@ -168,17 +160,16 @@ def mixture(bench: Bench) -> list[Row]:
     with bench.server() as server:
         rate = SHARE_OF_LARGE / bench.work(server, bench.of(LARGEST))
         many = rate * 19
-        alone = step(server, "small alone", Flood([small], [(many, bench.seconds)]))
-        both = step(
+        alone = bench.flood(server, "small alone", Flood([small], [(many, bench.seconds)]))
+        both = bench.flood(
             server, "5 % with 4,096 candidates", Flood([small, largest], [(many + rate, bench.seconds)], (0.95, 0.05))
         )
         capacity = bench.capacity(server, bench.requests)
-        three = step(
+        three = bench.flood(
             server,
             "3 x, half of them of priority 10",
             Flood([important, low], [(3 * capacity, bench.seconds)], (0.5, 0.5)),
         )
-    bench.steps += [alone, both, three]
     mixed = 1e3 * percentile([one.latency for one in both.ranked if one.kind == 0], 0.99)
     shed = []
     for kind in (0, 1):

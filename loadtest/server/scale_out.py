@@ -95,11 +95,6 @@ def visit(connection: http.client.HTTPConnection, user: str, body: bytes) -> tup
     return answer.status, history.get("cache", ""), history.get("used", 0)
 
 
-def sample(server: ServerProcess, name: str) -> float:
-    text = str(server.get("/metrics")[1])
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
-
-
 def hits(bundles: Path, balance: str) -> dict[str, Any]:
     """VISITS requests of each user: share of reused histories, events encoded a request, cached megabytes."""
     users = Users(bundles, 0)
@@ -108,14 +103,13 @@ def hits(bundles: Path, balance: str) -> dict[str, Any]:
         haproxy(balance, [server.port for server in servers]) as port,
         connect(port) as connection,
     ):
-        encoded = [sample(server, "slatewise_history_events_encoded_total") for server in servers]
+        encoded = [server.sample("slatewise_history_events_encoded_total") for server in servers]
         found = [visit(connection, *users.body(k)) for _ in range(VISITS) for k in order(users)]
         encoded = [
-            sample(server, "slatewise_history_events_encoded_total") - before
-            for server, before in zip(servers, encoded)
+            server.sample("slatewise_history_events_encoded_total") - before for server, before in zip(servers, encoded)
         ]
-        kept = sum(sample(server, "slatewise_history_cache_bytes") for server in servers)
-        answered = [sample(server, "slatewise_requests_total") for server in servers]
+        kept = sum(server.sample("slatewise_history_cache_bytes") for server in servers)
+        answered = [server.sample("slatewise_requests_total") for server in servers]
     assert all(status == 200 for status, _, _ in found)
     caches = Counter(cache for _, cache, _ in found)
     return {

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, RankingError, TooLarge
 from slatewise.inference.engine import Engine, EngineError
-from slatewise.ranking.admission import Admission, Admitted, Deadline, Turn
+from slatewise.ranking.admission import Admission, Admitted, Deadline, Standing
 from slatewise.ranking.load import Running
 from slatewise.ranking.offers import Offer
 from slatewise.ranking.pipeline import Pipeline, Ranking
@@ -112,9 +112,9 @@ def test_admit_under_random_loads_equals_the_rule(count: int, others: int, prior
     with working(admission, others):
         if place is None and not allow_degraded:
             with pytest.raises(OverloadedUndegraded, match="more than 100 ms"):
-                admission.admit(ALL[:count], NO_DEADLINE, False, Turn(priority))
+                admission.admit(ALL[:count], NO_DEADLINE, False, Standing(priority))
         else:
-            admitted = admission.admit(ALL[:count], NO_DEADLINE, allow_degraded, Turn(priority))
+            admitted = admission.admit(ALL[:count], NO_DEADLINE, allow_degraded, Standing(priority))
             reasons = {0: set(), 1: {"exit"}, 2: {"exit"}, 3: {"exit", "variant"}, None: set()}[place]
             overload = {"overload"} if place != 0 else set()
             assert admitted == Admitted(None if place is None else ALL[place], frozenset(reasons | overload))
@@ -140,7 +140,9 @@ def test_exit_comes_back_only_well_below_its_share(monkeypatch: pytest.MonkeyPat
 def test_time_waited_for_a_turn_is_part_of_the_wait() -> None:
     admission = Admission(request_limits(max_queue_s=0.1 + 1e-9))
     with working(admission, 5):
-        exits = [admission.admit(ALL, NO_DEADLINE, True, Turn(0, waited)).offer for waited in (0.03, 0.04, 0.05, 0.06)]
+        exits = [
+            admission.admit(ALL, NO_DEADLINE, True, Standing(0, waited)).offer for waited in (0.03, 0.04, 0.05, 0.06)
+        ]
     assert exits == [ALL[0], ALL[1], ALL[3], None]
 
 

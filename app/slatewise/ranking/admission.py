@@ -79,7 +79,7 @@ class Deadline:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Standing:
     """What decides, beside its work, how long a request may wait."""
 
     priority: int = 0
@@ -139,7 +139,9 @@ class Admission:
         reserved = min(MOST_RESERVED * milliseconds / 1e3, RENDER_SECONDS + self.loop_lag.mean)
         return Deadline(milliseconds, entered, reserved)
 
-    def admit(self, offers: Sequence[Offer], deadline: Deadline, allow_degraded: bool, turn: Turn = Turn()) -> Admitted:
+    def admit(
+        self, offers: Sequence[Offer], deadline: Deadline, allow_degraded: bool, standing: Standing = Standing()
+    ) -> Admitted:
         """Return the first offer that the load and the deadline allow.
 
         If no other request is being ranked, the load allows every offer, and an offer with an old prediction is tried
@@ -151,7 +153,7 @@ class Admission:
         reasons: set[DegradedReason] = set()
         for offer in offers if allow_degraded else offers[:1]:
             is_last = offer is offers[-1] or not allow_degraded
-            if not self.has_room(offer.exit, offer.seconds, turn, is_last):
+            if not self.has_room(offer.exit, offer.seconds, standing, is_last):
                 reasons.add("overload")
                 self.held_until[offer.exit] = time.perf_counter() + HELD_SECONDS
             elif remaining is not None and not self.in_time(offer, remaining, alone):
@@ -173,15 +175,15 @@ class Admission:
             self.on_deadline(deadline, allow_degraded)
         return Admitted(None, frozenset(reasons))
 
-    def has_room(self, exit: ModelExit, seconds: float, turn: Turn = Turn(), is_last: bool = False) -> bool:
+    def has_room(self, exit: ModelExit, seconds: float, standing: Standing = Standing(), is_last: bool = False) -> bool:
         """Return whether the wait for other requests is short enough for so much work that ends with this exit."""
         if not self.load.running:
             return True
         share = 1.0 if is_last else SHARES[exit]
         if not is_last and time.perf_counter() < self.held_until.get(exit, 0.0):
             share *= HELD_SHARE
-        share *= PRIORITY_SCALE / (PRIORITY_SCALE + max(0, turn.priority))
-        return turn.waited + self.load.wait(seconds) <= share * self.limits.max_queue_s
+        share *= PRIORITY_SCALE / (PRIORITY_SCALE + max(0, standing.priority))
+        return standing.waited + self.load.wait(seconds) <= share * self.limits.max_queue_s
 
     def in_time(self, offer: Offer, remaining: float, alone: bool) -> bool:
         """Return whether the offer is worth trying with so many seconds left."""

@@ -3,7 +3,7 @@
 The threads serve requests in turns (`inference/workers.py`), so a request waits for the others only as long as it is
 served itself: of each other one, for the work left, and at most for as much as its own work.
 
-Called by: `admission.py`, `pipeline.py`. Calls: nothing.
+Called by: `admission.py`, `plan.py`. Calls: `inference/workers.py` for a type.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@
     dot
     dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
 
-Called by: `pipeline.py`; `admission.py` chooses among them. Calls: `inference/costs.py`, `history_cache.py`.
+Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from slatewise.bundle.ranker import Ranker
@@ -46,12 +48,12 @@ class Size(NamedTuple):
 def make_offers(ranker: Ranker, variant: str, wanted: ModelExit, size: Size, any_variant: bool) -> list[Offer]:
     """Return at least one offer."""
     exits = [exit for exit in reversed(EXITS[: EXITS.index(wanted) + 1]) if exit in ranker.manifest.exits]
-    offers = [offer(ranker.engines[variant], variant, exit, size) for exit in exits]
+    offers = offers_of(ranker.engines[variant], variant, exits, size)
     if any_variant and not size.cached and len(ranker.engines) > 1:
         rows = ranker.manifest.variants
         cheapest = min(
-            (
-                offer(engine, name, exits[-1], size)
+            chain.from_iterable(
+                offers_of(engine, name, exits[-1:], size)
                 for name, engine in ranker.engines.items()
                 if rows[name].within_gate is not False
             ),
@@ -63,12 +65,15 @@ def make_offers(ranker: Ranker, variant: str, wanted: ModelExit, size: Size, any
     return offers
 
 
-def offer(engine: Engine, variant: str, exit: ModelExit, size: Size) -> Offer:
-    graphs = ["encode", exit] if exit != "set" else ["encode", "point", "set"]
-    learned_at = min(engine.costs[graph].learned_at for graph in graphs)
-    stale = learned_at < time.perf_counter() - STALE_SECONDS
+def offers_of(engine: Engine, variant: str, exits: Sequence[ModelExit], size: Size) -> list[Offer]:
     encode = encode_seconds(engine, size.events, size.cached)
-    return Offer(exit, variant, encode, score_seconds(engine, exit, size), stale)
+    old = time.perf_counter() - STALE_SECONDS
+    offers = []
+    for exit in exits:
+        graphs = ("encode", "point", "set") if exit == "set" else ("encode", exit)
+        stale = any(engine.costs[graph].learned_at < old for graph in graphs)
+        offers.append(Offer(exit, variant, encode, score_seconds(engine, exit, size), stale))
+    return offers
 
 
 def encode_seconds(engine: Engine, events: int, cached: int) -> float:

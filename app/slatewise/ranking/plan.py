@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
-from slatewise.ranking.admission import Admission, Deadline, Turn
+from slatewise.ranking.admission import Admission, Deadline, Standing
 from slatewise.ranking.explain import explanation_seconds
 from slatewise.ranking.given import Given
 from slatewise.ranking.history_cache import HistoryCache
@@ -75,12 +75,12 @@ def make_plan(given: Given, ranker: Ranker, timings: Timings, admission: Admissi
     cached = 0 if request.user is None else min(events, cache.events(cache_key(ranker, variant, request.user)))
     size = Size(events, cached, candidates, deadline.milliseconds > 0)
     offers = make_offers(ranker, variant, wanted, size, request.variant == "auto")
+    standing = Standing(request.priority, timings.seconds.get("queue", 0.0))
     explained = explanation_seconds(ranker.engines[variant], events, candidates, wanted) if request.explain else 0.0
-    explain = request.explain
-    turn = Turn(request.priority, timings.seconds.get("queue", 0.0))
-    if request.allow_degraded and not admission.has_room(wanted, offers[0].seconds + explained, turn):
-        explain = False
-    admitted = admission.admit(offers, deadline, request.allow_degraded, turn)
+    explain = request.explain and (
+        not request.allow_degraded or admission.has_room(wanted, offers[0].seconds + explained, standing)
+    )
+    admitted = admission.admit(offers, deadline, request.allow_degraded, standing)
     offer, degraded = admitted.offer, admitted.degraded
     explain &= offer is not None and offer.variant == variant  # the prediction is for that variant
     if request.explain and not explain:
