@@ -49,9 +49,9 @@ def polled(client: httpx.Client, root: Path) -> None:
     """Wait for two whole polls: a folder that each of them would try to load is rejected once in each."""
     for version in (900, 901):
         folder = root / "probe" / str(version)
+        before = rejected(client)  # before the folder is there: a poll may reject it at once, and does so once
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text('{"files": {}}')
-        before = rejected(client)
         wait_until(lambda before=before: rejected(client) > before, "a poll")
     shutil.rmtree(root / "probe")
 
