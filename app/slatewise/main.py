@@ -144,7 +144,6 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
         yield None
         return
     store = pipeline.store
-    threads = settings.threads or cpu_quota()
 
     async def lacking_vectors(served: Manifest, new: Manifest) -> str | None:
         if not isinstance(store, RedisStore):
@@ -158,7 +157,7 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
     async with AsyncExitStack() as stack:
         background = await stack.enter_async_context(BackgroundLoad())
         variants, keys = settings.chosen_variants(), bundle_keys(settings)
-        needs = Needs(settings.bundles, threads, variants, keys, lacking_vectors, read_pointers)
+        needs = Needs(settings.bundles, variants, keys, lacking_vectors, read_pointers)
         versions = Versions(pipeline, background, needs)
         stack.push_async_callback(versions.close)
         pipeline.after_answer = versions.answered
@@ -196,8 +195,7 @@ def load(settings: Settings) -> dict[str, Ranker]:
     begin = time.perf_counter()
     keys = bundle_keys(settings)
     try:
-        threads = settings.threads or cpu_quota()
-        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), keys, lacking_at_start(settings))
+        rankers = load_rankers(settings.bundles, settings.chosen_variants(), keys, lacking_at_start(settings))
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"

@@ -94,7 +94,7 @@ def test_event_deltas_of_a_small_slate_equal_reranking(ranker: Ranker, events: i
 
 @pytest.mark.parametrize("variant", ["fp32", "int8", "int8-tables8"])
 def test_event_deltas_of_each_variant_equal_reranking(variant: str) -> None:
-    ranker = load_bundle(max((DEMO / "movielens").glob("[0-9]*")), 1)
+    ranker = load_bundle(max((DEMO / "movielens").glob("[0-9]*")))
     request = draw_request(ranker, 30, 20, 5, variant=variant)
     bound = max(1e-5, *(value for value in [ranker.manifest.variants[variant].bound] if value is not None))
     assert assert_events_equal_reranking(ranker, request, 2 * bound)
@@ -339,12 +339,12 @@ def test_tokens_are_those_that_the_model_reads(
     rows = 0
     original = Engine.run
 
-    def counted(engine: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> Any:
+    def counted(engine: Engine, graph: str, feeds: dict[str, Any]) -> Any:
         nonlocal rows
         first = feeds["items"] if graph == "encode" else feeds.get("candidates", feeds.get("hidden"))
         if len(first) > 1 and graph in ("encode", "point"):
             rows += first.shape[0] * first.shape[1]
-        return original(engine, graph, feeds, multi_threaded)
+        return original(engine, graph, feeds)
 
     monkeypatch.setattr(Engine, "run", counted)
     explained(ranker, request)

@@ -25,7 +25,7 @@ def load(path: Path) -> list[Ranker]:
         folder = bundle_folder(path)
     except ManifestError:  # a root folder of bundles
         return list(load_rankers(path).values())
-    return [load_bundle(folder, 1)]
+    return [load_bundle(folder)]
 
 
 def main(argv: Sequence[str]) -> None:

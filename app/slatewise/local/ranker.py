@@ -40,8 +40,7 @@ def load(path: str | Path = "movielens", variant: str | None = None, *, threads:
     model; 0: the CPU quota. Raises ManifestError.
     """
     folder = find_bundle(path)
-    count = threads or cpu_quota()
-    return LocalRanker(load_bundle(folder, count, () if variant is None else (variant,)), count)
+    return LocalRanker(load_bundle(folder, () if variant is None else (variant,)), threads or cpu_quota())
 
 
 def find_bundle(path: str | Path) -> Path:
