@@ -81,7 +81,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def ranker(tiny: Tiny) -> Ranker:
-    return load_bundle(tiny.folder, 1)
+    return load_bundle(tiny.folder)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_keys_are_compared_by_their_digests_only() -> None:
 
 
 def test_calls_that_change_versions_are_off_by_default() -> None:
-    with TestClient(build_app(Settings(threads=1), load_rankers(DEMO, 1, ("fp32",)))) as client:
+    with TestClient(build_app(Settings(threads=1), load_rankers(DEMO, ("fp32",)))) as client:
         for path in ("/admin", "/admin/", "/admin/rankers", "/admin/rankers/movielens/load"):
             assert client.get(path).status_code == client.post(path, json={}).status_code == 404
         assert "/admin" not in client.get("/openapi.json").text

@@ -145,7 +145,6 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
         yield None
         return
     store = pipeline.store
-    threads = settings.threads or cpu_quota()
 
     async def lacking_vectors(served: Manifest, new: Manifest) -> str | None:
         if not isinstance(store, RedisStore):
@@ -159,7 +158,7 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
     async with AsyncExitStack() as stack:
         background = await stack.enter_async_context(BackgroundLoad())
         variants, keys = settings.chosen_variants(), trusted_keys(settings.bundle_keys)
-        needs = Needs(settings.bundles, threads, variants, keys, lacking_vectors, read_pointers)
+        needs = Needs(settings.bundles, variants, keys, lacking_vectors, read_pointers)
         versions = Versions(pipeline, background, needs)
         stack.push_async_callback(versions.close)
         pipeline.after_answer = versions.answered
@@ -189,8 +188,7 @@ def load(settings: Settings) -> dict[str, Ranker]:
     begin = time.perf_counter()
     keys = trusted_keys(settings.bundle_keys)
     try:
-        threads = settings.threads or cpu_quota()
-        rankers = load_rankers(settings.bundles, threads, settings.chosen_variants(), keys, lacking_at_start(settings))
+        rankers = load_rankers(settings.bundles, settings.chosen_variants(), keys, lacking_at_start(settings))
     except ManifestError as error:
         reason = " ".join(str(error).split())
         remedy = "SLATEWISE_BUNDLES (--bundles) names the folder that holds <ranker>/<version>/"

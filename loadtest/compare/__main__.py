@@ -9,8 +9,9 @@ requests to POST /score of both: for every variant and exit, each request cold (
 extended (with new events). The answers must have the same JSON text, except `id`, `version`, `timings_ms` and the
 version and age of the vector. Prints the differences, and ends with status 1 if there is one.
 
-With --speed it measures POST /rerank instead: median latency and CPU time of the server process, in rounds that send
-the same requests to A and to B in turn. Use it on an otherwise idle machine.
+With --speed it measures POST /rerank instead: latency, CPU time, page faults and memory of the server process, in
+rounds that send the same requests to A and to B in turn. Use it on an otherwise idle machine; --neighbours adds busy
+processes. It needs Linux.
 
 A server's environment is this process's without PYTHONPATH and SLATEWISE_*, plus --a-env or --b-env.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from loadtest.compare.equality import Comparison
 from loadtest.compare.requests import Card, CaseWriter
-from loadtest.compare.speed import Load, measure_rounds, report
+from loadtest.compare.speed import USERS, Load, busy_processes, measure_rounds, report
 from loadtest.server_process import RunningServer, ServerProcess, exit_on_sigterm
 from loadtest.workload import Shape, Workload
 from slatewise.process import cpu_name
@@ -57,9 +58,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=500,
         help="requests for each variant and exit, or in a round (default: %(default)s)",
     )
-    parser.add_argument("--speed", action="store_true", help="measure latency and CPU time instead of equality")
+    parser.add_argument("--speed", action="store_true", help="measure speed and memory instead of equality")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of --speed (default: %(default)s)")
     parser.add_argument("--connections", type=int, default=1, help="connections of --speed (default: %(default)s)")
+    parser.add_argument(
+        "--users", choices=USERS, default=USERS[0], help="users of --speed: half new and half grown, new, or known"
+    )
+    parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside --speed (default: none)")
     parser.add_argument("--history", type=int, default=200, help="events of --speed (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=200, help="candidates of --speed (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -96,8 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         server(args.b, args.b_folder, args.b_env) as two,
     ):
         if args.speed:
-            load = Load(Shape(args.history, args.candidates), args.requests, args.connections)
-            print(f"{cpu_name()}; {report(load, measure_rounds((one, two), workload, load, args.rounds))}")
+            load = Load(Shape(args.history, args.candidates), args.requests, args.connections, args.users)
+            with busy_processes(args.neighbours):
+                found = measure_rounds((one, two), workload, load, args.rounds)
+            print(f"{cpu_name()}, busy neighbours: {args.neighbours}; {report(load, found)}")
             return
         card = read_card(one, two, workload.folder.parent.name)
         comparison = Comparison((one.port, two.port))

@@ -59,7 +59,7 @@ def main() -> None:
         for k, (name, shape) in enumerate(SHAPES.items()):
             smaller = families.graphs(families.shrink(model, shape), identity, manifest.limits.history_used)
             write_graphs(Path(folder) / str(k), smaller.all())
-            engines[name] = Engine(Path(folder) / str(k), model.item_table().detach().numpy(), manifest.exits, 1)
+            engines[name] = Engine(Path(folder) / str(k), model.item_table().detach().numpy(), manifest.exits)
         found = measure_latency(engines, manifest)
     times = {
         name: next(row for row in latency["rows"] if (row["history"], row["candidates"]) == (200, 200))

@@ -36,9 +36,8 @@ SLATES = (200, 512, 1_024)
 def run_all(chunks: Chunks[Any]) -> Any:
     """Run all chunks in this thread, and return the generator's result."""
     try:
-        next(chunks)
         while True:
-            chunks.send(False)
+            next(chunks)
     except StopIteration as end:
         return end.value
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, default=Path("build/bundles"))
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    ranker = next(iter(load_rankers(args.bundles, 1).values()))
+    ranker = next(iter(load_rankers(args.bundles).values()))
     engine = ranker.engines[ranker.default_variant]
     meta = ranker.default_meta
     rng = np.random.default_rng(0)

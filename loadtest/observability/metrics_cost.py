@@ -83,7 +83,7 @@ def repeat_candidates(example: dict[str, Any], times: int) -> dict[str, Any]:
 
 async def measure(bundles: Path, times: int) -> tuple[float, int, float]:
     """(CPU milliseconds of a request, calls of the metrics library, their share of the CPU time)."""
-    app = build_app(Settings(bundles=bundles), load_rankers(bundles, 1, ()))
+    app = build_app(Settings(bundles=bundles), load_rankers(bundles, ()))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,

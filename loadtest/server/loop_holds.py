@@ -88,7 +88,7 @@ async def post(app: Any, body: Body) -> int:
 
 async def measure(only: str) -> list[tuple[Body, int, float]]:
     settings = Settings(bundles=BUNDLES, threads=1, variants="fp32")
-    rankers = load_rankers(settings.bundles, 1, settings.chosen_variants())
+    rankers = load_rankers(settings.bundles, settings.chosen_variants())
     app = build_app(settings, rankers)
     gc.collect()
     gc.freeze()

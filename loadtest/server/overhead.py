@@ -35,7 +35,7 @@ INPUTS = 40
 
 def engine(bundles: Path, orders: Connection) -> None:
     """Child process: receive seconds, score requests of shape W that long, send (requests, CPU seconds). 0 ends it."""
-    ranker = next(iter(load_rankers(bundles, 1).values()))
+    ranker = next(iter(load_rankers(bundles).values()))
     engine = ranker.engines[ranker.default_variant]
     requests = [RankRequest.model_validate_json(body) for body in Workload(bundles).distinct(W, INPUTS)]
     inputs = cycle([(ranker.history(r), ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])

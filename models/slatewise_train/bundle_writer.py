@@ -191,7 +191,7 @@ def write_fp32(stage: Path, manifest: Manifest, content: BundleContent, calibrat
 
 
 def open_fp32(stage: Path, manifest: Manifest) -> Engine:
-    return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits, 1)
+    return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits)
 
 
 def check_parity(
@@ -233,7 +233,7 @@ def publish(stage: Path, manifest: Manifest) -> None:
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
     path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
-    loaded = load_bundle(stage, 1)
+    loaded = load_bundle(stage)
     if loaded.refused:
         raise ManifestError(f"not served: {loaded.refused}")
 

@@ -148,7 +148,7 @@ def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray)
     draft = stage / "draft"
     identity = uncalibrated(content.exits, len(content.heads))
     write_graphs(draft, families.graphs(content.model, identity, longest_call(content.history_used)).all())
-    calibrations = fit_calibrations(Engine(draft, np.load(stage / "items.npy"), content.exits, 1), data, meta)
+    calibrations = fit_calibrations(Engine(draft, np.load(stage / "items.npy"), content.exits), data, meta)
     shutil.rmtree(draft)
     return calibrations
 

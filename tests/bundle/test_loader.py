@@ -403,17 +403,17 @@ def test_load_variant_with_other_item_file_is_refused(with_table: Copy) -> None:
 
 
 def test_load_chosen_variants_loads_only_these(with_table: Copy) -> None:
-    assert list(load_bundle(with_table.folder, 1, ("tables8", "elsewhere")).engines) == ["tables8"]
+    assert list(load_bundle(with_table.folder, ("tables8", "elsewhere")).engines) == ["tables8"]
     with pytest.raises(ManifestError, match="none of the variants elsewhere; it has fp32, tables8"):
-        load_bundle(with_table.folder, 1, ("elsewhere",))
+        load_bundle(with_table.folder, ("elsewhere",))
 
 
 def test_load_variant_missing_in_newest_loads_no_older_version(tiny: Tiny, copy: Copy) -> None:
     copy.add_variant("student")
     Copy(tiny.folder, copy.root, 2)
     with pytest.raises(ManifestError, match="none of the variants student"):
-        load_rankers(copy.root, 1, ("student",))
-    assert load_rankers(copy.root, 1, ("fp32", "student"))["tiny"].manifest.version == 2
+        load_rankers(copy.root, ("student",))
+    assert load_rankers(copy.root, ("fp32", "student"))["tiny"].manifest.version == 2
 
 
 def test_refused_default_variant_gives_fastest_within_gate(pair: Copy) -> None:
@@ -430,7 +430,7 @@ def test_refused_default_variant_gives_fastest_within_gate(pair: Copy) -> None:
 
     pair.change_manifest(change)
     assert pair.load().default_variant == "fp32"
-    assert load_bundle(pair.folder, 1, ("student",)).default_variant == "student"
+    assert load_bundle(pair.folder, ("student",)).default_variant == "student"
 
 
 GOLDEN: dict[str, Callable[[list[float]], list[float]]] = {
@@ -486,14 +486,14 @@ def test_load_all_variants_refused_names_the_reasons(copy: Copy) -> None:
 def test_load_rankers_serves_the_newest_version(tiny: Tiny, copy: Copy) -> None:
     for version in (2, 10, 9):
         Copy(tiny.folder, copy.root, version)
-    assert load_rankers(copy.root, 1)["tiny"].manifest.version == 10
+    assert load_rankers(copy.root)["tiny"].manifest.version == 10
 
 
 def test_load_rankers_newest_broken_serves_older_version(tiny: Tiny, copy: Copy) -> None:
     for version, how in ((2, "garbage"), (3, "missing"), (4, "truncated")):
         BREAKS[how](Copy(tiny.folder, copy.root, version), "encode")
     (Copy(tiny.folder, copy.root, 5).folder / "manifest.json").unlink()
-    assert load_rankers(copy.root, 1)["tiny"].manifest.version == 1
+    assert load_rankers(copy.root)["tiny"].manifest.version == 1
 
 
 def test_load_rankers_ignores_folders_that_are_no_version(tiny: Tiny, copy: Copy) -> None:
@@ -501,14 +501,14 @@ def test_load_rankers_ignores_folders_that_are_no_version(tiny: Tiny, copy: Copy
         shutil.copytree(tiny.folder, copy.root / "tiny" / name)
     (copy.root / "README.md").write_text("not a ranker")
     (copy.root / "empty").mkdir()
-    rankers = load_rankers(copy.root, 1)
+    rankers = load_rankers(copy.root)
     assert {name: r.manifest.version for name, r in rankers.items()} == {"tiny": 1}
 
 
 def test_load_rankers_with_broken_ranker_serves_the_others(tiny: Tiny, copy: Copy) -> None:
     shutil.copytree(tiny.folder, copy.root / "broken" / "1")
     (copy.root / "broken" / "1" / "items.npy").unlink()
-    assert list(load_rankers(copy.root, 1)) == ["tiny"]
+    assert list(load_rankers(copy.root)) == ["tiny"]
 
 
 @pytest.mark.parametrize("place", ["impostor/1", "tiny/7"])
@@ -516,7 +516,7 @@ def test_load_rankers_bundle_at_wrong_path_is_refused(tiny: Tiny, tmp_path: Path
     """The history cache and metrics use the manifest's name and version, so two bundles must not share them."""
     shutil.copytree(tiny.folder, tmp_path / place)
     with pytest.raises(ManifestError):
-        load_rankers(tmp_path, 1)
+        load_rankers(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_load_rankers_without_bundle_names_the_root(tmp_path: Path, prepare: Cal
     root = tmp_path / "nothing-here"
     prepare(root)
     with pytest.raises(ManifestError, match="nothing-here"):
-        load_rankers(root, 1)
+        load_rankers(root)
 
 
 # Ids, fields and events become rows

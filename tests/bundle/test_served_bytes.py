@@ -31,7 +31,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_files_that_change_while_served_change_nothing(tiny: Tiny, tmp_path: Path, how: str) -> None:
     copy = Copy(tiny.folder, tmp_path)
-    loaded = load_bundle(copy.folder, 2)
+    loaded = load_bundle(copy.folder)
     engine = loaded.engines["fp32"]
     request = RankRequest.model_validate(loaded.manifest.example)
     before = score_request(loaded, engine, request)

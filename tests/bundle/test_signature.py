@@ -50,7 +50,7 @@ def new_key(path: Path, capsys: pytest.CaptureFixture[str], *bundles: Path) -> s
 
 
 def load(folder: Path, *keys: str) -> None:
-    load_bundle(folder, 1, ("fp32",), PublicKeys(keys))
+    load_bundle(folder, ("fp32",), PublicKeys(keys))
 
 
 def test_signed_bundle_is_loaded_with_its_key(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_unsigned_bundle_is_refused_with_keys(folder: Path, tmp_path: Path, caps
     with pytest.raises(ManifestError, match=f"is not signed: no {SIGNATURE}"):
         load(folder, public)
     with pytest.raises(ManifestError, match=r"no bundle can be served.*is not signed"):
-        load_rankers(folder.parents[1], 1, ("fp32",), PublicKeys([public]))
+        load_rankers(folder.parents[1], ("fp32",), PublicKeys([public]))
     with pytest.raises(ManifestError, match="is not signed"):
         main.load(Settings(bundles=folder.parents[1], bundle_keys=public))
 
@@ -211,7 +211,7 @@ def test_graph_with_weights_in_another_file_is_refused(folder: Path, tmp_path: P
     replace(path, content)
     with_file(folder, "variants/fp32/point.onnx", content)
     with pytest.raises(ManifestError, match="xternal data"):
-        load_bundle(folder, 1, ("fp32",))
+        load_bundle(folder, ("fp32",))
 
 
 def test_unsigned_version_is_refused_also_by_a_running_server(

@@ -43,7 +43,7 @@ CALLS: dict[str, dict[str, Any] | None] = {
 @pytest.fixture(scope="module")
 def ranker() -> Ranker:
     """That of the demo: nothing here depends on what it ranks."""
-    return load_rankers(DEMO, 1, ("fp32",))["movielens"]
+    return load_rankers(DEMO, ("fp32",))["movielens"]
 
 
 def bearer(key: str) -> dict[str, str]:

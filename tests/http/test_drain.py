@@ -37,7 +37,7 @@ LEAST = 200  # answers before the signal
 
 @pytest.fixture(scope="module")
 def rankers() -> dict[str, Ranker]:
-    return load_rankers(DEMO, 1, ("fp32",))
+    return load_rankers(DEMO, ("fp32",))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ PATHS = [*(dialect.path for dialect in ROUTES.dialects), "/events", "/feedback",
 @pytest.fixture(scope="module")
 def ranker() -> Ranker:
     """That of the demo: nothing here depends on what it ranks."""
-    return load_rankers(DEMO, 1, ("fp32",))["movielens"]
+    return load_rankers(DEMO, ("fp32",))["movielens"]
 
 
 def failed(endpoint: str) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from tests.conftest import DEMO
 @pytest.fixture(scope="module")
 def ranker() -> Ranker:
     """That of the demo: nothing here depends on what it ranks."""
-    return load_rankers(DEMO, 1, ("fp32",))["movielens"]
+    return load_rankers(DEMO, ("fp32",))["movielens"]
 
 
 def digest(key: str) -> str:

@@ -64,7 +64,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.fixture(scope="module")
 def rankers() -> dict[str, Ranker]:
-    return load_rankers(DEMO, 1, ("fp32",))
+    return load_rankers(DEMO, ("fp32",))
 
 
 @pytest.fixture

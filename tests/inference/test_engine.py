@@ -22,7 +22,7 @@ def test_unreadable_graph_is_a_load_error(tiny: Tiny, ranker: Ranker, content: b
     if content is not None:
         (folder / "point.onnx").write_bytes(content)
     with pytest.raises(EngineLoadError, match="onnxruntime refuses it"):
-        Engine(folder, ranker.items, ranker.manifest.exits, 1)
+        Engine(folder, ranker.items, ranker.manifest.exits)
 
 
 def test_graph_without_fixed_past_widths_is_a_load_error(tiny: Tiny, ranker: Ranker, tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_graph_without_fixed_past_widths_is_a_load_error(tiny: Tiny, ranker: Ran
     past.type.tensor_type.shape.dim[-1].dim_param = "width"
     onnx.save(graph, folder / "encode.onnx")
     with pytest.raises(EngineLoadError, match="past_key_0"):
-        Engine(folder, ranker.items, ranker.manifest.exits, 1)
+        Engine(folder, ranker.items, ranker.manifest.exits)
 
 
 def test_packed_state_shares_no_memory_with_its_source(ranker: Ranker) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from slatewise import metrics
 from slatewise.inference import workers as scheduling
-from slatewise.inference.workers import PRIORITY_ROWS, QUIET_SECONDS, Chunks, Job, Workers
+from slatewise.inference.workers import PRIORITY_ROWS, Chunks, Job, Workers
 
 PATIENCE = 30  # seconds; not reached if the code is right
 Turn = tuple[int, int]  # job, chunk
@@ -419,54 +419,6 @@ def test_thread_keeps_its_job_if_no_other_job_waits() -> None:
             assert len(first) == len(second) == 201
             assert len(set(first)) == len(set(second)) == 1
             assert first[0] != second[0]
-
-    asyncio.run(main())
-
-
-# The value that `yield` returns: whether no other job has run for a while
-
-
-def listening(chunks: list[int], heard: list[bool], call: Callable[[], Any] = lambda: None) -> Chunks[None]:
-    for cost in chunks:
-        heard.append((yield cost))
-        call()
-
-
-def test_chunk_receives_idle_if_no_other_job_ran_recently() -> None:
-    async def main() -> None:
-        async with Workers(2) as workers:
-            heard: list[bool] = []
-            await patiently(workers.submit(listening([1, 1, 1], heard)))
-            assert heard == [True] * 3
-            stop = Stop()
-            held = workers.submit(once(stop))
-            await until(stop.begun.is_set)
-            beside: list[bool] = []
-            await patiently(workers.submit(listening([1, 1], beside)))
-            assert beside == [False] * 2, "another thread is busy"
-            stop.may_end.set()
-            await held
-            await until(lambda: workers.busy == 0)
-            soon: list[bool] = []
-            await patiently(workers.submit(listening([1], soon)))
-            assert soon == [False], "another job ran a moment ago"
-            await asyncio.sleep(QUIET_SECONDS)
-            again: list[bool] = []
-            for _ in range(50):  # each is submitted as soon as the one before is done
-                await patiently(workers.submit(listening([1], again)))
-            assert again == [True] * 50
-
-    asyncio.run(main())
-
-
-def test_chunk_receives_not_idle_if_another_job_waits() -> None:
-    async def main() -> None:
-        heard: list[bool] = []
-        async with one_busy_thread() as (workers, release):
-            jobs = [workers.submit(listening([cost] * 2, heard)) for cost in (1, 10)]
-            release.set()
-            await asyncio.wait_for(asyncio.gather(*jobs), PATIENCE)
-        assert heard == [False] * 4
 
     asyncio.run(main())
 

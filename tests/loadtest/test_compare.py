@@ -172,9 +172,27 @@ def test_speed_command_prints_ratios(tiny: Tiny, capsys: pytest.CaptureFixture[s
     assert "| CPU a request, ms |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("users", speed.USERS)
+def test_speed_load_draws_its_users(tiny: Tiny, users: str) -> None:
+    load = Load(Shape(8, 5), 90, 1, users)
+    first, measured = load.draw(Workload(tiny.root))
+    before, during = (
+        [json.loads(request.partition(b"\r\n\r\n")[2])["user"] for request in requests]
+        for requests in (first, measured)
+    )
+    assert len(during) == 90
+    known = {"mixed": 45, "distinct": 90, "returning": speed.KNOWN_USERS}[users]
+    assert len(set(during)) == known
+    assert set(before) == (set(during) if users == "returning" else set())
+
+
 def test_speed_report_has_ratio_of_each_round() -> None:
     rng = random.Random(0)
-    found = [(Measurement(a, 1.0), Measurement(2 * a, 1.5)) for a in (rng.uniform(1, 9) for _ in range(5))]
+    same = (1.0, 1.0, 1.0)
+    found = [
+        (Measurement(a, 1.0, *same), Measurement(2 * a, 1.5, *same)) for a in (rng.uniform(1, 9) for _ in range(5))
+    ]
     text = speed.report(Load(Shape(200, 200), 10, 1), found)
     assert "2.000 (2.000 to 2.000) |" in text and "1.500 (1.500 to 1.500) |" in text
-    assert "nan" in speed.report(Load(Shape(200, 200), 10, 1), [(Measurement(1.0, 0.0), Measurement(1.0, 0.1))])
+    text = speed.report(Load(Shape(200, 200), 10, 1), [(Measurement(1, 0.0, *same), Measurement(1, 0.1, *same))])
+    assert "nan" in text

@@ -20,7 +20,7 @@ from tests.page.support import write_bundle
 
 @pytest.fixture(scope="module")
 def ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
-    return load_bundle(write_bundle(tmp_path_factory.mktemp("bundle"), "movies", None), 1)
+    return load_bundle(write_bundle(tmp_path_factory.mktemp("bundle"), "movies", None))
 
 
 def get(ranker: Ranker, *paths: str, settings: dict[str, Any] | None = None, **headers: str) -> list[httpx.Response]:

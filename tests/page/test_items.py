@@ -169,7 +169,7 @@ def test_routes_are_documented(demo: httpx.Client) -> None:
 def test_content_of_another_shape_is_refused(tmp_path: Path, file: str, content: Any) -> None:
     given = {"titles": content, "examples": None} if file == "display.json" else {"titles": None, "examples": content}
     with pytest.raises(ManifestError):
-        load_bundle(write_bundle(tmp_path, "bad", **given), 1)
+        load_bundle(write_bundle(tmp_path, "bad", **given))
 
 
 def test_large_file_of_titles_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

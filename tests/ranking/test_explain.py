@@ -95,7 +95,7 @@ def test_event_deltas_of_a_small_slate_equal_reranking(ranker: Ranker, events: i
 
 @pytest.mark.parametrize("variant", ["fp32", "int8", "int8-tables8"])
 def test_event_deltas_of_each_variant_equal_reranking(variant: str) -> None:
-    ranker = load_bundle(max((DEMO / "movielens").glob("[0-9]*")), 1)
+    ranker = load_bundle(max((DEMO / "movielens").glob("[0-9]*")))
     request = draw_request(ranker, 30, 20, 5, variant=variant)
     bound = max(1e-5, *(value for value in [ranker.manifest.variants[variant].bound] if value is not None))
     assert assert_events_equal_reranking(ranker, request, 2 * bound)
@@ -339,12 +339,12 @@ def test_predicted_work_is_that_of_the_calls(
     batched = 0.0
     original = Engine.run
 
-    def counted(engine: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> Any:
+    def counted(engine: Engine, graph: str, feeds: dict[str, Any]) -> Any:
         nonlocal batched
         columns = feeds["items" if graph == "encode" else "hidden" if graph == "set" else "candidates"]
         if len(columns) > 1 or (graph == "set" and columns.shape[1] == n - 1):  # a large slate is a batch by itself
             batched += engine.costs[graph].seconds(work_of(graph, feeds))
-        return original(engine, graph, feeds, multi_threaded)
+        return original(engine, graph, feeds)
 
     monkeypatch.setattr(Engine, "run", counted)
     explained(ranker, request)

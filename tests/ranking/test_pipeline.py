@@ -26,7 +26,6 @@ from slatewise.ranking.load import Running
 from slatewise.ranking.pipeline import FEW, Pipeline, Ranking
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import MetaEmbedding
-from tests.conftest import Tiny
 from tests.ranking.support import BOUND, cut, draw_request, rank, reference, run, until, working, worst
 from tests.support.blocked_engine import BlockedMethod
 
@@ -119,10 +118,10 @@ def test_equal_misses_of_one_user_share_one_encoding(ranker: Ranker, monkeypatch
     lengths = []
     extend = Engine.extend
 
-    def counted(self: Engine, state: HistoryState, events: Any, multi_threaded: bool = False) -> HistoryState:
+    def counted(self: Engine, state: HistoryState, events: Any) -> HistoryState:
         lengths.append(len(events))
         time.sleep(0.05)
-        return extend(self, state, events, multi_threaded)
+        return extend(self, state, events)
 
     monkeypatch.setattr(Engine, "extend", counted)
     request = draw_request(ranker, 50, 5, 3, user="u")
@@ -211,10 +210,10 @@ def test_deadline_gives_the_highest_complete_exit(
 ) -> None:
     engine_run = Engine.run
 
-    def run_slowly(self: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
+    def run_slowly(self: Engine, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         if graph == slow:
             time.sleep(0.6)
-        return engine_run(self, graph, feeds, multi_threaded)
+        return engine_run(self, graph, feeds)
 
     monkeypatch.setattr(Engine, "run", run_slowly)
     request = draw_request(ranker, 20, 30, 6, deadline_ms=300, user="u")
@@ -471,47 +470,6 @@ def test_closing_the_workers_cancels_the_request(ranker: Ranker, monkeypatch: py
         assert stop.calls == 1 and not pipeline.admission.load.running
 
     run(ranker, close, threads=1)
-
-
-def test_request_alone_uses_all_threads_with_equal_scores(
-    ranker: Ranker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
-    multi_threaded = dataclasses.replace(ranker, engines={"fp32": engine})
-    runs: list[tuple[str, bool]] = []
-    engine_run = Engine.run
-
-    def recorded(self: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
-        runs.append((graph, multi_threaded))
-        return engine_run(self, graph, feeds, multi_threaded)
-
-    request = draw_request(ranker, 100, 500, 18, exit="set")
-    monkeypatch.setattr(Engine, "run", recorded)
-    alone = run(multi_threaded, lambda p: rank(p, request))
-    assert runs == [("encode", True), ("point", True), ("point", True), ("set", True)]
-
-    async def beside(pipeline: Pipeline) -> Ranking:
-        begun = threading.Event()
-        may_end = threading.Event()
-
-        def other() -> Any:
-            yield 1
-            begun.set()
-            assert may_end.wait(30)
-
-        held = pipeline.workers.submit(other())
-        await until(begun.is_set)
-        ranking = await rank(pipeline, request)
-        may_end.set()
-        await held
-        return ranking
-
-    runs.clear()
-    crowded = run(multi_threaded, beside)
-    assert runs == [("encode", False), ("point", False), ("point", False), ("set", False)]
-    monkeypatch.undo()
-    for ranking in (alone, crowded):
-        assert worst(ranking, reference(ranker, request, "set")) <= BOUND
 
 
 def test_fields_of_many_candidates_give_the_scores_of_few(ranker: Ranker) -> None:

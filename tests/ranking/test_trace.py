@@ -113,9 +113,9 @@ def hold_graph(monkeypatch: pytest.MonkeyPatch, slow: str) -> threading.Event:
     engine_run = Engine.run
     may_end = threading.Event()
 
-    def held(self: Engine, graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
+    def held(self: Engine, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         assert graph != slow or may_end.wait(30)
-        return engine_run(self, graph, feeds, multi_threaded)
+        return engine_run(self, graph, feeds)
 
     monkeypatch.setattr(Engine, "run", held)
     return may_end

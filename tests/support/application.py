@@ -26,7 +26,7 @@ START_SECONDS = 60
 def serve(settings: Settings) -> Iterator[httpx.Client]:
     """Serve in a thread, and yield a client that ignores the environment's proxies."""
     port = free_port()
-    app = build_app(settings, load_rankers(settings.bundles, 1, settings.chosen_variants()))
+    app = build_app(settings, load_rankers(settings.bundles, settings.chosen_variants()))
     server = Server(app, door_limits(settings), 0.0, settings.grace_seconds, host="127.0.0.1", port=port)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

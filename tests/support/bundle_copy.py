@@ -51,7 +51,7 @@ class Copy:
         self.change_manifest(lambda m: m["variants"].update({name: m["variants"]["fp32"]}))
 
     def load(self) -> Ranker:
-        return load_bundle(self.folder, 1)
+        return load_bundle(self.folder)
 
 
 def array_bytes(array: np.ndarray, path: Path, allow_pickle: bool = False) -> bytes:

@@ -44,7 +44,7 @@ def publish(source: Path, root: Path, version: int, change: Callable[[Copy], obj
     change(copy)
     manifest = read_manifest(copy.folder)
     ranker = make_ranker(Files(copy.folder, None), manifest)
-    engine = Engine(copy.folder / FP32, ranker.items, manifest.exits, 1)
+    engine = Engine(copy.folder / FP32, ranker.items, manifest.exits)
     found = score_request(ranker, engine, RankRequest.model_validate(manifest.example))
     scores = (found[manifest.default_exit] @ ranker.score_weights(None)).tolist()
     copy.change_manifest(lambda m: m["variants"]["fp32"].update(golden_scores=scores))

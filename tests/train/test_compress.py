@@ -67,7 +67,7 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_compress_measures_variants_that_the_server_loads(folder: Path, source: Source) -> None:
-    ranker = load_bundle(folder, 1)
+    ranker = load_bundle(folder)
     assert list(ranker.engines) == ALL and not ranker.refused
     assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "users' vectors stay valid"
     for name, variant in ranker.manifest.variants.items():
@@ -292,7 +292,7 @@ def test_variant_below_gate_or_above_bound_is_not_published(
     monkeypatch.setattr(making, "within_gate", lambda *_: False)
     folder = compress(source, tmp_path, ["int8-tables8"], Options(checkpoints=tmp_path / "first"))
     assert (
-        list(load_bundle(folder, 1).engines) == ["fp32"]
+        list(load_bundle(folder).engines) == ["fp32"]
         and not (folder / "variants/int8-tables8").exists()
         and not (folder / "items8.npy").exists()
     )

@@ -66,7 +66,7 @@ def folder(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def shallow(folder: Path) -> Ranker:
-    return load_bundle(folder, 1)
+    return load_bundle(folder)
 
 
 def test_point_reads_the_last_block_and_the_state_keeps_all(shallow: Ranker) -> None:

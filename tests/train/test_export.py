@@ -89,7 +89,7 @@ def test_load_changed_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> 
     content[-1] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(ManifestError, match="sha256"):
-        load_bundle(folder, 1)
+        load_bundle(folder)
 
 
 def test_export_of_existing_version_is_refused(tiny: Tiny) -> None:
@@ -108,7 +108,7 @@ def test_export_above_bound_publishes_nothing(
         export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW)
     assert not (tmp_path / "tiny" / "1").exists()
     with pytest.raises(ManifestError):
-        load_rankers(tmp_path, 1)
+        load_rankers(tmp_path)
 
 
 def test_export_publishes_optional_settings_above_bound(
@@ -117,7 +117,7 @@ def test_export_publishes_optional_settings_above_bound(
     """int8 history state is an option of the server, measured and in the manifest."""
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     monkeypatch.setattr(parity, "measure_parity", lambda *_: {"padding": 0.0, "int8_history_state": 0.004})
-    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW), 1)
+    ranker = load_bundle(export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 1, FEW))
     assert ranker.manifest.variants["fp32"].invariance == {"padding": 0.0, "int8_history_state": 0.004}
     assert "largest differences between scores, bound 1e-05: padding 0.0e+00\n" in capsys.readouterr().out
 
@@ -143,7 +143,7 @@ def test_export_second_version_is_served(tiny: Tiny, tmp_path: Path, monkeypatch
     (tmp_path / "tiny" / ".staging-2" / "rubbish").touch()
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     assert export(tiny.trainer, tiny.learner, tiny.config, tmp_path, 2, FEW) == tmp_path / "tiny" / "2"
-    assert load_rankers(tmp_path, 1)["tiny"].manifest.version == 2
+    assert load_rankers(tmp_path)["tiny"].manifest.version == 2
     assert not (tmp_path / "tiny" / "2" / "rubbish").exists()
     for name in ("items.npy", "ids.json", "display.json"):
         assert (tmp_path / "tiny" / "2" / name).read_bytes() == (tiny.folder / name).read_bytes(), (
@@ -302,7 +302,7 @@ def test_load_other_golden_score_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     manifest["variants"]["fp32"]["golden_scores"][3] += 1e-4
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ManifestError, match="golden scores differ"):
-        load_bundle(folder, 1)
+        load_bundle(folder)
 
 
 def test_manifest_quality_equals_the_report(ranker: Ranker, tiny: Tiny) -> None:
@@ -564,7 +564,7 @@ def bring_your_own(folder: Path, config: DataConfig, items: int) -> Ranker:
     learner = MetaTrainer(trainer.model, trainer.data, MetaConfig(shortest=2, query=3, support=5, epochs=1)).train(
         folder / "train"
     )
-    return load_bundle(export(trainer, learner, whole, folder, 1, FORCED), 1)
+    return load_bundle(export(trainer, learner, whole, folder, 1, FORCED))
 
 
 NEXT = Head("next", "next", 1.0)
@@ -623,7 +623,7 @@ def test_categorical_columns_may_have_any_name(tmp_path: Path) -> None:
     names = ("type", "brand.name", "brand%2Ename", "%type", "keys", "weight", "ünïcode", "a b", "training")
     config = DataConfig("shop", (NEXT, BUY), categorical=names, slate_size=2, slate_users=3, validation_users=3)
     trainer, whole = train_shop(tmp_path, config, items=90)
-    ranker = load_bundle(export(trainer, None, whole, tmp_path / "bundles", 1, FORCED), 1)
+    ranker = load_bundle(export(trainer, None, whole, tmp_path / "bundles", 1, FORCED))
     assert set(ranker.manifest.fields) == set(names)
     assert len(set(map(key_of, names))) == len(names) and key_of("a b") == "a b" and key_of("ünïcode") == "ünïcode"
     again = Trainer(trainer.data, ModelConfig("ligr", SHOP), trainer.config)

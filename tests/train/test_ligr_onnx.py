@@ -80,7 +80,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         result[form, set_blocks, numeric] = (
             model,
             graphs,
-            Engine(folder, model.item_table().detach().numpy(), exits, 1),
+            Engine(folder, model.item_table().detach().numpy(), exits),
         )
     return result
 

@@ -30,7 +30,7 @@ MEASURES = [
 @pytest.fixture
 def broken(tiny: Tiny, ranker: Ranker) -> Engine:
     """A separate engine, in which tests replace methods."""
-    return Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 1)
+    return Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -65,7 +65,7 @@ def test_against_torch_detects_another_calibration(ranker: Ranker, tiny: Tiny) -
 def test_one_pass_detects_mixed_candidates(ranker: Ranker, broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     run = broken.run
 
-    def crowded(graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
+    def crowded(graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         return run(
             graph,
             feeds
@@ -74,7 +74,6 @@ def test_one_pass_detects_mixed_candidates(ranker: Ranker, broken: Engine, monke
                 if graph == "point"
                 else {}
             ),
-            multi_threaded,
         )
 
     monkeypatch.setattr(broken, "run", crowded)
@@ -121,13 +120,12 @@ def test_permutation_detects_scores_that_depend_on_order(
 ) -> None:
     score_set = broken.set
 
-    def ordered(point: PointScores, multi_threaded: bool = False) -> np.ndarray:
+    def ordered(point: PointScores) -> np.ndarray:
         return score_set(
             replace(
                 point,
                 hidden=point.hidden + 0.1 * np.arange(len(point.hidden), dtype=np.float32)[:, None] * point.hidden,
             ),
-            multi_threaded,
         )
 
     monkeypatch.setattr(broken, "set", ordered)
@@ -155,11 +153,10 @@ def test_padding_detects_a_length_that_counts_padding(
 ) -> None:
     run = broken.run
 
-    def padded(graph: str, feeds: dict[str, Any], multi_threaded: bool = False) -> dict[str, Any]:
+    def padded(graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         return run(
             graph,
             feeds | ({length: np.full_like(feeds[length], feeds[length].max())} if length in feeds else {}),
-            multi_threaded,
         )
 
     monkeypatch.setattr(broken, "run", padded)
@@ -189,26 +186,3 @@ def test_int8_history_state_detects_scales_of_another_row(ranker: Ranker, monkey
     monkeypatch.setattr(HistoryState, "packed", shifted)
     said = ranker.manifest.variants["fp32"].invariance["int8_history_state"]
     assert parity.int8_history_state(Requests(ranker.engines["fp32"], ranker.manifest, 7)) > 5 * said
-
-
-def test_multi_threaded_call_is_within_bound(ranker: Ranker, tiny: Tiny) -> None:
-    """Several threads in one call change only the order of sums."""
-    engine = Engine(tiny.folder / "variants" / "fp32", ranker.items, ranker.manifest.exits, 2)
-    assert set(engine.multi_threaded) == {"encode", "point", "set"}
-    draw = Requests(engine, ranker.manifest, 8)
-    for events, n in ((1, 1), (128, 600), (40, 37)):
-        history = draw.history(events)
-        candidates = draw.candidates(n)
-        meta = draw.meta()
-        states = [engine.extend(engine.start, history, multi_threaded) for multi_threaded in (False, True)]
-        points = [
-            engine.point(candidates, meta, state, multi_threaded=multi_threaded)
-            for state, multi_threaded in zip(states, (False, True), strict=True)
-        ]
-        sets = [engine.set(point, multi_threaded) for point, multi_threaded in zip(points, (False, True), strict=True)]
-        for one, other in (
-            (points[0].probabilities, points[1].probabilities),
-            sets,
-            *zip(states[0].keys, states[1].keys, strict=True),
-        ):
-            np.testing.assert_allclose(one, other, rtol=0, atol=FP32_BOUND)

@@ -94,7 +94,7 @@ def test_bundle_contains_no_id_of_a_training_user(
         assert b"secret" not in content, name
     assert {"manifest.json", "warmup.jsonl", "report.json", "report.md", "weights.npz"} <= names
     assert ("users.json" in names) == with_block
-    bundle = load_bundle(folder, 1)
+    bundle = load_bundle(folder)
     assert list(bundle.embedded_users) == (["example-1"] if with_block else [])
     with serve(Settings(bundles=tmp_path)) as client:
         card = client.get("/models/shop")
@@ -128,9 +128,7 @@ def test_named_demo_users_are_in_the_bundle(
     events = read_table(folder / "events.csv").filter(read_table(folder / "events.csv")["user_id"] == PREFIX + "u3")
     events.write_csv(tmp_path / "demo.csv")
     demo = DemoConfig(str(tmp_path / "demo.csv"), config.tables.items, "demo:")
-    bundle = load_bundle(
-        export(trainer, learner, replace(config, demo=demo), tmp_path, 1, ExportOptions(force=True)), 1
-    )
+    bundle = load_bundle(export(trainer, learner, replace(config, demo=demo), tmp_path, 1, ExportOptions(force=True)))
     assert list(bundle.embedded_users) == [f"demo:{PREFIX}u3"] and bundle.manifest.example["user"] == f"demo:{PREFIX}u3"
     for name, content in contents(tmp_path / "shop" / "1"):
         assert content.count(b"secret-customer-") == content.count(b"demo:secret-customer-u3"), name

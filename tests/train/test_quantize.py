@@ -152,7 +152,7 @@ def dynamic(graph: onnx.ModelProto) -> onnx.ModelProto:
 def calibrated(ranker: Ranker, source: Path, folder: Path, make: Any) -> Engine:
     """The tiny ranker's engine with every graph rewritten by `make`, given the ranges of its inputs."""
     engine = ranker.engines["fp32"]
-    watched = RecordingEngine(source, ranker.items, ranker.manifest.exits, 1)
+    watched = RecordingEngine(source, ranker.items, ranker.manifest.exits)
     requests = parity.Requests(watched, ranker.manifest, 0)
     for length, n in itertools.product((0, 1, 60, 128), (1, 50, 300)):
         watched.score(requests.history(length), requests.candidates(n), requests.meta(), "set")
@@ -163,7 +163,7 @@ def calibrated(ranker: Ranker, source: Path, folder: Path, make: Any) -> Engine:
             make(graph, observe(graph, watched.feeds[name])) if name in watched.feeds else graph,
             folder / f"{name}.onnx",
         )
-    return Engine(folder, ranker.items, ranker.manifest.exits, 1)
+    return Engine(folder, ranker.items, ranker.manifest.exits)
 
 
 @pytest.fixture(scope="module")

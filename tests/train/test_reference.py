@@ -88,7 +88,7 @@ def test_reference_graphs_rank_the_example(tmp_path: Path) -> None:
     items = np.load(tmp_path / "items.npy")
     identity = uncalibrated(content.exits, 2)
     write_graphs(tmp_path, families.graphs(content.model, identity, longest_call(content.history_used)).all())
-    engine = Engine(tmp_path, items, content.exits, 1)
+    engine = Engine(tmp_path, items, content.exits)
     request = RankRequest.model_validate(content.example)
     rows = [content.ids.index(i) + FIRST_ITEM for i in request.history.item_ids]
     slate = items[[content.ids.index(i) + FIRST_ITEM for i in request.candidates.item_ids]]

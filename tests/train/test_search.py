@@ -502,7 +502,7 @@ def test_training_after_the_search_is_as_from_its_start(
         torch.testing.assert_close(state_of(trainer)[name], value, rtol=0, atol=1e-6, equal_nan=True)
     assert [row["loss"] for row in rows_of(folder)] == [row["loss"] for row in rows_of(tmp_path)]
     assert cli.main(["export", str(toml), "--folder", str(folder), "--root", str(tmp_path), "--force"]) == 0
-    assert load_bundle(tmp_path / "shop" / "1", 1).name == "shop"
+    assert load_bundle(tmp_path / "shop" / "1").name == "shop"
     sources: list[Source] = []
     monkeypatch.setattr(compress, "compress", lambda source, *_: sources.append(source))
     assert cli.main(["compress", str(tmp_path / "shop"), str(toml), "--folder", str(folder)]) == 0

@@ -54,7 +54,7 @@ def test_graphs_rebuilt_from_the_demo_give_the_same_scores(tmp_path: Path) -> No
     manifest = read_manifest(DEMO_FOLDER)
     write_graphs(tmp_path, rebuilt_graphs(DEMO_FOLDER))
     items = np.load(DEMO_FOLDER / "items.npy")
-    copied, rebuilt = (Engine(f, items, manifest.exits, 1) for f in (DEMO_FOLDER / "variants/fp32", tmp_path))
+    copied, rebuilt = (Engine(f, items, manifest.exits) for f in (DEMO_FOLDER / "variants/fp32", tmp_path))
     draw = Requests(copied, manifest)
     for length, n in ((0, 1), (40, 37), (200, 600)):
         history = draw.history(length)
@@ -97,7 +97,7 @@ def test_graphs_rebuilt_from_other_shapes_are_equal(
     monkeypatch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
     folder = publish_uncalibrated(content, tmp_path / "reference", 1)
     assert_rebuilt_graphs_are_equal(folder)
-    assert load_bundle(folder, 1).default_meta.shape == (config.meta_size,)
+    assert load_bundle(folder).default_meta.shape == (config.meta_size,)
 
 
 def test_serving_form_folds_fields_into_the_item_vectors(tiny: Tiny) -> None:

@@ -96,7 +96,7 @@ def test_many_switches_leave_one_version_in_memory(tiny: Tiny, tmp_path: Path) -
     request = RankRequest.model_validate(example_of(tiny.folder))
 
     async def main() -> tuple[list[float], int]:
-        rankers = load_rankers(tmp_path, 1)
+        rankers = load_rankers(tmp_path)
         seen: list[weakref.ref[Any]] = []
         resident = []
         async with open_pipeline(settings, rankers) as pipeline, open_versions(settings, pipeline) as versions:

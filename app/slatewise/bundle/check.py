@@ -30,7 +30,7 @@ def load(path: Path) -> list[Ranker]:
         folder = bundle_folder(path)
     except ManifestError:  # a root folder of bundles
         return list(load_rankers(path, keys=keys).values())
-    return [load_bundle(folder, 1, keys=keys)]
+    return [load_bundle(folder, keys=keys)]
 
 
 def main(argv: Sequence[str]) -> None:

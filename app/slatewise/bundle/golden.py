@@ -31,11 +31,9 @@ def check_golden(ranker: Ranker, engine: Engine, name: str) -> None:
         raise ManifestError(f"golden scores differ by {worst:.2e} on this processor, bound {bound:.0e}")
 
 
-def score_request(
-    ranker: Ranker, engine: Engine, request: RankRequest, multi_threaded: bool = False
-) -> dict[str, Float64]:
+def score_request(ranker: Ranker, engine: Engine, request: RankRequest) -> dict[str, Float64]:
     """Return the (N, heads) probabilities by exit, from `Engine.score` with the embedded store's meta-embedding."""
     history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0.0, engine.items)
     meta = ranker.embedded_meta_of(request.user)
-    return {exit: engine.score(history, candidates, meta, exit, multi_threaded) for exit in ranker.manifest.exits}
+    return {exit: engine.score(history, candidates, meta, exit) for exit in ranker.manifest.exits}

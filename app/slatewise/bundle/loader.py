@@ -59,7 +59,6 @@ Lacking = Callable[[Manifest, Manifest], str | None]  # of an older and a newer 
 
 def load_rankers(
     root: Path,
-    threads: int = 1,
     variants: tuple[str, ...] = (),
     keys: PublicKeys | None = None,
     lacking: Lacking = lambda older, newer: None,
@@ -74,7 +73,7 @@ def load_rankers(
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
         for version in by_preference(folder, lacking):
             try:
-                rankers[folder.name] = load_version(folder, version, threads, variants, keys)
+                rankers[folder.name] = load_version(folder, version, variants, keys)
                 break
             except NoSuchVariant:
                 raise
@@ -105,13 +104,12 @@ def by_preference(folder: Path, lacking: Lacking) -> list[int]:
 def load_version(
     folder: Path,
     version: int,
-    threads: int,
     variants: tuple[str, ...],
     keys: PublicKeys | None = None,
     step: Step = at_once,
 ) -> Ranker:
     """Load one version from a ranker's folder. Raises ManifestError if the manifest and the path differ."""
-    ranker = load_bundle(folder / str(version), threads, variants, keys, step)
+    ranker = load_bundle(folder / str(version), variants, keys, step)
     if (ranker.name, ranker.manifest.version) != (folder.name, version):
         raise ManifestError(f"{folder / str(version)} holds {ranker.name} version {ranker.manifest.version}")
     return ranker
@@ -119,7 +117,6 @@ def load_version(
 
 def load_bundle(
     folder: Path,
-    threads: int,
     variants: tuple[str, ...] = (),
     keys: PublicKeys | None = None,
     step: Step = at_once,
@@ -147,7 +144,7 @@ def load_bundle(
     refused: dict[str, str] = {}
     for name in chosen:
         try:
-            engines[name] = load_variant(files, ranker, name, threads, step)
+            engines[name] = load_variant(files, ranker, name, step)
             probe(ranker, engines[name], extremes)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
             engines.pop(name, None)
@@ -276,7 +273,7 @@ def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
 # Variants
 
 
-def load_variant(files: Files, ranker: Ranker, name: str, threads: int, step: Step = at_once) -> Engine:
+def load_variant(files: Files, ranker: Ranker, name: str, step: Step = at_once) -> Engine:
     """Load, check and warm up the engine of one variant. Raises ManifestError or EngineError with the reason."""
     manifest = ranker.manifest
     table = manifest.variants[name].items
@@ -285,11 +282,10 @@ def load_variant(files: Files, ranker: Ranker, name: str, threads: int, step: St
         check_file(files.folder, path, manifest.files[path])
     items = ranker.items if table == "items.npy" else load_int8_items(files, table, ranker.items.shape)
     contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
-    engine = Engine(contents, items, manifest.exits, threads, step)
+    engine = Engine(contents, items, manifest.exits, step)
     check_golden(ranker, engine, name)
     for request in ranker.warmup:  # allocates memory now instead of during the first request
-        for multi_threaded in (False, True) if engine.multi_threaded else (False,):
-            score_request(ranker, engine, request, multi_threaded)
+        score_request(ranker, engine, request)
     limits = manifest.limits
     time_calls(engine, limits.history_used, limits.set_wise, len(manifest.features), manifest.meta_size, step)
     return engine

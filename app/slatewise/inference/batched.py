@@ -48,7 +48,7 @@ class Slates:
     hidden: Float32  # (B, N, d)
 
 
-def encode(engine: Engine, past: HistoryState, shared: int, tails: Tails, multi_threaded: bool = False) -> States:
+def encode(engine: Engine, past: HistoryState, shared: int, tails: Tails) -> States:
     """Encode histories that share the first `shared` tokens of `past`, 0 or more. Raises EngineError."""
     rows = len(tails.lengths)
     feeds: dict[str, NDArray[Any]] = {
@@ -60,7 +60,7 @@ def encode(engine: Engine, past: HistoryState, shared: int, tails: Tails, multi_
     for i in range(engine.blocks):
         feeds[f"past_key_{i}"] = past.keys[i][:, :shared].repeat(rows, axis=0)
         feeds[f"past_value_{i}"] = past.values[i][:, :shared].repeat(rows, axis=0)
-    out = engine.run("encode", feeds, multi_threaded)
+    out = engine.run("encode", feeds)
     keys, values = (tuple(out[f"{part}_{i}"] for i in range(engine.blocks)) for part in ("key", "value"))
     return States(keys, values, out["user"], shared + tails.lengths)
 
@@ -71,9 +71,7 @@ def dot(engine: Engine, vectors: Float32, states: States) -> Float64:
     return probabilities(engine.run("dot", {"candidates": alike(vectors, rows), "user": states.users}))
 
 
-def point(
-    engine: Engine, candidates: Candidates, meta: Float32, states: States, multi_threaded: bool = False
-) -> Slates:
+def point(engine: Engine, candidates: Candidates, meta: Float32, states: States) -> Slates:
     """Compute the exit `point` of the same candidates after each of the histories; `meta` is (M,)."""
     rows = len(states.lengths)
     feeds: dict[str, NDArray[Any]] = {
@@ -88,15 +86,15 @@ def point(
     for i in engine.decoder_blocks:
         feeds[f"key_{i}"] = states.keys[i]
         feeds[f"value_{i}"] = states.values[i]
-    out = engine.run("point", feeds, multi_threaded)
+    out = engine.run("point", feeds)
     return Slates(probabilities(out), out["logits"], out["hidden"])
 
 
-def set_wise(engine: Engine, hidden: Float32, logits: Float32, multi_threaded: bool = False) -> Float64:
+def set_wise(engine: Engine, hidden: Float32, logits: Float32) -> Float64:
     """Return the (B, N, H) probabilities of the exit `set` for slates of equal size, hidden (B, N, d)."""
     rows, size = hidden.shape[:2]
     feeds = {"hidden": hidden, "logits": logits, "set_length": np.full(rows, size)}
-    return probabilities(engine.run("set", feeds, multi_threaded))
+    return probabilities(engine.run("set", feeds))
 
 
 def alike(array: Float32, rows: int) -> Float32:

@@ -58,9 +58,8 @@ class Engine:
     """Loads the graph `encode` and one graph per exit; `items` is the variant's (rows, d) item table.
 
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
-    A call uses one thread, so that concurrent requests do not compete for threads. A `multi_threaded` call uses all
-    `threads`, for a request that has the machine to itself. step: runs each step of the load; a server that serves
-    meanwhile pauses after it. Raises EngineLoadError.
+    A call uses one thread, that of its caller. step: runs each step of the load; a server that serves meanwhile pauses
+    after it. Raises EngineLoadError.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Engine:
         source: Path | Mapping[str, bytes],
         items: ItemTable,
         exits: list[str],
-        threads: int,
         step: Step = at_once,
     ) -> None:
         self.items = items
@@ -77,12 +75,7 @@ class Engine:
         graphs = {n: str(source / f"{n}.onnx") if isinstance(source, Path) else source[n] for n in names}
         folder = f"{source}: " if isinstance(source, Path) else ""
         try:
-            self.sessions = {name: step(partial(open_session, graph, 1)) for name, graph in graphs.items()}
-            self.multi_threaded = (
-                {name: step(partial(open_session, graph, threads)) for name, graph in graphs.items() if name != "dot"}
-                if threads > 1
-                else {}
-            )
+            self.sessions = {name: step(partial(open_session, graph)) for name, graph in graphs.items()}
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineLoadError(f"{folder}onnxruntime refuses it: {error}") from error
         self.costs = {name: GraphCosts() for name in names}
@@ -99,18 +92,17 @@ class Engine:
         nowhere = HistoryState(keys, values, np.zeros((1, 0), np.float32))
         self.start = self.extend(nowhere, start)  # the state of an empty history
 
-    def run(self, graph: str, feeds: dict[str, NDArray[Any]], multi_threaded: bool = False) -> dict[str, NDArray[Any]]:
+    def run(self, graph: str, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run a graph and return its outputs by name. Raises EngineError."""
-        session = self.multi_threaded.get(graph, self.sessions[graph]) if multi_threaded else self.sessions[graph]
         begin = time.perf_counter()
         try:
-            outputs = dict(zip(self.outputs[graph], session.run(None, feeds), strict=True))
+            outputs = dict(zip(self.outputs[graph], self.sessions[graph].run(None, feeds), strict=True))
         except Exception as error:
             raise EngineError(f"graph {graph} failed: {error}") from error
         self.costs[graph].learn(work_of(graph, feeds), time.perf_counter() - begin)
         return outputs
 
-    def extend(self, state: HistoryState, events: History, multi_threaded: bool = False) -> HistoryState:
+    def extend(self, state: HistoryState, events: History) -> HistoryState:
         """Return a new state, of the events of `state` followed by `events` (at least one). Raises EngineError."""
         count = len(events)
         items, actions, gaps = (pad_single_row(column) for column in (events.items, events.actions, events.gaps))
@@ -123,7 +115,7 @@ class Engine:
         for i in range(self.blocks):
             feeds[f"past_key_{i}"] = state.keys[i]
             feeds[f"past_value_{i}"] = state.values[i]
-        new = self.run("encode", feeds, multi_threaded)
+        new = self.run("encode", feeds)
         blocks = range(self.blocks)
         real = slice(state.keys[0].shape[1] + count)
         return HistoryState(
@@ -151,12 +143,7 @@ class Engine:
         return self.probabilities(self.run("dot", {"candidates": candidates.vectors[None], "user": state.user}))
 
     def point(
-        self,
-        candidates: Candidates,
-        meta: Float32,
-        state: HistoryState,
-        rows: slice = slice(None),
-        multi_threaded: bool = False,
+        self, candidates: Candidates, meta: Float32, state: HistoryState, rows: slice = slice(None)
     ) -> PointScores:
         """Compute the exit `point` for some rows of the candidates; `meta` is (M,). Raises EngineError.
 
@@ -175,18 +162,18 @@ class Engine:
         for i in self.decoder_blocks:
             feeds[f"key_{i}"] = state.keys[i]
             feeds[f"value_{i}"] = state.values[i]
-        out = self.run("point", feeds, multi_threaded)
+        out = self.run("point", feeds)
         real = slice(len(vectors))
         return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
-    def set(self, point: PointScores, multi_threaded: bool = False) -> Float64:
+    def set(self, point: PointScores) -> Float64:
         """Compute the (N, heads) probabilities of the exit `set`, where candidates attend to each other."""
         feeds = {
             "hidden": point.hidden[None],
             "logits": point.logits[None],
             "set_length": np.array([len(point.hidden)]),
         }
-        return self.probabilities(self.run("set", feeds, multi_threaded))
+        return self.probabilities(self.run("set", feeds))
 
     def probabilities(self, out: dict[str, NDArray[Any]]) -> Float64:
         result: Float64 = out["probabilities"][0]
@@ -194,15 +181,13 @@ class Engine:
             raise EngineError("a score is not finite")
         return result
 
-    def score(
-        self, history: History, candidates: Candidates, meta: Float32, exit: str, multi_threaded: bool = False
-    ) -> Float64:
+    def score(self, history: History, candidates: Candidates, meta: Float32, exit: str) -> Float64:
         """Compute the (N, heads) probabilities of an exit without cache and chunks. Slow: for checks and tests."""
-        state = self.extend(self.start, history, multi_threaded) if len(history) else self.start
+        state = self.extend(self.start, history) if len(history) else self.start
         if exit == "dot":
             return self.dot(candidates, state)
-        point = self.point(candidates, meta, state, multi_threaded=multi_threaded)
-        return point.probabilities if exit == "point" else self.set(point, multi_threaded)
+        point = self.point(candidates, meta, state)
+        return point.probabilities if exit == "point" else self.set(point)
 
 
 def pad_single_row(rows: NDArray[Any]) -> NDArray[Any]:
@@ -214,13 +199,10 @@ def pad_single_row(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.repeat(2, axis=0) if len(rows) == 1 else rows
 
 
-def open_session(graph: str | bytes, threads: int) -> ort.InferenceSession:
+def open_session(graph: str | bytes) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # concurrent requests would compete for more (docs/performance.md)
     options.inter_op_num_threads = 1
-    # within a call threads may spin, since waking them costs more than they save; between calls they free the cores
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     # A graph has all of its weights inside, where its digest covers them: nothing is found in this folder.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NO_FOLDER)
     options.enable_mem_pattern = False  # shapes differ from request to request

@@ -1,9 +1,8 @@
 """Threads that run the model, one chunk of a job at a time, with start-time fair queueing.
 
 A job is a generator that computes one chunk after each `yield`. The `yield` gives the cost of this chunk, in rows
-through the model, and receives True if no other job has run for a while. The size of a chunk is bounded
-(`engine.HISTORY_CHUNK`, `engine.CANDIDATE_CHUNK`). A job can be interrupted or cancelled only between two chunks. A
-thread continues with its job unless a queued job comes first.
+through the model. The size of a chunk is bounded (`engine.HISTORY_CHUNK`, `engine.CANDIDATE_CHUNK`). A job can be
+interrupted or cancelled only between two chunks. A thread continues with its job unless a queued job comes first.
 
 Jobs are ordered by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual time of a job
 advances by the cost of each of its chunks, and the job with the smallest virtual time is next, so large and small
@@ -29,7 +28,6 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -37,10 +35,9 @@ from slatewise import metrics
 
 JOIN_SECONDS = 1.5  # for the running chunks, at the end
 PRIORITY_ROWS = 64  # of virtual time, by which a level of priority is ahead of the next one
-QUIET_SECONDS = 0.1  # without concurrent jobs, after which the machine counts as idle except for the one job
 
 Result = TypeVar("Result")
-Chunks = Generator[int, bool, Result]
+Chunks = Generator[int, None, Result]
 
 
 class Job(asyncio.Future[Result]):
@@ -78,14 +75,14 @@ class Job(asyncio.Future[Result]):
         since = self.begun_at
         return self.run_before + (0.0 if since is None else time.perf_counter() - since)
 
-    def run_chunk(self, idle: bool) -> None:
+    def run_chunk(self) -> None:
         """Run the next chunk. Raises StopIteration, with the result, after the last one."""
         self.waited = self.queued
         self.queued_at = None
         self.virtual_start += self.cost
         begin = self.begun_at = time.perf_counter()
         try:
-            self.cost = self.chunks.send(idle)
+            self.cost = next(self.chunks)
         finally:
             now = time.perf_counter()
             self.begun_at = None
@@ -102,7 +99,6 @@ class Workers:
         self.tickets: SimpleQueue[None] = SimpleQueue()  # at least one for each queued job; `get` waits in C
         self.number = 0
         self.busy = 0  # threads that have a job
-        self.crowded_at = -inf  # the last time that a job arrived while another was present
         self.virtual_time = 0.0  # rows that each present job would have received if all were served at once
         self.stopping = False
         self.threads = [threading.Thread(target=self.work, name=f"slatewise-{k}", daemon=True) for k in range(threads)]
@@ -144,8 +140,6 @@ class Workers:
             except StopIteration as end:  # it has no chunks
                 job.set_result(end.value)
                 return job
-            if self.busy or self.queue:
-                self.crowded_at = time.perf_counter()
             heapq.heappush(self.queue, job)
         self.tickets.put(None)
         job.add_done_callback(self.withdraw)
@@ -190,9 +184,7 @@ class Workers:
         begin = time.perf_counter()
         answer: tuple[Any, BaseException | None] | None = None
         try:
-            job.run_chunk(
-                idle=self.busy == 1 and not self.queue and time.perf_counter() > self.crowded_at + QUIET_SECONDS
-            )
+            job.run_chunk()
         except StopIteration as end:
             answer = (end.value, None)
         except BaseException as error:  # every accepted job is settled, whatever it raises

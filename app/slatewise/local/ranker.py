@@ -43,8 +43,7 @@ def load(path: str | Path = "movielens", variant: str | None = None, *, threads:
     """
     keys = keys_of_environment()
     folder = find_bundle(path)
-    count = threads or cpu_quota()
-    return LocalRanker(load_bundle(folder, count, () if variant is None else (variant,), keys), count)
+    return LocalRanker(load_bundle(folder, () if variant is None else (variant,), keys), threads or cpu_quota())
 
 
 def find_bundle(path: str | Path) -> Path:

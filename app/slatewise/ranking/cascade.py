@@ -26,10 +26,8 @@ def extend(engine: Engine, base: KeptState, reused: int, history: History, pack:
     state = None
     for first in range(reused, len(history), HISTORY_CHUNK):
         chunk = history[first : first + HISTORY_CHUNK]
-        idle = yield len(chunk)
-        state = engine.extend(
-            engine.prefix(base.unpacked(), reused) if state is None else state, chunk, multi_threaded=idle
-        )
+        yield len(chunk)
+        state = engine.extend(engine.prefix(base.unpacked(), reused) if state is None else state, chunk)
         metrics.HISTORY_ENCODED.inc(len(chunk))
     assert state is not None
     return state.packed() if pack else state
@@ -61,12 +59,12 @@ def run_cascade(
     chunks = []
     for first in range(0, n, CANDIDATE_CHUNK):
         rows = slice(first, min(first + CANDIDATE_CHUNK, n))
-        idle = yield rows.stop - rows.start
+        yield rows.stop - rows.start
         state = state or kept.unpacked()
-        chunks.append(engine.point(candidates, meta, state, rows, multi_threaded=idle))
+        chunks.append(engine.point(candidates, meta, state, rows))
     point = join(chunks)
     completed.append(StageScores("point", point.probabilities))
     if wanted == "set":
-        idle = yield n
-        completed.append(StageScores("set", engine.set(point, multi_threaded=idle)))
+        yield n
+        completed.append(StageScores("set", engine.set(point)))
     return point

@@ -167,18 +167,18 @@ def event_effects(ranked: Ranked, times: Float64, weights: Float64, contenders: 
     """
     first = max(0, len(times) - EVENTS)
     tails = without_each(ranked.history, times, first)
-    idle = yield tails.items.size
-    states = model.encode(ranked.engine, ranked.kept.unpacked(), first, tails, multi_threaded=idle)
+    yield tails.items.size
+    states = model.encode(ranked.engine, ranked.kept.unpacked(), first, tails)
     sent = ranked.candidates
     chosen = Candidates(sent.vectors[contenders], sent.numeric[contenders], sent.context)
     if ranked.exit == "dot":
         found = model.dot(ranked.engine, chosen.vectors, states)
     else:
-        idle = yield len(tails.lengths) * len(contenders)
-        slates = model.point(ranked.engine, chosen, ranked.meta, states, multi_threaded=idle)
+        yield len(tails.lengths) * len(contenders)
+        slates = model.point(ranked.engine, chosen, ranked.meta, states)
         found = slates.probabilities
         if ranked.exit == "set":
-            found = model.set_wise(ranked.engine, slates.hidden, slates.logits, multi_threaded=idle)
+            found = model.set_wise(ranked.engine, slates.hidden, slates.logits)
     given = ranked.probabilities[contenders]
     changed = sigmoid(logit(given) + logit(found[1:]) - logit(found[0]))
     return effects(given @ weights, changed @ weights, results, np.ones((1, len(given)), bool))
@@ -219,9 +219,9 @@ def neighbour_effects(ranked: Ranked, weights: Float64, order: Int64, left_out: 
     at_once = max(1, CANDIDATE_CHUNK // (n - 1))
     for start in range(0, len(left_out), at_once):
         missing = left_out[start : start + at_once]
-        idle = yield len(missing) * (n - 1)
+        yield len(missing) * (n - 1)
         others = np.stack([np.delete(np.arange(n), index) for index in missing])
-        found = model.set_wise(ranked.engine, point.hidden[others], point.logits[others], multi_threaded=idle)
+        found = model.set_wise(ranked.engine, point.hidden[others], point.logits[others])
         np.put_along_axis(changed[start : start + at_once], others, found @ weights, axis=1)
     present = contenders != left_out[:, None]  # a missing neighbour holds no place
     return effects(scores[contenders], changed[:, contenders], results, present)

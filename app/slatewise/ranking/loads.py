@@ -39,11 +39,12 @@ COLLECT_SECONDS = 5.0  # after which reference cycles are looked for
 
 @dataclass(frozen=True)
 class Needs:
-    """What a load needs to know of the server. `keys`: whose
-    bundles are loaded. `lacking`: why the vectors of a new space do not suffice yet."""
+    """What a load needs to know of the server.
+
+    `keys`: whose bundles are loaded. `lacking`: why the vectors of a new space do not suffice yet.
+    """
 
     root: Path
-    threads: int
     variants: tuple[str, ...]
     keys: PublicKeys
     lacking: Callable[[Manifest, Manifest], Awaitable[str | None]]
@@ -77,7 +78,7 @@ class Loads:
                 if reason := await self.needs.lacking(served.manifest, manifest):
                     outcome = "waiting"
                     raise ManifestError(reason)
-            load = partial(load_version, folder, version, self.needs.threads, self.needs.variants, self.needs.keys)
+            load = partial(load_version, folder, version, self.needs.variants, self.needs.keys)
             ranker = await self.background.run(partial(load, step=with_pause))
             if served is not None:
                 check_successor(served, ranker)

@@ -45,13 +45,13 @@ Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
 class RecordingEngine(Engine):
     """An engine that records the inputs of every call, by graph."""
 
-    def __init__(self, folder: Path, items: ItemTable, exits: list[str], threads: int) -> None:
+    def __init__(self, folder: Path, items: ItemTable, exits: list[str]) -> None:
         self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
-        super().__init__(folder, items, exits, threads)
+        super().__init__(folder, items, exits)
 
-    def run(self, graph: str, feeds: dict[str, np.ndarray], multi_threaded: bool = False) -> dict[str, np.ndarray]:
+    def run(self, graph: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.feeds.setdefault(graph, []).append(feeds)
-        return super().run(graph, feeds, multi_threaded)
+        return super().run(graph, feeds)
 
 
 def observe(graph: onnx.ModelProto, requests: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:

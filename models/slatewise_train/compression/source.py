@@ -89,7 +89,7 @@ class Source:
 
     def engine(self, folder: Path, items: ItemTable | None = None) -> Engine:
         """Build the engine of a variant's folder. items: the variant's item table, by default the float32 table."""
-        return Engine(folder, self.items if items is None else items, self.manifest.exits, 1)
+        return Engine(folder, self.items if items is None else items, self.manifest.exits)
 
     def draw_samples(self) -> Iterator[Sample]:
         """Yield requests of the validation users among random items, or random requests if there are no such users.

@@ -100,7 +100,7 @@ def draft(
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
     if recipe.integers:
         write_graphs(scratch, plain)
-        recorder = RecordingEngine(scratch, items, manifest.exits, 1)
+        recorder = RecordingEngine(scratch, items, manifest.exits)
         for sample in source.samples[::2]:
             sample.score(recorder, manifest.exits[-1])
         ranges = {name: observe(graph, recorder.feeds[name]) for name, graph in plain.items() if name in recorder.feeds}

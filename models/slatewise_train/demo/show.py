@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = read_config(args.toml)
     folder = bundle_folder(args.bundle or Path("models/bundles") / config.data.name)
-    ranker = load_bundle(folder, 1)
+    ranker = load_bundle(folder)
     data = load_data(config.data, config.tables, config.stated)
     sequences = demo_sequences(data, config)
     prefix = config.demo.user_prefix if config.demo else ""

@@ -90,7 +90,7 @@ def resident_bytes(folder: Path, table: Path, exits: list[str]) -> int | None:
 def resident_growth(folder: Path, table: Path, exits: list[str]) -> int:
     """Load a variant and return the bytes of resident memory that it adds to this process."""
     before = process_bytes()
-    engine = Engine(folder, read_item_table(table), exits, 1)
+    engine = Engine(folder, read_item_table(table), exits)
     after = process_bytes()
     del engine  # it must live until the second measurement
     return after - before

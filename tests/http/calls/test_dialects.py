@@ -124,7 +124,7 @@ def test_order_and_scores_are_those_of_the_native_call(demo: httpx.Client, path:
 @EVERY_CALL
 def test_history_is_unset_when_the_call_brings_none(demo: httpx.Client, path: str) -> None:
     """A request with a user and without a history can then be ranked by the stored one."""
-    registry = Registry(load_rankers(DEMO, 1, ("int8",)).values())
+    registry = Registry(load_rankers(DEMO, ("int8",)).values())
     dialect, parameters = find(path)
     body = json.dumps(CALLS[path][0](FILMS)).encode()
     request, _ = dialect.parse(Incoming(body, Headers({}), parameters, registry, LIMITS))

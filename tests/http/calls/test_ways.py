@@ -168,7 +168,7 @@ def test_short_yaml_is_read_as_each_document_is(ids: list[str | int], written: b
 
 @cache
 def registry() -> Registry:
-    return Registry(load_rankers(DEMO, 1, ("int8",)).values())
+    return Registry(load_rankers(DEMO, ("int8",)).values())
 
 
 def incoming(body: bytes, path: Mapping[str, str] = {"model": MODEL}) -> Incoming:
