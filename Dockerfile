@@ -12,6 +12,11 @@ COPY deploy/certificates /tmp/certificates
 RUN cat /etc/ssl/certs/ca-certificates.crt $(find /tmp/certificates -name "*.crt") > $PIP_CERT \
     && python -m venv --without-pip /venv
 
+# The allocator of the server: less CPU time and memory than with glibc's (docs/performance.md).
+FROM packages AS allocator
+RUN apt-get update && apt-get install --yes --no-install-recommends libjemalloc2 \
+    && cp --dereference /usr/lib/*/libjemalloc.so.2 /tmp/
+
 FROM packages AS build
 COPY deploy/serve.lock /tmp/serve.lock
 RUN pip --python /venv/bin/python install --require-hashes -r /tmp/serve.lock
@@ -43,13 +48,14 @@ ENV PATH=/venv/bin:$PATH PYTHONPATH=/srv/app:/srv/models PYTHONUNBUFFERED=1 PYTH
 CMD ["python", "-m", "slatewise", "refresh", "--help"]
 
 FROM python:3.11-slim-bookworm AS server
+COPY --from=allocator /tmp/libjemalloc.so.2 /usr/local/lib/
 COPY --from=build /venv /venv
 COPY --from=build /srv /srv
 RUN mkdir -p /srv/models/bundles /events && chown 10001 /events  # a new named volume takes this owner
 WORKDIR /srv
 USER 10001
 ENV PATH=/venv/bin:$PATH PYTHONPATH=/srv/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    ORT_DISABLE_TELEMETRY=1 SLATEWISE_HOST=0.0.0.0
+    ORT_DISABLE_TELEMETRY=1 LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 SLATEWISE_HOST=0.0.0.0
 EXPOSE 8000
 # Asks GET /readyz.
 HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["python", "-I", "-S", "health_check.py"]

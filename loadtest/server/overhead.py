@@ -1,9 +1,9 @@
 """Share of the engine's throughput that the server reaches: python -m loadtest.server.overhead
 
-Each round measures two things in turn. First the server at 4 connections with requests of shape W, each from a new
-user. Then the engine alone, one single-threaded process for each core, while the same client loads a null server at
-the server's rate and answer size. The difference is HTTP, JSON, id look-up and scheduling. Prints one JSON line a
-round, then the medians.
+Each round measures two things in turn, for new users and for returning ones. First the server at 4 connections with
+requests of shape W. Then the engine alone, one single-threaded process for each core, while the same client loads a
+null server at the server's rate and answer size; for returning users it has the encoded histories. The difference is
+HTTP, JSON, id look-up and scheduling. Prints one JSON line for each measurement, then the medians.
 
 Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
@@ -22,10 +22,13 @@ from pathlib import Path
 from statistics import median
 
 from loadtest.client import closed_loop, limit_time, open_loop, post
+from loadtest.compare.speed import Load
+from loadtest.engine.time_by_size import run_all
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from loadtest.workload import STEADY, W, Workload
 from slatewise.bundle.loader import load_rankers
-from slatewise.process import cpu_name
+from slatewise.process import bound_malloc, cpu_name
+from slatewise.ranking.cascade import extend, run_cascade
 from slatewise.schemas import RankRequest
 from tests.support.network import free_port
 
@@ -33,19 +36,30 @@ CONNECTIONS = 4
 INPUTS = 40
 
 
+USERS = ("distinct", "returning")
+
+
 def engine(bundles: Path, orders: Connection) -> None:
-    """Child process: receive seconds, score requests of shape W that long, send (requests, CPU seconds). 0 ends it."""
+    """Child process: receive (users, seconds), work that long, send (requests, CPU seconds). `None` ends it."""
+    bound_malloc()  # as the server does
     ranker = next(iter(load_rankers(bundles).values()))
     engine = ranker.engines[ranker.default_variant]
     requests = [RankRequest.model_validate_json(body) for body in Workload(bundles).distinct(W, INPUTS)]
-    inputs = cycle([(ranker.history(r), ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests])
+    inputs = [(ranker.history(r), ranker.candidates(r, r.request_time or 0.0)[0]) for r in requests]
+    states = [run_all(extend(engine, engine.start, 0, history, False)) for history, _ in inputs]
+    numbers = cycle(range(INPUTS))
     orders.send(None)
-    while seconds := orders.recv():
+    while order := orders.recv():
+        users, seconds = order
         end = time.perf_counter() + seconds
         cpu = time.process_time()
         done = 0
         while time.perf_counter() < end:
-            engine.score(*next(inputs), ranker.default_meta, ranker.manifest.default_exit)
+            k = next(numbers)
+            history, candidates = inputs[k]
+            state = states[k] if users == "returning" else run_all(extend(engine, engine.start, 0, history, False))
+            exit = ranker.manifest.default_exit
+            run_all(run_cascade(engine, candidates, state, ranker.default_meta, exit, False, []))
             done += 1
         orders.send((done, time.process_time() - cpu))
 
@@ -67,42 +81,48 @@ def main() -> None:
         ours.recv()
         engines.append(ours)
 
-    def posts(seed: int, number: int) -> list[bytes]:
-        return [post("/rerank", body) for body in Workload(args.bundles, seed=seed).distinct(W, number)]
-
-    rounds: list[dict[str, float]] = []
+    found: dict[str, list[dict[str, float]]] = {users: [] for users in USERS}
     with ServerProcess({"BUNDLES": str(args.bundles), "DRAIN_SECONDS": "0"}) as server:
-        size = len(closed_loop(server.port, posts(-1, STEADY), CONNECTIONS, keep_bodies=True).bodies[-1])
+        steady = [post("/rerank", body) for body in Workload(args.bundles, seed=-1).distinct(W, STEADY)]
+        size = len(closed_loop(server.port, steady, CONNECTIONS, keep_bodies=True).bodies[-1])
         port = free_port()
         with ServerProcess(
             command=(sys.executable, "-m", "loadtest.server.null_server", str(port), str(size)), port=port, ready="/"
         ) as null:
             for turn in range(args.rounds):
-                requests = posts(turn, args.requests)
-                cpu = server.cpu_seconds()
-                served = closed_loop(server.port, requests, CONNECTIONS)
-                server_cpu = (server.cpu_seconds() - cpu) / len(requests)
-                for orders in engines:
-                    orders.send(served.seconds)
-                open_loop(null.port, limit_time(served.seconds, cycle(requests)), served.per_second, CONNECTIONS)
-                results = [orders.recv() for orders in engines]
-                done = sum(number for number, _ in results)
-                rounds.append(
-                    {
+                workload = Workload(args.bundles, seed=turn)
+                for users in USERS:
+                    first, requests = Load(W, args.requests, CONNECTIONS, users).draw(workload)
+                    if first:
+                        closed_loop(server.port, first, CONNECTIONS)
+                    cpu = server.cpu_seconds()
+                    served = closed_loop(server.port, requests, CONNECTIONS)
+                    server_cpu = (server.cpu_seconds() - cpu) / len(requests)
+                    for orders in engines:
+                        orders.send((users, served.seconds))
+                    open_loop(null.port, limit_time(served.seconds, cycle(requests)), served.per_second, CONNECTIONS)
+                    results = [orders.recv() for orders in engines]
+                    done = sum(number for number, _ in results)
+                    engine_cpu = sum(seconds for _, seconds in results) / done
+                    row = {
                         "server_per_second": served.per_second,
                         "engine_per_second": done / served.seconds,
                         "share": served.per_second * served.seconds / done,
                         "server_cpu_ms": server_cpu * 1e3,
-                        "engine_cpu_ms": sum(seconds for _, seconds in results) / done * 1e3,
+                        "engine_cpu_ms": engine_cpu * 1e3,
+                        "beside_the_engine_cpu_ms": (server_cpu - engine_cpu) * 1e3,
                     }
-                )
-                print(
-                    json.dumps({"round": turn} | {name: round(value, 3) for name, value in rounds[-1].items()}),
-                    flush=True,
-                )
+                    found[users].append(row)
+                    print(line(users, row), flush=True)
     for orders in engines:
-        orders.send(0)
-    print(json.dumps({"machine": cpu_name()} | {name: round(median(r[name] for r in rounds), 3) for name in rounds[0]}))
+        orders.send(None)
+    print(cpu_name())
+    for users, rows in found.items():
+        print(line(users, {name: median(row[name] for row in rows) for name in rows[0]}))
+
+
+def line(users: str, row: dict[str, float]) -> str:
+    return json.dumps({"users": users} | {name: round(value, 3) for name, value in row.items()})
 
 
 if __name__ == "__main__":

@@ -147,6 +147,13 @@ def names_stage(text: str) -> str:
     return text.splitlines()[0].partition(" AS ")[2]
 
 
+def test_server_image_preloads_the_allocator_that_it_copies() -> None:
+    server = stage("server")
+    (folder,) = re.findall(r"^COPY --from=allocator /tmp/libjemalloc.so.2 (\S+)$", server, re.MULTILINE)
+    assert f"LD_PRELOAD={folder}libjemalloc.so.2" in server
+    assert "apt-get install --yes --no-install-recommends libjemalloc2" in stage("allocator")
+
+
 @pytest.mark.parametrize("name", ["build", "build-refresh"])
 def test_images_do_not_depend_on_the_umask(name: str) -> None:
     assert "RUN chmod -R a+rX /srv" in stage(name)
