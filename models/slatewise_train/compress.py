@@ -45,9 +45,7 @@ from slatewise_train.loading import load_for_training, training_folder
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
 
-def compress(
-    source: Source, root: Path, names: list[str], options: Options, forced: Collection[str] = ()
-) -> Path:
+def compress(source: Source, root: Path, names: list[str], options: Options, forced: Collection[str] = ()) -> Path:
     """Publish the next version, with fp32 and the named variants, and return its folder.
 
     forced: names of variants that are published also if they fail the gate or are dominated. Raises ValueError when a

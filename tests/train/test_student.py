@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -218,7 +219,7 @@ def test_recovery_on_the_task_lowers_its_loss(trainer: Trainer, tmp_path: Path) 
 
 def test_recovery_on_the_task_learns_from_shown_slates(tmp_path: Path) -> None:
     """The weights of its loss for the position in a slate are trained and kept in the checkpoint."""
-    data = load(tmp_path, random_events(0))
+    data = load(tmp_path, random_events(0).with_columns(position=1 + pl.int_range(pl.len()) % 4))
     shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
     trainer = Trainer(data, ModelConfig("ligr", shape), TrainConfig(cascade_positions=2, position_bias=True))
     task = dataclasses.replace(CONFIG, epochs=1, loss="task")

@@ -13,7 +13,7 @@ Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_stu
 defines the letters in shapes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config_values import number
 from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
-from slatewise_train.rankers.layers import Dropout, apply_together, gated_update, rotate
+from slatewise_train.rankers.layers import Dropout, apply_together, dense_layer, gated_update, init_low_rank, rotate
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class LigrConfig(RankerConfig):
     set_blocks: int = number(1, least=0, most=100)
     # hidden units of a feed-forward layer, as a multiple of the width
     feed_forward: int = number(4, least=1, most=64)
+    # Rank of the two layers of a feed-forward layer, each of which is then two thin ones (arXiv 2406.16450). 0: dense.
+    feed_forward_rank: int = number(0, least=0, most=8192)
     meta_size: int = number(16, least=1, most=8192)
     dropout: float = number(0.1, least=0, most=0.9)
     # Share of an item's fields whose whole vector is dropped in training. A field of few values would overfit.
@@ -54,6 +56,17 @@ class LigrConfig(RankerConfig):
             raise ValueError(
                 f"key_size = {self.key_size or self.value_size} must be even: rotary positions rotate pairs of numbers"
             )
+
+        if self.feed_forward_rank > self.width:
+            raise ValueError(f"feed_forward_rank = {self.feed_forward_rank} must not be more than width = {self.width}")
+
+    def __repr__(self) -> str:
+        """Describe the config, without feed_forward_rank if it is 0.
+
+        The identity of a checkpoint contains this text, so trainings from before feed_forward_rank can continue.
+        """
+        names = [field.name for field in fields(self) if field.name != "feed_forward_rank" or self.feed_forward_rank]
+        return f"LigrConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def value_size(self) -> int:
@@ -90,8 +103,8 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d)
         self.attention_gate = nn.Linear(d, d)
         self.feed_forward_gate = nn.Linear(d, d)
-        self.up = nn.Linear(d, config.feed_forward * d)
-        self.down = nn.Linear(config.feed_forward * d, d)
+        self.up = dense_layer(d, config.feed_forward * d, config.feed_forward_rank)
+        self.down = dense_layer(config.feed_forward * d, d, config.feed_forward_rank)
         self.dropout = Dropout(config.dropout)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
@@ -189,7 +202,9 @@ class Ligr(RankerModel):
                 nn.init.normal_(module.weight, std=d**-0.5)
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        init_low_rank(self)
         if not config.set_blocks:  # bundles and checkpoints have these weights, but no exit reads them
             self.set_norm.requires_grad_(False)
             self.set_out.requires_grad_(False)
@@ -242,13 +257,13 @@ class Ligr(RankerModel):
         return known, cold
 
     def dense_layers(self) -> dict[str, nn.Linear]:
-        """Return the linear layers of all blocks, by name. They take nearly all of the time."""
+        """Return the linear layers of all blocks, by name, but not thin ones. They take nearly all of the time."""
         stacks = {"blocks": self.blocks, "set_blocks": self.set_blocks}
         return {
             f"{stack}.{name}": module
             for stack, blocks in stacks.items()
             for name, module in blocks.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and not name.endswith((".first", ".second"))
         }
 
     def resized(self, config: LigrConfig) -> "Ligr":
