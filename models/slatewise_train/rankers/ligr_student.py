@@ -104,6 +104,7 @@ def initialise_block(block: Block, original: Block, config: LigrConfig, before: 
     # Values of merged attention heads stay side by side; values of shared heads are averaged.
     values = (rows.unflatten(0, (old_keys, -1)).flatten(0, 1) for rows in parameters(original.value))
     copy_linear(block.value, *(rows.unflatten(0, (new_keys, -1, per_head)).mean(1).flatten(0, 1) for rows in values))
+    assert isinstance(block.up, nn.Linear) and isinstance(block.down, nn.Linear)
     up, up_bias = parameters(original.up)
     down, down_bias = parameters(original.down)
     units = (up.norm(dim=1) * down.norm(dim=0)).topk(block.up.out_features).indices.sort().values
