@@ -39,7 +39,9 @@ def small_slates(ranker: Ranker) -> Ranker:
     return dataclasses.replace(ranker, manifest=manifest, engines={"fp32": engine})
 
 
-@given(count=st.integers(1, 300), most=st.integers(1, 80), values=st.sampled_from([1, 3, 10**9]), seed=st.integers(0, 9))
+@given(
+    count=st.integers(1, 300), most=st.integers(1, 80), values=st.sampled_from([1, 3, 10**9]), seed=st.integers(0, 9)
+)
 def test_each_candidate_is_in_one_slate(count: int, most: int, values: int, seed: int) -> None:
     slates = deal(drawn(count, seed, values), most)
     sizes = [len(rows) for rows in slates]

@@ -96,7 +96,7 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
         seconds += costs["point"].seconds(Work(-(-n // CANDIDATE_CHUNK), n, n * (size.events + 1)))
     if exit == "set":
         slates = slate_count(n, engine.slate)
-        size, larger = divmod(n, slates)  # so many slates have one candidate more than `size`
-        products = (slates - larger) * size**2 + larger * (size + 1) ** 2
+        least, larger = divmod(n, slates)  # so many slates have one candidate more than `least`
+        products = (slates - larger) * least**2 + larger * (least + 1) ** 2
         seconds += costs["set"].seconds(Work(slates, n, products))
     return seconds
