@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 from slatewise.client.errors import Invalid
 from slatewise.client.libraries import is_frame, library_of
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     priority: int | None
     explain: bool | None
     return_fields: Sequence[str] | None
+    prune: Mapping[str, int] | Literal[False] | None
 
 
 class Members(Options, total=False):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
@@ -43,6 +44,11 @@ class Size(NamedTuple):
     cached: int  # of them, those in the cached state; 0 without one
     candidates: int
     dot_first: bool
+    prune: Prune | None = None
+    top_n: int | None = None
+
+    def pruned(self, exit: ModelExit) -> Pruned | None:
+        return pruned_to(self.prune, exit, self.candidates, self.top_n)
 
 
 def make_offers(ranker: Ranker, variant: str, wanted: ModelExit, size: Size, any_variant: bool) -> list[Offer]:
@@ -89,9 +95,12 @@ def encode_seconds(engine: Engine, events: int, cached: int) -> float:
 def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     """Predict the seconds of the cascade."""
     n, costs = size.candidates, engine.costs
-    seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first else 0.0
+    pruned = size.pruned(exit)
+    seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first or pruned else 0.0
     if exit != "dot":
-        seconds += costs["point"].seconds(Work(-(-n // CANDIDATE_CHUNK), n, n * (size.events + 1)))
+        m = n if pruned is None else pruned.point
+        seconds += costs["point"].seconds(Work(-(-m // CANDIDATE_CHUNK), m, m * (size.events + 1)))
     if exit == "set":
-        seconds += costs["set"].seconds(Work(1, n, n * n))
+        k = n if pruned is None else pruned.last
+        seconds += costs["set"].seconds(Work(1, k, k * k))
     return seconds

@@ -169,7 +169,7 @@ def warnings_of(request: RankRequest, ranking: Ranking) -> list[str]:
     wanted = manifest.default_exit if request.exit == "auto" else request.exit
     if ranking.scored is None:
         found.append("no model scored this request: it is in input order, and all scores are 0")
-    elif wanted == "set" and n > manifest.limits.set_wise:
+    elif wanted == "set" and ranking.exit != "set" and n > manifest.limits.set_wise:
         found.append(f"{n} candidates, set-wise limit {manifest.limits.set_wise}: each was scored by itself")
     if ranking.degraded:
         found.append(f"degraded: {', '.join(sorted(ranking.degraded))}; exit {ranking.exit}")
