@@ -137,7 +137,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def take(self, rows: Int64) -> Candidates:
+    def __getitem__(self, rows: Int64) -> Candidates:
         return Candidates(self.vectors[rows], self.numeric[rows], self.context)
 
 
@@ -149,7 +149,10 @@ class PointScores:
     logits: Float32  # (N, heads)
     hidden: Float32  # (N, d)
 
-    def take(self, rows: Int64) -> PointScores:
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: Int64) -> PointScores:
         return PointScores(self.probabilities[rows], self.logits[rows], self.hidden[rows])
 
 

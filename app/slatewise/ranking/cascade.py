@@ -105,14 +105,14 @@ def run_pruned(
     stage = StageScores("dot", engine.dot(candidates, state))
     completed.append(stage)
     rows = best_rows(weighted_mean(stage.probabilities, weights), pruned.point)
-    point = yield from run_cascade(engine, candidates.take(rows), state, meta, "point", False, [])
+    point = yield from run_cascade(engine, candidates[rows], state, meta, "point", False, [])
     assert point is not None
     stage = scored_again(stage, rows, "point", point.probabilities)
     completed.append(stage)
     if pruned.exit == "set":
         best = best_rows(weighted_mean(point.probabilities, weights), pruned.last)
         yield len(best)
-        point = point.take(best)
+        point = point[best]
         completed.append(scored_again(stage, rows[best], "set", engine.set(point)))
     return point
 

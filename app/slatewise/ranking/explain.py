@@ -112,7 +112,7 @@ def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
     """
     rows = ranked.rows()
     if ranked.scored_by is not None:
-        candidates, probabilities = ranked.candidates.take(rows), ranked.probabilities[rows]
+        candidates, probabilities = ranked.candidates[rows], ranked.probabilities[rows]
         ranked = replace(ranked, candidates=candidates, probabilities=probabilities)
     given = ranked.ranker.score_weights(ranked.request.head_weights)
     order = np.argsort(-weighted_mean(ranked.probabilities, given), kind="stable")  # that of the answer, ties included

@@ -98,6 +98,6 @@ def ten_best(
     if exit == "set":
         count = min(prune.set or len(rows), len(rows), manifest.limits.set_wise)
         rows = rows[best_rows(scores, count)]
-        scores = weighted_mean(engine.set(point.take(rows)), weights)
+        scores = weighted_mean(engine.set(point[rows]), weights)
     order: list[int] = rows[np.argsort(-scores, kind="stable")][:DEPTH].tolist()
     return order
