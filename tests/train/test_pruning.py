@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from slatewise.pruning import Prune
 from slatewise_train import bundle_writer
 from slatewise_train.config import ExportConfig
 from slatewise_train.evaluation import pruning
-from slatewise_train.evaluation.cases import candidates_of, next_cases
+from slatewise_train.evaluation.cases import Case, candidates_of, next_cases
 from slatewise_train.evaluation.pruning import measure_pruning
 from slatewise_train.evaluation.report import pruning_text
 from slatewise_train.evaluation.sampling import sample_users
@@ -28,12 +29,17 @@ from tests.conftest import Tiny
 USERS = 12
 
 
+def held_out(tiny: Tiny) -> list[Case]:
+    data = tiny.trainer.data
+    return list(next_cases(data, sample_users(np.flatnonzero(data.split.test_lengths), USERS)))
+
+
 def slow_lists(ranker: Ranker, tiny: Tiny, prune: Prune, set_wise: int) -> list[dict[str, list[int]]]:
     """The ten best items of each user by exit: one call of `Engine.score` for each exit, and full sorts."""
     data, engine = tiny.trainer.data, ranker.engines["fp32"]
     weights = ranker.score_weights(None)
     found = []
-    for case in next_cases(data, sample_users(np.flatnonzero(data.split.test_lengths), USERS)):
+    for case in held_out(tiny):
         rows = [k for k in range(FIRST_ITEM, len(engine.items)) if k not in set(case.seen.tolist())]
         lists = {}
         for exit, count in (("dot", prune.point), ("point", prune.set), ("set", None)):
@@ -47,6 +53,10 @@ def slow_lists(ranker: Ranker, tiny: Tiny, prune: Prune, set_wise: int) -> list[
     return found
 
 
+def slow_gain(best: list[int], target: int) -> float:
+    return 1 / math.log2(best.index(target) + 2) if target in best else 0.0
+
+
 @pytest.mark.parametrize("prune", [Prune(point=150, set=40), Prune(point=60), Prune(set=30)])
 @pytest.mark.parametrize("set_wise", [100, 1024])
 def test_shares_equal_those_of_sorted_lists(ranker: Ranker, tiny: Tiny, prune: Prune, set_wise: int) -> None:
@@ -54,6 +64,7 @@ def test_shares_equal_those_of_sorted_lists(ranker: Ranker, tiny: Tiny, prune: P
     manifest = ranker.manifest.model_copy(update={"limits": limits})
     row = measure_pruning(ranker.engines["fp32"], manifest, tiny.trainer.data, ranker.default_meta, prune, USERS)
     plain, pruned = (slow_lists(ranker, tiny, one, set_wise) for one in (Prune(), prune))
+    targets = [int(case.upcoming[0]) for case in held_out(tiny)]
     exits = ["set"] if prune.point is None else ["point", "set"]
     assert list(row["unchanged"]) == list(row["same_items"]) == exits and row["users"] == USERS
     pairs = list(zip(plain, pruned, strict=True))
@@ -62,6 +73,10 @@ def test_shares_equal_those_of_sorted_lists(ranker: Ranker, tiny: Tiny, prune: P
         items = np.mean([set(one[exit]) == set(other[exit]) for one, other in pairs])
         assert row["unchanged"][exit][0] == pytest.approx(same, abs=1e-4)
         assert row["same_items"][exit][0] == pytest.approx(items, abs=1e-4)
+        gains = [
+            slow_gain(pair[1][exit], t) - slow_gain(pair[0][exit], t) for pair, t in zip(pairs, targets, strict=True)
+        ]
+        assert row["ndcg10"][exit][0] == pytest.approx(np.mean(gains), abs=1e-4)
     assert row["published"] == all(share[0] >= 0.99 for share in row["unchanged"].values())
 
 
@@ -100,6 +115,12 @@ def test_export_publishes_a_prune_that_changes_no_list(
     assert "(point 10 and set 10) is NOT PUBLISHED" in (lost / "report.md").read_text()
     quality = [read_manifest(folder).variants["fp32"].quality for folder in (plain, kept, lost)]
     assert quality[0] == quality[1] == quality[2]
+
+
+def test_a_ranker_of_the_exit_dot_has_nothing_to_prune(ranker: Ranker, tiny: Tiny) -> None:
+    manifest = ranker.manifest.model_copy(update={"exits": ["dot"]})
+    with pytest.raises(ValueError, match="the exits of the ranker are dot"):
+        measure_pruning(ranker.engines["fp32"], manifest, tiny.trainer.data, ranker.default_meta, Prune(point=20), 1)
 
 
 def test_a_prune_without_a_test_user_is_not_published() -> None:

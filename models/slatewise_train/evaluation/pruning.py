@@ -39,32 +39,35 @@ def measure_pruning(
 ) -> dict[str, Any]:
     """Return the row `pruning` of the report. Shares of users are [mean, low, high], by exit that is pruned.
 
-    unchanged: the same ten items in the same order; same_items: in any order. published: whether every share in
-    `unchanged` is high enough; false without a test user. meta: (M,) the meta-embedding of every request; most_users:
-    see `sample_users`.
+    unchanged: the same ten items in the same order; same_items: in any order. ndcg10: of the next item, pruned minus
+    unpruned, paired. published: whether every share in `unchanged` is high enough; false without a test user. meta:
+    (M,) the meta-embedding of every request; most_users: see `sample_users`. Raises ValueError if no exit is pruned.
     """
     weights = np.array(list(manifest.heads.values()))
     exits = [exit for exit in ("point", "set") if exit in manifest.exits and (exit == "set" or prune.point is not None)]
+    if not exits:
+        raise ValueError(f"[export] has a prune, and the exits of the ranker are {', '.join(manifest.exits)}")
 
-    def compare(case: Case) -> tuple[int, list[tuple[bool, bool]]]:
+    def compare(case: Case) -> tuple[int, list[tuple[float, float, float]]]:
         rows = candidate_rows(case, len(engine.items))
         if not len(rows):  # the user knows every item
-            return 0, [(True, True)] * len(exits)
+            return 0, [(1.0, 1.0, 0.0)] * len(exits)
         candidates = candidates_of(engine, data, rows, case.time)
         state = state_of(engine, case)
         dot = weighted_mean(engine.dot(candidates, state), weights)
         point = join([engine.point(candidates, meta, state, slice(k, k + CHUNK)) for k in range(0, len(rows), CHUNK)])
-        same = []
+        changes = []
         for exit in exits:
             plain, pruned = (ten_best(engine, manifest, exit, dot, point, one) for one in (Prune(), prune))
-            same.append((plain == pruned, set(plain) == set(pruned)))
-        return len(rows), same
+            gain = gain_of(rows[pruned], case.upcoming[0]) - gain_of(rows[plain], case.upcoming[0])
+            changes.append((float(plain == pruned), float(set(plain) == set(pruned)), gain))
+        return len(rows), changes
 
     users = np.flatnonzero(data.split.test_lengths)
     found = in_parallel(compare, list(next_cases(data, sample_users(users, most_users))), "pruning")
-    shares = np.array([same for _, same in found], float).reshape(-1, len(exits), 2)
-    unchanged, same_items = (
-        {exit: interval(shares[:, k, column]) for k, exit in enumerate(exits) if len(found)} for column in (0, 1)
+    columns = np.array([changes for _, changes in found]).reshape(-1, len(exits), 3)
+    unchanged, same_items, ndcg = (
+        {exit: interval(columns[:, k, column]) for k, exit in enumerate(exits) if found} for column in range(3)
     )
     return {
         "prune": prune.model_dump(),
@@ -72,9 +75,16 @@ def measure_pruning(
         "candidates": round(float(np.mean([count for count, _ in found]))) if found else 0,
         "unchanged": unchanged,
         "same_items": same_items,
+        "ndcg10": ndcg,
         "least": LEAST_UNCHANGED,
         "published": bool(unchanged) and all(share[0] >= LEAST_UNCHANGED for share in unchanged.values()),
     }
+
+
+def gain_of(best: np.ndarray, target: int) -> float:
+    """Return NDCG@10 of a list of the ten best item rows whose only relevant item is `target`."""
+    places = np.flatnonzero(best == target)
+    return float(1 / np.log2(places[0] + 2)) if len(places) else 0.0
 
 
 def candidate_rows(case: Case, items: int) -> np.ndarray:

@@ -155,10 +155,15 @@ def pruning_text(row: Mapping[str, Any]) -> str:
     title = f"Pruning ({rule}) {verdict}: the ten best stay the same for at least {row['least']:.0%} of the users?"
     lists = f"{row['users']:,} users, lists of {row['candidates']:,} candidates on average"
     lines = [
-        [f"`{exit}`", interval_cell(share), interval_cell(row["same_items"][exit])]
+        [
+            f"`{exit}`",
+            interval_cell(share),
+            interval_cell(row["same_items"][exit]),
+            difference_cell(row["ndcg10"][exit]),
+        ]
         for exit, share in row["unchanged"].items()
     ]
-    columns = [lists, "same ten items and order", "same ten items"]
+    columns = [lists, "same ten items and order", "same ten items", "NDCG@10, pruned minus unpruned"]
     return "\n".join([title, "", *markdown_table(columns, lines)])
 
 
