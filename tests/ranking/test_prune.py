@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.inference.arrays import Float64
 from slatewise.inference.costs import GraphCosts, Work
-from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
+from slatewise.inference.engine import Engine, chunk_of
 from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.ranking.offers import Size, make_offers
 from slatewise.ranking.pipeline import Pipeline, Ranking, Scored
@@ -178,7 +178,7 @@ def test_predicted_work_of_a_pruned_request(
         size = Size(events, 0, candidates, dot_first, Prune(point=m, set=k), 1)
         found = {offer.exit: offer.score for offer in make_offers(ranker, "fp32", "set", size, False)}
     dot = sum(Work(1, candidates, 0))
-    point = sum(Work(-(-m // CANDIDATE_CHUNK), m, m * (events + 1)))
+    point = sum(Work(-(-m // chunk_of(m)), m, m * (events + 1)))
     assert found["dot"] == dot
     assert found["set"] == dot + point + sum(Work(1, k, k * k))
     assert found["point"] == point + (dot if dot_first or m < candidates else 0)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.schemas import EXITS, ModelExit
 
@@ -99,7 +99,7 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first or pruned else 0.0
     if exit != "dot":
         m = n if pruned is None else pruned.point
-        seconds += costs["point"].seconds(Work(-(-m // CANDIDATE_CHUNK), m, m * (size.events + 1)))
+        seconds += costs["point"].seconds(Work(-(-m // chunk_of(m)), m, m * (size.events + 1)))
     if exit == "set":
         k = n if pruned is None else pruned.last
         seconds += costs["set"].seconds(Work(1, k, k * k))
