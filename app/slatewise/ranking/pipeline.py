@@ -70,7 +70,8 @@ class Scored:
         """Return which candidates `exit` scored: (N,)."""
         if self.scored_by is None:
             return np.ones(len(self.scores), bool)
-        return self.scored_by == EXITS.index(self.exit)
+        chosen: NDArray[np.bool_] = self.scored_by == EXITS.index(self.exit)
+        return chosen
 
 
 @dataclass(frozen=True)
