@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slatewise.bundle.ranker import Ranker, weighted_mean
-from slatewise.inference.arrays import Float64
+from slatewise.inference.arrays import Float64, PointScores
 from slatewise.inference.costs import GraphCosts, Work
 from slatewise.inference.engine import Engine, chunk_of
 from slatewise.pruning import Prune, Pruned, pruned_to
@@ -158,12 +158,21 @@ def test_all_candidates_are_scored_for_their_input_order(ranker: Ranker) -> None
     assert unpruned(without) is without
 
 
-def test_set_compares_the_best_of_a_list_above_its_limit(ranker: Ranker) -> None:
-    limit = ranker.manifest.limits.set_wise
-    request = draw_request(ranker, 5, limit + 50, 1, exit="set", prune={"point": 200, "set": 100}, top_n=10)
-    assert run(ranker, lambda p: rank(p, request)).exit == "set"
-    request = draw_request(ranker, 5, limit + 50, 1, exit="set", prune={"set": limit + 1}, top_n=10)
-    assert run(ranker, lambda p: rank(p, request)).exit == "point"
+def test_set_makes_slates_of_those_that_are_left(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slate of the best candidates if they fit into it, whatever the number of candidates."""
+    monkeypatch.setattr(ranker.engines["fp32"], "slate", 40)
+    sizes = []
+    original = Engine.set
+
+    def counted(engine: Engine, point: PointScores) -> Float64:
+        sizes.append(len(point))
+        return original(engine, point)
+
+    monkeypatch.setattr(Engine, "set", counted)
+    for prune in ({"set": 40}, {"set": 50}):
+        request = draw_request(ranker, 5, 100, 1, exit="set", prune=prune, top_n=10)
+        assert run(ranker, lambda p, request=request: rank(p, request)).exit == "set"  # type: ignore[misc]
+    assert sizes == [40, 25, 25]
 
 
 @given(st.integers(2, 1_100), st.integers(0, 300), st.booleans(), st.data())
@@ -180,7 +189,9 @@ def test_predicted_work_of_a_pruned_request(
     dot = sum(Work(1, candidates, 0))
     point = sum(Work(-(-m // chunk_of(m)), m, m * (events + 1)))
     assert found["dot"] == dot
-    assert found["set"] == dot + point + sum(Work(1, k, k * k))
+    number = -(-k // ranker.engines["fp32"].slate)
+    slates = [len(range(first, k, number)) for first in range(number)]
+    assert found["set"] == dot + point + sum(Work(number, k, sum(size**2 for size in slates)))
     assert found["point"] == point + (dot if dot_first or m < candidates else 0)
 
 

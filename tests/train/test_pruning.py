@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from slatewise.bundle.loader import load_bundle
-from slatewise.bundle.manifest import BundleLimits, read_manifest
+from slatewise.bundle.manifest import read_manifest
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.pruning import Prune
@@ -34,21 +34,28 @@ def held_out(tiny: Tiny) -> list[Case]:
     return list(next_cases(data, sample_users(np.flatnonzero(data.split.test_lengths), USERS)))
 
 
-def slow_lists(ranker: Ranker, tiny: Tiny, prune: Prune, set_wise: int) -> list[dict[str, list[int]]]:
-    """The ten best items of each user by exit: one call of `Engine.score` for each exit, and full sorts."""
+def slow_lists(ranker: Ranker, tiny: Tiny, prune: Prune) -> list[dict[str, list[int]]]:
+    """The ten best items of each user by exit: one call of `Engine.score` for each exit or slate, and full sorts."""
     data, engine = tiny.trainer.data, ranker.engines["fp32"]
     weights = ranker.score_weights(None)
     found = []
     for case in held_out(tiny):
         rows = [k for k in range(FIRST_ITEM, len(engine.items)) if k not in set(case.seen.tolist())]
         lists = {}
+        slates: list[list[int]] = []
         for exit, count in (("dot", prune.point), ("point", prune.set), ("set", None)):
-            candidates = candidates_of(engine, data, np.array(rows), case.time)
-            scores = weighted_mean(engine.score(case.history, candidates, ranker.default_meta, exit), weights)
+            probabilities = np.zeros((len(rows), len(weights)))
+            for slate in slates if exit == "set" else [list(range(len(rows)))]:
+                candidates = candidates_of(engine, data, np.array(rows)[slate], case.time)
+                probabilities[slate] = engine.score(case.history, candidates, ranker.default_meta, exit)
+            scores = weighted_mean(probabilities, weights)
             order = sorted(range(len(rows)), key=lambda k: -scores[k])
             lists[exit] = [rows[k] for k in order[:10]]
-            most = count or len(rows)
-            rows = [rows[k] for k in sorted(order[: min(most, set_wise) if exit == "point" else most])]
+            kept = sorted(order[: count or len(rows)])
+            by_sum = sorted(range(len(kept)), key=lambda k: -probabilities[kept[k]].sum())
+            number = math.ceil(len(kept) / engine.slate)
+            slates = [by_sum[first::number] for first in range(number)]
+            rows = [rows[k] for k in kept]
         found.append(lists)
     return found
 
@@ -58,12 +65,14 @@ def slow_gain(best: list[int], target: int) -> float:
 
 
 @pytest.mark.parametrize("prune", [Prune(point=150, set=40), Prune(point=60), Prune(set=30)])
-@pytest.mark.parametrize("set_wise", [100, 1024])
-def test_shares_equal_those_of_sorted_lists(ranker: Ranker, tiny: Tiny, prune: Prune, set_wise: int) -> None:
-    limits = BundleLimits(history_used=128, set_wise=set_wise)
-    manifest = ranker.manifest.model_copy(update={"limits": limits})
-    row = measure_pruning(ranker.engines["fp32"], manifest, tiny.trainer.data, ranker.default_meta, prune, USERS)
-    plain, pruned = (slow_lists(ranker, tiny, one, set_wise) for one in (Prune(), prune))
+@pytest.mark.parametrize("slate", [100, 1024])
+def test_shares_equal_those_of_sorted_lists(
+    ranker: Ranker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, prune: Prune, slate: int
+) -> None:
+    engine = ranker.engines["fp32"]
+    monkeypatch.setattr(engine, "slate", slate)
+    row = measure_pruning(engine, ranker.manifest, tiny.trainer.data, ranker.default_meta, prune, USERS)
+    plain, pruned = (slow_lists(ranker, tiny, one) for one in (Prune(), prune))
     targets = [int(case.upcoming[0]) for case in held_out(tiny)]
     exits = ["set"] if prune.point is None else ["point", "set"]
     assert list(row["unchanged"]) == list(row["same_items"]) == exits and row["users"] == USERS

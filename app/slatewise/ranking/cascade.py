@@ -1,6 +1,6 @@
 """The model's work for one request, in chunks that run on worker threads: encode the history, then exit by exit.
 
-Called by: `pipeline.py`. Calls: `inference/engine.py`.
+Called by: `pipeline.py`. Calls: `inference/engine.py`, `slates.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from slatewise.inference.arrays import (
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.workers import Chunks
 from slatewise.pruning import Pruned
+from slatewise.ranking.slates import run_set
 from slatewise.schemas import EXITS, ModelExit
 
 
@@ -82,8 +83,7 @@ def run_cascade(
     point = join(chunks)
     completed.append(StageScores("point", point.probabilities))
     if wanted == "set":
-        yield n
-        completed.append(StageScores("set", engine.set(point)))
+        completed.append(StageScores("set", (yield from run_set(engine, point))))
     return point
 
 
@@ -112,9 +112,8 @@ def run_pruned(
     completed.append(stage)
     if pruned.exit == "set":
         best = best_rows(weighted_mean(point.probabilities, weights), pruned.last)
-        yield len(best)
         point = point[best]
-        completed.append(scored_again(stage, rows[best], "set", engine.set(point)))
+        completed.append(scored_again(stage, rows[best], "set", (yield from run_set(engine, point))))
     return point
 
 

@@ -5,7 +5,8 @@
     dot
     dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
 
-Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`.
+Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`,
+`slates.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.pruning import Prune, Pruned, pruned_to
+from slatewise.ranking.slates import slate_count
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
@@ -102,5 +104,8 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
         seconds += costs["point"].seconds(Work(-(-m // chunk_of(m)), m, m * (size.events + 1)))
     if exit == "set":
         k = n if pruned is None else pruned.last
-        seconds += costs["set"].seconds(Work(1, k, k * k))
+        slates = slate_count(k, engine.slate)
+        least, larger = divmod(k, slates)  # so many slates have one candidate more than `least`
+        products = (slates - larger) * least**2 + larger * (least + 1) ** 2
+        seconds += costs["set"].seconds(Work(slates, k, products))
     return seconds

@@ -12,7 +12,7 @@ from typing import cast
 from slatewise.bundle.manifest import Manifest
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotFound, pointer
-from slatewise.pruning import Prune, pruned_to
+from slatewise.pruning import Prune
 from slatewise.ranking.admission import RequestLimits
 from slatewise.schemas import ModelExit, RankRequest
 
@@ -25,10 +25,6 @@ def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple
     if faults := tuple(islice(find_faults(request, ranker, limits), MOST_FAULTS)):
         raise Invalid.of(faults)
     exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
-    n = len(request.candidates.item_ids)
-    pruned = pruned_to(prune_of(request, ranker.manifest), exit, n, request.top_n)
-    if exit == "set" and (n if pruned is None else pruned.last) > ranker.manifest.limits.set_wise:
-        exit = "point"  # documented as `limits.set_wise`, so it is not degradation
     return variant, exit
 
 

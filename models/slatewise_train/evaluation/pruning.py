@@ -2,10 +2,9 @@
 exit before. `export` publishes a prune only if this share is at least LEAST_UNCHANGED at every exit that it prunes.
 
 Each test user has one list of candidates, the longest that a server takes: all items that are new to the user, or
-LONGEST of them at random. Shorter lists lose less. In a list above the set-wise limit, the exit `set` compares the best
-of `point` also without a prune. Scores are those of a request without `head_weights`.
+LONGEST of them at random. Shorter lists lose less. Scores are those of a request without `head_weights`.
 
-Called by: `export.py`. Calls: `cases.py`, `sampling.py`, `metrics.py`, `inference/`.
+Called by: `export.py`. Calls: `cases.py`, `sampling.py`, `metrics.py`, `inference/`, `ranking/slates.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.arrays import FIRST_ITEM, PointScores, best_rows, join
 from slatewise.inference.engine import Engine
 from slatewise.pruning import Prune
+from slatewise.ranking.slates import deal
 from slatewise_train.data import Data
 from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, state_of
 from slatewise_train.evaluation.metrics import DEPTH, interval
@@ -58,7 +58,7 @@ def measure_pruning(
         point = join([engine.point(candidates, meta, state, slice(k, k + CHUNK)) for k in range(0, len(rows), CHUNK)])
         changes = []
         for exit in exits:
-            plain, pruned = (ten_best(engine, manifest, exit, dot, point, one) for one in (Prune(), prune))
+            plain, pruned = (ten_best(engine, weights, exit, dot, point, one) for one in (Prune(), prune))
             gain = gain_of(rows[pruned], case.upcoming[0]) - gain_of(rows[plain], case.upcoming[0])
             changes.append((float(plain == pruned), float(set(plain) == set(pruned)), gain))
         return len(rows), changes
@@ -96,18 +96,20 @@ def candidate_rows(case: Case, items: int) -> np.ndarray:
 
 
 def ten_best(
-    engine: Engine, manifest: Manifest, exit: str, dot: np.ndarray, point: PointScores, prune: Prune
+    engine: Engine, weights: np.ndarray, exit: str, dot: np.ndarray, point: PointScores, prune: Prune
 ) -> list[int]:
     """Return the positions of the ten best candidates of an exit, as a server ranks them with a prune.
 
-    dot: (n,) scores of the exit `dot`; point: the exit `point` of all n candidates.
+    weights: (heads,) of the score. dot: (n,) scores of the exit `dot`. point: the exit `point` of all n candidates.
     """
-    weights = np.array(list(manifest.heads.values()))
     rows = best_rows(dot, min(prune.point or len(dot), len(dot)))
     scores = weighted_mean(point.probabilities[rows], weights)
     if exit == "set":
-        count = min(prune.set or len(rows), len(rows), manifest.limits.set_wise)
-        rows = rows[best_rows(scores, count)]
-        scores = weighted_mean(engine.set(point[rows]), weights)
+        rows = rows[best_rows(scores, min(prune.set or len(rows), len(rows)))]
+        left = point[rows]
+        probabilities = np.empty_like(left.probabilities)
+        for slate in deal(left, engine.slate):
+            probabilities[slate] = engine.set(left[slate])
+        scores = weighted_mean(probabilities, weights)
     order: list[int] = rows[np.argsort(-scores, kind="stable")][:DEPTH].tolist()
     return order
