@@ -39,7 +39,10 @@ def missing() -> str | None:
 
 
 def private_copy() -> None:
-    """Copy the checkout as `umask 077` would make it: no other user may read a file."""
+    """Copy the checkout as `umask 077` would make it: no other user may read a file.
+
+    The certificates that the build needs behind a proxy come along, although Git ignores them.
+    """
     shutil.rmtree(FOLDER, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -48,7 +51,8 @@ def private_copy() -> None:
         check=True,
         text=True,
     ).stdout
-    for name in filter(None, listed.split("\0")):
+    certificates = [str(path.relative_to(ROOT)) for path in ROOT.glob("deploy/certificates/*.crt")]
+    for name in [*filter(None, listed.split("\0")), *certificates]:
         source, target = ROOT / name, FOLDER / name
         if source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +104,11 @@ class Stack:
         self.compose(*REFRESH, *profiles, "down", "--volumes", "--remove-orphans", check=False)
 
     def container(self, service: str) -> str:
-        """The id of a service's container, running or not."""
-        return self.compose(*REFRESH, "--profile", "scale", "ps", "--all", "--quiet", service).split()[-1]
+        """The id of a service's container, running or not. Raises RuntimeError if there is none."""
+        found = self.compose(*REFRESH, "--profile", "scale", "ps", "--all", "--quiet", service).split()
+        if not found:
+            raise RuntimeError(f"no container of {service}")
+        return found[-1]
 
     def state(self, service: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run("docker", "inspect", self.container(service)))[0]

@@ -94,6 +94,16 @@ def own_user(stack: Stack) -> str:
     return "user 10001, the code and the bundles are not writable"
 
 
+def allocator(stack: Stack) -> str:
+    """LD_PRELOAD of a library that the user cannot read is a line in the log, and the server goes on without it."""
+    code = "print({line.split()[-1] for line in open('/proc/1/maps') if 'jemalloc' in line})"
+    found = stack.python("slatewise", code)
+    assert found == "{'/usr/local/lib/libjemalloc.so.2'}", found
+    log = stack.compose("logs", "--no-log-prefix", "slatewise", "push")
+    assert "LD_PRELOAD" not in log, log
+    return "user 10001 reads it, and the server has it in its memory"
+
+
 IDLE = """
 import os, pathlib, time
 one = pathlib.Path("/sys/fs/cgroup/cpuacct/cpuacct.usage")
@@ -266,6 +276,7 @@ def kill_haproxy(stack: Stack) -> str:
 
 def restart_single(stack: Stack) -> str:
     load = under_load(stack, lambda: stack.compose("restart", "slatewise"), port=stack.port)
+    assert load.statuses["200"], load.statuses
     return f"{load.summary()}. One replica cannot restart without a gap"
 
 
