@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "slatewise-check"
 FOLDER = ROOT / "build" / "compose-check"
 REFRESH = ("-f", "docker-compose.yml", "-f", "deploy/compose/refresh.yaml")
+EVERYTHING = (*REFRESH, *("--profile", "load"), *("--profile", "scale"), *("--profile", "grafana"))
 SLOW_SECONDS = 1_800  # a build with a slow network
 
 
@@ -100,8 +101,7 @@ class Stack:
         return self.run("docker", "compose", *arguments, check=check, **settings)
 
     def down(self) -> None:
-        profiles = [flag for name in ("load", "scale", "grafana") for flag in ("--profile", name)]
-        self.compose(*REFRESH, *profiles, "down", "--volumes", "--remove-orphans", check=False)
+        self.compose(*EVERYTHING, "down", "--volumes", "--remove-orphans", check=False)
 
     def container(self, service: str) -> str:
         """The id of a service's container, running or not. Raises RuntimeError if there is none."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loadtest.compose.docker import FOLDER, Stack, ask, until
+from loadtest.compose.docker import EVERYTHING, FOLDER, PROJECT, Stack, ask, until
 from loadtest.compose.load import CONNECTIONS, Load
 
 BUNDLE = FOLDER / "models" / "bundles" / "movielens"
@@ -290,10 +290,11 @@ def down(stack: Stack) -> str:
     cut = [line for line in log.splitlines() if "POST" in line]
     assert not cut and load.statuses["broken"] <= CONNECTIONS, (cut, load.statuses)
     begin = time.monotonic()
-    stack.compose(*SCALE, "down")
+    stack.compose(*EVERYTHING, "down")  # without its profile or file, a service stays
     seconds = time.monotonic() - begin
-    left = stack.run("docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project=slatewise-check")
-    assert not left.strip(), left
+    project = f"label=com.docker.compose.project={PROJECT}"
+    left = stack.run("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", project)
+    assert not left.strip(), f"containers left: {left}"
     return f"{load.summary()}; HAProxy's log has none that it broke off; the rest took {seconds:.0f} s"
 
 
