@@ -177,7 +177,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         type=lambda text: text.split(","),
-        default=f"{EXACT.graph},student",
+        default=f"{EXACT.graph},int8,student",
         help=f"comma-separated variants of Slatewise {default}",
     )
     parser.add_argument("--requests", type=int, help="requests in a cell (default: 300, or 40 with --quick)")

@@ -162,7 +162,7 @@ def test_a_round_begins_only_if_it_ends_in_time() -> None:
 
 def test_peers_and_graphs_are_named() -> None:
     options = arguments(["--only", "fastapi"])
-    assert (options.only, options.graphs, options.variants) == (["fastapi"], ["rank"], ["fp32", "student"])
+    assert (options.only, options.graphs, options.variants) == (["fastapi"], ["rank"], ["fp32", "int8", "student"])
     with pytest.raises(argparse.ArgumentTypeError, match="unknown: nginx; known: fastapi, bentoml"):
         names(tuple(PEERS), "fastapi,nginx")
 
