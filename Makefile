@@ -62,7 +62,8 @@ train: movielens
 	$(TEST)/bin/python -m slatewise export models/movielens.toml --all-users
 
 compress: movielens
-	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --epochs 20 --student blocks=2,feed_forward=2,key_size=32 --all-users
+	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --variants int8,int8-tables8,lowrank,lowrank-int8 \
+		--layers up,down --share 0.625 --force lowrank,lowrank-int8 --all-users
 
 reference-bundle: test-environment
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference

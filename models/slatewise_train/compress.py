@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
 from slatewise_train.bundle_writer import publish, staging, write_json
 from slatewise_train.compression.bases import Base, Options, make_base
-from slatewise_train.compression.distill import DistillConfig
+from slatewise_train.compression.distill import LOSSES, DistillConfig
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.compression.low_rank import METHODS
 from slatewise_train.compression.quantize import FULL_BITS, SAFE_BITS
@@ -45,10 +45,11 @@ from slatewise_train.loading import load_for_training, training_folder
 NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
 
 
-def compress(source: Source, root: Path, names: list[str], options: Options, force: bool = False) -> Path:
+def compress(source: Source, root: Path, names: list[str], options: Options, forced: Collection[str] = ()) -> Path:
     """Publish the next version, with fp32 and the named variants, and return its folder.
 
-    force: publish also variants that fail the gate or are dominated. Raises ValueError when a variant misses its bound.
+    forced: names of variants that are published also if they fail the gate or are dominated. Raises ValueError when a
+    variant misses its bound.
     """
     manifest = source.manifest
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
@@ -59,7 +60,7 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
         bases = {kind: make_base(source, kind, options) for kind in sorted({Recipe.named(name).base for name in names})}
         variants = measure_variants(source, stage, names, options, bases)
         reasons = rejections(variants, manifest.default_exit)
-        published = {name: variant for name, variant in variants.items() if force or name not in reasons}
+        published = {name: variant for name, variant in variants.items() if name in forced or name not in reasons}
         remove_unpublished(stage, variants, published)
         write_report(stage, variants, manifest.default_exit, reasons, bases)
         fastest = min((name for name in published if name not in reasons), key=lambda name: variants[name].milliseconds)
@@ -111,14 +112,15 @@ def write_report(
     stage: Path, variants: dict[str, Variant], exit: str, reasons: dict[str, str], bases: dict[str, Base]
 ) -> None:
     """Add all variants and the ranks of the low-rank form to report.json; write variants.md and variants.png."""
-    table = variants_table(variants, exit, reasons)
+    folders = {name for name in variants if (stage / "variants" / name).exists()}
+    table = variants_table(variants, exit, reasons, folders & reasons.keys())
     print(table)
     (stage / "variants.md").write_text(table + "\n")
     plot_variants(variants, exit, stage / "variants.png")
     report = json.loads((stage / "report.json").read_text()) if (stage / "report.json").exists() else {}
     report["variants"] = {
         name: variant.model_dump(exclude={"golden_scores"})
-        | {"published": (stage / "variants" / name).exists(), "reason": reasons.get(name)}
+        | {"published": name in folders, "reason": reasons.get(name)}
         for name, variant in variants.items()
     }
     report["ranks"] = bases["lowrank"].ranks if "lowrank" in bases else {}
@@ -143,19 +145,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("toml", type=Path, nargs="?", help="TOML of its training")
     parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
     parser.add_argument("--variants", default=",".join(NAMES), help=default)
-    epochs = f"epochs that low-rank models and students learn from fp32; {default}"
+    epochs = f"epochs that low-rank models and students are trained; {default}"
     parser.add_argument("--epochs", type=int, default=0, help=epochs)
+    loss = f"of these epochs: the distance from fp32's scores, or the loss of the training; {default}"
+    parser.add_argument("--loss", choices=LOSSES, default="teacher", help=loss)
+    rate = f"learning rate of these epochs; {default}"
+    parser.add_argument("--learning-rate", type=float, default=DistillConfig.learning_rate, help=rate)
     parser.add_argument("--method", choices=METHODS, default="afm", help=f"of low rank; {default}")
-    share = f"share of the dense layers' cost that the low-rank form may have; {default}"
+    parser.add_argument("--layers", default="", help="that low rank factors, as up,down; default: all dense layers")
+    share = f"share of these layers' cost that the low-rank form may have; {default}"
     parser.add_argument("--share", type=float, default=0.5, help=share)
     parser.add_argument("--budget", choices=("size", "time"), default="size", help=f"cost of a layer; {default}")
     student = "shape of the student, as blocks=1,feed_forward=2,key_size=32; default: half of each"
     parser.add_argument("--student", default="", help=student)
     bits = f"bits of int8 weights; {FULL_BITS} need a processor with VNNI; {default}"
     parser.add_argument("--bits", type=int, choices=(SAFE_BITS, FULL_BITS), default=SAFE_BITS, help=bits)
-    parser.add_argument(
-        "--force", action="store_true", help="publish also variants that fail the gate or are dominated"
-    )
+    forced = "variants to publish for requests that name them, also if they fail the gate or are dominated; alone: all"
+    parser.add_argument("--force", nargs="?", const=",".join(NAMES), default="", metavar="VARIANTS", help=forced)
     sampled = f"evaluate all users; default: the same sample of {SAMPLED_USERS:,} for each variant"
     parser.add_argument("--all-users", action="store_true", help=sampled)
     return parser
@@ -165,18 +171,22 @@ def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     folder = bundle_folder(args.bundle.absolute())  # absolute: the root folder of "." is not its parent
     names = list(dict.fromkeys(listed(args.variants)))
-    for name in names:
+    forced = listed(args.force)
+    for name in [*names, *forced]:
         Recipe.named(name)
     options = Options(
         method=args.method,
+        layers=tuple(listed(args.layers)),
         share=args.share,
         budget=args.budget,
         shape=read_shape(args.student),
-        distill=DistillConfig(epochs=args.epochs) if args.epochs else None,
+        distill=DistillConfig(epochs=args.epochs, loss=args.loss, learning_rate=args.learning_rate)
+        if args.epochs
+        else None,
         bits=args.bits,
     )
     source = open_source(folder, args.toml, args.folder, None if args.all_users else SAMPLED_USERS)
-    print(compress(source, folder.parents[1], names, options, args.force))
+    print(compress(source, folder.parents[1], names, options, forced))
 
 
 def open_source(folder: Path, toml: Path | None, training: Path | None, most_users: int | None) -> Source:

@@ -58,11 +58,11 @@ class CheckedGraph:
     products: tuple[Product, ...]
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether two consecutive products pass through fewer columns than either has on its outer side."""
+    def low_rank(self) -> int:
+        """Count pairs of consecutive products that pass through fewer columns than either has on its outer side."""
         shape_of = {product.target: product.shape for product in self.products if len(product.shape) == 2}
         pairs = ((shape_of[p.source], p.shape) for p in self.products if p.source in shape_of and len(p.shape) == 2)
-        return any(first[1] < min(first[0], second[1]) for first, second in pairs)
+        return sum(first[1] < min(first[0], second[1]) for first, second in pairs)
 
 
 def name_parts(name: str) -> list[str]:
@@ -85,8 +85,11 @@ def name_parts(name: str) -> list[str]:
     return parts
 
 
-def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool) -> None:
-    """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states."""
+def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool, own: int = 0) -> None:
+    """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states.
+
+    own: layers of low rank of the ranker itself, see `layers_of_low_rank`; all of its variants may have them.
+    """
     parts = name_parts(name)
     found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
     products = [product for graph in found.values() for product in graph.products]
@@ -100,11 +103,16 @@ def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool) 
     if "int8" in parts and floats > MAX_FLOAT_SHARE * total:
         share = f"{floats / total:.0%} of its weights are multiplied in float, limit {MAX_FLOAT_SHARE:.0%}"
         raise ManifestError(f"named {name}, and {share}")
-    is_low_rank = any(graph.is_low_rank for graph in found.values())
+    is_low_rank = sum(graph.low_rank for graph in found.values()) > own
     if is_low_rank != ("lowrank" in parts):
         raise ManifestError(f"named {name}, and has {'layers of low rank' if is_low_rank else 'no layers of low rank'}")
     if int8_items != ("tables8" in parts):
         raise ManifestError(f"named {name}, and its item table is {'int8' if int8_items else 'float32'}")
+
+
+def layers_of_low_rank(folder: Path, graphs: list[str]) -> int:
+    """Count the layers of low rank of the graphs in `folder`. Raises ManifestError as `read_graph` does."""
+    return sum(read_graph(folder / f"{graph}.onnx").low_rank for graph in graphs)
 
 
 def check_large_products(name: str, graphs: dict[str, CheckedGraph]) -> None:

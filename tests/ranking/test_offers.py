@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import GraphCosts
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
+from slatewise.inference.engine import HISTORY_CHUNK, chunk_of
 from slatewise.ranking.offers import STALE_SECONDS, Size, make_offers
 from tests.conftest import DEMO
 
@@ -44,7 +44,7 @@ def test_cheaper_variant_is_the_last_offer_without_a_state(demo: Ranker, monkeyp
     assert exits(demo, Size(20, 0, 30, False)) == own, "hardly cheaper"
 
 
-@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 1_100), st.booleans())
+@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 2_500), st.booleans())
 def test_predicted_work_equals_that_of_the_calls(
     demo: Ranker, events: int, cached: int, candidates: int, dot_first: bool
 ) -> None:
@@ -60,7 +60,7 @@ def test_predicted_work_equals_that_of_the_calls(
         slow += 1 + rows + rows * (1 + first + rows)
     assert offer.encode == point.encode == slow
     assert offer.score == 1 + candidates
-    chunks = -(-candidates // CANDIDATE_CHUNK)
+    chunks = -(-candidates // chunk_of(candidates))
     rows_and_products = candidates + candidates * (events + 1)
     assert point.score == chunks + rows_and_products + (1 + candidates if dot_first else 0)
 

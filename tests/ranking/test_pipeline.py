@@ -235,7 +235,7 @@ def test_no_chunk_starts_after_the_deadline(ranker: Ranker, monkeypatch: pytest.
         return point(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "point", slow)
-    request = draw_request(ranker, 5, 2900, 7, deadline_ms=200)  # 6 chunks
+    request = draw_request(ranker, 5, 2900, 7, deadline_ms=200)  # 23 chunks
 
     async def ask(pipeline: Pipeline) -> Ranking:
         ranking = await rank(pipeline, request)
@@ -434,7 +434,7 @@ def test_cancelled_request_runs_no_further_chunk(
     )
     request = draw_request(
         ranker, 600 if method == "extend" else 5, 2900, 15, user=user, exit="point"
-    )  # 3 chunks of events, or 6 chunks of candidates
+    )  # 3 chunks of events, or 23 chunks of candidates
     stop = BlockedMethod(method, monkeypatch)
 
     async def leave(pipeline: Pipeline) -> tuple[str, int]:

@@ -62,7 +62,7 @@ def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("compressed")
     learning = DistillConfig(epochs=1, batch_events=1024, positions=64, items=128, windows=4, warmup_steps=2)
     return compress(
-        source, base / "bundles", list(NAMES), Options(distill=learning, checkpoints=base / "checkpoints"), force=True
+        source, base / "bundles", list(NAMES), Options(distill=learning, checkpoints=base / "checkpoints"), NAMES
     )
 
 
@@ -122,14 +122,14 @@ def test_resumed_compress_measures_only_missing_variants(
     with monkeypatch.context() as patch:
         patch.setattr(making, "measure_variant", measured)
         with pytest.raises(KeyboardInterrupt):
-            compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+            compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, NAMES)
         calls.clear()
         calls.append("nothing yet")
         patch.setattr(making, "measure_variant", lambda *given: calls.append(given[2]) or original(*given))
-        folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, force=True)
+        folder = compress(source, tmp_path / "bundles", ["int8", "int8-tables8"], options, NAMES)
     assert calls == ["nothing yet", "int8-tables8"]
     again = compress(
-        source, tmp_path / "again", ["int8", "int8-tables8"], Options(checkpoints=tmp_path / "other"), force=True
+        source, tmp_path / "again", ["int8", "int8-tables8"], Options(checkpoints=tmp_path / "other"), NAMES
     )
     for name in ("int8", "int8-tables8"):
         for graph in (again / "variants" / name).iterdir():
@@ -173,7 +173,7 @@ def test_compress_writes_table_and_plot(folder: Path) -> None:
     assert all(f"| {name} |" in table for name in ALL) and (folder / "variants.png").stat().st_size > 1_000
     rows = json.loads((folder / "report.json").read_text())["variants"]
     reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
-    assert table.strip() == variants_table(manifest.variants, manifest.default_exit, reasons)
+    assert table.strip() == variants_table(manifest.variants, manifest.default_exit, reasons, reasons)
     assert {"variants.md", "variants.png", "items8.npy"} <= manifest.files.keys()
 
 
@@ -299,7 +299,7 @@ def test_variant_below_gate_or_above_bound_is_not_published(
     row = json.loads((folder / "report.json").read_text())["variants"]["int8-tables8"]
     assert row["published"] is False and "99%" in row["reason"], "the report lists the variant that was tried"
     assert "no: keeps less than 99%" in (folder / "variants.md").read_text()
-    forced = read_manifest(compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "second"), force=True))
+    forced = read_manifest(compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "second"), ["int8"]))
     assert forced.variants["int8"].within_gate is False and forced.default_variant == "fp32", (
         "published because forced, and marked as below the gate"
     )
@@ -420,5 +420,5 @@ def test_compress_publishes_nothing_if_a_name_is_wrong(
 ) -> None:
     monkeypatch.setattr(making, "quantize", lambda graph, *_: graph)
     with pytest.raises(ValueError, match="named int8, and"):
-        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"), force=True)
+        compress(source, tmp_path, ["int8"], Options(checkpoints=tmp_path / "checkpoints"), ["int8"])
     assert not (tmp_path / "tiny/2").exists()

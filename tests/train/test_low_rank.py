@@ -15,7 +15,6 @@ from slatewise_train.compression.low_rank import (
     METHODS,
     Layer,
     LayerStatistics,
-    LowRank,
     allocate,
     collect_statistics,
     factor,
@@ -24,6 +23,7 @@ from slatewise_train.compression.low_rank import (
     timed_layer,
 )
 from slatewise_train.rankers.base import EXITS, Calibration
+from slatewise_train.rankers.layers import LowRank
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 

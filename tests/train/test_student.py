@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,6 +217,40 @@ def test_distill_changes_neither_teacher_nor_item_table(trainer: Trainer, tmp_pa
 def test_distillation_loss_of_a_copy_of_the_teacher_is_zero(trainer: Trainer) -> None:
     distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
     assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
+
+
+def test_recovery_on_the_task_lowers_its_loss(trainer: Trainer, tmp_path: Path) -> None:
+    """It trains the student alone, with the training's own loss, and gives the same student after a stop."""
+    student = shrink(trainer.model, {"feed_forward": 1})
+    teacher = copy.deepcopy(trainer.model.state_dict())
+    items = student.item.weight.detach().clone()
+    again = copy.deepcopy(student)
+    task = dataclasses.replace(CONFIG, loss="task")
+    losses = distill(student, trainer, VECTORS, task, tmp_path / "student.pt")
+    assert losses[-1] < losses[0] and not student.training
+    torch.testing.assert_close(student.item.weight.detach(), items, rtol=0, atol=0)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, teacher[name], rtol=0, atol=0)
+    assert distill(again, trainer, VECTORS, task, tmp_path / "student.pt") == losses, "the finished checkpoint"
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_recovery_on_the_task_learns_from_shown_slates(tmp_path: Path) -> None:
+    """The weights of its loss for the position in a slate are trained and kept in the checkpoint."""
+    data = load(tmp_path, random_events(0).with_columns(position=1 + pl.int_range(pl.len()) % 4))
+    shape = {"width": 8, "blocks": 1, "attention_heads": 1, "set_blocks": 1, "meta_size": 4}
+    trainer = Trainer(data, ModelConfig("ligr", shape), TrainConfig(cascade_positions=2, position_bias=True))
+    task = dataclasses.replace(CONFIG, epochs=1, loss="task")
+    distiller = Distiller(copy.deepcopy(trainer.model), trainer, np.zeros((1, 4), np.float32), task)
+    assert distiller.shown is not None and distiller.task is not None
+    before = copy.deepcopy(distiller.shown.state_dict())
+    distiller.run_epoch()
+    after = distiller.shown.state_dict()
+    assert before and any(not torch.equal(after[name], value) for name, value in before.items())
+    distill(copy.deepcopy(trainer.model), trainer, np.zeros((1, 4), np.float32), task, tmp_path / "student.pt")
+    kept = torch.load(tmp_path / "student.pt", weights_only=True)["shown"]
+    assert all(torch.equal(kept[name], value) for name, value in after.items())
 
 
 def test_distillation_learns_from_slates_that_were_shown(tmp_path: Path) -> None:

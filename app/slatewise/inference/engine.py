@@ -37,9 +37,18 @@ from slatewise.inference.item_table import ItemTable
 HISTORY_CHUNK = 256  # events in one call of `extend`
 NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 256  # candidates in one call of `point`
+LARGE = 2_048  # candidates of a request that runs in half chunks
 
 
 Step: TypeAlias = Callable[[Callable[[], Any]], Any]  # runs a step of a load, and returns its result
+
+
+def chunk_of(candidates: int) -> int:
+    """Return the number of candidates in one call of `point`.
+
+    Others wait for a chunk of a large request. A half chunk takes half as long, and 3 % more time a candidate.
+    """
+    return CANDIDATE_CHUNK if candidates < LARGE else CANDIDATE_CHUNK // 2
 
 
 def at_once(function: Callable[[], Any]) -> Any:

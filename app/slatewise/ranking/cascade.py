@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from slatewise import metrics
 from slatewise.inference.arrays import Candidates, Float32, Float64, History, KeptState, PointScores, join
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.workers import Chunks
 from slatewise.schemas import ModelExit
 
@@ -57,8 +57,9 @@ def run_cascade(
     if wanted == "dot":
         return None
     chunks = []
-    for first in range(0, n, CANDIDATE_CHUNK):
-        rows = slice(first, min(first + CANDIDATE_CHUNK, n))
+    size = chunk_of(n)
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
         yield rows.stop - rows.start
         state = state or kept.unpacked()
         chunks.append(engine.point(candidates, meta, state, rows))

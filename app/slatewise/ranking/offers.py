@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, Engine
+from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
@@ -91,7 +91,7 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     n, costs = size.candidates, engine.costs
     seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first else 0.0
     if exit != "dot":
-        seconds += costs["point"].seconds(Work(-(-n // CANDIDATE_CHUNK), n, n * (size.events + 1)))
+        seconds += costs["point"].seconds(Work(-(-n // chunk_of(n)), n, n * (size.events + 1)))
     if exit == "set":
         seconds += costs["set"].seconds(Work(1, n, n * n))
     return seconds

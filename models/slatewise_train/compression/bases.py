@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from slatewise_train.bundle_writer import write_json
 from slatewise_train.compression.distill import DistillConfig, distill
@@ -32,7 +33,8 @@ class Options:
     """Options for making variants."""
 
     method: str = "afm"  # method of low rank, see `low_rank.METHODS`
-    share: float = 0.5  # share of the dense layers' cost that the low-rank form may have
+    layers: tuple[str, ...] = ()  # that low rank factors, by the last part of their names; empty: all dense layers
+    share: float = 0.5  # share of these layers' cost that the low-rank form may have
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
     shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
@@ -66,12 +68,25 @@ def make_base(source: Source, kind: str, options: Options) -> Base:
         checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
         base = Base(families.shrink(source.model, shape))
     else:
-        checkpoint = folder / f"lowrank,{options.method},{options.share:g},{options.budget}.pt"
+        parts = ["lowrank", options.method, f"{options.share:g}", options.budget, *options.layers]
+        checkpoint = folder / f"{','.join(parts)}.pt"
         base = low_rank_base(source, options, checkpoint.with_suffix(".json"))
     if options.distill is not None and source.data is not None:
         vectors = np.concatenate([source.vectors, source.meta[None]])
         distill(base.model, source.trainer(), vectors, options.distill, checkpoint)
     return base
+
+
+def chosen_layers(model: RankerModel, parts: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Return the dense layers whose names end in one of the parts, or all of them without parts.
+
+    Raises ValueError for a part that is no layer's.
+    """
+    layers = families.dense_layers(model)
+    known = {name.rpartition(".")[2] for name in layers}
+    if unknown := sorted({*parts} - known):
+        raise ValueError(f"no dense layer is named {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return {name: layer for name, layer in layers.items() if not parts or name.rpartition(".")[2] in parts}
 
 
 def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
@@ -84,7 +99,7 @@ def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
         ranks: dict[str, int | None] = json.loads(ranks_file.read_text())
     else:
         layers = dict[str, Layer]()
-        for name, layer in families.dense_layers(source.model).items():
+        for name, layer in chosen_layers(source.model, options.layers).items():
             weight = layer.weight.detach().double()
             curve = spectrum(options.method, weight, source.statistics[name])
             layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)

@@ -1,8 +1,9 @@
-"""Distillation: train a low-rank model or a student to give the scores and the order of its teacher.
+"""Recovery: train a low-rank model or a student, so that it ranks as well as its teacher.
 
 The training data are the users' histories, slates that the teacher draws, and the training slates that users were
-shown. The teacher's probabilities are the labels (Hinton et al., arXiv 1503.02531). The item table does not change,
-because all variants share it. A stopped run resumes after its last complete epoch.
+shown. There are two losses: in distillation the teacher's probabilities are the labels (Hinton et al., arXiv
+1503.02531); the loss of the task is that of the training itself. The item table does not change, because all variants
+share it. A stopped run resumes after its last complete epoch.
 
 Called by: `bases.py`, `compress.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`,
 `epochs.py`, `losses.py`, `checkpoint.py`.
@@ -26,6 +27,7 @@ from slatewise_train.rankers.base import EncodedHistory, RankerModel
 from slatewise_train.slates import Slates, read_slates
 from slatewise_train.train import Trainer
 
+LOSSES = ("teacher", "task")
 PADDED = -1e4  # logit of padding for student and teacher: its probability is 0 and adds nothing to a loss
 Encoded = tuple[EncodedHistory, Tensor]  # sequences, and their user vectors (B, T, d)
 
@@ -33,6 +35,7 @@ Encoded = tuple[EncodedHistory, Tensor]  # sequences, and their user vectors (B,
 @dataclass(frozen=True)
 class DistillConfig:
     epochs: int = 20
+    loss: str = "teacher"  # one of LOSSES
     batch_events: int = 8192
     learning_rate: float = 0.003
     warmup_steps: int = 100
@@ -56,22 +59,36 @@ class Distiller:
         self.config = config
         self.vectors = torch.from_numpy(np.array(vectors))
         self.table = trainer.model.item_table().detach()
+        self.task = self.task_trainer() if config.loss == "task" else None
         # Items are shared, so the exit `dot` trains user vectors only; default_meta is shared by the whole bundle.
         for name in ("item.weight", "default_meta", "dot_scale", "dot_bias"):
             student.get_parameter(name).requires_grad_(False)
-        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.shown = None if self.task is None else self.task.shown  # it learns how much a position in a slate matters
+        trained = [*student.parameters(), *([] if self.shown is None else self.shown.parameters())]
+        self.parameters = [parameter for parameter in trained if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
         )
         self.epoch = 0
         self.identity = self.digest()
 
+    def task_trainer(self) -> Trainer:
+        """Return a trainer of the student. Users have meta-embeddings drawn from `vectors`: a bundle has no others."""
+        trainer = Trainer(self.trainer.data, self.student, self.trainer.config)
+        drawn = torch.randint(len(self.vectors), (len(trainer.meta.weight),))
+        trainer.meta.load_state_dict({"weight": self.vectors[drawn]})
+        trainer.meta.requires_grad_(False)
+        return trainer
+
     def loss(self, windows: np.ndarray) -> Tensor:
         """Return the sum of the losses of all exits on a batch of windows.
 
-        The loss of `dot` uses random positions of all windows, the other exits use slates from a random part of them.
+        In distillation, the loss of `dot` uses random positions of all windows, the other exits use slates from a
+        random part of them.
         """
         batch = make_batch(self.trainer.data.sequences, windows)
+        if self.task is not None:
+            return self.task.loss(batch, cascade=True)
         vectors = self.table[batch.items]
         with torch.no_grad():
             wanted, wanted_users = self.teacher.encode(self.teacher.tokens(vectors, batch.actions, batch.gaps))
@@ -135,7 +152,7 @@ class Distiller:
 
     def run_epoch(self) -> float:
         """Train for one pass over the training events and return the mean loss."""
-        self.student.eval()  # no dropout, because the teacher labels every input
+        self.student.train(self.task is not None)  # no dropout in distillation: the teacher labels every input
         config = self.config
 
         def rate(step: int, steps: int) -> float:
@@ -144,6 +161,7 @@ class Distiller:
 
         mean = one_epoch(config, self.trainer.data, self.epoch + 1, self.optimizer, self.parameters, rate, self.loss)
         self.epoch += 1
+        self.student.eval()
         return mean
 
     def digest(self) -> str:
@@ -169,6 +187,8 @@ def distill(
     """
     distiller = Distiller(student, trainer, vectors, config)
     parts: dict[str, checkpoint.Stateful] = {"student": student, "optimizer": distiller.optimizer}
+    if distiller.shown is not None:
+        parts["shown"] = distiller.shown
     try:
         progress = checkpoint.resume(path, distiller.identity, parts, "other work")
     except checkpoint.CheckpointMismatch:

@@ -6,8 +6,8 @@
 
 `allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
 
-Called by: `bases.py`, `source.py`. `compress.py` lists its methods. Calls: `rankers/families.py` for the dense layers
-of a ranker, `rankers/onnx_builder.py` to measure their time.
+Called by: `bases.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls: `rankers/families.py` for the
+dense layers of a ranker, `rankers/layers.py` for the two thin ones, `rankers/onnx_builder.py` to measure their time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel
+from slatewise_train.rankers.layers import LowRank
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
 
@@ -89,21 +90,15 @@ def spectrum(method: str, weight: Tensor, statistics: LayerStatistics) -> Tensor
     return torch.linalg.svdvals(weight if method == "svd" else row_importance(statistics)[:, None] * weight)
 
 
-class LowRank(nn.Module):
-    """Two linear layers that replace one."""
-
-    def __init__(self, factors: Factors) -> None:
-        super().__init__()
-        rank, size = factors.first.shape
-        self.first = nn.Linear(size, rank, bias=False)
-        self.second = nn.Linear(rank, len(factors.second))
-        with torch.no_grad():
-            self.first.weight.copy_(factors.first)
-            self.second.weight.copy_(factors.second)
-            self.second.bias.copy_(factors.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+@torch.no_grad()
+def thin_layers(factors: Factors) -> LowRank:
+    """Build the two layers of a factorization."""
+    rank, size = factors.first.shape
+    layer = LowRank(size, rank, len(factors.second))
+    layer.first.weight.copy_(factors.first)
+    layer.second.weight.copy_(factors.second)
+    layer.second.bias.copy_(factors.bias)
+    return layer
 
 
 def collect_statistics(model: RankerModel, losses: Callable[[], Iterable[Tensor]]) -> dict[str, LayerStatistics]:
@@ -242,5 +237,7 @@ def factor(
             weight = layer.weight.detach().double()
             bias = layer.bias.detach().double()
             owner, _, part = name.rpartition(".")
-            setattr(result.get_submodule(owner), part, LowRank(METHODS[method](weight, bias, statistics[name], rank)))
+            setattr(
+                result.get_submodule(owner), part, thin_layers(METHODS[method](weight, bias, statistics[name], rank))
+            )
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,20 @@ VARIANT_COLUMNS = (
 )
 
 
-def variants_table(variants: Mapping[str, Variant], exit: str, reasons: Mapping[str, str]) -> str:
-    """Return Markdown with one row per variant. `reasons`: variant -> the reason it is not published."""
-    rows = [
-        [name, *variant_cells(variant, exit), f"no: {reasons[name]}" if name in reasons else "yes"]
-        for name, variant in variants.items()
-    ]
+def variants_table(
+    variants: Mapping[str, Variant], exit: str, reasons: Mapping[str, str], forced: Collection[str] = ()
+) -> str:
+    """Return Markdown with one row per variant.
+
+    reasons: variant -> the reason against its publication; forced: the variants that are published nevertheless.
+    """
+
+    def published(name: str) -> str:
+        if name not in reasons:
+            return "yes"
+        return f"{'by name only' if name in forced else 'no'}: {reasons[name]}"
+
+    rows = [[name, *variant_cells(variant, exit), published(name)] for name, variant in variants.items()]
     title = f"`{exit}`, {cpu_name()}, one thread; times of history 200, 200 candidates"
     return "\n".join([title, "", *markdown_table(VARIANT_COLUMNS, rows)])
 

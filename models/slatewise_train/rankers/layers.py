@@ -1,8 +1,9 @@
 """Layers that make fewer passes over memory than their usual torch form: dropout, gates and rotary positions.
 
 On a CPU, the usual forms take a third of a training step. tests/train/test_layers.py has the slow, obvious forms.
+`LowRank` is a dense layer of two thin ones.
 
-Called by: `ligr.py`. Calls: torch.
+Called by: `ligr.py`, `ligr_student.py`, `compression/low_rank.py`. Calls: torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,43 @@ from torch.nn import functional as F
 
 SIXTEEN_BITS = 1 << 16
 ALL_INTEGERS = -(1 << 63)  # the least int64: `random_` then draws all 64 bits
+
+
+class LowRank(nn.Module):
+    """Two linear layers in place of one: second (first x), with a bias on the second."""
+
+    def __init__(self, size: int, rank: int, out: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(size, rank, bias=False)
+        self.second = nn.Linear(rank, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+    @torch.no_grad()
+    def product(self) -> Tensor:
+        """Return the weight of the dense layer that it equals: (out, size)."""
+        return self.second.weight @ self.first.weight
+
+
+def dense_layer(size: int, out: int, rank: int) -> nn.Module:
+    """Build a dense layer, or one of low rank if the rank is not 0."""
+    return LowRank(size, rank, out) if rank else nn.Linear(size, out)
+
+
+@torch.no_grad()
+def init_low_rank(model: nn.Module) -> None:
+    """Give each `LowRank` of a model the closest form of its rank to a dense layer's random weights.
+
+    Both factors have equal norms (spectral initialisation: Khodak et al., arXiv 2105.01029).
+    """
+    for module in model.modules():
+        if isinstance(module, LowRank):
+            u, s, v = torch.linalg.svd(nn.init.xavier_uniform_(module.product()), full_matrices=False)
+            rank = module.first.out_features
+            root = s[:rank].sqrt()
+            module.first.weight.copy_(root[:, None] * v[:rank])
+            module.second.weight.copy_(u[:, :rank] * root)
 
 
 class Dropout(nn.Module):

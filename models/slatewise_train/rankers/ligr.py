@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config_values import number
 from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
-from slatewise_train.rankers.layers import Dropout, apply_together, gated_update, rotate
+from slatewise_train.rankers.layers import Dropout, apply_together, dense_layer, gated_update, init_low_rank, rotate
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class LigrConfig(RankerConfig):
     set_blocks: int = number(1, least=0, most=100)
     # hidden units of a feed-forward layer, as a multiple of the width
     feed_forward: int = number(4, least=1, most=64)
+    # Rank of the two layers of a feed-forward layer, each of which is then two thin ones (arXiv 2406.16450). 0: dense.
+    feed_forward_rank: int = number(0, least=0, most=8192)
     meta_size: int = number(16, least=1, most=8192)
     dropout: float = number(0.1, least=0, most=0.9)
     # Share of an item's fields whose whole vector is dropped in training. A field of few values would overfit.
@@ -62,14 +64,18 @@ class LigrConfig(RankerConfig):
                 f"decoder_blocks = {self.decoder_blocks} must not be more than blocks = {self.blocks}: candidates pass "
                 "the last blocks of the history"
             )
+        if self.feed_forward_rank > self.width:
+            raise ValueError(f"feed_forward_rank = {self.feed_forward_rank} must not be more than width = {self.width}")
 
     def __repr__(self) -> str:
-        """Describe the config, without decoder_blocks if it changes nothing.
+        """Describe the config without the newer keys that change nothing.
 
-        The identity of a checkpoint contains this text, so trainings from before decoder_blocks can continue.
+        The identity of a checkpoint contains this text, so older trainings can continue.
         """
-        same = self.first_decoder_block == 0
-        names = [field.name for field in fields(self) if not (same and field.name == "decoder_blocks")]
+        unused = {"decoder_blocks"} if self.first_decoder_block == 0 else set()
+        if self.feed_forward_rank == 0:
+            unused.add("feed_forward_rank")
+        names = [field.name for field in fields(self) if field.name not in unused]
         return f"LigrConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
@@ -112,8 +118,8 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d)
         self.attention_gate = nn.Linear(d, d)
         self.feed_forward_gate = nn.Linear(d, d)
-        self.up = nn.Linear(d, config.feed_forward * d)
-        self.down = nn.Linear(config.feed_forward * d, d)
+        self.up = dense_layer(d, config.feed_forward * d, config.feed_forward_rank)
+        self.down = dense_layer(config.feed_forward * d, d, config.feed_forward_rank)
         self.dropout = Dropout(config.dropout)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
@@ -211,7 +217,9 @@ class Ligr(RankerModel):
                 nn.init.normal_(module.weight, std=d**-0.5)
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        init_low_rank(self)
         if not config.set_blocks:  # bundles and checkpoints have these weights, but no exit reads them
             self.set_norm.requires_grad_(False)
             self.set_out.requires_grad_(False)
@@ -264,13 +272,13 @@ class Ligr(RankerModel):
         return known, cold
 
     def dense_layers(self) -> dict[str, nn.Linear]:
-        """Return the linear layers of all blocks, by name. They take nearly all of the time."""
+        """Return the linear layers of all blocks, by name, but not thin ones. They take nearly all of the time."""
         stacks = {"blocks": self.blocks, "set_blocks": self.set_blocks}
         return {
             f"{stack}.{name}": module
             for stack, blocks in stacks.items()
             for name, module in blocks.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and not name.endswith((".first", ".second"))
         }
 
     def resized(self, config: LigrConfig) -> "Ligr":

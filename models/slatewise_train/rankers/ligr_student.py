@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slatewise_train.rankers.layers import LowRank
 from slatewise_train.rankers.ligr import Block, Ligr, LigrConfig
 
 SHRINKS = ("blocks", "decoder_blocks", "set_blocks", "attention_heads", "key_heads", "key_size", "feed_forward")
@@ -69,9 +70,8 @@ def student_config(teacher: LigrConfig, shape: Mapping[str, int]) -> LigrConfig:
         raise ValueError("a teacher with shared key heads keeps its attention_heads: its values cannot be separated")
     key_heads = min(before["key_heads"], shape.get("attention_heads", before["key_heads"]))
     decoder_blocks = min(before["decoder_blocks"], shape.get("blocks", before["blocks"]))
-    return dataclasses.replace(
-        teacher, **before | {"key_heads": key_heads, "decoder_blocks": decoder_blocks} | dict(shape)
-    )
+    dense = {"key_heads": key_heads, "decoder_blocks": decoder_blocks, "feed_forward_rank": 0}
+    return dataclasses.replace(teacher, **before | dense | dict(shape))
 
 
 def initialise_block(block: Block, original: Block, config: LigrConfig, before: LigrConfig) -> None:
@@ -79,7 +79,7 @@ def initialise_block(block: Block, original: Block, config: LigrConfig, before: 
 
     Rotary pairs of queries and keys are subsampled evenly. Half of the pairs are exactly the frequencies of a head of
     half the size. Key and value heads that become shared are averaged (GQA, arXiv 2305.13245). The feed-forward layer
-    keeps the hidden units with the largest norms.
+    keeps the hidden units with the largest norms. It is dense, also if the teacher's is of low rank.
     """
     for new, old in (
         (block.attention_norm, original.attention_norm),
@@ -106,14 +106,19 @@ def initialise_block(block: Block, original: Block, config: LigrConfig, before: 
     # Values of merged attention heads stay side by side; values of shared heads are averaged.
     values = (rows.unflatten(0, (old_keys, -1)).flatten(0, 1) for rows in parameters(original.value))
     copy_linear(block.value, *(rows.unflatten(0, (new_keys, -1, per_head)).mean(1).flatten(0, 1) for rows in values))
-    norms = original.up.weight.norm(dim=1) * original.down.weight.norm(dim=0)
-    units = norms.topk(block.up.out_features).indices.sort().values
-    copy_linear(block.up, original.up.weight[units], original.up.bias[units])
-    copy_linear(block.down, original.down.weight[:, units], original.down.bias)
+    assert isinstance(block.up, nn.Linear) and isinstance(block.down, nn.Linear)
+    up, up_bias = parameters(original.up)
+    down, down_bias = parameters(original.down)
+    units = (up.norm(dim=1) * down.norm(dim=0)).topk(block.up.out_features).indices.sort().values
+    copy_linear(block.up, up[units], up_bias[units])
+    copy_linear(block.down, down[:, units], down_bias)
 
 
-def parameters(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    return layer.weight, layer.bias
+def parameters(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a linear layer, or of the one that two thin layers equal."""
+    if isinstance(layer, LowRank):
+        return layer.product(), layer.second.bias
+    return layer.get_parameter("weight"), layer.get_parameter("bias")
 
 
 def copy_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
