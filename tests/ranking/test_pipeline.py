@@ -40,10 +40,9 @@ from tests.support.blocked_engine import BlockedMethod
 def test_rank_of_random_sizes_equals_engine_score(ranker: Ranker, events: int, n: int, exit: str, seed: int) -> None:
     request = draw_request(ranker, events, n, seed, exit=exit)
     ranking = run(ranker, lambda p: rank(p, request))
-    expected_exit = "point" if exit == "set" and n > ranker.manifest.limits.set_wise else exit
-    assert ranking.exit == expected_exit
+    assert ranking.exit == exit
     assert not ranking.degraded
-    assert worst(ranking, reference(ranker, request, expected_exit)) <= BOUND
+    assert worst(ranking, reference(ranker, request, exit)) <= BOUND
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

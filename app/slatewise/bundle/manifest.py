@@ -132,7 +132,7 @@ class Variant(Member):
 class BundleLimits(Member):
     history_used: int = Field(ge=1)
     set_wise: int = Field(
-        ge=0, description="Most candidates that the set-wise blocks compare; 0: the ranker has no set-wise block."
+        ge=0, description="Most candidates in a slate of the exit `set`; 0: the ranker has no set-wise block."
     )
 
 
@@ -172,6 +172,13 @@ class Manifest(Member):
         """Check that the member `model` is present in format 2 and absent in format 1."""
         if (self.model is None) != (self.format == 1):
             raise ValueError(f"format {self.format} {'needs' if self.model is None else 'has no'} member `model`")
+        return self
+
+    @model_validator(mode="after")
+    def check_slate(self) -> Self:
+        """Check that a ranker with the exit `set` has slates of at least one candidate."""
+        if "set" in self.exits and not self.limits.set_wise:
+            raise ValueError("limits.set_wise is 0, and there is an exit `set`")
         return self
 
 

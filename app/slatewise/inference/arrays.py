@@ -146,6 +146,12 @@ class PointScores:
     logits: Float32  # (N, heads)
     hidden: Float32  # (N, d)
 
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: Int64) -> PointScores:
+        return PointScores(self.probabilities[rows], self.logits[rows], self.hidden[rows])
+
 
 def join(chunks: list[PointScores]) -> PointScores:
     """Concatenate the chunks of one request's candidates."""

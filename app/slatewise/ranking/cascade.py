@@ -1,6 +1,6 @@
 """The model's work for one request, in chunks that run on worker threads: encode the history, then exit by exit.
 
-Called by: `pipeline.py`. Calls: `inference/engine.py`.
+Called by: `pipeline.py`. Calls: `inference/engine.py`, `slates.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from slatewise import metrics
 from slatewise.inference.arrays import Candidates, Float32, Float64, History, KeptState, PointScores, join
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.workers import Chunks
+from slatewise.ranking.slates import run_set
 from slatewise.schemas import ModelExit
 
 
@@ -66,6 +67,5 @@ def run_cascade(
     point = join(chunks)
     completed.append(StageScores("point", point.probabilities))
     if wanted == "set":
-        yield n
-        completed.append(StageScores("set", engine.set(point)))
+        completed.append(StageScores("set", (yield from run_set(engine, point))))
     return point

@@ -4,7 +4,8 @@ Each effect is a difference: the result as it is, minus the result without one e
 has the equations, what is exact, and the measured quality and cost.
 
     events       the newest events are left out one at a time. All events after the missing one are encoded again.
-    neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again.
+    neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again. Not for
+                 candidates in several slates (`slates.py`).
 
 The work is bounded by the constants below, whatever the request (`explanation_seconds`).
 
@@ -87,7 +88,7 @@ def explanation_seconds(engine: Engine, events: int, candidates: int, exit: Mode
             seconds += costs["point"].seconds(Work(1, rows, rows * (events + 1)))
         if exit == "set":
             seconds += costs["set"].seconds(Work(1, rows, rows * each))
-    if exit == "set":
+    if exit == "set" and candidates <= engine.slate:
         slates, others = neighbour_count(candidates), candidates - 1
         rows = slates * others
         seconds += costs["set"].seconds(Work(1, rows, rows * others))
@@ -108,7 +109,8 @@ def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
     events = neighbours = Effects(np.zeros((0, results)), np.zeros((0, results)))
     if len(positions):
         events = yield from event_effects(ranked, times, weights, order[:CONTENDERS], results)
-    left_out = order[: neighbour_count(len(order)) if ranked.exit == "set" else 0]
+    one_slate = ranked.exit == "set" and len(order) <= ranked.engine.slate
+    left_out = order[: neighbour_count(len(order)) if one_slate else 0]
     if len(left_out):
         neighbours = yield from neighbour_effects(ranked, weights, order, left_out, results)
     newest = positions[-EVENTS:]

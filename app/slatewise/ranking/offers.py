@@ -5,7 +5,8 @@
     dot
     dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
 
-Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`.
+Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`,
+`slates.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
+from slatewise.ranking.slates import slate_count
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
@@ -93,5 +95,8 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     if exit != "dot":
         seconds += costs["point"].seconds(Work(-(-n // chunk_of(n)), n, n * (size.events + 1)))
     if exit == "set":
-        seconds += costs["set"].seconds(Work(1, n, n * n))
+        slates = slate_count(n, engine.slate)
+        least, larger = divmod(n, slates)  # so many slates have one candidate more than `least`
+        products = (slates - larger) * least**2 + larger * (least + 1) ** 2
+        seconds += costs["set"].seconds(Work(slates, n, products))
     return seconds

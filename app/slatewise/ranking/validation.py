@@ -23,8 +23,6 @@ def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple
     if faults := tuple(islice(find_faults(request, ranker, limits), MOST_FAULTS)):
         raise Invalid.of(faults)
     exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
-    if exit == "set" and len(request.candidates.item_ids) > ranker.manifest.limits.set_wise:
-        exit = "point"  # documented as `limits.set_wise`, so it is not degradation
     return variant, exit
 
 
