@@ -111,16 +111,16 @@ def test_export_publishes_a_prune_that_changes_no_list(
     monkeypatch.setattr(bundle_writer, "measure_latency", lambda engines, _: {name: {} for name in engines})
     plain, without = exported(tiny, tmp_path / "plain")
     assert "prune" not in json.loads((plain / "manifest.json").read_text()) and "pruning" not in without
-    kept, whole = exported(tiny, tmp_path / "kept", prune_point=4_000, prune_set=1_024)
+    kept, whole = exported(tiny, tmp_path / "kept", prune_point=4_000, prune_set=4_000)
     lost, few = exported(tiny, tmp_path / "lost", prune_point=10, prune_set=10)
     for report, published in ((whole, True), (few, False)):
         row = report.pop("pruning")
         assert row["published"] is published and set(row["unchanged"]) == {"point", "set"}
         assert report == without
-    assert load_bundle(kept).manifest.prune == Prune(point=4_000, set=1_024)
+    assert load_bundle(kept).manifest.prune == Prune(point=4_000, set=4_000)
     assert load_bundle(lost).manifest.prune is None
     assert "prune" not in json.loads((lost / "manifest.json").read_text())
-    assert "(point 4,000 and set 1,024) is published" in (kept / "report.md").read_text()
+    assert "(point 4,000 and set 4,000) is published" in (kept / "report.md").read_text()
     assert "(point 10 and set 10) is NOT PUBLISHED" in (lost / "report.md").read_text()
     quality = [read_manifest(folder).variants["fp32"].quality for folder in (plain, kept, lost)]
     assert quality[0] == quality[1] == quality[2]

@@ -6,7 +6,7 @@
     dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
 
 Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`,
-`slates.py`.
+`inference/slates.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
+from slatewise.inference.slates import slate_count
 from slatewise.pruning import Prune, Pruned, pruned_to
-from slatewise.ranking.slates import slate_count
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong

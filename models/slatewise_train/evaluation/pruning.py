@@ -4,7 +4,7 @@ exit before. `export` publishes a prune only if this share is at least LEAST_UNC
 Each test user has one list of candidates, the longest that a server takes: all items that are new to the user, or
 LONGEST of them at random. Shorter lists lose less. Scores are those of a request without `head_weights`.
 
-Called by: `export.py`. Calls: `cases.py`, `sampling.py`, `metrics.py`, `inference/`, `ranking/slates.py`.
+Called by: `export.py`. Calls: `cases.py`, `sampling.py`, `metrics.py`, `inference/`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from slatewise.bundle.manifest import Manifest
 from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.arrays import FIRST_ITEM, PointScores, best_rows, join
 from slatewise.inference.engine import Engine
+from slatewise.inference.slates import deal
 from slatewise.pruning import Prune
-from slatewise.ranking.slates import deal
 from slatewise_train.data import Data
 from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, state_of
 from slatewise_train.evaluation.metrics import DEPTH, interval
