@@ -64,7 +64,7 @@ def main() -> None:
             student = families.shrink(model, {"decoder_blocks": count})
             graphs = families.graphs(student, uncalibrated(model.exits, model.config.heads), EVENTS)
             write_graphs(Path(folder) / str(count), graphs.all())
-            engines[count] = Engine(Path(folder) / str(count), items, list(model.exits), 1)
+            engines[count] = Engine(Path(folder) / str(count), items, list(model.exits))
     states = {count: engine.extend(engine.start, history) for count, engine in engines.items()}
     seconds: dict[int, list[list[float]]] = {count: [] for count in engines}
     for _ in range(args.repeats):

@@ -119,11 +119,11 @@ def measure_width(width: int, repeats: int) -> list[tuple[str, ...]]:
             plain = families.graphs(form, uncalibrated(exits, form.config.heads), EVENTS).all()
             folder = Path(scratch) / name
             write_graphs(folder, plain)
-            engines[name] = Engine(folder, items, exits, 1)
-            coded = integers(plain, RecordingEngine(folder, items, exits, 1), request)
+            engines[name] = Engine(folder, items, exits)
+            coded = integers(plain, RecordingEngine(folder, items, exits), request)
             short = "int8" if name == "fp32" else name.replace("lowrank", "lowrank-int8")
             write_graphs(Path(scratch) / short, coded)
-            engines[short] = Engine(Path(scratch) / short, items, exits, 1)
+            engines[short] = Engine(Path(scratch) / short, items, exits)
             sizes |= {name: total(plain), short: total(coded)}
     times = measure(engines, request, repeats)
     whole = sum(times["fp32"])
