@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 
 MOST_FAULTS = 20  # most faults in one response
+LATER = "try again after the seconds of Retry-After"
 
 
 def pointer(*path: str | int) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from loadtest.markdown import table
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, Candidates, History, HistoryState
-from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
+from slatewise.inference.engine import Engine, chunk_of
 from slatewise.process import cpu_name
 from slatewise_train.bundle_writer import write_graphs
 from slatewise_train.demo.reference import reference_model
@@ -33,8 +33,8 @@ DECODER_BLOCKS = (4, 2, 1)
 def score(engine: Engine, candidates: Candidates, meta: np.ndarray, state: HistoryState) -> tuple[float, float]:
     """Return the seconds of the exit `point` in chunks, and of the set-wise part of the first chunk."""
     begin = time.perf_counter()
-    chunks = range(0, len(candidates), CANDIDATE_CHUNK)
-    points = [engine.point(candidates, meta, state, slice(first, first + CANDIDATE_CHUNK)) for first in chunks]
+    chunks = range(0, len(candidates), chunk_of(len(candidates)))
+    points = [engine.point(candidates, meta, state, slice(first, first + chunks.step)) for first in chunks]
     middle = time.perf_counter()
     engine.set(points[0])
     return middle - begin, time.perf_counter() - middle

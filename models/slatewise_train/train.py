@@ -288,7 +288,9 @@ class Trainer:
             return time_ratio(step)
 
 
-def train(data: Data, model: ModelConfig, config: TrainConfig, folder: Path, device: torch.device = CPU) -> Trainer:
+def train(
+    data: Data, model: ModelConfig | RankerModel, config: TrainConfig, folder: Path, device: torch.device = CPU
+) -> Trainer:
     """Train up to the last epoch, starting from the checkpoint in the folder if there is one.
 
     The trainer has the best weights if the config has `patience`, otherwise the last ones. Its model is on the CPU.

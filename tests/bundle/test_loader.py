@@ -145,6 +145,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a model in format 1": lambda m: m.update(format=1),
     "a model without a family": lambda m: m["model"].update(family=""),
     "weights outside of the bundle": lambda m: m["model"].update(weights="../weights.npz"),
+    "slates without candidates": lambda m: m["limits"].update(set_wise=0),
     "weights without a digest": lambda m: m["model"].update(weights="other.npz"),
 }
 

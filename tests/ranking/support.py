@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slatewise.bundle.ranker import Ranker
-from slatewise.inference.arrays import Float64
+from slatewise.inference.arrays import Candidates, Float64
 from slatewise.inference.workers import Workers
 from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.history_cache import HistoryCache
@@ -104,10 +104,21 @@ def cut(request: RankRequest, events: int) -> RankRequest:
 
 
 def reference(ranker: Ranker, request: RankRequest, exit: str) -> Float64:
-    """(N, heads) probabilities by `Engine.score`, without cache and chunks."""
+    """(N, heads) probabilities by `Engine.score`, without cache and chunks, and slate by slate."""
     history = ranker.history(request)
     candidates, _ = ranker.candidates(request, request.request_time or 0)
-    return ranker.engines["fp32"].score(history, candidates, ranker.embedded_meta_of(request.user), exit)
+    engine, meta = ranker.engines["fp32"], ranker.embedded_meta_of(request.user)
+    if exit != "set" or len(candidates) <= engine.slate:
+        return engine.score(history, candidates, meta, exit)
+    point = engine.score(history, candidates, meta, "point").tolist()
+    best_first = sorted(range(len(point)), key=lambda k: -sum(point[k]))
+    slates = -(-len(point) // engine.slate)
+    found = np.empty((len(point), len(ranker.manifest.heads)))
+    for first in range(slates):
+        rows = best_first[first::slates]
+        slate = Candidates(candidates.vectors[rows], candidates.numeric[rows], candidates.context)
+        found[rows] = engine.score(history, slate, meta, "set")
+    return found
 
 
 async def rank(pipeline: Pipeline, request: RankRequest) -> Ranking:

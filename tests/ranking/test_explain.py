@@ -202,7 +202,7 @@ def test_first_results_are_explained(ranker: Ranker, n: int, top_n: int | None, 
 def test_above_the_set_wise_limit_no_neighbour_is_named(ranker: Ranker) -> None:
     request = draw_request(ranker, 5, ranker.manifest.limits.set_wise + 1, 1, exit="set")
     ranking = explained(ranker, request)
-    assert ranking.exit == "point" and not explanations(ranking)[0]["neighbours"]["index"]
+    assert ranking.exit == "set" and not explanations(ranking)[0]["neighbours"]["index"]
 
 
 def test_unknown_items_are_explained_too(ranker: Ranker) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import GraphCosts
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
+from slatewise.inference.engine import HISTORY_CHUNK, chunk_of
 from slatewise.ranking.offers import STALE_SECONDS, Size, make_offers
 from tests.conftest import DEMO
 
@@ -44,25 +44,29 @@ def test_cheaper_variant_is_the_last_offer_without_a_state(demo: Ranker, monkeyp
     assert exits(demo, Size(20, 0, 30, False)) == own, "hardly cheaper"
 
 
-@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 1_100), st.booleans())
+@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 4_096), st.booleans())
 def test_predicted_work_equals_that_of_the_calls(
     demo: Ranker, events: int, cached: int, candidates: int, dot_first: bool
 ) -> None:
-    """A second for each call, row and product: the sum over the chunks that `cascade.py` makes."""
+    """A second for each call, row and product: the sum over the chunks that `cascade.py` and `slates.py` make."""
     cached = min(cached, events)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphCosts, "seconds", lambda _, work: float(sum(work)))
         (offer,) = make_offers(demo, "fp32", "dot", Size(events, cached, candidates, dot_first), False)
-        point = make_offers(demo, "fp32", "point", Size(events, cached, candidates, dot_first), False)[0]
+        offered = make_offers(demo, "fp32", "set", Size(events, cached, candidates, dot_first), False)
+        set_wise, point = offered[:2]
     slow = 0
     for first in range(cached, events, HISTORY_CHUNK):
         rows = min(HISTORY_CHUNK, events - first)
         slow += 1 + rows + rows * (1 + first + rows)
     assert offer.encode == point.encode == slow
     assert offer.score == 1 + candidates
-    chunks = -(-candidates // CANDIDATE_CHUNK)
+    chunks = -(-candidates // chunk_of(candidates))
     rows_and_products = candidates + candidates * (events + 1)
     assert point.score == chunks + rows_and_products + (1 + candidates if dot_first else 0)
+    slates = [len(range(first, candidates, -(-candidates // 1_024))) for first in range(-(-candidates // 1_024))]
+    assert max(slates) <= 1_024
+    assert set_wise.score == point.score + sum(1 + size + size**2 for size in slates)
 
 
 def test_prediction_is_old_without_a_call(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:

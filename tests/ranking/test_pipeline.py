@@ -40,10 +40,9 @@ from tests.support.blocked_engine import BlockedMethod
 def test_rank_of_random_sizes_equals_engine_score(ranker: Ranker, events: int, n: int, exit: str, seed: int) -> None:
     request = draw_request(ranker, events, n, seed, exit=exit)
     ranking = run(ranker, lambda p: rank(p, request))
-    expected_exit = "point" if exit == "set" and n > ranker.manifest.limits.set_wise else exit
-    assert ranking.exit == expected_exit
+    assert ranking.exit == exit
     assert not ranking.degraded
-    assert worst(ranking, reference(ranker, request, expected_exit)) <= BOUND
+    assert worst(ranking, reference(ranker, request, exit)) <= BOUND
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,7 +234,7 @@ def test_no_chunk_starts_after_the_deadline(ranker: Ranker, monkeypatch: pytest.
         return point(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "point", slow)
-    request = draw_request(ranker, 5, 2900, 7, deadline_ms=200)  # 6 chunks
+    request = draw_request(ranker, 5, 2900, 7, deadline_ms=200)  # 23 chunks
 
     async def ask(pipeline: Pipeline) -> Ranking:
         ranking = await rank(pipeline, request)
@@ -434,7 +433,7 @@ def test_cancelled_request_runs_no_further_chunk(
     )
     request = draw_request(
         ranker, 600 if method == "extend" else 5, 2900, 15, user=user, exit="point"
-    )  # 3 chunks of events, or 6 chunks of candidates
+    )  # 3 chunks of events, or 23 chunks of candidates
     stop = BlockedMethod(method, monkeypatch)
 
     async def leave(pipeline: Pipeline) -> tuple[str, int]:

@@ -282,7 +282,7 @@ def load_variant(files: Files, ranker: Ranker, name: str, step: Step = at_once) 
         check_file(files.folder, path, manifest.files[path])
     items = ranker.items if table == "items.npy" else load_int8_items(files, table, ranker.items.shape)
     contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
-    engine = Engine(contents, items, manifest.exits, step)
+    engine = Engine(contents, items, manifest.exits, step, manifest.limits.set_wise)
     check_golden(ranker, engine, name)
     for request in ranker.warmup:  # allocates memory now instead of during the first request
         score_request(ranker, engine, request)

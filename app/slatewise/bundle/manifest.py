@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.pruning import Prune
 from slatewise.schemas import Verdict
 
 FORMAT = 2  # the format that is written
@@ -132,7 +133,7 @@ class Variant(Member):
 class BundleLimits(Member):
     history_used: int = Field(ge=1)
     set_wise: int = Field(
-        ge=0, description="Most candidates that the set-wise blocks compare; 0: the ranker has no set-wise block."
+        ge=0, description="Most candidates in a slate of the exit `set`; 0: the ranker has no set-wise block."
     )
 
 
@@ -163,6 +164,11 @@ class Manifest(Member):
     variants: dict[str, Variant]
     files: dict[str, str] = Field(description="SHA-256 of every other file, by path inside the bundle.")
     verdict: Verdict | None = Field(default=None, description="Comparison with baselines; null: not compared.")
+    prune: Prune | None = Field(
+        default=None,
+        description="Candidates that the exits of a request with `top_n` score; null: all. Left out of the file if it "
+        "is null, because older servers refuse the member.",
+    )
     example: dict[str, Any] = Field(
         description="A request body that works as it stands; the golden request of every variant."
     )
@@ -172,6 +178,13 @@ class Manifest(Member):
         """Check that the member `model` is present in format 2 and absent in format 1."""
         if (self.model is None) != (self.format == 1):
             raise ValueError(f"format {self.format} {'needs' if self.model is None else 'has no'} member `model`")
+        return self
+
+    @model_validator(mode="after")
+    def check_slate(self) -> Self:
+        """Check that a ranker with the exit `set` has slates of at least one candidate."""
+        if "set" in self.exits and not self.limits.set_wise:
+            raise ValueError("limits.set_wise is 0, and there is an exit `set`")
         return self
 
 

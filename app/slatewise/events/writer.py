@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from slatewise import metrics
-from slatewise.errors import Overloaded, StoreFault
+from slatewise.errors import LATER, Overloaded, StoreFault
 from slatewise.events.event import Event, EventCounts
 from slatewise.events.histories import FAILED, Histories
 from slatewise.events.packed import KNOWN, NEW
@@ -71,7 +71,7 @@ class EventWriter:
     def request(self, most: int) -> Iterator[None]:
         """Count a request while it is read and written. Raises Overloaded above `most`."""
         if self.requests >= most:
-            raise Overloaded(f"more than {most} requests with events are in flight")
+            raise Overloaded(f"more than {most} requests with events are in flight: {LATER}")
         self.requests += 1
         try:
             yield
@@ -86,7 +86,9 @@ class EventWriter:
         """
         if self.closing or (self.waiting and self.waiting + len(events) > self.most_waiting):
             metrics.EVENTS_BY_RESULT["refused"].inc(len(events))
-            raise Overloaded(f"more than {self.most_waiting} events wait to be written (SLATEWISE_MAX_EVENTS_WAITING)")
+            raise Overloaded(
+                f"more than {self.most_waiting} events wait to be written (SLATEWISE_MAX_EVENTS_WAITING): {LATER}"
+            )
         submitted = Submitted(events)
         self.queue.append(submitted)
         self.waiting += len(events)

@@ -14,7 +14,7 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slatewise.errors import BodyTimeout, Overloaded, RankingError
+from slatewise.errors import LATER, BodyTimeout, Overloaded, RankingError
 from slatewise.http.body import content_length
 from slatewise.http.door import address_of
 
@@ -116,7 +116,7 @@ class WholeBodies:
             async with self.turns:  # of thousands that end together, one after the other: each has an answer to make
                 await asyncio.sleep(0)
             if part.is_dropped:
-                raise Overloaded("too many bytes of bodies wait for the rest of their bodies") from None
+                raise Overloaded(f"too many bytes of bodies wait for the rest of their bodies: {LATER}") from None
             raise BodyTimeout(
                 f"the body did not arrive within {self.seconds:g} seconds, or with less than {LEAST_RATE} bytes in a "
                 f"second after the first {self.seconds * FIRST_PART:g}"

@@ -37,9 +37,19 @@ from slatewise.inference.item_table import ItemTable
 HISTORY_CHUNK = 256  # events in one call of `extend`
 NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 256  # candidates in one call of `point`
+SLATE = 1024  # most candidates that a request compares in one call of `set`, unless the bundle says otherwise
+LARGE = 2_048  # candidates of a request that runs in half chunks
 
 
 Step: TypeAlias = Callable[[Callable[[], Any]], Any]  # runs a step of a load, and returns its result
+
+
+def chunk_of(candidates: int) -> int:
+    """Return the number of candidates in one call of `point`.
+
+    Others wait for a chunk of a large request. A half chunk takes half as long, and 3 % more time a candidate.
+    """
+    return CANDIDATE_CHUNK if candidates < LARGE else CANDIDATE_CHUNK // 2
 
 
 def at_once(function: Callable[[], Any]) -> Any:
@@ -59,7 +69,8 @@ class Engine:
 
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, that of its caller. step: runs each step of the load; a server that serves meanwhile pauses
-    after it. Raises EngineLoadError.
+    after it. slate: the limit `set_wise` of the ranker; requests with more candidates make several slates of them
+    (`ranking/slates.py`). Raises EngineLoadError.
     """
 
     def __init__(
@@ -68,8 +79,10 @@ class Engine:
         items: ItemTable,
         exits: list[str],
         step: Step = at_once,
+        slate: int = SLATE,
     ) -> None:
         self.items = items
+        self.slate = slate
         names = ("encode", *exits)
         graphs: dict[str, bytes | str]
         graphs = {n: str(source / f"{n}.onnx") if isinstance(source, Path) else source[n] for n in names}
@@ -167,7 +180,7 @@ class Engine:
         return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
     def set(self, point: PointScores) -> Float64:
-        """Compute the (N, heads) probabilities of the exit `set`, where candidates attend to each other."""
+        """Compute the (N, heads) probabilities of the exit `set` for one slate: candidates attend to each other."""
         feeds = {
             "hidden": point.hidden[None],
             "logits": point.logits[None],
@@ -182,7 +195,10 @@ class Engine:
         return result
 
     def score(self, history: History, candidates: Candidates, meta: Float32, exit: str) -> Float64:
-        """Compute the (N, heads) probabilities of an exit without cache and chunks. Slow: for checks and tests."""
+        """Compute the (N, heads) probabilities of an exit without cache and chunks. Slow: for checks and tests.
+
+        All candidates are one slate, however many they are.
+        """
         state = self.extend(self.start, history) if len(history) else self.start
         if exit == "dot":
             return self.dot(candidates, state)

@@ -32,7 +32,7 @@ export function showModel(card) {
     h("div", { id: "live-details" }, h("p", { class: "note" }, "Waiting for the first reading.")),
     h("h3", {}, "Limits"),
     details([
-      ["candidates", `${limits.max_candidates}, of which ${card.set_wise ? limits.set_wise : 0} at set`],
+      ["candidates", `${limits.max_candidates}, of which ${card.set_wise ? limits.set_wise : 0} in one slate`],
       ["history", `${limits.max_history} events, the newest ${limits.history_used} are read`],
       [
         "weights",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import inf
 
 from slatewise import metrics
-from slatewise.errors import DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
+from slatewise.errors import LATER, DeadlineExceeded, Overloaded, OverloadedUndegraded, TooLarge
 from slatewise.ranking.load import Load, Running
 from slatewise.ranking.loop_lag import LoopLag
 from slatewise.ranking.offers import STALE_SECONDS, Offer
@@ -115,14 +115,15 @@ class Admission:
         if self.in_flight > self.limits.max_in_flight:
             metrics.REJECTED.labels("in_flight").inc()
             raise Overloaded(
-                f"more than {self.limits.max_in_flight} requests are in flight", seconds=self.load.backlog()
+                f"more than {self.limits.max_in_flight} requests are in flight (SLATEWISE_MAX_IN_FLIGHT): {LATER}",
+                seconds=self.load.backlog(),
             )
 
     async def turn(self) -> None:
         """Wait until the request may be parsed. Raises Overloaded if that took too long."""
         if not await self.turns.wait():
             metrics.REJECTED.labels("event_loop").inc()
-            raise Overloaded("more requests arrive than this server can read", seconds=self.load.backlog())
+            raise Overloaded(f"more requests arrive than this server can read: {LATER}", seconds=self.load.backlog())
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -169,7 +170,9 @@ class Admission:
             if not allow_degraded:
                 milliseconds = self.limits.max_queue_s * 1e3
                 raise OverloadedUndegraded(
-                    f"the wait for other requests is more than {milliseconds:g} ms", seconds=self.load.backlog()
+                    f"the wait for other requests is more than {milliseconds:g} ms (SLATEWISE_MAX_QUEUE_MS): {LATER}, "
+                    "or allow degraded answers",
+                    seconds=self.load.backlog(),
                 )
         if "deadline" in reasons:
             self.on_deadline(deadline, allow_degraded)

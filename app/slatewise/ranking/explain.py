@@ -4,7 +4,8 @@ Each effect is a difference: the result as it is, minus the result without one e
 has the equations, what is exact, and the measured quality and cost.
 
     events       the newest events are left out one at a time. All events after the missing one are encoded again.
-    neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again.
+    neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again. Not for
+                 candidates in several slates (`slates.py`).
 
 The work is bounded by the constants below, whatever the request (`explanation_seconds`).
 
@@ -14,7 +15,7 @@ Called by: `pipeline.py`, as chunks on a worker thread. Calls: `inference/batche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ from slatewise.inference.arrays import (
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
 from slatewise.inference.workers import Chunks
-from slatewise.schemas import EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
+from slatewise.schemas import EXITS, EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
 
 EVENTS = 12  # newest events that are left out
 RESULTS = 10  # first results that are explained
@@ -62,6 +63,13 @@ class Ranked:
     point: PointScores | None  # `None` for the exit `dot`
     exit: ModelExit
     probabilities: Float64  # (N, H) of this exit
+    scored_by: NDArray[np.int8] | None = None  # (N,) see `StageScores`; `point` has the rows that this exit scored
+
+    def rows(self) -> Int64:
+        """Return the positions of the candidates that this exit scored."""
+        if self.scored_by is None:
+            return np.arange(len(self.candidates))
+        return np.flatnonzero(self.scored_by == EXITS.index(self.exit))
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def explanation_seconds(engine: Engine, events: int, candidates: int, exit: Mode
             seconds += costs["point"].seconds(Work(1, rows, rows * (events + 1)))
         if exit == "set":
             seconds += costs["set"].seconds(Work(1, rows, rows * each))
-    if exit == "set":
+    if exit == "set" and candidates <= engine.slate:
         slates, others = neighbour_count(candidates), candidates - 1
         rows = slates * others
         seconds += costs["set"].seconds(Work(1, rows, rows * others))
@@ -99,7 +107,14 @@ def neighbour_count(candidates: int) -> int:
 
 
 def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
-    """Explain the first results, best result first, in chunks. Raises EngineError."""
+    """Explain the first results, best result first, in chunks. Raises EngineError.
+
+    If the request was pruned, the candidates that the exit did not score are as if they had not been sent.
+    """
+    rows = ranked.rows()
+    if ranked.scored_by is not None:
+        candidates, probabilities = ranked.candidates[rows], ranked.probabilities[rows]
+        ranked = replace(ranked, candidates=candidates, probabilities=probabilities)
     given = ranked.ranker.score_weights(ranked.request.head_weights)
     order = np.argsort(-weighted_mean(ranked.probabilities, given), kind="stable")  # that of the answer, ties included
     weights = weight_shares(given)
@@ -108,7 +123,8 @@ def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
     events = neighbours = Effects(np.zeros((0, results)), np.zeros((0, results)))
     if len(positions):
         events = yield from event_effects(ranked, times, weights, order[:CONTENDERS], results)
-    left_out = order[: neighbour_count(len(order)) if ranked.exit == "set" else 0]
+    one_slate = ranked.exit == "set" and len(order) <= ranked.engine.slate
+    left_out = order[: neighbour_count(len(order)) if one_slate else 0]
     if len(left_out):
         neighbours = yield from neighbour_effects(ranked, weights, order, left_out, results)
     newest = positions[-EVENTS:]
@@ -116,9 +132,9 @@ def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
         Explanation(
             index=index,
             events=name_events(ranked.request, newest, events, k),
-            neighbours=name_neighbours(ranked.request, left_out, neighbours, k, index),
+            neighbours=name_neighbours(ranked.request, rows[left_out], neighbours, k, index),
         )
-        for k, index in enumerate(order[:results].tolist())
+        for k, index in enumerate(rows[order[:results]].tolist())
     ]
 
 

@@ -266,7 +266,9 @@ def test_warnings_name_the_set_wise_limit_and_unknown_items(demo: httpx.Client, 
     many = demo.post(path, json=body(["1198"] * (limit + 1)))
     assert few.status_code == many.status_code == 200
     assert WARNINGS not in few.headers
-    assert many.headers[WARNINGS] == f"{limit + 1} candidates, set-wise limit {limit}: each was scored by itself"
+    assert many.headers[WARNINGS] == (
+        f"{limit + 1} candidates, set-wise limit {limit}: they were compared in several slates"
+    )
     unknown = demo.post(path, json=body(["1198", "a text about something"]))
     assert unknown.headers[WARNINGS].startswith("1 of 2 candidates are not ids of items")
 

@@ -94,7 +94,7 @@ def render(request: RankRequest, filtered: bool, ranking: Ranking, timings: Timi
     if ranking.scored is not None:
         columns["score"] = scores
     body = with_member({"recommendationId": request.id or ""}, "personalizedRanking", render_rows(columns))
-    warnings = warnings_of(request, ranking) + ["filterArn is ignored"] * filtered
+    warnings = warnings_of(ranking) + ["filterArn is ignored"] * filtered
     return respond(body, request, timings, warnings)
 
 

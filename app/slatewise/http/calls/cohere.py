@@ -259,7 +259,7 @@ def render(
     columns: dict[str, list[Any]] = {"index": index, "relevance_score": scores}
     if documents is not None:
         columns["document.text"] = list(map(texts_of(documents, request.candidates.item_ids).__getitem__, index))
-    warnings = warnings_of(request, ranking)
+    warnings = warnings_of(ranking)
     tokens = ranking.history.used + ranking.candidates
     content = {
         "id": request.id or "",

@@ -161,16 +161,15 @@ def ranked(ranking: Ranking, top_n: int | None) -> tuple[list[int], list[float]]
     return order.tolist(), scores.tolist()
 
 
-def warnings_of(request: RankRequest, ranking: Ranking) -> list[str]:
+def warnings_of(ranking: Ranking) -> list[str]:
     """Say what a client could not see otherwise: other exits, degraded answers, and candidates that are no items."""
     found = []
-    manifest = ranking.ranker.manifest
     n = ranking.candidates
-    wanted = manifest.default_exit if request.exit == "auto" else request.exit
+    limit = ranking.ranker.manifest.limits.set_wise
     if ranking.scored is None:
         found.append("no model scored this request: it is in input order, and all scores are 0")
-    elif wanted == "set" and n > manifest.limits.set_wise:
-        found.append(f"{n} candidates, set-wise limit {manifest.limits.set_wise}: each was scored by itself")
+    elif ranking.exit == "set" and (compared := int(ranking.scored.by_exit().sum())) > limit:
+        found.append(f"{compared} candidates, set-wise limit {limit}: they were compared in several slates")
     if ranking.degraded:
         found.append(f"degraded: {', '.join(sorted(ranking.degraded))}; exit {ranking.exit}")
     if ranking.unknown:

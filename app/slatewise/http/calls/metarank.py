@@ -261,7 +261,7 @@ def render(request: RankRequest, ignored: dict[str, int], ranking: Ranking, timi
     ids = request.candidates.item_ids
     rows = render_rows({"item": list(map(ids.__getitem__, index)), "score": scores})
     content = {"took": round((timings.marked - timings.entered) * 1e3), "ignored_fields": ignored}
-    return respond(with_member(content, "items", rows), request, timings, warnings_of(request, ranking))
+    return respond(with_member(content, "items", rows), request, timings, warnings_of(ranking))
 
 
 def render_error(error: RankingError, identifier: str) -> Response:

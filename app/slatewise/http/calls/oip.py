@@ -212,7 +212,7 @@ def render(request: RankRequest, call: InferCall, ranking: Ranking, timings: Tim
         table[:, 0] = scored.scores
         table[:, 1:] = scored.probabilities
     columns = {name: table[:, k] for k, name in enumerate(output_names(ranking.ranker)) if name in call.binary}
-    warnings = "; ".join(warnings_of(request, ranking))
+    warnings = "; ".join(warnings_of(ranking))
     answer: dict[str, Any] = {
         "model_name": ranking.ranker.name,
         "model_version": str(ranking.ranker.manifest.version),

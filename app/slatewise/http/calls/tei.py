@@ -74,7 +74,7 @@ def render(request: RankRequest, return_text: bool, ranking: Ranking, timings: T
     columns: dict[str, list[Any]] = {"index": index, "score": scores}
     if return_text:
         columns["text"] = list(map(request.candidates.item_ids.__getitem__, index))
-    return respond(render_rows(columns), request, timings, warnings_of(request, ranking))
+    return respond(render_rows(columns), request, timings, warnings_of(ranking))
 
 
 def render_error(error: RankingError, identifier: str) -> Response:
