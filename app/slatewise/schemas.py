@@ -9,9 +9,10 @@ Called by: `http/`, `ranking/`, `bundle/`, `store/` and `metrics.py`.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypeAlias, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, with_config
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from slatewise.pruning import Prune
 from slatewise.version_schemas import VersionState
 
 MAX_ID = 256
@@ -59,6 +60,9 @@ else:
     SomeIds = Annotated[Column[Id], Field(min_length=1), AfterValidator(as_text)]
 
 Values = Annotated[list[Text], Field(fail_fast=True, max_length=64)]
+OffOrPrune = BeforeValidator(  # false: no numbers, so nothing is pruned
+    lambda sent: {} if sent is False else sent, json_schema_input_type=Prune | Literal[False] | None
+)
 
 
 class RequestModel(BaseModel):
@@ -113,6 +117,7 @@ class RankRequest(RequestModel):
         description="Fields to return for each result, such as `title`: see `GET /models/{ranker}`.",
     )
     explain: bool = Field(False, strict=True, description="Also say which events and neighbours moved each result.")
+    prune: Annotated[Prune | None, OffOrPrune] = Field(None, description="Replaces the ranker's; false: prune nothing.")
 
 
 class EncodeRequest(RequestModel):
@@ -226,6 +231,12 @@ class RankResponse(TypedDict):
     meta_embedding: MetaEmbeddingUse
     degraded: list[DegradedReason]
     timings_ms: dict[str, float]
+    pruned: NotRequired[
+        Annotated[
+            dict[ModelExit, int],
+            Field(description="Only if not every exit scored all candidates: how many `point` and `set` scored."),
+        ]
+    ]
     explanations: NotRequired[
         Annotated[
             list[Explanation] | None,
@@ -330,6 +341,7 @@ class ModelCard(BaseModel):
     fields: dict[str, list[str]]
     return_fields: list[str] = Field(description="The names that a request's `return_fields` may contain.")
     limits: Limits
+    prune: Prune | None = Field(description="Candidates that the exits of a pruned request score; null: none is.")
     variants: dict[str, dict[str, Any]]
     refused_variants: dict[str, str]
     verdict: Verdict | None

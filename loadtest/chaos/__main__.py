@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.chaos.report import Row, as_table, numbers_in, rows_in
+from loadtest.commit import commit
 from loadtest.server_process import exit_on_sigterm
 from slatewise.process import cpu_name
 
@@ -53,21 +54,10 @@ def module_names(folder: Path = HERE) -> list[str]:
     return found
 
 
-def commit() -> str:
-    """The commit of the working tree, with a plus sign if files other than the report differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    report = DOCUMENT.relative_to(ROOT).as_posix()
-    changed = subprocess.run(
-        [*git, "diff", "--quiet", "HEAD", "--", ".", f":(exclude){report}"], check=False
-    ).returncode
-    return name.strip() + "+" * bool(changed)
-
-
 def run_module(name: str, folder: Path = KEPT) -> dict[str, Any]:
     """Run a module, and keep and return its result. Its standard error, with its progress, goes through."""
     begin = time.monotonic()
-    at = commit()
+    at = commit(DOCUMENT)
     process = subprocess.run([sys.executable, "-m", f"loadtest.chaos.{name}"], stdout=subprocess.PIPE, text=True)
     result = {
         "name": name,
@@ -138,7 +128,7 @@ def main() -> int:
     args = parser.parse_args()
     exit_on_sigterm()
     results = kept_results(names)
-    now = commit()
+    now = commit(DOCUMENT)
     passes = False
     wanted = args.only or [
         name for name in names if args.again or results.get(name, {}).get("commit") != now or now.endswith("+")

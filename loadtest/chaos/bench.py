@@ -25,7 +25,7 @@ from loadtest.workload import Shape, Workload
 BUNDLES = Path("build/bundles")
 SETTINGS = {"BUNDLES": str(BUNDLES), "HISTORY_CACHE_MB": "0", "DRAIN_SECONDS": "0", "SLOW_MS": "0"}
 QUIET = ("sh", "-c", 'exec "$@" 2>/dev/null', "sh")
-SHAPE = Shape(256, 1_100)
+SHAPE = Shape(256, 1_300)
 DIFFERENT = 100  # requests of a kind
 CAPACITY_SECONDS = 5.0
 

@@ -4,7 +4,7 @@ R16: 0.5 to 10 times the capacity, open loop. R17: recovery after it. R18: deadl
 beside small ones, and priorities. R20: clients that try again at once. R21: /livez meanwhile.
 
 The ranker is the reference one with random weights (`make reference-bundle`), and all users are new: 256 events and
-1,100 candidates, so that the capacity is at most 60 requests a second on two cores. A request counts as *ranked* if the
+1,300 candidates, so that the capacity is at most 60 requests a second on two cores. A request counts as *ranked* if the
 model scored it, with whatever exit; refused ones get the input order, 429 or 503.
 
 Called by: `__main__.py`, and the command line. Calls: `bench.py`, `flood.py`, `report.py`.

@@ -31,6 +31,7 @@ STEPS: dict[str, Callable[[Stack], str]] = {
     "rankings": steps.answers,
     "limits of the container (R28)": steps.limits,
     "user and file system": steps.own_user,
+    "jemalloc": steps.allocator,
     "an idle replica": steps.idle,
     "`--profile load` with keys": steps.keys_and_load,
     "`docker compose restart` of a single replica": steps.restart_single,

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "slatewise-check"
 FOLDER = ROOT / "build" / "compose-check"
 REFRESH = ("-f", "docker-compose.yml", "-f", "deploy/compose/refresh.yaml")
+EVERYTHING = (*REFRESH, *("--profile", "load"), *("--profile", "scale"), *("--profile", "grafana"))
 SLOW_SECONDS = 1_800  # a build with a slow network
 
 
@@ -39,7 +40,10 @@ def missing() -> str | None:
 
 
 def private_copy() -> None:
-    """Copy the checkout as `umask 077` would make it: no other user may read a file."""
+    """Copy the checkout as `umask 077` would make it: no other user may read a file.
+
+    The certificates that the build needs behind a proxy come along, although Git ignores them.
+    """
     shutil.rmtree(FOLDER, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -48,7 +52,8 @@ def private_copy() -> None:
         check=True,
         text=True,
     ).stdout
-    for name in filter(None, listed.split("\0")):
+    certificates = [str(path.relative_to(ROOT)) for path in ROOT.glob("deploy/certificates/*.crt")]
+    for name in [*filter(None, listed.split("\0")), *certificates]:
         source, target = ROOT / name, FOLDER / name
         if source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +101,14 @@ class Stack:
         return self.run("docker", "compose", *arguments, check=check, **settings)
 
     def down(self) -> None:
-        profiles = [flag for name in ("load", "scale", "grafana") for flag in ("--profile", name)]
-        self.compose(*REFRESH, *profiles, "down", "--volumes", "--remove-orphans", check=False)
+        self.compose(*EVERYTHING, "down", "--volumes", "--remove-orphans", check=False)
 
     def container(self, service: str) -> str:
-        """The id of a service's container, running or not."""
-        return self.compose(*REFRESH, "--profile", "scale", "ps", "--all", "--quiet", service).split()[-1]
+        """The id of a service's container, running or not. Raises RuntimeError if there is none."""
+        found = self.compose(*REFRESH, "--profile", "scale", "ps", "--all", "--quiet", service).split()
+        if not found:
+            raise RuntimeError(f"no container of {service}")
+        return found[-1]
 
     def state(self, service: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run("docker", "inspect", self.container(service)))[0]

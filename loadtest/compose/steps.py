@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loadtest.compose.docker import FOLDER, Stack, ask, until
+from loadtest.compose.docker import EVERYTHING, FOLDER, PROJECT, Stack, ask, until
 from loadtest.compose.load import CONNECTIONS, Load
 
 BUNDLE = FOLDER / "models" / "bundles" / "movielens"
@@ -92,6 +92,16 @@ def own_user(stack: Stack) -> str:
     found = stack.python("slatewise", code)
     assert found == "10001 False False", found
     return "user 10001, the code and the bundles are not writable"
+
+
+def allocator(stack: Stack) -> str:
+    """LD_PRELOAD of a library that the user cannot read is a line in the log, and the server goes on without it."""
+    code = "print({line.split()[-1] for line in open('/proc/1/maps') if 'jemalloc' in line})"
+    found = stack.python("slatewise", code)
+    assert found == "{'/usr/local/lib/libjemalloc.so.2'}", found
+    log = stack.compose("logs", "--no-log-prefix", "slatewise", "push")
+    assert "LD_PRELOAD" not in log, log
+    return "user 10001 reads it, and the server has it in its memory"
 
 
 IDLE = """
@@ -266,6 +276,7 @@ def kill_haproxy(stack: Stack) -> str:
 
 def restart_single(stack: Stack) -> str:
     load = under_load(stack, lambda: stack.compose("restart", "slatewise"), port=stack.port)
+    assert load.statuses["200"], load.statuses
     return f"{load.summary()}. One replica cannot restart without a gap"
 
 
@@ -279,10 +290,11 @@ def down(stack: Stack) -> str:
     cut = [line for line in log.splitlines() if "POST" in line]
     assert not cut and load.statuses["broken"] <= CONNECTIONS, (cut, load.statuses)
     begin = time.monotonic()
-    stack.compose(*SCALE, "down")
+    stack.compose(*EVERYTHING, "down")  # without its profile or file, a service stays
     seconds = time.monotonic() - begin
-    left = stack.run("docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project=slatewise-check")
-    assert not left.strip(), left
+    project = f"label=com.docker.compose.project={PROJECT}"
+    left = stack.run("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", project)
+    assert not left.strip(), f"containers left: {left}"
     return f"{load.summary()}; HAProxy's log has none that it broke off; the rest took {seconds:.0f} s"
 
 

@@ -29,7 +29,7 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, Candidates, History, PointScores
 from slatewise.inference.engine import Engine
-from slatewise.ranking.slates import deal
+from slatewise.inference.slates import deal
 from slatewise_train.config import read_config
 from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.cases import Case, candidates_of, slate_cases, state_of

@@ -1,8 +1,8 @@
 """Engine time by request size, in chunks as in a server: python -m loadtest.engine.time_by_size
 
 One thread, medians of interleaved runs: encoding by number of events, the exit `point` and the set-wise part by number
-of candidates, and one appended event by the length of the cached history. Then the share of causal attention that the
-mask discards. The last line is JSON.
+of candidates, both together with a prune, and one appended event by the length of the cached history. Then the share of
+causal attention that the mask discards. The last line is JSON.
 
 Called by: the command line, after `make reference-bundle`. Its numbers appear in docs/performance.md.
 """
@@ -26,11 +26,13 @@ from slatewise.inference.arrays import Candidates, History, KeptState
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.workers import Chunks
 from slatewise.process import cpu_name
-from slatewise.ranking.cascade import extend, run_cascade
+from slatewise.pruning import Pruned
+from slatewise.ranking.cascade import extend, run_cascade, run_pruned
 
 EVENTS = (256, 512, 1_024, 2_048)
 CANDIDATES = (200, 512, 1_024, 2_048, 4_096)
 SLATES = (200, 512, 1_024)
+PRUNES = (Pruned("set", 4_096, 200), Pruned("set", 1_024, 200), Pruned("set", 512, 100), Pruned("point", 1_024, 1_024))
 
 
 def run_all(chunks: Chunks[Any]) -> Any:
@@ -93,6 +95,10 @@ def main() -> None:
     def point(n: int) -> object:
         return run_all(run_cascade(engine, slates[n], state, meta, "point", False, []))
 
+    def pruned(to: Pruned) -> object:
+        weights = ranker.score_weights(None)
+        return run_all(run_pruned(engine, slates[CANDIDATES[-1]], state, meta, to, weights, []))
+
     cached = {n: engine.prefix(states[n].unpacked(), n - 1) for n in EVENTS}
     points = {n: engine.point(slates[n], meta, state.unpacked()) for n in SLATES}
     runs: dict[str, Callable[[], object]] = {}
@@ -100,6 +106,7 @@ def main() -> None:
     runs |= {f"one event after {n - 1}": partial(engine.extend, cached[n], more) for n in EVENTS}
     runs |= {f"point {n}": partial(point, n) for n in CANDIDATES}
     runs |= {f"set-wise part {n}": partial(engine.set, points[n]) for n in SLATES}
+    runs |= {f"{CANDIDATES[-1]}, point {to.point}, {to.exit} {to.last}": partial(pruned, to) for to in PRUNES}
     found = milliseconds(runs, args.repeats)
     print(f"{cpu_name()}, one thread, medians of {args.repeats} runs\n")
     print(table(("work", "ms"), ((name, f"{ms:.2f}") for name, ms in found.items())))

@@ -1,6 +1,6 @@
 """The contenders: Slatewise and the peers, their start commands, and their request and answer formats.
 
-Called by: `measurements.py`. Calls: `server_process.py`; `environments.py` names their folders.
+Called by: `measurements.py`. Calls: `allocator.py`, `server_process.py`; `environments.py` names their folders.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from loadtest.peers.allocator import preloaded
 from loadtest.peers.environments import BUILD, BUNDLE, BUNDLES, GRAPHS, HERE, ROOT
 from loadtest.server_process import SERVE, ServerProcess
 from tests.support.network import free_port
@@ -116,11 +117,16 @@ PEERS = {
 
 
 class Contender(ServerProcess):
-    """A server that appends its output to a log file."""
+    """A server with the common allocator that appends its output to a log file."""
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str], port: int, ready: str, log: Path) -> None:
         redirected = ("sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), *command)
-        super().__init__(command=redirected, port=port, ready=ready, environment=os.environ | environment)
+        super().__init__(
+            command=redirected,
+            port=port,
+            ready=ready,
+            environment=os.environ | environment | {"LD_PRELOAD": preloaded()},
+        )
 
 
 def our_server(variant: str, log: Path) -> Contender:

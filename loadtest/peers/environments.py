@@ -1,6 +1,7 @@
-"""Prepares a comparison: one virtual environment for each peer, the reference bundle, the straightforward graph.
+"""Prepares a comparison: an environment for each peer, the reference bundle with its variants, the graphs of peers.
 
-Called by: `__main__.py`. Calls: pip with requirements/<peer>.txt (exact versions). Output: build/peers/.
+Called by: `__main__.py`. Calls: pip with requirements/<peer>.txt (exact versions), `slatewise compress`. Output:
+build/peers/, build/bundles/reference/.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from slatewise.bundle.manifest import bundle_folder, read_manifest
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = Path("build/peers")
@@ -19,6 +22,7 @@ RANKER = "reference"
 BUNDLE = BUNDLES / RANKER / "1"
 RANK_GRAPH = BUNDLE / "variants/fp32/rank.onnx"
 STRAIGHTFORWARD_GRAPH = BUILD / "straightforward.onnx"
+STUDENT = "blocks=1,feed_forward=1,attention_heads=1,key_size=16"
 GRAPHS = {"rank": RANK_GRAPH, "straightforward": STRAIGHTFORWARD_GRAPH}
 
 
@@ -26,14 +30,23 @@ def site_packages(name: str) -> Path:
     return BUILD / name / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
 
-def prepare(peers: Iterable[str]) -> None:
+def prepare(peers: Iterable[str], graphs: Iterable[str], variants: Iterable[str]) -> None:
+    """Raises CalledProcessError if something cannot be installed or written."""
     for name in peers:
         install(name)
     if not RANK_GRAPH.exists():
         run(sys.executable, "-m", "slatewise_train.demo.reference")
-    if not STRAIGHTFORWARD_GRAPH.exists() or STRAIGHTFORWARD_GRAPH.stat().st_mtime < RANK_GRAPH.stat().st_mtime:
+    wanted = [name for name in variants if name != "fp32"]
+    if set(wanted) - read_manifest(bundle_folder(BUNDLES / RANKER)).variants.keys():
+        options = ("--variants", ",".join(wanted), "--student", STUDENT, "--force")  # also if another one is faster
+        run(sys.executable, "-m", "slatewise", "compress", str(BUNDLE), *options)
+    if "straightforward" in graphs and not up_to_date(STRAIGHTFORWARD_GRAPH):
         install("straightforward", "--no-deps")
         run(sys.executable, "-m", "loadtest.peers.straightforward", path=site_packages("straightforward"))
+
+
+def up_to_date(graph: Path) -> bool:
+    return graph.exists() and graph.stat().st_mtime >= RANK_GRAPH.stat().st_mtime
 
 
 def install(name: str, *options: str) -> None:

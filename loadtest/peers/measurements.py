@@ -1,6 +1,7 @@
 """Start one contender, warm it up and measure it.
 
-Called by: `__main__.py`; `report.py` shows the cells. Calls: `contenders.py`, `client.py`, `workload.py`.
+Called by: `__main__.py`; `report.py` shows the cells. Calls: `contenders.py`, `allocator.py`, `client.py`,
+`workload.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.client import ask, closed_loop, connect, post
+from loadtest.peers import allocator
 from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server, peer_server
 from loadtest.peers.environments import BUNDLE, BUNDLES, RANKER
 from loadtest.workload import STEADY, Shape, W, Workload
@@ -48,6 +50,7 @@ class Entry:
             contender = peer_server(PEERS[self.name], self.graph, setup, log)
         with contender:
             closed_loop(contender.port, self.requests(Workload(BUNDLES, RANKER, seed=-1).distinct(W, warm_up)), 4)
+            allocator.check(process.pid for process in contender.processes())
             yield contender
 
     def requests(self, bodies: Sequence[bytes]) -> list[bytes]:
@@ -61,7 +64,7 @@ EXACT = Entry(OURS, "fp32")
 
 @dataclass(frozen=True)
 class Cell:
-    phase: str  # choice or measurement
+    phase: str  # choice, measurement, or of the cross-check: closed loop, wrk
     round: int
     name: str
     graph: str
@@ -72,7 +75,7 @@ class Cell:
     per_second: float
     p50_ms: float
     p99_ms: float
-    cpu_ms: float  # CPU time of the server for each request
+    cpu_ms: float  # CPU time of all processes of the server for each request
     resident_mb: float
 
     def line(self) -> str:
@@ -99,7 +102,7 @@ def measure(contender: Contender, requests: Sequence[bytes], connections: int, *
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells of one entry in one round. `count` is the number of requests in a cell of 4 connections."""
+    """Cells of one entry in one round, of one server. `count` is the number of requests in a cell of 4 connections."""
 
     entry: Entry
     setup: Setup | None  # None: Slatewise with its defaults
@@ -113,22 +116,27 @@ class Batch:
         labels = {"phase": self.phase, "round": self.round, "setup": setup, "users": users}
         return labels | {"name": self.entry.name, "graph": self.entry.graph}
 
-    def measure_distinct(self, connections: Sequence[int]) -> Iterator[Cell]:
-        """Every user is new. A cell of 1 connection has half as many requests."""
+    def cells(self, connections: Sequence[int]) -> Iterator[Cell]:
+        """New users, by number of connections, and then for Slatewise the users that it knows."""
         with self.entry.serving(self.setup, self.logs, STEADY if self.phase == "measurement" else WARM_UP) as contender:
             for k in connections:
-                workload = Workload(BUNDLES, RANKER, seed=10 * self.round + k)
-                bodies = workload.distinct(W, self.count if k > 1 else ceil(self.count / 2))
-                yield measure(contender, self.entry.requests(bodies), k, **self.labels("distinct"))
+                yield self.measure_distinct(contender, k)
+            if self.entry.name == OURS:
+                for users in ("returning", "growing"):
+                    yield self.measure_known(contender, users)
 
-    def measure_known(self) -> Iterator[Cell]:
-        """Users with a cached history, at 4 connections: with new candidates, then with one event more."""
-        with self.entry.serving(None, self.logs, STEADY) as contender:
-            for users in ("returning", "growing"):
-                workload = Workload(BUNDLES, RANKER, seed=10 * self.round + len(users))
-                first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(self.count / RETURNING_USERS))
-                closed_loop(contender.port, self.entry.requests(first), 4)
-                yield measure(contender, self.entry.requests(rest), 4, **self.labels(users))
+    def measure_distinct(self, contender: Contender, connections: int) -> Cell:
+        """Every user is new. A cell of 1 connection has half as many requests."""
+        workload = Workload(BUNDLES, RANKER, seed=10 * self.round + connections)
+        bodies = workload.distinct(W, self.count if connections > 1 else ceil(self.count / 2))
+        return measure(contender, self.entry.requests(bodies), connections, **self.labels("distinct"))
+
+    def measure_known(self, contender: Contender, users: str) -> Cell:
+        """Users with a cached history, at 4 connections: with new candidates, or with one event more each time."""
+        workload = Workload(BUNDLES, RANKER, seed=10 * self.round + len(users))
+        first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(self.count / RETURNING_USERS))
+        closed_loop(contender.port, self.entry.requests(first), 4)
+        return measure(contender, self.entry.requests(rest), 4, **self.labels(users))
 
 
 def sample_bodies() -> list[bytes]:

@@ -233,7 +233,8 @@ def publish(stage: Path, manifest: Manifest) -> None:
     path = stage / "manifest.json"
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-    path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
+    absent = {"prune"} if manifest.prune is None else None  # servers before this member refuse it
+    path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1, exclude=absent))
     loaded = load_bundle(stage)
     if loaded.refused:
         raise ManifestError(f"not served: {loaded.refused}")

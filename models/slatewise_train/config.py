@@ -15,7 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from slatewise.schemas import MAX_ID
+from slatewise.pruning import Prune
+from slatewise.schemas import MAX_ID, MOST_ENTRIES
 from slatewise_train.config_values import as_toml, checked_table, choice, from_table, moment, nearest, number
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EXITS, RankerConfig
@@ -156,6 +157,19 @@ class ExportConfig:
     """Table `[export]`."""
 
     default_exit: str | None = choice(None, *EXITS)  # None: the exit with the best held-out results
+    # candidates that the exits of a request with `top_n` score, see `slatewise/pruning.py`; None: all
+    prune_point: int | None = number(None, least=10, most=MOST_ENTRIES)
+    prune_set: int | None = number(None, least=10, most=MOST_ENTRIES)
+
+    def __post_init__(self) -> None:
+        if self.prune_point is not None and self.prune_set is not None and self.prune_set > self.prune_point:
+            raise ValueError(f"[export] prune_set = {self.prune_set}: must be at most prune_point, {self.prune_point}")
+
+    @property
+    def prune(self) -> Prune | None:
+        if self.prune_point is None and self.prune_set is None:
+            return None
+        return Prune(point=self.prune_point, set=self.prune_set)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from slatewise_train.demo.content import demo_data, example_request, example_req
 from slatewise_train.evaluation.calibration import fit_calibrations, uncalibrated_heads
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.offline import run_cases, tabulate
+from slatewise_train.evaluation.pruning import measure_pruning
 from slatewise_train.evaluation.report import plot_quality, report_text
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
@@ -97,6 +98,12 @@ def export(
             raise ValueError(f"{error}: if the training diverged, train again with a smaller learning_rate") from error
         report = tabulate(outcome)
         report["not_measured"] |= uncalibrated_heads(calibrations, list(content.heads))
+        prune = None
+        if config.export.prune is not None:
+            engine = open_fp32(stage, manifest)
+            row = measure_pruning(engine, manifest, data, meta, config.export.prune, options.most_users)
+            report["pruning"] = row
+            prune = config.export.prune if row["published"] else None
         default_exit = config.export.default_exit or best_exit(report, content.exits)
         log = (options.training or stage) / "log.csv"
         warnings = training_warnings(config, log, trainer.model, trainer.progress.joined)
@@ -108,7 +115,7 @@ def export(
         if options.training is not None and (options.training / "log.png").exists():
             shutil.copyfile(options.training / "log.png", stage / "training.png")
         invariance = check_parity(stage, manifest, content, calibrations)
-        manifest = manifest.model_copy(update={"default_exit": default_exit, "verdict": verdict})
+        manifest = manifest.model_copy(update={"default_exit": default_exit, "verdict": verdict, "prune": prune})
         variant = measure_fp32(stage, manifest, invariance, report)
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return root / content.ranker / str(version)

@@ -97,6 +97,7 @@ def test_scalars_are_converted_and_none_is_left_out() -> None:
             "top_n": np.int32(3),
             "request_time": pd.Timestamp(10, unit="s"),
             "head_weights": {"like": np.float32(0.5)},
+            "prune": {"point": np.int64(500), "set": None},
             "deadline_ms": None,
             "return_fields": np.array(["title"]),
         }
@@ -107,6 +108,7 @@ def test_scalars_are_converted_and_none_is_left_out() -> None:
         "top_n": 3,
         "request_time": 10.0,
         "head_weights": {"like": 0.5},
+        "prune": {"point": 500, "set": None},
         "return_fields": ["title"],
     }
 

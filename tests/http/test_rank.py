@@ -45,6 +45,39 @@ def test_rerank_equals_score_sorted_and_cut_to_top_n(client: httpx.Client, examp
     assert len(ask(client, example, "/score", top_n=3)["results"]["index"]) == n
 
 
+def test_pruned_answer_names_its_numbers(client: httpx.Client, example: dict[str, Any]) -> None:
+    n = len(example["candidates"]["item_ids"])
+    prune = {"point": n - 1, "set": n - 2}
+    body = example | {"exit": "set", "prune": prune, "top_n": 3}
+    answer = client.post("/rerank", json=body)
+    RESPONSE.validate_json(answer.content)
+    found = answer.json()
+    assert (found["exit"], found["pruned"], len(found["results"]["index"])) == ("set", prune, 3)
+    assert found["results"]["scores"] == sorted(found["results"]["scores"], reverse=True)
+    assert "pruned" not in ask(client, body, "/rerank", prune=False)
+    scored = ask(client, body, "/score")
+    assert "pruned" not in scored and scored["results"]["index"] == list(range(n))
+
+
+@pytest.mark.parametrize(
+    ("prune", "pointer", "word"),
+    [
+        ({"point": 5, "set": 6}, "/prune", "`set` must be at most `point`"),
+        ({"point": 0}, "/prune/point", "greater than or equal to 1"),
+        ({"set": "5"}, "/prune/set", "integer"),
+        ({"dot": 5}, "/prune/dot", "known: point, set"),
+        (True, "/prune", "or false"),
+        ([5, 6], "/prune", "or false"),
+    ],
+)
+def test_wrong_prune_is_refused(
+    client: httpx.Client, example: dict[str, Any], prune: Any, pointer: str, word: str
+) -> None:
+    answer = client.post("/rerank", json=example | {"prune": prune})
+    (fault,) = answer.json()["errors"]
+    assert answer.status_code == 422 and fault["pointer"] == pointer and word in fault["detail"]
+
+
 def test_input_order_response_has_no_scores_heads_or_variant(client: httpx.Client, example: dict[str, Any]) -> None:
     ids = example["candidates"]["item_ids"]
     for path, n in (("/rerank", 3), ("/score", len(ids))):

@@ -1,10 +1,15 @@
-"""The rules for a fast Prometheus."""
+"""The rules for a fast Prometheus, and the log of the replicas that its check reads."""
 
 from __future__ import annotations
 
 import re
+import time
+from contextlib import ExitStack
+from pathlib import Path
 
-from loadtest.observability.prometheus import faster
+from loadtest.client import closed_loop, post
+from loadtest.observability.faults import Scene, degraded_answers
+from loadtest.observability.prometheus import ROOT, faster
 
 
 def test_faster_divides_windows_and_keeps_names() -> None:
@@ -17,3 +22,16 @@ def test_faster_divides_windows_and_keeps_names() -> None:
         "expr: min_over_time(y[2000ms])",
     ]
     assert not re.search(r"\[\d+[mhd]\]", faster("[3d] [6h] [30m]"))
+
+
+def test_degraded_answers_are_found_in_the_log(tmp_path: Path) -> None:
+    """Without Redis, a ranking of a user is degraded."""
+    with ExitStack() as stack:
+        scene = Scene(stack, tmp_path, ROOT / "models" / "bundles")
+        scene.servers = [scene.serve(1)] * 2
+        body = b'{"user": "u1", "candidates": {"item_ids": ["595"]}}'
+        closed_loop(scene.ports[1], [post("/rerank", body, "u1")], 1)
+        deadline = time.monotonic() + 30
+        while (found := degraded_answers(scene)["store_error"]) != (1, 1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found == (1, 1)

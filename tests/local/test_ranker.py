@@ -49,6 +49,8 @@ CASES: list[dict[str, Any]] = [
     MEMBERS | {"user": None, "exit": "dot"},
     MEMBERS | {"candidates": ["1"], "exit": "point"},
     MEMBERS | {"head_weights": {"like": 3.0}, "top_n": 2},
+    MEMBERS | {"prune": {"point": 3, "set": 2}, "top_n": 1, "explain": True},
+    MEMBERS | {"prune": False, "top_n": 2},
     MEMBERS | {"explain": True, "return_fields": ["title", "genres"], "id": "mine"},
     {"candidates": [*range(1500)], "history": [*range(1, 700)]},
     {

@@ -16,8 +16,9 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import BundleLimits
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import PointScores
+from slatewise.inference.slates import deal
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.ranking.slates import deal, run_set
+from slatewise.ranking.slates import run_set
 from tests.conftest import DEMO
 from tests.ranking.support import BOUND, draw_request, rank, reference, run, until, worst
 from tests.support.blocked_engine import BlockedMethod

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.pruning import Prune
 from slatewise.schemas import Verdict
 
 FORMAT = 2  # the format that is written
@@ -163,6 +164,11 @@ class Manifest(Member):
     variants: dict[str, Variant]
     files: dict[str, str] = Field(description="SHA-256 of every other file, by path inside the bundle.")
     verdict: Verdict | None = Field(default=None, description="Comparison with baselines; null: not compared.")
+    prune: Prune | None = Field(
+        default=None,
+        description="Candidates that the exits of a request with `top_n` score; null: all. Left out of the file if it "
+        "is null, because older servers refuse the member.",
+    )
     example: dict[str, Any] = Field(
         description="A request body that works as it stands; the golden request of every variant."
     )

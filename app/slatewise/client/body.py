@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 from slatewise.client.errors import Invalid
 from slatewise.client.libraries import is_frame, library_of
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     priority: int | None
     explain: bool | None
     return_fields: Sequence[str] | None
+    prune: Mapping[str, int] | Literal[False] | None
 
 
 class Members(Options, total=False):
@@ -64,6 +65,8 @@ def rank_body(members: Mapping[str, Any]) -> dict[str, Any]:
         body["user"] = one_id(body["user"], "/user")
     if "head_weights" in body:
         body["head_weights"] = {str(name): scalar(weight) for name, weight in body["head_weights"].items()}
+    if isinstance(body.get("prune"), Mapping):  # and not false
+        body["prune"] = {str(exit): scalar(count) for exit, count in body["prune"].items()}
     if "return_fields" in body:
         body["return_fields"] = column(body["return_fields"], "/return_fields")
     return {name: value if isinstance(value, dict) else scalar(value) for name, value in body.items()}

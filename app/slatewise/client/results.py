@@ -83,6 +83,11 @@ class Ranking:
         """What moved each result, if the request had `explain=True`."""
         return self.response.get("explanations")
 
+    @property
+    def pruned(self) -> dict[str, int] | None:
+        """Numbers of candidates that the exits `point` and `set` scored, if these were not all."""
+        return self.response.get("pruned")
+
     def __len__(self) -> int:
         return len(self.item_ids)
 

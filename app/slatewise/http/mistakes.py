@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from slatewise.errors import Invalid, NotJson, RankingError, pointer
 from slatewise.http.problems import TOO_MANY_FAULTS, faults_of, member_path
+from slatewise.pruning import Prune
 from slatewise.schemas import LAST_TIME, Candidates, History, RankRequest
 
 # Another ranking API is recognised by these members at the top of a body without candidates.
@@ -32,6 +33,7 @@ KNOWN: dict[tuple[int | str, ...], list[str]] = {  # the members of each object,
     (): list(RankRequest.model_fields),
     ("history",): list(History.model_fields),
     ("candidates",): list(Candidates.model_fields),
+    ("prune",): list(Prune.model_fields),
 }
 # The names that other APIs have for our members: in lower case, without separators.
 OTHER_NAMES = {
@@ -61,6 +63,7 @@ OTHER_COLUMN_NAMES = {
 COLUMNS = {
     "candidates": 'must be an object of columns: {"item_ids": [...]}',
     "history": 'must be an object of columns: {"item_ids": [...], "timestamps": [...]}',
+    "prune": 'must be an object of numbers, {"point": 500, "set": 100}, or false',
 }
 UNITS = {  # powers of ten between which the times of 1973 to 2286 lie
     "milliseconds: divide them by 1,000": (10**11, 10**13),

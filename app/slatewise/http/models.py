@@ -70,6 +70,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         fields={name: field.values for name, field in manifest.fields.items()},
         return_fields=ranker.titles.names,
         limits=limits_of(ranker, limits),
+        prune=manifest.prune,
         variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
         refused_variants=ranker.refused,
         verdict=manifest.verdict,

@@ -32,6 +32,7 @@ from slatewise.http.trace_context import caller_of
 from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
+from slatewise.ranking.validation import unpruned
 from slatewise.schemas import RankRequest, RankResponse
 
 MOST_MEMBERS = 1_000  # of a native body, whose lists are columns
@@ -175,6 +176,11 @@ def parse(incoming: Incoming) -> tuple[RankRequest, None]:
         raise wrong_request(error, incoming.body) from None
 
 
+def parse_score(incoming: Incoming) -> tuple[RankRequest, None]:
+    """Parse and check the body of /score. Raises NotJson or Invalid."""
+    return unpruned(parse(incoming)[0]), None
+
+
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Return the result of `work`. If the client disconnects first, cancel `work` and raise ClientDisconnect."""
     task = asyncio.current_task()
@@ -239,6 +245,8 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
     if request.return_fields is not None:
         titles = ranking.ranker.titles
         content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
+    if scored is not None and (pruned := scored.pruned) is not None:
+        content["pruned"] = pruned
     if request.explain:
         content["explanations"] = ranking.explanations
     return content
@@ -292,7 +300,8 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float, exempl
     if scored is not None:
         metrics.DURATIONS[metrics.size_bucket(ranking.history.used + candidates)].observe(seconds, exemplar)
         if request.head_weights is None:
-            metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(float(scored.scores.max()))
+            best = float(scored.scores[scored.by_exit()].max())
+            metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(best)
     metrics.HISTORY_LENGTH.observe(ranking.history.used)
     metrics.series(metrics.HISTORY_CACHE, ranking.history.cache).inc()
     metrics.series(metrics.UNKNOWN_CANDIDATES, name).inc(len(ranking.unknown))
@@ -317,6 +326,7 @@ SCORE: Dialect[None] = replace(
     RERANK,
     path="/score",
     name="score",
-    description="Score the candidates as /rerank does, but return them in input order; `top_n` is ignored.",
+    description="Score all candidates and return them in input order; `top_n` and `prune` are ignored.",
+    parse=parse_score,
     render=lambda request, _, ranking, timings: render(request, ranking, False, timings),
 )

@@ -137,6 +137,9 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def __getitem__(self, rows: Int64) -> Candidates:
+        return Candidates(self.vectors[rows], self.numeric[rows], self.context)
+
 
 @dataclass(frozen=True)
 class PointScores:
@@ -162,3 +165,15 @@ def join(chunks: list[PointScores]) -> PointScores:
         np.concatenate([c.logits for c in chunks]),
         np.concatenate([c.hidden for c in chunks]),
     )
+
+
+def best_rows(scores: Float64, count: int) -> Int64:
+    """Return the positions of the `count` highest of (N,) scores, ascending. Of equal scores the first are taken.
+
+    count: 1 to N.
+    """
+    floor = np.partition(scores, len(scores) - count)[len(scores) - count]
+    chosen = scores > floor
+    equal = np.flatnonzero(scores == floor)
+    chosen[equal[: count - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)

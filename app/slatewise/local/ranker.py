@@ -29,6 +29,7 @@ from slatewise.http.models import model_card, model_name
 from slatewise.http.problems import new_request_id
 from slatewise.local.background import LIMITS, Background
 from slatewise.process import cpu_quota
+from slatewise.ranking.validation import unpruned
 from slatewise.schemas import RankRequest
 from slatewise.settings import default_bundles
 
@@ -140,6 +141,7 @@ class LocalRanker:
         body = to_json(rank_body(members))
         try:
             request = RankRequest.model_validate_json(body)
+            request = request if by_score else unpruned(request)
             if request.id is None:
                 request = request.model_copy(update={"id": new_request_id()})
             response = self._background.call(self._background.rank(request, by_score, entered))

@@ -7,19 +7,35 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slatewise import metrics
-from slatewise.inference.arrays import Candidates, Float32, Float64, History, KeptState, PointScores, join
+from slatewise.bundle.ranker import weighted_mean
+from slatewise.inference.arrays import (
+    Candidates,
+    Float32,
+    Float64,
+    History,
+    Int64,
+    KeptState,
+    PointScores,
+    best_rows,
+    join,
+)
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.workers import Chunks
+from slatewise.pruning import Pruned
 from slatewise.ranking.slates import run_set
-from slatewise.schemas import ModelExit
+from slatewise.schemas import EXITS, ModelExit
 
 
 class StageScores(NamedTuple):
     """The result of one stage of the cascade."""
 
     exit: ModelExit
-    probabilities: Float64  # (N, heads)
+    probabilities: Float64  # (N, heads), of each candidate by the last exit that scored it
+    scored_by: NDArray[np.int8] | None = None  # (N,) the number of that exit in EXITS; `None`: `exit` scored all
 
 
 def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:
@@ -69,3 +85,45 @@ def run_cascade(
     if wanted == "set":
         completed.append(StageScores("set", (yield from run_set(engine, point))))
     return point
+
+
+def run_pruned(
+    engine: Engine,
+    candidates: Candidates,
+    kept: KeptState,
+    meta: Float32,
+    pruned: Pruned,
+    weights: Float64,
+    completed: list[StageScores],
+) -> Chunks[PointScores]:
+    """As `run_cascade`, but `point` scores only the best candidates of `dot`, and `set` only the best of those.
+
+    weights: (heads,) of the score that decides which are the best. The result has the rows of the candidates that
+    the last exit scored, in input order.
+    """
+    yield len(candidates)
+    state = kept.unpacked()
+    stage = StageScores("dot", engine.dot(candidates, state))
+    completed.append(stage)
+    rows = best_rows(weighted_mean(stage.probabilities, weights), pruned.point)
+    point = yield from run_cascade(engine, candidates[rows], state, meta, "point", False, [])
+    assert point is not None
+    stage = scored_again(stage, rows, "point", point.probabilities)
+    completed.append(stage)
+    if pruned.exit == "set":
+        best = best_rows(weighted_mean(point.probabilities, weights), pruned.last)
+        point = point[best]
+        completed.append(scored_again(stage, rows[best], "set", (yield from run_set(engine, point))))
+    return point
+
+
+def scored_again(before: StageScores, rows: Int64, exit: ModelExit, probabilities: Float64) -> StageScores:
+    """Return a stage with the probabilities of an exit for some rows, and for the others those of the stage before."""
+    if len(rows) == len(before.probabilities):
+        return StageScores(exit, probabilities)
+    merged = before.probabilities.copy()
+    merged[rows] = probabilities
+    number = EXITS.index(before.exit)
+    scored_by = np.full(len(merged), number, np.int8) if before.scored_by is None else before.scored_by.copy()
+    scored_by[rows] = EXITS.index(exit)
+    return StageScores(exit, merged, scored_by)

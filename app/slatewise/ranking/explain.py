@@ -15,7 +15,7 @@ Called by: `pipeline.py`, as chunks on a worker thread. Calls: `inference/batche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from slatewise.inference.arrays import (
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
 from slatewise.inference.workers import Chunks
-from slatewise.schemas import EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
+from slatewise.schemas import EXITS, EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
 
 EVENTS = 12  # newest events that are left out
 RESULTS = 10  # first results that are explained
@@ -63,6 +63,13 @@ class Ranked:
     point: PointScores | None  # `None` for the exit `dot`
     exit: ModelExit
     probabilities: Float64  # (N, H) of this exit
+    scored_by: NDArray[np.int8] | None = None  # (N,) see `StageScores`; `point` has the rows that this exit scored
+
+    def rows(self) -> Int64:
+        """Return the positions of the candidates that this exit scored."""
+        if self.scored_by is None:
+            return np.arange(len(self.candidates))
+        return np.flatnonzero(self.scored_by == EXITS.index(self.exit))
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,14 @@ def neighbour_count(candidates: int) -> int:
 
 
 def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
-    """Explain the first results, best result first, in chunks. Raises EngineError."""
+    """Explain the first results, best result first, in chunks. Raises EngineError.
+
+    If the request was pruned, the candidates that the exit did not score are as if they had not been sent.
+    """
+    rows = ranked.rows()
+    if ranked.scored_by is not None:
+        candidates, probabilities = ranked.candidates[rows], ranked.probabilities[rows]
+        ranked = replace(ranked, candidates=candidates, probabilities=probabilities)
     given = ranked.ranker.score_weights(ranked.request.head_weights)
     order = np.argsort(-weighted_mean(ranked.probabilities, given), kind="stable")  # that of the answer, ties included
     weights = weight_shares(given)
@@ -118,9 +132,9 @@ def explain(ranked: Ranked) -> Chunks[list[Explanation]]:
         Explanation(
             index=index,
             events=name_events(ranked.request, newest, events, k),
-            neighbours=name_neighbours(ranked.request, left_out, neighbours, k, index),
+            neighbours=name_neighbours(ranked.request, rows[left_out], neighbours, k, index),
         )
-        for k, index in enumerate(order[:results].tolist())
+        for k, index in enumerate(rows[order[:results]].tolist())
     ]
 
 

@@ -6,7 +6,7 @@
     dot      by the cheapest variant, if the request leaves the variant open and no state of its user is cached
 
 Called by: `plan.py`, and `pipeline.py` for a part; `admission.py` chooses among them. Calls: `inference/costs.py`,
-`slates.py`.
+`inference/slates.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import NamedTuple
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
-from slatewise.ranking.slates import slate_count
+from slatewise.inference.slates import slate_count
+from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.schemas import EXITS, ModelExit
 
 STALE_SECONDS = 10.0  # without a call of a graph, after which its prediction may be wrong
@@ -45,6 +46,11 @@ class Size(NamedTuple):
     cached: int  # of them, those in the cached state; 0 without one
     candidates: int
     dot_first: bool
+    prune: Prune | None = None
+    top_n: int | None = None
+
+    def pruned(self, exit: ModelExit) -> Pruned | None:
+        return pruned_to(self.prune, exit, self.candidates, self.top_n)
 
 
 def make_offers(ranker: Ranker, variant: str, wanted: ModelExit, size: Size, any_variant: bool) -> list[Offer]:
@@ -91,12 +97,15 @@ def encode_seconds(engine: Engine, events: int, cached: int) -> float:
 def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     """Predict the seconds of the cascade."""
     n, costs = size.candidates, engine.costs
-    seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first else 0.0
+    pruned = size.pruned(exit)
+    seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first or pruned else 0.0
     if exit != "dot":
-        seconds += costs["point"].seconds(Work(-(-n // chunk_of(n)), n, n * (size.events + 1)))
+        m = n if pruned is None else pruned.point
+        seconds += costs["point"].seconds(Work(-(-m // chunk_of(m)), m, m * (size.events + 1)))
     if exit == "set":
-        slates = slate_count(n, engine.slate)
-        least, larger = divmod(n, slates)  # so many slates have one candidate more than `least`
+        k = n if pruned is None else pruned.last
+        slates = slate_count(k, engine.slate)
+        least, larger = divmod(k, slates)  # so many slates have one candidate more than `least`
         products = (slates - larger) * least**2 + larger * (least + 1) ** 2
-        seconds += costs["set"].seconds(Work(slates, n, products))
+        seconds += costs["set"].seconds(Work(slates, k, products))
     return seconds

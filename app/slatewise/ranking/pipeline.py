@@ -13,6 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slatewise import metrics
 from slatewise.bundle.features import unknown_positions
@@ -22,15 +23,17 @@ from slatewise.events.histories import Histories
 from slatewise.inference.arrays import (
     UNKNOWN_ITEM,
     Candidates,
+    Float32,
     Float64,
     History,
     Int64,
     KeptState,
+    PointScores,
 )
 from slatewise.inference.engine import EngineError
 from slatewise.inference.workers import Chunks, Job, Workers
 from slatewise.ranking.admission import Admission
-from slatewise.ranking.cascade import StageScores, extend, run_cascade
+from slatewise.ranking.cascade import StageScores, extend, run_cascade, run_pruned
 from slatewise.ranking.explain import Ranked, explain
 from slatewise.ranking.given import Given, with_history
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
@@ -38,7 +41,7 @@ from slatewise.ranking.offers import encode_seconds
 from slatewise.ranking.plan import Plan, cache_key, make_plan
 from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Timings, Trace
-from slatewise.schemas import AnsweredExit, DegradedReason, Explanation, HistoryUse, ModelExit, RankRequest
+from slatewise.schemas import EXITS, AnsweredExit, DegradedReason, Explanation, HistoryUse, ModelExit, RankRequest
 from slatewise.store.lookup import MetaEmbedding, Store
 
 T = TypeVar("T")
@@ -53,6 +56,22 @@ class Scored:
     exit: ModelExit
     probabilities: Float64  # (N, heads)
     scores: Float64  # (N,), in [0, 1]
+    scored_by: NDArray[np.int8] | None = None  # see `StageScores`
+
+    @property
+    def pruned(self) -> dict[ModelExit, int] | None:
+        """Numbers of candidates that the exits after `dot` scored; `None`: all."""
+        by = self.scored_by
+        if by is None:
+            return None
+        return {exit: int((by >= k).sum()) for k, exit in enumerate(EXITS[: EXITS.index(self.exit) + 1]) if k}
+
+    def by_exit(self) -> NDArray[np.bool_]:
+        """Return which candidates `exit` scored: (N,)."""
+        if self.scored_by is None:
+            return np.ones(len(self.scores), bool)
+        chosen: NDArray[np.bool_] = self.scored_by == EXITS.index(self.exit)
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,14 @@ class Ranking:
         return "input_order" if self.scored is None else self.scored.exit
 
     def order(self, top_n: int | None) -> Int64:
-        """Return at most `top_n` positions by descending score. Ties and unscored candidates keep the input order."""
+        """Return at most `top_n` positions by descending score. Ties and unscored candidates keep the input order.
+
+        If the request was pruned, the candidates of a later exit are before those of the exits before it.
+        """
         if self.scored is None:
             return np.arange(self.candidates)[:top_n]
+        if self.scored.scored_by is not None:
+            return np.lexsort((-self.scored.scores, -self.scored.scored_by))[:top_n]
         return np.argsort(-self.scored.scores, kind="stable")[:top_n]
 
 
@@ -213,10 +237,7 @@ class Pipeline:
                 meta = plan.default_meta if look_up is None else await look_up
                 progress.meta = meta
                 timings.lap("embed")  # the rest of the look-up, after the encoding
-                dot_first = plan.deadline.milliseconds > 0
-                cascade = run_cascade(
-                    plan.engine, candidates, state, meta.vector, plan.exit, dot_first, progress.completed
-                )
+                cascade = cascade_of(plan, candidates, state, meta.vector, progress.completed)
                 point = await self.run(plan, cascade, "score", timings)
                 if plan.explain:
                     best = progress.completed[-1]
@@ -288,6 +309,17 @@ class Pipeline:
         self.cache.forget(None if user is None else keys)
 
 
+def cascade_of(
+    plan: Plan, candidates: Candidates, state: KeptState, meta: Float32, completed: list[StageScores]
+) -> Chunks[PointScores | None]:
+    """Return the chunks of work that score the candidates. Each complete stage is appended to `completed`."""
+    if plan.pruned is None:
+        dot_first = plan.deadline.milliseconds > 0
+        return run_cascade(plan.engine, candidates, state, meta, plan.exit, dot_first, completed)
+    weights = plan.ranker.score_weights(plan.request.head_weights)
+    return run_pruned(plan.engine, candidates, state, meta, plan.pruned, weights, completed)
+
+
 def in_one_chunk(cost: int, function: Callable[[], T]) -> Chunks[T]:
     yield cost
     return function()
@@ -305,4 +337,5 @@ def unranked(plan: Plan, count: int, progress: Progress, degraded: set[DegradedR
 def weigh(plan: Plan, best: StageScores) -> Scored:
     """Combine the probabilities of the heads into one score for each candidate."""
     weights = plan.ranker.score_weights(plan.request.head_weights)
-    return Scored(plan.variant, best.exit, best.probabilities, weighted_mean(best.probabilities, weights))
+    scores = weighted_mean(best.probabilities, weights)
+    return Scored(plan.variant, best.exit, best.probabilities, scores, best.scored_by)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.engine import Engine
+from slatewise.pruning import Pruned
 from slatewise.ranking.admission import Admission, Deadline, Standing
 from slatewise.ranking.explain import explanation_seconds
 from slatewise.ranking.given import Given
@@ -16,7 +17,7 @@ from slatewise.ranking.history_cache import HistoryCache
 from slatewise.ranking.load import Running
 from slatewise.ranking.offers import Size, make_offers
 from slatewise.ranking.trace import Timings
-from slatewise.ranking.validation import choose
+from slatewise.ranking.validation import choose, prune_of
 from slatewise.schemas import AnsweredExit, DegradedReason, RankRequest
 from slatewise.store.lookup import MetaEmbedding
 
@@ -38,6 +39,7 @@ class Plan:
     running: Running
     score_seconds: float = 0.0  # predicted for the candidates and the explanations
     explain: bool = False
+    pruned: Pruned | None = None
 
     @property
     def engine(self) -> Engine:
@@ -73,10 +75,15 @@ def make_plan(given: Given, ranker: Ranker, timings: Timings, admission: Admissi
     deadline = admission.deadline(request.deadline_ms, timings.entered)
     events, candidates = len(request.history.item_ids) - dropped, len(request.candidates.item_ids)
     cached = 0 if request.user is None else min(events, cache.events(cache_key(ranker, variant, request.user)))
-    size = Size(events, cached, candidates, deadline.milliseconds > 0)
+    prune = prune_of(request, ranker.manifest)
+    size = Size(events, cached, candidates, deadline.milliseconds > 0, prune, request.top_n)
     offers = make_offers(ranker, variant, wanted, size, request.variant == "auto")
     standing = Standing(request.priority, timings.seconds.get("queue", 0.0))
-    explained = explanation_seconds(ranker.engines[variant], events, candidates, wanted) if request.explain else 0.0
+    explained = 0.0
+    if request.explain:
+        pruned = size.pruned(wanted)
+        scored = candidates if pruned is None else pruned.last
+        explained = explanation_seconds(ranker.engines[variant], events, scored, wanted)
     explain = request.explain and (
         not request.allow_degraded or admission.has_room(wanted, offers[0].seconds + explained, standing)
     )
@@ -89,4 +96,17 @@ def make_plan(given: Given, ranker: Ranker, timings: Timings, admission: Admissi
         return Plan(request, ranker, variant, "input_order", degraded, deadline, dropped, given, Running(0.0, None))
     score = offer.score + (explained if explain else 0.0)
     running = Running(offer.encode + score, deadline.due)
-    return Plan(request, ranker, offer.variant, offer.exit, degraded, deadline, dropped, given, running, score, explain)
+    return Plan(
+        request,
+        ranker,
+        offer.variant,
+        offer.exit,
+        degraded,
+        deadline,
+        dropped,
+        given,
+        running,
+        score,
+        explain,
+        size.pruned(offer.exit),
+    )

@@ -32,11 +32,14 @@ DEADLINE_MS = 60_000.0  # instead of a request's own, which has mostly passed
 
 
 class Agreement(NamedTuple):
-    """How alike two rankings of the same candidates are. Each scored all candidates."""
+    """How alike two rankings of the same candidates are.
+
+    tau and shift are of the candidates that the exit scored in both: a pruned request has others.
+    """
 
     overlap: float  # share of the first ten results that both have
     tau: float  # Kendall's tau-b among the first results of the shown ranking; NaN if all scores are equal
-    shift: float  # mean difference of the scores, candidate version minus served version
+    shift: float  # mean difference of the scores, candidate version minus served version; NaN without a candidate
     latency_ratio: float | None  # model time, candidate version over served version; `None`: unequal use of the cache
 
 
@@ -102,11 +105,13 @@ def compare(shown: Ranking, other: Ranking, latency_ratio: float | None) -> Agre
     """Compare two rankings of the same request. shift and latency_ratio are those of `other` over `shown`."""
     assert shown.scored is not None and other.scored is not None
     first, second = (set(ranking.order(TOP).tolist()) for ranking in (shown, other))
+    both = shown.scored.by_exit() & other.scored.by_exit()
     rows = shown.order(MOST_COMPARED)
+    rows = rows[both[rows]]
     return Agreement(
         overlap=len(first & second) / len(first),
         tau=kendall_tau(shown.scored.scores[rows], other.scored.scores[rows]),
-        shift=float((other.scored.scores - shown.scored.scores).mean()),
+        shift=float((other.scored.scores - shown.scored.scores)[both].mean()) if both.any() else float("nan"),
         latency_ratio=latency_ratio,
     )
 
@@ -126,7 +131,8 @@ def observe(agreement: Agreement, candidate_shown: bool, name: str) -> Agreement
         agreement = agreement._replace(shift=-agreement.shift, latency_ratio=None if ratio is None else 1 / ratio)
     metrics.series(metrics.SHADOW_REQUESTS, name, "compared").inc()
     metrics.series(metrics.SHADOW_OVERLAP, name).observe(agreement.overlap)
-    metrics.series(metrics.SHADOW_SHIFT, name).observe(agreement.shift)
+    if not np.isnan(agreement.shift):
+        metrics.series(metrics.SHADOW_SHIFT, name).observe(agreement.shift)
     if not np.isnan(agreement.tau):
         metrics.series(metrics.SHADOW_TAU, name).observe(agreement.tau)
     if agreement.latency_ratio is not None:

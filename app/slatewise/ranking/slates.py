@@ -7,15 +7,16 @@ neighbours. The deal depends on the scores alone, so the order of the candidates
 models/LOG.md compares it with one slate of all candidates, with several slates for each candidate, and with JointRank
 (arXiv 2506.22262).
 
-Called by: `cascade.py`, as chunks on a worker thread; `offers.py` for the number of slates. Calls: `engine.py`.
+Called by: `cascade.py`, as chunks on a worker thread. Calls: `inference/slates.py`, `engine.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from slatewise.inference.arrays import Float64, Int64, PointScores
+from slatewise.inference.arrays import Float64, PointScores
 from slatewise.inference.engine import Engine
+from slatewise.inference.slates import deal
 from slatewise.inference.workers import Chunks
 
 
@@ -30,19 +31,3 @@ def run_set(engine: Engine, point: PointScores) -> Chunks[Float64]:
         yield len(rows)
         probabilities[rows] = engine.set(point[rows])
     return probabilities
-
-
-def slate_count(candidates: int, most: int) -> int:
-    """Return the number of slates of at most `most` candidates."""
-    return -(-candidates // most)
-
-
-def deal(point: PointScores, most: int) -> list[Int64]:
-    """Deal the candidates into slates: the rows of each slate, best first. Their sizes differ by one at most.
-
-    The order is that of the sum of the heads' probabilities, whatever weights the request gives them. Equal ones are
-    ordered by their logits.
-    """
-    order = np.lexsort((*point.logits.T, -point.probabilities.sum(axis=1)))
-    slates = slate_count(len(point), most)
-    return [order[first::slates] for first in range(slates)]

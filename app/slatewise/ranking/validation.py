@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import cast
 
+from slatewise.bundle.manifest import Manifest
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import MOST_FAULTS, Fault, Invalid, NotFound, pointer
+from slatewise.pruning import Prune
 from slatewise.ranking.admission import RequestLimits
 from slatewise.schemas import ModelExit, RankRequest
 
@@ -24,6 +26,21 @@ def choose(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> tuple
         raise Invalid.of(faults)
     exit = cast(ModelExit, ranker.manifest.default_exit) if request.exit == "auto" else request.exit
     return variant, exit
+
+
+def prune_of(request: RankRequest, manifest: Manifest) -> Prune | None:
+    """Return the numbers of candidates that the request allows its exits to score; `None`: all.
+
+    Those of the manifest are measured for the manifest's score, so a request with other weights must bring its own.
+    """
+    if request.prune is not None:
+        return request.prune
+    return manifest.prune if request.head_weights is None else None
+
+
+def unpruned(request: RankRequest) -> RankRequest:
+    """Return the request as /score reads it: all candidates are answered, so one exit must score them all."""
+    return request if request.top_n is None else request.model_copy(update={"prune": Prune()})
 
 
 def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> Iterator[Fault]:

@@ -83,6 +83,8 @@ def plot_training(log: Path) -> None:
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown: the verdict in the first line, then the tables and the checks of the data."""
     parts = [report["verdict"]["line"], sample_line(report["sample"]), quality_table(report)]
+    if "pruning" in report:
+        parts.append(pruning_text(report["pruning"]))
     parts += [f"Not measured: {reason}." for reason in report["not_measured"].values()]
     if report["baselines"]:
         settings = "; ".join(f"{name}: {text}" for name, text in report["baselines"].items())
@@ -142,6 +144,27 @@ def slate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         cells = [interval_cell(row["ndcg10"]), interval_cell(row["auc_in_slate"]), f"{row['auc']:.4f}", error]
         lines.append([name, str(row["slates"]), *cells])
     return markdown_table([title, "slates", "NDCG@10", "AUC in the slate", "AUC", "calibration error"], lines)
+
+
+def pruning_text(row: Mapping[str, Any]) -> str:
+    """Return whether the prune of the TOML is published, and the shares that decide."""
+    rule = " and ".join(f"{exit} {count:,}" for exit, count in row["prune"].items() if count is not None)
+    if not row["users"]:
+        return f"Pruning ({rule}) is NOT PUBLISHED: no user has a test event."
+    verdict = "is published" if row["published"] else "is NOT PUBLISHED"
+    title = f"Pruning ({rule}) {verdict}: the ten best stay the same for at least {row['least']:.0%} of the users?"
+    lists = f"{row['users']:,} users, lists of {row['candidates']:,} candidates on average"
+    lines = [
+        [
+            f"`{exit}`",
+            interval_cell(share),
+            interval_cell(row["same_items"][exit]),
+            difference_cell(row["ndcg10"][exit]),
+        ]
+        for exit, share in row["unchanged"].items()
+    ]
+    columns = [lists, "same ten items and order", "same ten items", "NDCG@10, pruned minus unpruned"]
+    return "\n".join([title, "", *markdown_table(columns, lines)])
 
 
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
