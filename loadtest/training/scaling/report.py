@@ -140,7 +140,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for name, some in groups.items():
             flops, quality = values(some, exit)
             found = slope(flops, quality)
-            label = f"history {name}: {slope_text(found)}" if found else f"history {name}"
+            label = "all histories" if name == ALL else f"history {name}"
+            label += f": {slope_text(found)}" if found else ""
             if found is not None:
                 ends = np.array([flops.min(), flops.max()])
                 level = quality.mean() + found[0] * (np.log10(ends) - np.log10(flops).mean())

@@ -109,12 +109,13 @@ def measure(study: Study, run: Run, trainer: Trainer) -> Row:
     users = held_out_users(data)
     lengths = data.split.train_lengths[users]
     ranks = held_out_ranks(trainer.model, data, users, lengths, trainer.next_heads[0], EXITS)
-    config = trainer.model.config
+    model = trainer.model
+    assert isinstance(model, Ligr)
     return dataclasses.asdict(run) | {
         "run": run.name,
         "epochs": trainer.epoch,
-        "parameters": sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
-        "flops": request_flops(config, run.gates, run.history),
+        "parameters": sum(part.numel() for part in model.parameters() if part.requires_grad),
+        "flops": request_flops(model.config, run.gates, run.history),
         "ndcg10": {exit: float(gains(found).mean()) for exit, found in ranks.items()},
         "ranks": {exit: found.tolist() for exit, found in ranks.items()},
         "seconds": round(sum(float(row["seconds"]) for row in trainer.rows)),

@@ -25,7 +25,9 @@ class UngatedBlock(Block):
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
         )
         x = x + self.dropout(self.out(read.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.feed_forward_norm(x)))))
+        fed = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+        result: Tensor = x + self.dropout(fed)
+        return result
 
 
 def remove_gates(model: Ligr) -> None:
