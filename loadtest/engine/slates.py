@@ -29,14 +29,14 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker, weighted_mean
 from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, Candidates, History, PointScores
 from slatewise.inference.engine import Engine
-from slatewise.inference.slates import deal
+from slatewise.inference.slates import deal, slate_count
 from slatewise_train.config import read_config
 from slatewise_train.data import Data, load_data
 from slatewise_train.evaluation.cases import Case, candidates_of, slate_cases, state_of
 from slatewise_train.evaluation.metrics import DEPTH, interval, ndcg, top_rows
 from slatewise_train.evaluation.sampling import in_parallel, sample_users
 
-SIZES = ((2_048, 1_024), (3_072, 1_024), (2_048, 256))  # candidates, and most of them in a slate
+SIZES = ((2_048, 1_024), (3_072, 1_024), (2_048, 256))  # candidates, and the set-wise limit
 RANDOM_SIZE = (4_096, 1_024)
 RANDOM_EVENTS = 256
 REPLICAS = (1, 2, 3)  # random slates of a candidate
@@ -50,7 +50,7 @@ Request = tuple[PointScores, np.ndarray | None]  # candidates, and labels (N,) i
 
 def random_slates(count: int, most: int, replicas: int, rng: np.random.Generator) -> Slates:
     """Put each candidate into `replicas` slates: so many random partitions."""
-    parts = -(-count // most)
+    parts = slate_count(count, most)
     return [slate for _ in range(replicas) for slate in np.array_split(rng.permutation(count), parts)]
 
 
@@ -97,7 +97,7 @@ def scores_of(engine: Engine, point: PointScores, weights: np.ndarray, most: int
     }
     designs: dict[str, Slates] = {
         "served": deal(point, most),
-        "sorted": np.array_split(order, -(-count // most)),
+        "sorted": np.array_split(order, slate_count(count, most)),
         **{f"mean, {r}": random_slates(count, most, r, rng) for r in REPLICAS},
     }
     for name, slates in designs.items():

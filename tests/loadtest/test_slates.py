@@ -28,7 +28,7 @@ def test_orders_of_a_perfect_ranker_are_put_together() -> None:
     for seed in range(REQUESTS):
         rng = np.random.default_rng(seed)
         worth = rng.permutation(100).astype(float)
-        slates = random_slates(100, 20, 4, rng)
+        slates = random_slates(100, 40, 4, rng)
         scores = [worth[rows] for rows in slates]
         best = (worth >= 100 - DEPTH).astype(float)
         gains["win rate"].append(ndcg(win_rate(slates, scores, 100), best))

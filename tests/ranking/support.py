@@ -112,7 +112,7 @@ def reference(ranker: Ranker, request: RankRequest, exit: str) -> Float64:
         return engine.score(history, candidates, meta, exit)
     point = engine.score(history, candidates, meta, "point").tolist()
     best_first = sorted(range(len(point)), key=lambda k: -sum(point[k]))
-    slates = -(-len(point) // engine.slate)
+    slates = -(-len(point) // (engine.slate // 2))
     found = np.empty((len(point), len(ranker.manifest.heads)))
     for first in range(slates):
         rows = best_first[first::slates]

@@ -172,7 +172,7 @@ def test_set_makes_slates_of_those_that_are_left(ranker: Ranker, monkeypatch: py
     for prune in ({"set": 40}, {"set": 50}):
         request = draw_request(ranker, 5, 100, 1, exit="set", prune=prune, top_n=10)
         assert run(ranker, lambda p, request=request: rank(p, request)).exit == "set"  # type: ignore[misc]
-    assert sizes == [40, 25, 25]
+    assert sizes == [40, 17, 17, 16]
 
 
 @given(st.integers(2, 1_100), st.integers(0, 300), st.booleans(), st.data())

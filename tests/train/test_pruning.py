@@ -53,7 +53,7 @@ def slow_lists(ranker: Ranker, tiny: Tiny, prune: Prune) -> list[dict[str, list[
             lists[exit] = [rows[k] for k in order[:10]]
             kept = sorted(order[: count or len(rows)])
             by_sum = sorted(range(len(kept)), key=lambda k: -probabilities[kept[k]].sum())
-            number = math.ceil(len(kept) / engine.slate)
+            number = 1 if len(kept) <= engine.slate else math.ceil(len(kept) / (engine.slate // 2))
             slates = [by_sum[first::number] for first in range(number)]
             rows = [rows[k] for k in kept]
         found.append(lists)

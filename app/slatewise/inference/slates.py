@@ -11,8 +11,11 @@ from slatewise.inference.arrays import Int64, PointScores
 
 
 def slate_count(candidates: int, most: int) -> int:
-    """Return the number of slates of at most `most` candidates."""
-    return -(-candidates // most)
+    """Return the number of slates: one of at most `most` candidates, and of more candidates, several of half as many.
+
+    The work grows with the square of a slate, and other requests wait for a whole slate.
+    """
+    return 1 if candidates <= most else -(-candidates // max(1, most // 2))
 
 
 def deal(point: PointScores, most: int) -> list[Int64]:
