@@ -1,7 +1,8 @@
 """Overload: python -m loadtest.chaos.overload [--seconds 20] [--only R16]
 
 R16: 0.5 to 10 times the capacity, open loop. R17: recovery after it. R18: deadlines under overload. R19: large requests
-beside small ones, and priorities. R20: clients that try again at once. R21: /livez meanwhile.
+beside small ones, and priorities. R20: clients that try again at once. R21: /livez meanwhile, and the event loop at
+capacity.
 
 The ranker is the reference one with random weights (`make reference-bundle`), and all users are new: 256 events and
 1,300 candidates, so that the capacity is at most 60 requests a second on two cores. A request counts as *ranked* if the
@@ -13,12 +14,14 @@ Called by: `__main__.py`, and the command line. Calls: `bench.py`, `flood.py`, `
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 
 from loadtest.chaos.bench import COLUMNS, SHAPE, Bench
 from loadtest.chaos.flood import Flood, percentile
 from loadtest.chaos.report import Row, conclude
+from loadtest.client import closed_loop, limit_time
 from loadtest.markdown import table
 from loadtest.server_process import exit_on_sigterm
 from loadtest.workload import Shape, W
@@ -30,6 +33,7 @@ RECOVERY_SECONDS = 5.0
 DEADLINE_MS = 50.0
 LATE_MS = 10.0  # that an answer may come after its deadline
 SLOW_MS = 200
+LAG_SECONDS = 0.01  # of the event loop; a bound of its metric
 LOW = 10  # priority
 SHARE_OF_LARGE = 0.25  # of all cores
 
@@ -193,7 +197,21 @@ def mixture(bench: Bench) -> list[Row]:
     ]
 
 
-PARTS = {"R16": sweep, "R17": recovery, "R18": deadlines, "R19": mixture}
+def event_loop(bench: Bench) -> list[Row]:
+    """R21: W as fast as four connections ask for it."""
+    endless = itertools.cycle(bench.of(W))
+    names = [f'slatewise_event_loop_lag_seconds_bucket{{le="{bound}"}}' for bound in (LAG_SECONDS, "+Inf")]
+    with bench.server() as server:
+        bench.capacity(server, bench.of(W))
+        before = [server.sample(name) for name in names]
+        outcome = closed_loop(server.port, limit_time(3 * bench.seconds, endless), 4)
+        fast, all_times = (server.sample(name) - was for name, was in zip(names, before, strict=True))
+    number = f"{fast / all_times:.1%} of {all_times:.0f} times at {outcome.per_second:.0f} requests/s"
+    criterion = f"W at capacity: the event loop is late by at most {1e3 * LAG_SECONDS:g} ms in 99 % of the times"
+    return [Row("R21", criterion, number, fast >= 0.99 * all_times)]
+
+
+PARTS = {"R16": sweep, "R17": recovery, "R18": deadlines, "R19": mixture, "R21": event_loop}
 
 
 def main() -> int:
