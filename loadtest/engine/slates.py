@@ -171,7 +171,7 @@ def main() -> None:
     rankers = load_rankers(args.bundles)
     if args.random:
         ranker, (count, most) = rankers["reference"], RANDOM_SIZE
-        print(f"\n{count:,} candidates, slates of at most {most:,}, {args.requests} random requests\n")
+        print(f"\n{count:,} candidates, set-wise limit {most:,}, {args.requests} random requests\n")
         print(compare(ranker, lambda seed: random_request(ranker, seed, count), args.requests, most))
         return
     config = read_config(args.toml)
@@ -179,7 +179,7 @@ def main() -> None:
     ranker = rankers[config.data.name]
     cases = slate_cases(data, sample_users(data.split.slate_users, args.requests))
     for count, most in SIZES:
-        print(f"\n{count:,} candidates, slates of at most {most:,}, {len(cases)} users\n")
+        print(f"\n{count:,} candidates, set-wise limit {most:,}, {len(cases)} users\n")
 
         def draw(number: int, count: int = count) -> Request:
             return held_out(ranker, data, cases[number], count)
