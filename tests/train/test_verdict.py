@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from slatewise.bundle.manifest import read_manifest
+from slatewise.bundle.manifest import parse_manifest, read_manifest
 from slatewise.inference.engine import EngineError
 from slatewise.schemas import Verdict
 from slatewise.settings import Settings
@@ -22,7 +22,7 @@ from slatewise_train.evaluation.offline import Outcome, tabulate
 from slatewise_train.evaluation.report import plot_quality, quality_table, report_text
 from slatewise_train.evaluation.verdict import compare, compare_tables, judge, training_warnings
 from slatewise_train.export import ExportOptions, export
-from tests.conftest import Tiny
+from tests.conftest import DEMO, Tiny
 from tests.support.application import serve
 
 RNG = np.random.default_rng(0)
@@ -243,5 +243,7 @@ def test_export_of_scores_that_are_not_finite_is_refused(
 
 
 def test_bundle_without_verdict_still_loads() -> None:
-    demo = Path(__file__).parents[2] / "models/bundles/movielens/5"
-    assert read_manifest(demo).verdict is None
+    (demo,) = (DEMO / "movielens").glob("[0-9]*")
+    manifest = json.loads((demo / "manifest.json").read_text())
+    del manifest["verdict"]
+    assert parse_manifest(json.dumps(manifest).encode(), demo).verdict is None
