@@ -25,18 +25,23 @@ REPORT = json.loads((BUNDLE / "report.json").read_text())
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """The demo under the names "films" and "plain"; the second has no titles and no measured quality."""
+    """The demo without a verdict, as "films" and "plain"; the second has no titles and no measured quality."""
     root = tmp_path_factory.mktemp("bundles")
-    write_bundle(root, "films", DISPLAY, json.loads((BUNDLE / "examples.json").read_text()))
-    forget_quality(write_bundle(root, "plain", None))
+    films = write_bundle(root, "films", DISPLAY, json.loads((BUNDLE / "examples.json").read_text()))
+    plain = write_bundle(root, "plain", None)
+    forget_verdict(films)
+    (plain / "report.json").unlink()
+    forget_verdict(plain, "report.json")
     with serve(Settings(bundles=root)) as client:
         yield client
 
 
-def forget_quality(folder: Path) -> None:
-    (folder / "report.json").unlink()
+def forget_verdict(folder: Path, *files: str) -> None:
+    """Take the verdict and these files, which are gone, out of a manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"].pop("report.json", None)
+    del manifest["verdict"]
+    for file in files:
+        del manifest["files"][file]
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -105,7 +105,7 @@ def test_deltas_of_events_equal_reranking(shallow: Ranker, exit: str) -> None:
 def test_compressed_variants_keep_the_blocks_of_candidates(folder: Path, tmp_path: Path) -> None:
     options = Options(shape={"blocks": 2}, checkpoints=tmp_path / "checkpoints")
     names = ["int8", "lowrank", "student", "student-int8"]
-    ranker = load_bundle(compress(Source(folder, None), tmp_path / "bundles", names, options, force=True), 1)
+    ranker = load_bundle(compress(Source(folder, None), tmp_path / "bundles", names, options, names))
     assert not ranker.refused
     read = {name: (engine.blocks, engine.decoder_blocks) for name, engine in ranker.engines.items()}
     whole, student = (BLOCKS, [BLOCKS - 1]), (2, [1])
