@@ -1,4 +1,4 @@
-"""Pruning inside a request: the dear exits score only the best candidates of the exit before.
+"""Pruning inside a request: the costly exits score only the best candidates of the exit before.
 
     dot      all candidates
     point    the best `point` of them by `dot`

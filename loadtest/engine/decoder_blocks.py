@@ -16,8 +16,9 @@ from statistics import median
 
 import numpy as np
 
+from loadtest.engine.drawn import draw_candidates, draw_request
 from loadtest.markdown import table
-from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, Candidates, History, HistoryState
+from slatewise.inference.arrays import Candidates, HistoryState
 from slatewise.inference.engine import Engine, chunk_of
 from slatewise.process import cpu_name
 from slatewise_train.bundle_writer import write_graphs
@@ -47,17 +48,8 @@ def main() -> None:
     model = reference_model()
     items = model.item_table().detach().numpy()
     rng = np.random.default_rng(0)
-    rows = rng.integers(FIRST_ITEM, len(items), EVENTS)
-    history = History(rows, rng.integers(0, model.config.actions, EVENTS), rng.integers(0, GAP_BUCKETS, EVENTS))
-    meta = model.default_meta.detach().numpy()
-    slates = [
-        Candidates(
-            items[rng.integers(FIRST_ITEM, len(items), n)],
-            rng.normal(size=(n, model.config.numeric)).astype(np.float32),
-            np.zeros((1, CONTEXT_SIZE), np.float32),
-        )
-        for n in SLATES
-    ]
+    history, few_candidates, meta = draw_request(model, items, EVENTS, SLATES[0], rng)
+    slates = few_candidates, draw_candidates(model, items, SLATES[1], rng)
     with tempfile.TemporaryDirectory() as folder:
         engines = {}
         for count in DECODER_BLOCKS:

@@ -22,12 +22,13 @@ from statistics import median
 
 import numpy as np
 
+from loadtest.engine.drawn import Request, draw_request
 from loadtest.engine.low_rank import integers
-from loadtest.engine.time_by_size import run_all
 from loadtest.markdown import table
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker, weighted_mean
-from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, Candidates, History
+from slatewise.inference.arrays import FIRST_ITEM
+from slatewise.inference.chunks import run_all
 from slatewise.inference.engine import Engine
 from slatewise.process import cpu_name
 from slatewise.ranking.cascade import StageScores, run_cascade
@@ -48,23 +49,11 @@ CALIBRATION = 200  # candidates of the request that gives the ranges of the inte
 DECODER_BLOCKS = (4, 2, 1)
 EXITS = ("dot", "point", "set")
 
-Request = tuple[History, Candidates, np.ndarray]
-
-
-def draw_request(model: RankerModel, items: np.ndarray, candidates: int) -> Request:
-    rng = np.random.default_rng(0)
-    rows = rng.integers(FIRST_ITEM, len(items), EVENTS)
-    history = History(rows, rng.integers(0, model.config.actions, EVENTS), rng.integers(0, GAP_BUCKETS, EVENTS))
-    numeric = rng.normal(size=(candidates, model.config.numeric)).astype(np.float32)
-    vectors = items[rng.integers(FIRST_ITEM, len(items), candidates)]
-    slate = Candidates(vectors, numeric, np.zeros((1, CONTEXT_SIZE), np.float32))
-    return history, slate, model.default_meta.detach().numpy()
-
 
 def engines_of(model: RankerModel, items: np.ndarray, scratch: Path) -> Iterator[tuple[str, Engine]]:
     """Yield each form of the reference model by name."""
     exits = list(EXITS)
-    calibration = draw_request(model, items, CALIBRATION)
+    calibration = draw_request(model, items, EVENTS, CALIBRATION, np.random.default_rng(0))
     for blocks in DECODER_BLOCKS:
         form = families.shrink(model, {"decoder_blocks": blocks})
         plain = families.graphs(form, uncalibrated(model.exits, model.config.heads), EVENTS).all()
@@ -97,7 +86,8 @@ def measure_times(repeats: int) -> str:
     items = model.item_table().detach().numpy()
     with tempfile.TemporaryDirectory() as scratch:
         engines = dict(engines_of(model, items, Path(scratch)))
-        found = measure(engines, draw_request(model, items, CANDIDATES), repeats)
+        request = draw_request(model, items, EVENTS, CANDIDATES, np.random.default_rng(0))
+        found = measure(engines, request, repeats)
     rows = ((*name.split(), *(f"{ms:.1f}" for ms in times)) for name, times in found.items())
     return table(("blocks of candidates", "numbers", *(f"`{exit}`" for exit in EXITS)), rows)
 

@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 import torch
 
+from loadtest.engine.drawn import Request, draw_request
 from loadtest.markdown import table
-from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, Candidates, History
 from slatewise.inference.engine import Engine
 from slatewise.process import cpu_name
 from slatewise_train.bundle_writer import write_graphs
@@ -46,7 +46,6 @@ FORMS: dict[str, tuple[float, tuple[str, ...]]] = {  # name -> share of the numb
 }
 
 Graphs = dict[str, onnx.ModelProto]
-Request = tuple[History, Candidates, np.ndarray]
 
 
 def model_of(width: int) -> RankerModel:
@@ -65,15 +64,6 @@ def low_rank(model: RankerModel, share: float, parts: tuple[str, ...]) -> Ranker
     }
     unused = LayerStatistics(*(torch.zeros(0) for _ in range(3)))
     return factor(model, dict.fromkeys(layers, unused), "svd", ranks)
-
-
-def draw_request(model: RankerModel, items: np.ndarray, rng: np.random.Generator) -> Request:
-    rows = rng.integers(FIRST_ITEM, len(items), EVENTS)
-    history = History(rows, rng.integers(0, model.config.actions, EVENTS), rng.integers(0, GAP_BUCKETS, EVENTS))
-    numeric = rng.normal(size=(CANDIDATES, model.config.numeric)).astype(np.float32)
-    vectors = items[rng.integers(FIRST_ITEM, len(items), CANDIDATES)]
-    context = np.zeros((1, CONTEXT_SIZE), np.float32)
-    return history, Candidates(vectors, numeric, context), model.default_meta.detach().numpy()
 
 
 def integers(plain: Graphs, recorder: RecordingEngine, request: Request) -> Graphs:
@@ -109,7 +99,7 @@ def measure_width(width: int, repeats: int) -> list[tuple[str, ...]]:
     torch.manual_seed(0)
     model = model_of(width)
     items = model.item_table().detach().numpy()
-    request = draw_request(model, items, np.random.default_rng(0))
+    request = draw_request(model, items, EVENTS, CANDIDATES, np.random.default_rng(0))
     exits = list(model.exits)
     engines: dict[str, Engine] = {}
     sizes: dict[str, int] = {}

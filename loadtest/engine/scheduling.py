@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.engine.time_by_size import run_all
 from loadtest.markdown import table
 from loadtest.workload import Shape, W, Workload
 from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import Candidates, History, KeptState
-from slatewise.inference.workers import Chunks, Workers
+from slatewise.inference.chunks import Chunks, run_all
+from slatewise.inference.workers import Workers
 from slatewise.process import cpu_name, cpu_quota
 from slatewise.ranking.cascade import extend, run_cascade
 from slatewise.schemas import RankRequest

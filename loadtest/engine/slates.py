@@ -3,7 +3,7 @@
 Each way cuts the candidates into slates, ranks each slate by the exit `set`, and makes one order of the results. It is
 compared with one slate of all candidates, and with the films that the user rated next.
 
-    served        `ranking/slates.py`: each candidate in one slate, the slates alike
+    served        `inference/slates.py`: each candidate in one slate, the slates alike
     sorted        one slate too: the best by `point` in the first one, the next best in the second one
     mean, r       r random slates; the mean of the probabilities
     win rate, r   the same slates, but only their orders count: the share of its neighbours that a candidate beats

@@ -16,15 +16,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from loadtest.markdown import table
 from slatewise.bundle.loader import load_rankers
 from slatewise.inference.arrays import Candidates, History, KeptState
+from slatewise.inference.chunks import run_all
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
-from slatewise.inference.workers import Chunks
 from slatewise.process import cpu_name
 from slatewise.pruning import Pruned
 from slatewise.ranking.cascade import extend, run_cascade, run_pruned
@@ -33,15 +32,6 @@ EVENTS = (256, 512, 1_024, 2_048)
 CANDIDATES = (200, 512, 1_024, 2_048, 4_096)
 SLATES = (200, 512, 1_024)
 PRUNES = (Pruned("set", 4_096, 200), Pruned("set", 1_024, 200), Pruned("set", 512, 100), Pruned("point", 1_024, 1_024))
-
-
-def run_all(chunks: Chunks[Any]) -> Any:
-    """Run all chunks in this thread, and return the generator's result."""
-    try:
-        while True:
-            next(chunks)
-    except StopIteration as end:
-        return end.value
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

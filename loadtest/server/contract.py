@@ -20,7 +20,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from loadtest.chaos.bench import QUIET
+from loadtest.chaos.bench import QUIET, SETTINGS
 from loadtest.chaos.flood import Answer, Flood, percentile, send
 from loadtest.client import closed_loop, post
 from loadtest.markdown import table
@@ -87,9 +87,8 @@ def measure_all(args: argparse.Namespace) -> int:
     workload = Workload(args.bundles, args.ranker)
     members = {"ranker": args.ranker, "variant": args.variant, "exit": args.exit, "allow_degraded": False}
     requests = [post("/rerank", body) for body in workload.distinct(SHAPE, DIFFERENT, **members)]
-    settings = {"BUNDLES": str(args.bundles), "HISTORY_CACHE_MB": "0", "DRAIN_SECONDS": "0", "SLOW_MS": "0"}
     rows = []
-    with ServerProcess(settings, command=(*QUIET, *SERVE)) as server:
+    with ServerProcess(SETTINGS | {"BUNDLES": str(args.bundles)}, command=(*QUIET, *SERVE)) as server:
         closed_loop(server.port, requests, 2)  # warm
         for rate in map(float, args.rates.split(",")):
             rows.append(measure(server, requests, args.exit, rate, args.seconds))

@@ -23,10 +23,10 @@ from statistics import median
 
 from loadtest.client import closed_loop, limit_time, open_loop, post
 from loadtest.compare.speed import Load
-from loadtest.engine.time_by_size import run_all
 from loadtest.server_process import ServerProcess, exit_on_sigterm
 from loadtest.workload import STEADY, W, Workload
 from slatewise.bundle.loader import load_rankers
+from slatewise.inference.chunks import run_all
 from slatewise.process import bound_malloc, cpu_name
 from slatewise.ranking.cascade import extend, run_cascade
 from slatewise.schemas import RankRequest

@@ -27,7 +27,7 @@ from slatewise.bundle.files import Files, sha256
 from slatewise.bundle.golden import score_request
 from slatewise.bundle.loader import load_bundle, make_ranker
 from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
-from slatewise.inference.engine import HISTORY_CHUNK, Engine
+from slatewise.inference.engine import HISTORY_CHUNK, SLATE, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import write_calibrations
@@ -38,7 +38,6 @@ from slatewise_train.rankers.base import Calibrations, RankerModel
 from slatewise_train.rankers.weights import save_weights, serving_form
 
 FP32_BOUND = 1e-5  # largest score difference of float32 graphs between requests that should score alike
-SET_WISE_LIMIT = 1024  # candidates
 CALIBRATION = "calibration.json"
 FP32 = Path("variants/fp32")
 
@@ -124,9 +123,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
         features=content.features,
         fields=fields,
         meta_size=model.meta_size,
-        limits=BundleLimits(
-            history_used=content.history_used, set_wise=SET_WISE_LIMIT if "set" in content.exits else 0
-        ),
+        limits=BundleLimits(history_used=content.history_used, set_wise=SLATE if "set" in content.exits else 0),
         graphs={},
         variants={},
         files={},

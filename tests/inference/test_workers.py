@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from slatewise import metrics
 from slatewise.inference import workers as scheduling
-from slatewise.inference.workers import PRIORITY_ROWS, Chunks, Job, Workers
+from slatewise.inference.chunks import Chunks
+from slatewise.inference.workers import PRIORITY_ROWS, Job, Workers
 
 PATIENCE = 30  # seconds; not reached if the code is right
 Turn = tuple[int, int]  # job, chunk
@@ -620,7 +621,7 @@ def test_job_submitted_after_closing_is_cancelled() -> None:
     async def main() -> None:
         begun = []
 
-        def job() -> Generator[int, bool, None]:
+        def job() -> Chunks[None]:
             begun.append(1)
             yield 1
 

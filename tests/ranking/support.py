@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import Candidates, Float64
@@ -21,6 +22,7 @@ from slatewise.ranking.registry import Registry
 from slatewise.ranking.trace import Trace
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import EmbeddedStore, Store
+from tests.support.blocked_engine import BlockedMethod
 
 BOUND = 1e-5
 ACTIONS = ["love", "like", "view", "dislike", "hate", "something else", None]
@@ -151,3 +153,15 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - the condition changes in other threads
             await asyncio.sleep(0.001)
+
+
+async def cancel_in_chunk(pipeline: Pipeline, request: RankRequest, stop: BlockedMethod) -> None:
+    """Cancel a request in the first chunk that calls the blocked method, then let the chunk end."""
+    task = asyncio.create_task(rank(pipeline, request))
+    await until(stop.begun.is_set)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not pipeline.admission.load.running
+    stop.may_end.set()
+    await until(lambda: not pipeline.workers.busy and not pipeline.workers.queue)

@@ -26,7 +26,7 @@ from slatewise.ranking.load import Running
 from slatewise.ranking.pipeline import FEW, Pipeline, Ranking
 from slatewise.schemas import RankRequest
 from slatewise.store.lookup import MetaEmbedding
-from tests.ranking.support import BOUND, cut, draw_request, rank, reference, run, until, working, worst
+from tests.ranking.support import BOUND, cancel_in_chunk, cut, draw_request, rank, reference, run, until, working, worst
 from tests.support.blocked_engine import BlockedMethod
 
 
@@ -437,14 +437,7 @@ def test_cancelled_request_runs_no_further_chunk(
     stop = BlockedMethod(method, monkeypatch)
 
     async def leave(pipeline: Pipeline) -> tuple[str, int]:
-        task = asyncio.create_task(rank(pipeline, request))
-        await until(stop.begun.is_set)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert not pipeline.admission.load.running
-        stop.may_end.set()
-        await until(lambda: not pipeline.workers.busy and not pipeline.workers.queue)
+        await cancel_in_chunk(pipeline, request, stop)
         assert stop.calls == 1
         monkeypatch.undo()
         ranking = await rank(pipeline, draw_request(ranker, 5, 10, 16, user=user))

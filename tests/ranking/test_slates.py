@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import dataclasses
 from typing import Any
@@ -16,11 +15,11 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.manifest import BundleLimits
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.arrays import PointScores
-from slatewise.inference.slates import deal
+from slatewise.inference.chunks import run_all
+from slatewise.inference.slates import deal, run_set
 from slatewise.ranking.pipeline import Pipeline
-from slatewise.ranking.slates import run_set
 from tests.conftest import DEMO
-from tests.ranking.support import BOUND, draw_request, rank, reference, run, until, worst
+from tests.ranking.support import BOUND, cancel_in_chunk, draw_request, rank, reference, run, worst
 from tests.support.blocked_engine import BlockedMethod
 
 
@@ -106,13 +105,7 @@ def test_each_slate_is_a_chunk(small_slates: Ranker, monkeypatch: pytest.MonkeyP
     stop = BlockedMethod("set", monkeypatch)
 
     async def leave(pipeline: Pipeline) -> int:
-        task = asyncio.create_task(rank(pipeline, request))
-        await until(stop.begun.is_set)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        stop.may_end.set()
-        await until(lambda: not pipeline.workers.busy and not pipeline.workers.queue)
+        await cancel_in_chunk(pipeline, request, stop)
         return stop.calls
 
     assert run(small_slates, leave, threads=1) == 1
@@ -128,12 +121,7 @@ def test_first_results_are_those_of_one_slate() -> None:
     history = demo.history(request.model_validate(example))
     state = engine.extend(engine.start, history)
     point = engine.point(candidates, demo.default_meta, state)
-    chunks, found = run_set(engine, point), None
-    try:
-        while True:
-            next(chunks)
-    except StopIteration as end:
-        found = end.value
+    found = run_all(run_set(engine, point))
     whole = engine.set(point)
     best, whole_best = (set(np.argsort(-each[:, 0], kind="stable")[:10].tolist()) for each in (found, whole))
     assert len(best & whole_best) >= 9

@@ -28,7 +28,7 @@ from slatewise_train.data import (
     split_sequences,
     training_events,
 )
-from slatewise_train.evaluation import offline
+from slatewise_train.evaluation import cases as evaluation_cases
 from slatewise_train.evaluation.baselines import make_baselines, popularity
 from slatewise_train.evaluation.cases import candidates_of, next_cases, score_exits, slate_cases, state_of
 from slatewise_train.evaluation.interactions import Interactions
@@ -361,7 +361,7 @@ def slow_leave_one_out(engine: Engine, data: Data, meta: np.ndarray, users: np.n
 
 
 def test_leave_one_out_equals_one_user_at_a_time(ranker: Ranker, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "CATALOGUE_CHUNK", 300)
+    monkeypatch.setattr(evaluation_cases, "CATALOGUE_CHUNK", 300)
     data = tiny.trainer.data
     users = np.arange(12)
     engine = ranker.engines["fp32"]

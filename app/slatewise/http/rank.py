@@ -300,8 +300,7 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float, exempl
     if scored is not None:
         metrics.DURATIONS[metrics.size_bucket(ranking.history.used + candidates)].observe(seconds, exemplar)
         if request.head_weights is None:
-            best = float(scored.scores[scored.by_exit()].max())
-            metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(best)
+            metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(float(scored.exit_scores().max()))
     metrics.HISTORY_LENGTH.observe(ranking.history.used)
     metrics.series(metrics.HISTORY_CACHE, ranking.history.cache).inc()
     metrics.series(metrics.UNKNOWN_CANDIDATES, name).inc(len(ranking.unknown))

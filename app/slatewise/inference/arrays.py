@@ -137,7 +137,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, rows: Int64) -> Candidates:
+    def __getitem__(self, rows: Int64 | slice) -> Candidates:
         return Candidates(self.vectors[rows], self.numeric[rows], self.context)
 
 

@@ -37,7 +37,7 @@ from slatewise.inference.item_table import ItemTable
 HISTORY_CHUNK = 256  # events in one call of `extend`
 NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 256  # candidates in one call of `point`
-SLATE = 1024  # most candidates that a request compares in one call of `set`, unless the bundle says otherwise
+SLATE = 1024  # candidates in one call of `set`, at most: the limit `set_wise` of new bundles
 LARGE = 2_048  # candidates of a request that runs in half chunks
 
 
@@ -70,7 +70,7 @@ class Engine:
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, that of its caller. step: runs each step of the load; a server that serves meanwhile pauses
     after it. slate: the limit `set_wise` of the ranker; requests with more candidates make several slates of them
-    (`ranking/slates.py`). Raises EngineLoadError.
+    (`slates.py`). Raises EngineLoadError.
     """
 
     def __init__(
@@ -162,21 +162,21 @@ class Engine:
 
         Chunks give the same results as all rows at once, because candidates do not attend to each other.
         """
-        vectors = candidates.vectors[rows]
+        chosen = candidates[rows]
         feeds: dict[str, NDArray[Any]] = {
-            "candidates": pad_single_row(vectors)[None],
+            "candidates": pad_single_row(chosen.vectors)[None],
             "meta": meta[None],
             "context": candidates.context,
             "user": state.user,
             "history_length": np.array([state.events + 1]),
         }
-        if candidates.numeric.shape[1]:
-            feeds["numeric"] = pad_single_row(candidates.numeric[rows])[None]
+        if chosen.numeric.shape[1]:
+            feeds["numeric"] = pad_single_row(chosen.numeric)[None]
         for i in self.decoder_blocks:
             feeds[f"key_{i}"] = state.keys[i]
             feeds[f"value_{i}"] = state.values[i]
         out = self.run("point", feeds)
-        real = slice(len(vectors))
+        real = slice(len(chosen))
         return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
 
     def set(self, point: PointScores) -> Float64:

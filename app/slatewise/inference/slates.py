@@ -1,13 +1,36 @@
-"""Deals more candidates than one slate holds into several slates, which are alike (docs/api.md, "Large sets").
+"""The exit `set` for any number of candidates. Above the set-wise limit they are dealt into several slates.
 
-Called by: `ranking/slates.py`, `ranking/offers.py`, and `evaluation/pruning.py` of slatewise_train. Calls: numpy.
+Each candidate is in one slate and has the probabilities that this slate gives it. The slates are alike: candidates are
+dealt like cards, in the order of `point`, so each slate has as many good ones as any other, and its best ones meet good
+neighbours. The deal depends on the scores alone, so the order of the candidates in the request does not matter.
+
+models/LOG.md compares it with one slate of all candidates, with several slates for each candidate, and with JointRank
+(arXiv 2506.22262).
+
+Called by: `ranking/cascade.py`, as chunks on a worker thread; `ranking/offers.py` for the number of slates;
+`evaluation/pruning.py` of slatewise_train. Calls: `engine.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from slatewise.inference.arrays import Int64, PointScores
+from slatewise.inference.arrays import Float64, Int64, PointScores
+from slatewise.inference.chunks import Chunks
+from slatewise.inference.engine import Engine
+
+
+def run_set(engine: Engine, point: PointScores) -> Chunks[Float64]:
+    """Compute the (N, heads) probabilities of the exit `set`, a slate in each chunk. Raises EngineError."""
+    count = len(point)
+    if count <= engine.slate:
+        yield count
+        return engine.set(point)
+    probabilities = np.empty_like(point.probabilities)
+    for rows in deal(point, engine.slate):
+        yield len(rows)
+        probabilities[rows] = engine.set(point[rows])
+    return probabilities
 
 
 def slate_count(candidates: int, most: int) -> int:

@@ -26,18 +26,15 @@ import asyncio
 import heapq
 import threading
 import time
-from collections.abc import Generator
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from slatewise import metrics
+from slatewise.inference.chunks import Chunks, Result
 
 JOIN_SECONDS = 1.5  # for the running chunks, at the end
 PRIORITY_ROWS = 64  # of virtual time, by which a level of priority is ahead of the next one
-
-Result = TypeVar("Result")
-Chunks = Generator[int, None, Result]
 
 
 class Job(asyncio.Future[Result]):

@@ -31,7 +31,7 @@ from slatewise.schemas import DegradedReason, ModelExit
 
 SHARES: dict[ModelExit, float] = {"set": 0.8, "point": 0.9, "dot": 0.95}  # of the limit; of the last offer, all of it
 TURN_SHARE = 0.5  # of the limit, in which a request must be parsed
-HELD_SECONDS = 1.0  # in which an exit that was too dear comes back only below
+HELD_SECONDS = 1.0  # in which an exit that was too costly comes back only below
 HELD_SHARE = 0.75  # of its share
 PRIORITY_SCALE = 10  # the priority that may wait for half as long as priority 0
 MARGIN = 1.1  # of the predicted duration, for errors of the prediction

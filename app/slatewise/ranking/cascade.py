@@ -1,6 +1,6 @@
 """The model's work for one request, in chunks that run on worker threads: encode the history, then exit by exit.
 
-Called by: `pipeline.py`. Calls: `inference/engine.py`, `slates.py`.
+Called by: `pipeline.py`. Calls: `inference/engine.py`, `inference/slates.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from slatewise.inference.arrays import (
     best_rows,
     join,
 )
+from slatewise.inference.chunks import Chunks
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
-from slatewise.inference.workers import Chunks
+from slatewise.inference.slates import run_set
 from slatewise.pruning import Pruned
-from slatewise.ranking.slates import run_set
 from slatewise.schemas import EXITS, ModelExit
 
 
@@ -36,6 +36,14 @@ class StageScores(NamedTuple):
     exit: ModelExit
     probabilities: Float64  # (N, heads), of each candidate by the last exit that scored it
     scored_by: NDArray[np.int8] | None = None  # (N,) the number of that exit in EXITS; `None`: `exit` scored all
+
+
+def scored_last(exit: ModelExit, scored_by: NDArray[np.int8] | None, count: int) -> NDArray[np.bool_]:
+    """Return which of `count` candidates the exit of a stage scored: (count,). scored_by: see `StageScores`."""
+    if scored_by is None:
+        return np.ones(count, bool)
+    chosen: NDArray[np.bool_] = scored_by == EXITS.index(exit)
+    return chosen
 
 
 def extend(engine: Engine, base: KeptState, reused: int, history: History, pack: bool) -> Chunks[KeptState]:

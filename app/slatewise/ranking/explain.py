@@ -5,7 +5,7 @@ has the equations, what is exact, and the measured quality and cost.
 
     events       the newest events are left out one at a time. All events after the missing one are encoded again.
     neighbours   the first results are left out of the slate one at a time. The set-wise blocks run again. Not for
-                 candidates in several slates (`slates.py`).
+                 candidates in several slates (`inference/slates.py`).
 
 The work is bounded by the constants below, whatever the request (`explanation_seconds`).
 
@@ -36,10 +36,11 @@ from slatewise.inference.arrays import (
     KeptState,
     PointScores,
 )
+from slatewise.inference.chunks import Chunks
 from slatewise.inference.costs import Work
 from slatewise.inference.engine import CANDIDATE_CHUNK, Engine
-from slatewise.inference.workers import Chunks
-from slatewise.schemas import EXITS, EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
+from slatewise.ranking.cascade import scored_last
+from slatewise.schemas import EventEffects, Explanation, ModelExit, NeighbourEffects, RankRequest
 
 EVENTS = 12  # newest events that are left out
 RESULTS = 10  # first results that are explained
@@ -67,9 +68,7 @@ class Ranked:
 
     def rows(self) -> Int64:
         """Return the positions of the candidates that this exit scored."""
-        if self.scored_by is None:
-            return np.arange(len(self.candidates))
-        return np.flatnonzero(self.scored_by == EXITS.index(self.exit))
+        return np.flatnonzero(scored_last(self.exit, self.scored_by, len(self.candidates)))
 
 
 @dataclass(frozen=True)

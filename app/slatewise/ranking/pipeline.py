@@ -30,10 +30,11 @@ from slatewise.inference.arrays import (
     KeptState,
     PointScores,
 )
+from slatewise.inference.chunks import Chunks
 from slatewise.inference.engine import EngineError
-from slatewise.inference.workers import Chunks, Job, Workers
+from slatewise.inference.workers import Job, Workers
 from slatewise.ranking.admission import Admission
-from slatewise.ranking.cascade import StageScores, extend, run_cascade, run_pruned
+from slatewise.ranking.cascade import StageScores, extend, run_cascade, run_pruned, scored_last
 from slatewise.ranking.explain import Ranked, explain
 from slatewise.ranking.given import Given, with_history
 from slatewise.ranking.history_cache import Entry, HistoryCache, Reuse
@@ -68,10 +69,11 @@ class Scored:
 
     def by_exit(self) -> NDArray[np.bool_]:
         """Return which candidates `exit` scored: (N,)."""
-        if self.scored_by is None:
-            return np.ones(len(self.scores), bool)
-        chosen: NDArray[np.bool_] = self.scored_by == EXITS.index(self.exit)
-        return chosen
+        return scored_last(self.exit, self.scored_by, len(self.scores))
+
+    def exit_scores(self) -> Float64:
+        """Return the scores of these candidates."""
+        return self.scores if self.scored_by is None else self.scores[self.by_exit()]
 
 
 @dataclass(frozen=True)

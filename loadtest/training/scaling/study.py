@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from loadtest.training.scaling.flops import epoch_flops, request_flops
-from loadtest.training.scaling.report import write_report
+from loadtest.training.scaling.report import EXITS, write_report
 from loadtest.training.scaling.runs import Row, Run, add_row, read_rows
 from loadtest.training.scaling.ungated import remove_gates
 from slatewise.process import cpu_name
@@ -31,7 +31,6 @@ from slatewise_train.train import CHECKPOINT, Trainer, train, train_epoch
 
 RESULTS = "results.jsonl"
 SETTINGS = "settings.txt"  # digest of the settings that all runs of a folder share
-EXITS = ("dot", "point")
 
 
 @dataclass(frozen=True)

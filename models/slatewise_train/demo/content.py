@@ -17,8 +17,7 @@ import numpy as np
 import polars as pl
 
 from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
-from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK
-from slatewise_train.bundle_writer import SET_WISE_LIMIT
+from slatewise.inference.engine import CANDIDATE_CHUNK, HISTORY_CHUNK, SLATE
 from slatewise_train.config import Config, TablesConfig
 from slatewise_train.data import (
     Data,
@@ -223,7 +222,7 @@ def warmup_requests(
     A server runs them at its start, so that memory is allocated before the first client's request.
     """
     result = []
-    for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_CHUNK), (HISTORY_CHUNK, SET_WISE_LIMIT)):
+    for events, n in ((0, 1), (1, 20), (longest_history, CANDIDATE_CHUNK), (HISTORY_CHUNK, SLATE)):
         history = rng.integers(0, len(ids), events)
         slate = rng.integers(0, len(ids), n)
         result.append(

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from slatewise.bundle.features import make_candidates, make_history
-from slatewise.inference.arrays import Candidates, History, HistoryState
+from slatewise.inference.arrays import Candidates, History, HistoryState, PointScores, join
 from slatewise.inference.engine import Engine
 from slatewise_train.batches import served_window_start
 from slatewise_train.data import Data, request_times
 from slatewise_train.exposures import first_held_out
 from slatewise_train.rankers.base import EXITS
+
+CATALOGUE_CHUNK = 1_024  # candidates in one call of `point`: its intermediate arrays stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ def exits_of(engine: Engine) -> list[str]:
 def state_of(engine: Engine, case: Case) -> HistoryState:
     """Return the encoded history of a case."""
     return engine.extend(engine.start, case.history) if len(case.history) else engine.start
+
+
+def point_of_many(engine: Engine, candidates: Candidates, meta: np.ndarray, state: HistoryState) -> PointScores:
+    """Return the exit `point` of a catalogue of candidates, in chunks. meta: (M,); state: of `state_of`."""
+    chunks = [slice(k, k + CATALOGUE_CHUNK) for k in range(0, len(candidates), CATALOGUE_CHUNK)]
+    return join([engine.point(candidates, meta, state, rows) for rows in chunks])
 
 
 def score_exits(engine: Engine, candidates: Candidates, meta: np.ndarray, state: HistoryState) -> dict[str, np.ndarray]:

@@ -35,6 +35,7 @@ from slatewise_train.evaluation.cases import (
     candidates_of,
     exits_of,
     next_cases,
+    point_of_many,
     score_exits,
     slate_cases,
     state_of,
@@ -56,7 +57,6 @@ from slatewise_train.evaluation.sampling import SAMPLED_USERS, SEED, in_parallel
 from slatewise_train.rankers.base import EXITS
 
 RERANKED = 100  # in (a) the exit `set` orders the best of `point`, because a catalogue is too large for one slate
-CATALOGUE_CHUNK = 1_024  # candidates in one call of `point`: its intermediate arrays stay in the processor's cache
 
 
 Ranked = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # ranks (users,) and best lists (users, 10), by name
@@ -84,12 +84,7 @@ def leave_one_out(
         target = int(case.upcoming[0]) - FIRST_ITEM
         scores = {
             "dot": engine.dot(catalogue, state)[:, head].copy(),
-            "point": np.concatenate(
-                [
-                    engine.point(catalogue, meta, state, slice(k, k + CATALOGUE_CHUNK)).probabilities[:, head]
-                    for k in range(0, len(rows), CATALOGUE_CHUNK)
-                ]
-            ),
+            "point": point_of_many(engine, catalogue, meta, state).probabilities[:, head].copy(),
         }
         found = {}
         for exit, values in scores.items():

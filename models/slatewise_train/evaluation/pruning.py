@@ -1,4 +1,4 @@
-"""Measure a prune: the share of users whose ten best items stay the same if the dear exits score only the best of the
+"""Measure a prune: the share of users whose ten best items stay the same if the costly exits score only the best of the
 exit before. `export` publishes a prune only if this share is at least LEAST_UNCHANGED at every exit that it prunes.
 
 Each test user has one list of candidates, the longest that a server takes: all items that are new to the user, or
@@ -15,18 +15,18 @@ import numpy as np
 
 from slatewise.bundle.manifest import Manifest
 from slatewise.bundle.ranker import weighted_mean
-from slatewise.inference.arrays import FIRST_ITEM, PointScores, best_rows, join
+from slatewise.inference.arrays import FIRST_ITEM, PointScores, best_rows
+from slatewise.inference.chunks import run_all
 from slatewise.inference.engine import Engine
-from slatewise.inference.slates import deal
+from slatewise.inference.slates import run_set
 from slatewise.pruning import Prune
 from slatewise_train.data import Data
-from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, state_of
-from slatewise_train.evaluation.metrics import DEPTH, interval
+from slatewise_train.evaluation.cases import Case, candidates_of, next_cases, point_of_many, state_of
+from slatewise_train.evaluation.metrics import DEPTH, gains, interval
 from slatewise_train.evaluation.sampling import SAMPLED_USERS, SEED, in_parallel, sample_users
 
 LEAST_UNCHANGED = 0.99
 LONGEST = 4_096  # candidates: the default of SLATEWISE_MAX_CANDIDATES
-CHUNK = 1_024  # candidates in one call of `point`
 
 
 def measure_pruning(
@@ -55,7 +55,7 @@ def measure_pruning(
         candidates = candidates_of(engine, data, rows, case.time)
         state = state_of(engine, case)
         dot = weighted_mean(engine.dot(candidates, state), weights)
-        point = join([engine.point(candidates, meta, state, slice(k, k + CHUNK)) for k in range(0, len(rows), CHUNK)])
+        point = point_of_many(engine, candidates, meta, state)
         changes = []
         for exit in exits:
             plain, pruned = (ten_best(engine, weights, exit, dot, point, one) for one in (Prune(), prune))
@@ -83,8 +83,7 @@ def measure_pruning(
 
 def gain_of(best: np.ndarray, target: int) -> float:
     """Return NDCG@10 of a list of the ten best item rows whose only relevant item is `target`."""
-    places = np.flatnonzero(best == target)
-    return float(1 / np.log2(places[0] + 2)) if len(places) else 0.0
+    return float(gains(np.flatnonzero(best == target)).sum())
 
 
 def candidate_rows(case: Case, items: int) -> np.ndarray:
@@ -106,10 +105,6 @@ def ten_best(
     scores = weighted_mean(point.probabilities[rows], weights)
     if exit == "set":
         rows = rows[best_rows(scores, min(prune.set or len(rows), len(rows)))]
-        left = point[rows]
-        probabilities = np.empty_like(left.probabilities)
-        for slate in deal(left, engine.slate):
-            probabilities[slate] = engine.set(left[slate])
-        scores = weighted_mean(probabilities, weights)
+        scores = weighted_mean(run_all(run_set(engine, point[rows])), weights)
     order: list[int] = rows[np.argsort(-scores, kind="stable")][:DEPTH].tolist()
     return order

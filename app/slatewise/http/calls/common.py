@@ -168,7 +168,7 @@ def warnings_of(ranking: Ranking) -> list[str]:
     limit = ranking.ranker.manifest.limits.set_wise
     if ranking.scored is None:
         found.append("no model scored this request: it is in input order, and all scores are 0")
-    elif ranking.exit == "set" and (compared := int(ranking.scored.by_exit().sum())) > limit:
+    elif ranking.exit == "set" and (compared := len(ranking.scored.exit_scores())) > limit:
         found.append(f"{compared} candidates, set-wise limit {limit}: they were compared in several slates")
     if ranking.degraded:
         found.append(f"degraded: {', '.join(sorted(ranking.degraded))}; exit {ranking.exit}")
