@@ -51,12 +51,16 @@ def draw_positions(lengths: Tensor, count: int, draw: str) -> Tensor:
     """Draw numbers of events that have happened, from 0 to the length less 1: lengths (B,) -> (B, count) int64.
 
     draw: "uniform", or "log": then every doubling of the events, counted from 1, is about equally likely, so that
-    short histories are learned from as well as long ones.
+    short histories are learned from as well as long ones. "mixed" takes every second position from each of the two.
     """
     share = torch.rand(len(lengths), count, device=lengths.device)
+    uniform = (share * lengths[:, None]).long()
+    if draw == "uniform":
+        return uniform
+    log = torch.minimum(((lengths[:, None] + 1.0) ** share).long(), lengths[:, None]) - 1
     if draw == "log":
-        return torch.minimum(((lengths[:, None] + 1.0) ** share).long(), lengths[:, None]) - 1
-    return (share * lengths[:, None]).long()
+        return log
+    return torch.where(torch.arange(count, device=lengths.device) % 2 == 0, log, uniform)
 
 
 def draw_slates(
