@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from slatewise.inference.arrays import Float64, Int64, PointScores
-from slatewise.inference.chunks import Chunks
+from slatewise.inference.chunks import Chunks, run_parts
 from slatewise.inference.engine import Engine
 
 
@@ -27,9 +27,14 @@ def run_set(engine: Engine, point: PointScores) -> Chunks[Float64]:
         yield count
         return engine.set(point)
     probabilities = np.empty_like(point.probabilities)
-    for rows in deal(point, engine.slate):
-        yield len(rows)
-        probabilities[rows] = engine.set(point[rows])
+    slates = deal(point, engine.slate)
+
+    def run_some(slates: list[Int64]) -> Chunks[None]:
+        for rows in slates:
+            yield len(rows)
+            probabilities[rows] = engine.set(point[rows])
+
+    yield from run_parts(lambda threads: [run_some(slates[k::threads]) for k in range(min(threads, len(slates)))])
     return probabilities
 
 

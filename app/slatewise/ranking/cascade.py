@@ -23,11 +23,13 @@ from slatewise.inference.arrays import (
     best_rows,
     join,
 )
-from slatewise.inference.chunks import Chunks
+from slatewise.inference.chunks import Chunks, run_parts
 from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.slates import run_set
 from slatewise.pruning import Pruned
 from slatewise.schemas import EXITS, ModelExit
+
+LEAST_PART = 64  # candidates that are worth a thread of their own
 
 
 class StageScores(NamedTuple):
@@ -73,26 +75,39 @@ def run_cascade(
     that one stage is complete early. Without it, `dot` is skipped unless wanted. The result is that of `point`, if it
     was computed.
     """
-    n = len(candidates)
-    state = None
     if wanted == "dot" or fallback_first:
-        yield n
-        state = kept.unpacked()
-        completed.append(StageScores("dot", engine.dot(candidates, state)))
+        yield len(candidates)
+        kept = kept.unpacked()
+        completed.append(StageScores("dot", engine.dot(candidates, kept)))
     if wanted == "dot":
         return None
-    chunks = []
-    size = chunk_of(n)
-    for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        yield rows.stop - rows.start
-        state = state or kept.unpacked()
-        chunks.append(engine.point(candidates, meta, state, rows))
-    point = join(chunks)
+    point = yield from run_point(engine, candidates, kept, meta)
     completed.append(StageScores("point", point.probabilities))
     if wanted == "set":
         completed.append(StageScores("set", (yield from run_set(engine, point))))
     return point
+
+
+def run_point(engine: Engine, candidates: Candidates, kept: KeptState, meta: Float32) -> Chunks[PointScores]:
+    """Compute the exit `point` in chunks, and in parts if threads are idle."""
+    n = len(candidates)
+    size = chunk_of(n)
+
+    def run_rows(first: int, last: int) -> Chunks[list[PointScores]]:
+        chunks = []
+        state = None
+        for begin in range(first, last, size):
+            rows = slice(begin, min(begin + size, last))
+            yield rows.stop - rows.start
+            state = state or kept.unpacked()
+            chunks.append(engine.point(candidates, meta, state, rows))
+        return chunks
+
+    def parts(threads: int) -> list[Chunks[list[PointScores]]]:
+        count = min(threads, max(1, n // LEAST_PART))
+        return [run_rows(n * k // count, n * (k + 1) // count) for k in range(count)]
+
+    return join([chunk for chunks in (yield from run_parts(parts)) for chunk in chunks])
 
 
 def run_pruned(
@@ -114,8 +129,7 @@ def run_pruned(
     stage = StageScores("dot", engine.dot(candidates, state))
     completed.append(stage)
     rows = best_rows(weighted_mean(stage.probabilities, weights), pruned.point)
-    point = yield from run_cascade(engine, candidates[rows], state, meta, "point", False, [])
-    assert point is not None
+    point = yield from run_point(engine, candidates[rows], state, meta)
     stage = scored_again(stage, rows, "point", point.probabilities)
     completed.append(stage)
     if pruned.exit == "set":
