@@ -55,7 +55,8 @@ RUN mkdir -p /srv/models/bundles /events && chown 10001 /events  # a new named v
 WORKDIR /srv
 USER 10001
 ENV PATH=/venv/bin:$PATH PYTHONPATH=/srv/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    ORT_DISABLE_TELEMETRY=1 LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 SLATEWISE_HOST=0.0.0.0
+    ORT_DISABLE_TELEMETRY=1 LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 MALLOC_CONF=oversize_threshold:0 \
+    SLATEWISE_HOST=0.0.0.0
 EXPOSE 8000
 # Asks GET /readyz.
 HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["python", "-I", "-S", "health_check.py"]

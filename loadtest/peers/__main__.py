@@ -5,6 +5,9 @@
     measurement  all contenders in rounds; each is restarted in every round, in random order
     cross-check  one cell measured with wrk too, if the machine has it
 
+`--variants fp32,demo:int8` adds a variant of the demo: a trained and smaller ranker, which gets requests of the same
+shape with its own ids.
+
 All contenders have the same allocator, and the peers serve the graph `rank`: the arithmetic of Slatewise, fused in the
 same way. `--graphs rank,straightforward` adds the graph of an ordinary export.
 

@@ -19,6 +19,11 @@ def preloaded() -> str:
     return JEMALLOC if find_library("jemalloc") == JEMALLOC else ""
 
 
+def environment() -> dict[str, str]:
+    """The library and its setting, as the image of Slatewise has them."""
+    return {"LD_PRELOAD": preloaded(), "MALLOC_CONF": "oversize_threshold:0"}
+
+
 def title() -> str:
     return f"jemalloc ({JEMALLOC})" if preloaded() else f"glibc's malloc, because the machine has no {JEMALLOC}"
 

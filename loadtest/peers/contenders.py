@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from loadtest.peers.allocator import preloaded
-from loadtest.peers.environments import BUILD, BUNDLE, BUNDLES, GRAPHS, HERE, ROOT
+from loadtest.peers import allocator
+from loadtest.peers.environments import BUILD, BUNDLE, GRAPHS, HERE, ROOT
 from loadtest.server_process import SERVE, ServerProcess
 from tests.support.network import free_port
 
@@ -125,15 +125,15 @@ class Contender(ServerProcess):
             command=redirected,
             port=port,
             ready=ready,
-            environment=os.environ | environment | {"LD_PRELOAD": preloaded()},
+            environment=os.environ | environment | allocator.environment(),
         )
 
 
-def our_server(variant: str, log: Path) -> Contender:
+def our_server(bundles: Path, variant: str, log: Path) -> Contender:
     """Slatewise with its default settings and one variant."""
     return Contender(
         SERVE,
-        {"SLATEWISE_BUNDLES": str(BUNDLES), "SLATEWISE_VARIANTS": variant},
+        {"SLATEWISE_BUNDLES": str(bundles), "SLATEWISE_VARIANTS": variant},
         free_port(),
         "/readyz",
         log,

@@ -36,7 +36,7 @@ def prepare(peers: Iterable[str], graphs: Iterable[str], variants: Iterable[str]
         install(name)
     if not RANK_GRAPH.exists():
         run(sys.executable, "-m", "slatewise_train.demo.reference")
-    wanted = [name for name in variants if name != "fp32"]
+    wanted = [name for name in variants if name != "fp32" and not name.startswith("demo:")]
     if set(wanted) - read_manifest(bundle_folder(BUNDLES / RANKER)).variants.keys():
         options = ("--variants", ",".join(wanted), "--student", STUDENT, "--force")  # also if another one is faster
         run(sys.executable, "-m", "slatewise", "compress", str(BUNDLE), *options)

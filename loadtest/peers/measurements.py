@@ -26,6 +26,8 @@ from slatewise.bundle.manifest import read_manifest
 WARM_UP = 20
 RETURNING_USERS = 40
 BOUND = 1e-5
+DEMO = "demo:"  # before a variant of the demo, which is trained, and smaller than the reference ranker
+DEMO_BUNDLES = Path("models/bundles")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Entry:
     """A contender: a server and the graph that it serves."""
 
     name: str
-    graph: str  # for Slatewise, the variant
+    graph: str  # for Slatewise, the variant of the reference ranker; with DEMO in front, of the demo
 
     @property
     def title(self) -> str:
@@ -44,14 +46,22 @@ class Entry:
         """Run the contender, ready and warmed up."""
         log = logs / f"{self.name}.log"
         if self.name == OURS:
-            contender = our_server(self.graph, log)
+            contender = our_server(self.bundles, self.graph.removeprefix(DEMO), log)
         else:
             assert setup is not None
             contender = peer_server(PEERS[self.name], self.graph, setup, log)
         with contender:
-            closed_loop(contender.port, self.requests(Workload(BUNDLES, RANKER, seed=-1).distinct(W, warm_up)), 4)
+            closed_loop(contender.port, self.requests(self.workload(-1).distinct(W, warm_up)), 4)
             allocator.check(process.pid for process in contender.processes())
             yield contender
+
+    @property
+    def bundles(self) -> Path:
+        return DEMO_BUNDLES if self.graph.startswith(DEMO) else BUNDLES
+
+    def workload(self, seed: int) -> Workload:
+        """Requests for the ranker of this contender: the shapes are the same, ids and features are its own."""
+        return Workload(self.bundles, None if self.graph.startswith(DEMO) else RANKER, seed)
 
     def requests(self, bodies: Sequence[bytes]) -> list[bytes]:
         if self.name == OURS:
@@ -127,13 +137,13 @@ class Batch:
 
     def measure_distinct(self, contender: Contender, connections: int) -> Cell:
         """Every user is new. A cell of 1 connection has half as many requests."""
-        workload = Workload(BUNDLES, RANKER, seed=10 * self.round + connections)
+        workload = self.entry.workload(10 * self.round + connections)
         bodies = workload.distinct(W, self.count if connections > 1 else ceil(self.count / 2))
         return measure(contender, self.entry.requests(bodies), connections, **self.labels("distinct"))
 
     def measure_known(self, contender: Contender, users: str) -> Cell:
         """Users with a cached history, at 4 connections: with new candidates, or with one event more each time."""
-        workload = Workload(BUNDLES, RANKER, seed=10 * self.round + len(users))
+        workload = self.entry.workload(10 * self.round + len(users))
         first, rest = getattr(workload, users)(W, RETURNING_USERS, ceil(self.count / RETURNING_USERS))
         closed_loop(contender.port, self.entry.requests(first), 4)
         return measure(contender, self.entry.requests(rest), 4, **self.labels(users))

@@ -6,8 +6,9 @@ gated with ungated blocks at depth 8, and all item features with none: the two c
 
 All other settings are those of the TOML, for every run. At the start, one epoch is timed and the time of the whole
 study is printed; `--epochs` shortens every run alike. `--users` validates with more users than the TOML: the intervals
-become narrower, and each of these users trains with 20 events less. Stop the command at any time: the same command continues after
-the last whole epoch. The folder gets `results.jsonl` with a line for each finished run, `results.md` and `scaling.png`.
+become narrower, and each of these users trains with 20 events less. Stop the command at any time: the same command
+continues after the last whole epoch. The folder gets `results.jsonl` with a line for each finished run, `results.md`
+and `scaling.png`.
 
 Called by: the command line. Its use is described in docs/training.md. Calls: `runs.py`, `study.py`.
 """
