@@ -100,6 +100,15 @@ def test_within_the_limit_there_is_one_slate(small_slates: Ranker) -> None:
     assert np.array_equal(end.value.value, engine.set(point))
 
 
+@pytest.mark.parametrize("exit", ["point", "set"])
+def test_parts_give_the_same_scores(small_slates: Ranker, exit: str) -> None:
+    """To the last bit, on one thread or on five: a candidate's score depends neither on its chunk nor on its part."""
+    request = draw_request(small_slates, 20, 700, 4, exit=exit)
+    one, five = (run(small_slates, lambda p: rank(p, request), threads=n).scored for n in (1, 5))
+    assert one is not None and five is not None
+    assert np.array_equal(one.probabilities, five.probabilities)
+
+
 def test_each_slate_is_a_chunk(small_slates: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     request = draw_request(small_slates, 5, 300, 2, exit="set")
     stop = BlockedMethod("set", monkeypatch)
