@@ -6,7 +6,7 @@
 
 `allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
 
-Called by: `bases.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls: `rankers/families.py` for the
+Called by: `bases.py`, `nested.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls: `rankers/families.py` for the
 dense layers of a ranker, `rankers/layers.py` for the two thin ones, `rankers/onnx_builder.py` to measure their time.
 """
 
@@ -39,11 +39,20 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Factors:
-    """y = second (first x) + bias"""
+    """y = second (first x + code) + mean
+
+    The first r rows of `first` and of `code`, and the first r columns of `second`, are the factors of rank r.
+    """
 
     first: Tensor  # (rank, in)
     second: Tensor  # (out, rank)
-    bias: Tensor  # (out,)
+    code: Tensor  # (rank,)
+    mean: Tensor  # (out,)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias (out,) of y = second (first x) + bias. It depends on the rank where `code` is not 0."""
+        return self.mean + self.second @ self.code
 
 
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
@@ -53,14 +62,14 @@ def svd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) ->
     """Factor by truncated singular value decomposition. weight (out, in), bias (out,), float64."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
-    return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
+    return Factors(root[:, None] * v[:rank], u[:, :rank] * root, torch.zeros_like(root), bias)
 
 
 def fwsvd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
     """Factor as `svd` does, with each row scaled by the square root of its Fisher information."""
     importance = row_importance(statistics)
     factors = svd(importance[:, None] * weight, bias, statistics, rank)
-    return Factors(factors.first, factors.second / importance[:, None], bias)
+    return Factors(factors.first, factors.second / importance[:, None], factors.code, bias)
 
 
 def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
@@ -69,7 +78,7 @@ def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) ->
     Among all maps of the same rank it has the lowest squared error on the calibration data.
     """
     u = torch.linalg.eigh(statistics.covariance).eigenvectors.flip(1)[:, :rank]  # descending
-    return Factors(u.T @ weight, u, statistics.mean + u @ (u.T @ (bias - statistics.mean)))
+    return Factors(u.T @ weight, u, u.T @ (bias - statistics.mean), statistics.mean)
 
 
 METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
@@ -234,10 +243,10 @@ def factor(
     result = copy.deepcopy(model)
     for name, layer in families.dense_layers(model).items():
         if (rank := ranks.get(name)) is not None:
-            weight = layer.weight.detach().double()
-            bias = layer.bias.detach().double()
-            owner, _, part = name.rpartition(".")
-            setattr(
-                result.get_submodule(owner), part, thin_layers(METHODS[method](weight, bias, statistics[name], rank))
-            )
+            result.set_submodule(name, thin_layers(factors_of(layer, statistics[name], method, rank)))
     return result
+
+
+def factors_of(layer: nn.Linear, statistics: LayerStatistics, method: str, rank: int) -> Factors:
+    """Factor a layer by a method of METHODS, in float64."""
+    return METHODS[method](layer.weight.detach().double(), layer.bias.detach().double(), statistics, rank)
