@@ -41,6 +41,7 @@ from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
+from slatewise_train.graph_check import INTEGER_SIDE
 from slatewise_train.loading import load_for_training, training_folder
 
 
@@ -189,6 +190,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--share", default="0.5", help=share)
     parser.add_argument("--budget", choices=("size", "time"), default="size", help=f"cost of a layer; {default}")
+    least = f"lowest rank of a layer; with {INTEGER_SIDE}, int8 multiplies all of them as integers; {default}"
+    parser.add_argument("--least-rank", type=int, default=1, help=least)
     student = "shape of the student, as blocks=1,feed_forward=2,key_size=32; default: half of each"
     parser.add_argument("--student", default="", help=student)
     bits = f"bits of int8 weights; {FULL_BITS} need a processor with VNNI; {default}"
@@ -212,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
         layers=tuple(listed(args.layers)),
         shares=shares,
         budget=args.budget,
+        least_rank=args.least_rank,
         shape=read_shape(args.student),
         distill=DistillConfig(epochs=args.epochs, loss=args.loss, learning_rate=args.learning_rate)
         if args.epochs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Options:
         0.5,
     )  # of these layers' cost, descending: one low-rank form each, in one set of weights
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
+    least_rank: int = 1  # of a factored layer
     shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
     bits: int = SAFE_BITS  # of int8 weights
@@ -88,8 +89,9 @@ def student_base(source: Source, options: Options) -> Base:
 
 def low_rank_bases(source: Source, options: Options) -> dict[str, Base]:
     """Build the low-rank forms of all shares, which are trained together. Raises ValueError as `choose_ranks`."""
-    parts = ["lowrank", options.method, *(f"{share:g}" for share in options.shares), options.budget, *options.layers]
-    name = ",".join(parts)
+    least = [f"rank={options.least_rank}"] if options.least_rank > 1 else []
+    shares = [f"{share:g}" for share in options.shares]
+    name = ",".join(["lowrank", options.method, *shares, options.budget, *least, *options.layers])
     ranks = choose_ranks(source, options, checkpoints_of(source, options) / f"{name}.json")
     if len(ranks) == 1:
         ((kind, only),) = ranks.items()
@@ -133,7 +135,8 @@ def choose_ranks(source: Source, options: Options, path: Path) -> dict[str, dict
         for name, layer in chosen_layers(source.model, options.layers).items():
             weight = layer.weight.detach().double()
             curve = spectrum(options.method, weight, source.statistics[name])
-            layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
+            found = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
+            layers[name] = replace(found, least=options.least_rank)
         whole = sum(layer.whole for layer in layers.values())
         ranks = {kind: allocate(layers, share * whole) for kind, share in zip(kinds, options.shares, strict=True)}
         path.parent.mkdir(parents=True, exist_ok=True)

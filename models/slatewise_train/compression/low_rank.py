@@ -6,8 +6,9 @@
 
 `allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
 
-Called by: `bases.py`, `nested.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls: `rankers/families.py` for the
-dense layers of a ranker, `rankers/layers.py` for the two thin ones, `rankers/onnx_builder.py` to measure their time.
+Called by: `bases.py`, `nested.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls:
+`rankers/families.py` for the dense layers of a ranker, `rankers/layers.py` for the two thin ones,
+`rankers/onnx_builder.py` to measure their time.
 """
 
 from __future__ import annotations
@@ -158,13 +159,14 @@ class Layer:
     errors: list[float]  # relative errors of ranks 0, 1, ...: descending from 1
     costs: list[float]  # costs of ranks 0, 1, ...: ascending
     whole: float  # cost of the unfactored layer, whose error is 0
+    least: int = 1  # the lowest rank that it may have
 
     def rank(self, error: float) -> int | None:
-        """Return the lowest rank, at least 1, whose error is at most `error`.
+        """Return the lowest rank, at least `least`, whose error is at most `error`.
 
         Returns `None` when the unfactored layer does not cost more than that rank.
         """
-        rank = max(1, sum(e > error for e in self.errors))
+        rank = max(self.least, sum(e > error for e in self.errors))
         return None if rank >= len(self.costs) or self.costs[rank] >= self.whole else rank
 
     def cost(self, rank: int | None) -> float:
@@ -216,7 +218,7 @@ def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
 def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
     """Choose ranks by layer within the budget that minimize the largest relative error.
 
-    `None` leaves a layer unfactored. Raises ValueError when rank 1 of every layer already exceeds the budget.
+    `None` leaves a layer unfactored. Raises ValueError when the lowest rank of every layer already exceeds the budget.
     """
     levels = sorted({0.0, 1.0, *(error for layer in layers.values() for error in layer.errors)})
 
@@ -227,7 +229,7 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
         return sum(layers[name].cost(rank) for name, rank in ranks(level).items()) <= budget
 
     if not fits(levels[-1]):
-        raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
+        raise ValueError(f"a budget of {budget:g} is less than the lowest rank of every layer costs")
     low = 0
     high = len(levels) - 1  # the lowest level that fits is at most `high`
     while low < high:
