@@ -402,9 +402,11 @@ def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
 
 
 def test_name_of_a_variant_states_its_kind() -> None:
-    assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
+    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8")
+    assert [Recipe.named(name) for name in names] == [
         Recipe("fp32", True, False),
         Recipe("lowrank", True, True),
+        Recipe("lowrank-25", True, False),
         Recipe("student", False, False),
         Recipe("fp32", False, True),
     ]
