@@ -210,6 +210,8 @@ def main(argv: Sequence[str]) -> None:
     names = variant_names(shares) if args.variants is None else list(dict.fromkeys(listed(args.variants)))
     forced = names if args.force is None else listed(args.force)
     check_names([*names, *forced], shares)
+    if args.least_rank < 1:
+        raise ValueError(f"--least-rank {args.least_rank}: a rank is at least 1")
     options = Options(
         method=args.method,
         layers=tuple(listed(args.layers)),

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from slatewise.bundle.loader import load_bundle
 from slatewise.inference.engine import Engine
+from slatewise.settings import Settings
 from slatewise_train import compress as command
 from slatewise_train.bundle_writer import longest_call, write_graphs
 from slatewise_train.compress import check_names, compress, read_shares, variant_names
 from slatewise_train.compression import source as sources
+from slatewise_train.compression import variants as making
 from slatewise_train.compression.bases import Options, low_rank_kinds, make_bases
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
 from slatewise_train.compression.low_rank import METHODS, Layer, allocate, factor, factors_of
@@ -29,6 +31,7 @@ from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel, uncalibrated
 from slatewise_train.rankers.layers import LowRank
 from tests.conftest import Tiny
+from tests.support.application import serve
 
 SHARES = (0.8, 0.5, 0.3)
 KINDS = ["lowrank", "lowrank-50", "lowrank-30"]
@@ -265,6 +268,28 @@ def test_compress_publishes_a_variant_of_each_share(source: Source, tmp_path: Pa
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     checkpoints = [path.name for path in (tmp_path / "checkpoints/tiny/1").glob("*.pt")]
     assert checkpoints == ["lowrank,afm,0.8,0.5,0.3,size.pt"], "one training for all"
+    with serve(Settings(bundles=folder.parent.parent)) as client:
+        example = client.get("/models/tiny").json()["example"]
+        answers = [client.post("/score", json=example | {"variant": name}).json() for name in names]
+    assert [answer["variant"] for answer in answers] == names
+    assert len({tuple(answer["results"]["scores"]) for answer in answers}) == len(names)
+
+
+def test_resumed_compress_continues_with_the_next_share(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the training nor a finished variant is repeated, also if fewer variants are named."""
+    names = ["lowrank", "lowrank-30"]
+    options = Options(shares=SHARES, distill=LEARNING, checkpoints=tmp_path / "checkpoints")
+    first = compress(source, tmp_path / "bundles", names, options, names)
+    monkeypatch.setattr(Distiller, "run_epoch", None)
+    calls = list[str]()
+    original = making.measure_variant
+    monkeypatch.setattr(making, "measure_variant", lambda *given: calls.append(given[2]) or original(*given))
+    again = compress(source, tmp_path / "bundles", ["lowrank-30", "lowrank-50"], options, KINDS)
+    assert calls == ["lowrank-50"]
+    for graph in (first / "variants/lowrank-30").glob("*.onnx"):
+        assert graph.read_bytes() == (again / "variants/lowrank-30" / graph.name).read_bytes()
 
 
 def test_every_share_must_save_something(source: Source, tmp_path: Path) -> None:
@@ -309,6 +334,8 @@ def test_command_refuses_a_wrong_share_before_it_reads_data(tmp_path: Path, tiny
     for arguments, reason in (
         (["--share", "0.5,0.75"], "the largest one first"),
         (["--share", "0.5", "--variants", "lowrank-25"], "no such share"),
+        (["--share", "0.5", "--force", "lowrank-25-int8"], "no such share"),
+        (["--least-rank", "0"], "a rank is at least 1"),
     ):
         with pytest.raises(ValueError, match=reason):
             command.main([str(tiny.folder), str(tmp_path / "absent.toml"), *arguments])
