@@ -17,9 +17,10 @@ Called by: the command line. Calls: `compression/`, `bundle_writer.py`, `config.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from slatewise.bundle.manifest import Variant, bundle_folder, versions
 from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
 from slatewise_train.bundle_writer import publish, staging, write_json
-from slatewise_train.compression.bases import Base, Options, make_base
+from slatewise_train.compression.bases import Base, Options, low_rank_kinds, make_bases
 from slatewise_train.compression.distill import LOSSES, DistillConfig
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.compression.low_rank import METHODS
@@ -40,9 +41,14 @@ from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
+from slatewise_train.graph_check import INTEGER_SIDE
 from slatewise_train.loading import load_for_training, training_folder
 
-NAMES = ("int8", "int8-tables8", "lowrank", "lowrank-int8", "student", "student-int8", "student-int8-tables8")
+
+def variant_names(shares: Sequence[float]) -> list[str]:
+    """Return the names of all variants that are made with these shares, unless others are chosen."""
+    low_rank = [name for kind in low_rank_kinds(shares) for name in (kind, f"{kind}-int8")]
+    return ["int8", "int8-tables8", *low_rank, "student", "student-int8", "student-int8-tables8"]
 
 
 def compress(source: Source, root: Path, names: list[str], options: Options, forced: Collection[str] = ()) -> Path:
@@ -57,7 +63,7 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
         copy_source(source, stage)
         if any(Recipe.named(name).int8_items for name in names):
             np.save(stage / "items8.npy", middle_max(source.items))
-        bases = {kind: make_base(source, kind, options) for kind in sorted({Recipe.named(name).base for name in names})}
+        bases = make_bases(source, {Recipe.named(name).base for name in names}, options)
         variants = measure_variants(source, stage, names, options, bases)
         reasons = rejections(variants, manifest.default_exit)
         published = {name: variant for name, variant in variants.items() if name in forced or name not in reasons}
@@ -111,7 +117,7 @@ def remove_unpublished(stage: Path, variants: dict[str, Variant], published: dic
 def write_report(
     stage: Path, variants: dict[str, Variant], exit: str, reasons: dict[str, str], bases: dict[str, Base]
 ) -> None:
-    """Add all variants and the ranks of the low-rank form to report.json; write variants.md and variants.png."""
+    """Add all variants and the ranks of the low-rank forms to report.json; write variants.md and variants.png."""
     folders = {name for name in variants if (stage / "variants" / name).exists()}
     table = variants_table(variants, exit, reasons, folders & reasons.keys())
     print(table)
@@ -123,7 +129,7 @@ def write_report(
         | {"published": name in folders, "reason": reasons.get(name)}
         for name, variant in variants.items()
     }
-    report["ranks"] = bases["lowrank"].ranks if "lowrank" in bases else {}
+    report["ranks"] = {kind: base.ranks for kind, base in sorted(bases.items()) if base.ranks}
     write_json(stage / "report.json", report)
 
 
@@ -135,6 +141,30 @@ def read_shape(text: str) -> dict[str, int]:
         raise ValueError(f"{text!r} is no shape: blocks=1,feed_forward=2,...") from None
 
 
+def read_shares(text: str) -> tuple[float, ...]:
+    """Parse "0.75,0.5,0.25". Raises ValueError for numbers that are no shares, or not in descending order."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--share {text}: no number, or numbers with a comma between them") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"--share {text}: a share is above 0 and at most 1")
+    if any(later >= share for share, later in itertools.pairwise(shares)):
+        raise ValueError(f"--share {text}: several shares descend, the largest one first")
+    if odd := [share for share in shares[1:] if round(share, 2) != share]:
+        raise ValueError(f"--share {text}: {odd[0]:g} is no whole percentage, which the names of its variants have")
+    return shares
+
+
+def check_names(names: Iterable[str], shares: Sequence[float]) -> None:
+    """Raise ValueError for a name that is no variant's, or that has another share than those."""
+    kinds = low_rank_kinds(shares)
+    for name in names:
+        base = Recipe.named(name).base
+        if base.startswith("lowrank") and base not in kinds:
+            raise ValueError(f"{name}: --share has no such share; its low-rank forms are {', '.join(kinds)}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="slatewise compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, help=bundle)
     parser.add_argument("toml", type=Path, nargs="?", help="TOML of its training")
     parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
-    parser.add_argument("--variants", default=",".join(NAMES), help=default)
+    variants = f"default: {','.join(variant_names(Options.shares))}, and those of more shares"
+    parser.add_argument("--variants", help=variants)
     epochs = f"epochs that low-rank models and students are trained; {default}"
     parser.add_argument("--epochs", type=int, default=0, help=epochs)
     loss = f"of these epochs: the distance from fp32's scores, or the loss of the training; {default}"
@@ -153,15 +184,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=DistillConfig.learning_rate, help=rate)
     parser.add_argument("--method", choices=METHODS, default="afm", help=f"of low rank; {default}")
     parser.add_argument("--layers", default="", help="that low rank factors, as up,down; default: all dense layers")
-    share = f"share of these layers' cost that the low-rank form may have; {default}"
-    parser.add_argument("--share", type=float, default=0.5, help=share)
+    share = (
+        "share of these layers' cost that the low-rank form may have, or several, as 0.75,0.5,0.25: one set of weights "
+        f"whose smaller ranks are the variants lowrank-50 and lowrank-25; {default}"
+    )
+    parser.add_argument("--share", default="0.5", help=share)
     parser.add_argument("--budget", choices=("size", "time"), default="size", help=f"cost of a layer; {default}")
+    least = f"lowest rank of a layer; with {INTEGER_SIDE}, int8 multiplies all of them as integers; {default}"
+    parser.add_argument("--least-rank", type=int, default=1, help=least)
     student = "shape of the student, as blocks=1,feed_forward=2,key_size=32; default: half of each"
     parser.add_argument("--student", default="", help=student)
     bits = f"bits of int8 weights; {FULL_BITS} need a processor with VNNI; {default}"
     parser.add_argument("--bits", type=int, choices=(SAFE_BITS, FULL_BITS), default=SAFE_BITS, help=bits)
     forced = "variants to publish for requests that name them, also if they fail the gate or are dominated; alone: all"
-    parser.add_argument("--force", nargs="?", const=",".join(NAMES), default="", metavar="VARIANTS", help=forced)
+    parser.add_argument("--force", nargs="?", default="", metavar="VARIANTS", help=forced)
     sampled = f"evaluate all users; default: the same sample of {SAMPLED_USERS:,} for each variant"
     parser.add_argument("--all-users", action="store_true", help=sampled)
     return parser
@@ -170,15 +206,18 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     folder = bundle_folder(args.bundle.absolute())  # absolute: the root folder of "." is not its parent
-    names = list(dict.fromkeys(listed(args.variants)))
-    forced = listed(args.force)
-    for name in [*names, *forced]:
-        Recipe.named(name)
+    shares = read_shares(args.share)
+    names = variant_names(shares) if args.variants is None else list(dict.fromkeys(listed(args.variants)))
+    forced = names if args.force is None else listed(args.force)
+    check_names([*names, *forced], shares)
+    if args.least_rank < 1:
+        raise ValueError(f"--least-rank {args.least_rank}: a rank is at least 1")
     options = Options(
         method=args.method,
         layers=tuple(listed(args.layers)),
-        share=args.share,
+        shares=shares,
         budget=args.budget,
+        least_rank=args.least_rank,
         shape=read_shape(args.student),
         distill=DistillConfig(epochs=args.epochs, loss=args.loss, learning_rate=args.learning_rate)
         if args.epochs

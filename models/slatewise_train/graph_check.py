@@ -9,6 +9,7 @@ Called by: `bundle_writer.py`; `compression/` for its names and limits. Calls: o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,7 @@ from onnx import NodeProto, TensorProto
 from slatewise.bundle.manifest import ManifestError
 
 PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant's name, in the order of the name
+SHARE = re.compile("[1-9][0-9]?")  # the part behind `lowrank`, in percent, of ranks nested in those of `lowrank`
 CONTRIB = "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
 # Every operator that the graphs of a ranker need. All others are refused, control flow included.
@@ -68,19 +70,21 @@ class CheckedGraph:
 def name_parts(name: str) -> list[str]:
     """Return the parts of a variant's name.
 
-    A name is `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order. Raises
-    ManifestError for any other name.
+    A name is `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order. `lowrank` may have
+    a share in percent behind it, as a part of its own: `lowrank-25`. Raises ManifestError for any other name.
     """
     parts = name.split("-")
+    share = parts[1:2] if parts[0] == "lowrank" and SHARE.fullmatch("".join(parts[1:2])) else []
+    known = [part for part in PARTS if part in parts]
     if (
         not name
-        or parts != [part for part in PARTS if part in parts]
+        or parts != known[:1] + share + known[1:]
         or {"lowrank", "student"} <= {*parts}
         or ("fp32" in parts and len(parts) > 1)
     ):
         raise ManifestError(
-            f"{name!r} is no variant: a name is fp32, or lowrank or student, int8 and tables8, each optional, "
-            "in this order, joined by '-'"
+            f"{name!r} is no variant: a name is fp32, or lowrank (or lowrank-25, a share in percent) or student, int8 "
+            "and tables8, each optional, in this order, joined by '-'"
         )
     return parts
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from slatewise.bundle.loader import load_rankers
 from slatewise.bundle.ranker import Ranker
 from slatewise.inference.costs import GraphCosts
 from slatewise.inference.engine import HISTORY_CHUNK, chunk_of
+from slatewise.ranking.admission import Admission, RequestLimits
 from slatewise.ranking.offers import STALE_SECONDS, Size, make_offers
 from tests.conftest import DEMO
 
@@ -42,6 +46,54 @@ def test_cheaper_variant_is_the_last_offer_without_a_state(demo: Ranker, monkeyp
     assert exits(demo, Size(20, 0, 30, False), any_variant=False) == own, "the request names its variant"
     monkeypatch.setattr(GraphCosts, "seconds", lambda self, work: work.rows * (0.9 if id(self) in cheap else 1.0))
     assert exits(demo, Size(20, 0, 30, False)) == own, "hardly cheaper"
+
+
+def with_variants(ranker: Ranker, rows: dict[str, tuple[float, float | None]], gate: bool = True) -> Ranker:
+    """The ranker with its variant int8, and copies of it under other names.
+
+    rows: seconds for 100 rows of work, and NDCG@10 minus fp32's, by name; int8 takes a second.
+    """
+    row = ranker.manifest.variants["int8"]
+    variants = {"int8": row.model_copy(update={"difference": {}})}
+    for name, (_, ndcg) in rows.items():
+        measured = {} if ndcg is None else {"leave_one_out_ndcg10": [ndcg, ndcg - 0.1, ndcg + 0.1]}
+        variants[name] = row.model_copy(update={"difference": measured, "within_gate": gate})
+    engines = {}
+    for name in variants:
+        engines[name] = copy.copy(ranker.engines["int8"])
+        engines[name].costs = copy.deepcopy(ranker.engines["int8"].costs)
+        for costs in engines[name].costs.values():
+            costs.weights = (0.0, rows.get(name, (1.0,))[0], 0.0)
+            costs.learned_at = inf
+    return replace(ranker, manifest=ranker.manifest.model_copy(update={"variants": variants}), engines=engines)
+
+
+SHARES = {"lowrank-int8": 0.7, "lowrank-50-int8": 0.5, "lowrank-25-int8": 0.3}
+SIZE = Size(20, 0, 30, False)  # `dot` takes 500 ms by int8, and 350, 250 and 150 by these
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(
+    ("milliseconds", "variant"),
+    [(700, "int8"), (400, "lowrank-int8"), (300, "lowrank-50-int8"), (170, "lowrank-25-int8"), (100, None)],
+)
+def test_deadline_chooses_the_best_variant_in_time(
+    demo: Ranker, milliseconds: float, variant: str | None, measured: bool
+) -> None:
+    rows = {name: (seconds, -0.1 + seconds / 10 if measured else None) for name, seconds in SHARES.items()}
+    offers = make_offers(with_variants(demo, dict(sorted(rows.items()))), "int8", "set", SIZE, True)
+    assert [(offer.exit, offer.variant) for offer in offers[3:]] == [("dot", name) for name in SHARES]
+    admission = Admission(RequestLimits(64, 1.0, 1 << 20, 1.0, 10_000, 4_096, 10_000, 0.0))
+    admitted = admission.admit(offers, admission.deadline(milliseconds, time.perf_counter()), True)
+    assert (admitted.offer and admitted.offer.variant) == variant
+    assert ("variant" in admitted.degraded) == (variant not in ("int8", None))
+
+
+def test_worse_variant_that_saves_no_time_is_not_offered(demo: Ranker) -> None:
+    rows = {"lowrank-int8": (0.7, -0.004), "lowrank-50-int8": (0.5, -0.002), "lowrank-25-int8": (0.5, -0.006)}
+    own = [("set", "int8"), ("point", "int8"), ("dot", "int8")]
+    assert exits(with_variants(demo, rows), SIZE) == [*own, ("dot", "lowrank-50-int8")]
+    assert exits(with_variants(demo, rows, gate=False), SIZE) == own, "below the quality gate"
 
 
 @given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 4_096), st.booleans())

@@ -18,10 +18,10 @@ from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import Variant, read_manifest
 from slatewise.settings import Settings
 from slatewise_train import compress as command
-from slatewise_train.compress import NAMES, compress, read_shape
+from slatewise_train.compress import compress, read_shape, variant_names
 from slatewise_train.compression import source as sources
 from slatewise_train.compression import variants as making
-from slatewise_train.compression.bases import Options, make_base
+from slatewise_train.compression.bases import Options, make_bases
 from slatewise_train.compression.distill import DistillConfig
 from slatewise_train.compression.source import Source
 from slatewise_train.compression.variants import GATE, Recipe, agreement, dominated, draft, round_bound, within_gate
@@ -32,6 +32,7 @@ from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
 
+NAMES = variant_names(Options.shares)
 ALL = ["fp32", *NAMES]
 TIMES = {
     "machine": "none",
@@ -61,9 +62,7 @@ def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
 def folder(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("compressed")
     learning = DistillConfig(epochs=1, batch_events=1024, positions=64, items=128, windows=4, warmup_steps=2)
-    return compress(
-        source, base / "bundles", list(NAMES), Options(distill=learning, checkpoints=base / "checkpoints"), NAMES
-    )
+    return compress(source, base / "bundles", NAMES, Options(distill=learning, checkpoints=base / "checkpoints"), NAMES)
 
 
 def test_compress_measures_variants_that_the_server_loads(folder: Path, source: Source) -> None:
@@ -154,7 +153,7 @@ def test_variant_graphs_match_the_name_of_the_variant(folder: Path, name: str) -
 def test_low_rank_variant_stays_within_its_budget(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["variants"].keys() == set(ALL) and all(row["published"] for row in report["variants"].values())
-    assert any(report["ranks"].values())
+    assert report["ranks"].keys() == {"lowrank"} and any(report["ranks"]["lowrank"].values())
 
     def dense(name: str) -> int:
         sizes: dict[str, int] = {}
@@ -164,7 +163,7 @@ def test_low_rank_variant_stays_within_its_budget(folder: Path) -> None:
                     sizes[weight.name] = int(np.prod(weight.dims))
         return sum(sizes.values())
 
-    assert dense("lowrank") <= Options().share * dense("fp32")
+    assert dense("lowrank") <= Options().shares[0] * dense("fp32")
 
 
 def test_compress_writes_table_and_plot(folder: Path) -> None:
@@ -352,7 +351,7 @@ def test_variant_without_data_has_the_calibrations_of_fp32(
     tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = Source(tiny.folder, None)
-    base = make_base(source, "lowrank", Options(distill=DistillConfig(), checkpoints=tmp_path))
+    base = make_bases(source, ["lowrank"], Options(distill=DistillConfig(), checkpoints=tmp_path))["lowrank"]
     graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")
     assert (
         calibrations is source.calibrations
@@ -374,8 +373,8 @@ def test_low_rank_meets_a_time_budget_and_stores_its_ranks(
         return 10.0 + sum(weight.numel() for weight in weights)
 
     monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", microseconds)
-    options = Options(budget="time", share=0.7, checkpoints=tmp_path)
-    ranks = make_base(source, "lowrank", options).ranks
+    options = Options(budget="time", shares=(0.7,), checkpoints=tmp_path)
+    ranks = make_bases(source, ["lowrank"], options)["lowrank"].ranks
     layers = {name: layer.weight for name, layer in families.dense_layers(source.model).items()}
     cost = {
         name: 10.0 + (weight.numel() if ranks[name] is None else ranks[name] * sum(weight.shape))
@@ -383,12 +382,14 @@ def test_low_rank_meets_a_time_budget_and_stores_its_ranks(
     }
     assert any(ranks.values()) and sum(cost.values()) <= 0.7 * sum(10.0 + weight.numel() for weight in layers.values())
     monkeypatch.setattr("slatewise_train.compression.low_rank.microseconds", lambda weights, rows: 1.0)
-    assert make_base(source, "lowrank", options).ranks == ranks, "a stopped compression resumes with its ranks"
+    assert make_bases(source, ["lowrank"], options)["lowrank"].ranks == ranks, (
+        "a stopped compression resumes with its ranks"
+    )
 
 
 def test_low_rank_that_saves_nothing_is_refused(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would save nothing"):
-        make_base(source, "lowrank", Options(share=1.0, checkpoints=tmp_path))
+        make_bases(source, ["lowrank"], Options(shares=(1.0,), checkpoints=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -401,9 +402,11 @@ def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
 
 
 def test_name_of_a_variant_states_its_kind() -> None:
-    assert [Recipe.named(name) for name in ("int8", "lowrank-int8-tables8", "student", "tables8")] == [
+    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8")
+    assert [Recipe.named(name) for name in names] == [
         Recipe("fp32", True, False),
         Recipe("lowrank", True, True),
+        Recipe("lowrank-25", True, False),
         Recipe("student", False, False),
         Recipe("fp32", False, True),
     ]

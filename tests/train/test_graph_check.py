@@ -76,6 +76,8 @@ THIN = ((64, 8), (8, 64))
         ("int8", as_int8(layer((64, 64), (64, 2), between="Gelu"))),  # small layers stay float32
         ("lowrank", layer(*THIN)),
         ("lowrank-int8", as_int8(layer((64, 32), (32, 64)))),
+        ("lowrank-25", layer(*THIN)),
+        ("lowrank-50-int8", as_int8(layer((64, 32), (32, 64)))),
     ],
 )
 def test_check_accepts_graphs_that_match_the_name(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
@@ -138,6 +140,13 @@ def test_check_accepts_graphs_that_match_the_name(tmp_path: Path, name: str, gra
         ("int8-lowrank", layer(*WIDE), "is no variant"),
         ("fp32-int8", as_int8(layer(*WIDE)), "is no variant"),
         ("lowrank-student", layer(*THIN), "is no variant"),
+        ("lowrank-100", layer(*THIN), "is no variant"),
+        ("lowrank-05", layer(*THIN), "is no variant"),
+        ("lowrank-int8-25", as_int8(layer((64, 32), (32, 64))), "is no variant"),
+        ("lowrank-25-50", layer(*THIN), "is no variant"),
+        ("student-25", layer(*WIDE), "is no variant"),
+        ("25", layer(*WIDE), "is no variant"),
+        ("lowrank-25", layer(*WIDE), "has no layers of low rank"),
     ],
 )
 def test_check_says_why_graphs_do_not_match_the_name(

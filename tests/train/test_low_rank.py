@@ -131,7 +131,7 @@ def test_allocate_meets_budget_and_beats_uniform_ranks(drawn_layers: dict, share
     try:
         ranks = allocate(described, share * whole)
     except ValueError as refused:
-        assert other is None and "less than rank 1" in str(refused)
+        assert other is None and "less than the lowest rank" in str(refused)
         assert sum(layer.cost(layer.rank(1.0)) for layer in described.values()) > share * whole
         return
 

@@ -129,6 +129,12 @@ class Variant(Member):
         rows = self.latency_ms.get("rows", [])
         return float(sum(row["encode_p50"] + row["score_p50"] for row in rows)) if rows else inf
 
+    @property
+    def ndcg_minus_fp32(self) -> float:
+        """NDCG@10 minus fp32's, of the next item or else of the held-out slates; 0 for fp32, and if not measured."""
+        measured = (self.difference.get(name) for name in ("leave_one_out_ndcg10", "slate_ndcg10"))
+        return next((values[0] for values in measured if values), 0.0)
+
 
 class BundleLimits(Member):
     history_used: int = Field(ge=1)

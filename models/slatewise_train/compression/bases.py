@@ -1,12 +1,13 @@
-"""Build the models from which variants are made: the bundle's own model, its low-rank form, and a student.
+"""Build the models from which variants are made: the bundle's own model, its low-rank forms, and a student.
 
-Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `distill.py`, `rankers/families.py`.
+Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `nested.py`, `distill.py`, `rankers/families.py`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from slatewise_train.compression.low_rank import (
     spectrum,
     timed_layer,
 )
+from slatewise_train.compression.nested import cut, nest
 from slatewise_train.compression.quantize import SAFE_BITS
 from slatewise_train.compression.source import Source
 from slatewise_train.rankers import families
@@ -34,8 +36,11 @@ class Options:
 
     method: str = "afm"  # method of low rank, see `low_rank.METHODS`
     layers: tuple[str, ...] = ()  # that low rank factors, by the last part of their names; empty: all dense layers
-    share: float = 0.5  # share of these layers' cost that the low-rank form may have
+    shares: tuple[float, ...] = (
+        0.5,
+    )  # of these layers' cost, descending: one low-rank form each, in one set of weights
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
+    least_rank: int = 1  # of a factored layer
     shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
     distill: DistillConfig | None = None  # training of low-rank models and students; `None`: no training
     bits: int = SAFE_BITS  # of int8 weights
@@ -44,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Base:
-    """A model, and for the low-rank form the rank of each layer, `None` for an unfactored layer."""
+    """A model, and for a low-rank form the rank of each layer, `None` for an unfactored layer."""
 
     model: RankerModel
     ranks: dict[str, int | None] = field(default_factory=dict)
@@ -55,26 +60,54 @@ def checkpoints_of(source: Source, options: Options) -> Path:
     return options.checkpoints / source.manifest.ranker / str(source.manifest.version)
 
 
-def make_base(source: Source, kind: str, options: Options) -> Base:
-    """Build the model of a kind: fp32, lowrank or student.
+def low_rank_kinds(shares: Sequence[float]) -> list[str]:
+    """Return the names of the low-rank forms: `lowrank` of the largest share, and `lowrank-25` of a share of 0.25."""
+    return ["lowrank", *(f"lowrank-{round(100 * share)}" for share in shares[1:])]
 
-    lowrank and student are trained from fp32 when the options ask for it and the source has data.
+
+def make_bases(source: Source, kinds: Collection[str], options: Options) -> dict[str, Base]:
+    """Build the models of some kinds: fp32, student, and those of `low_rank_kinds`.
+
+    Low-rank forms and students are trained from fp32 when the options ask for it and the source has data.
     """
-    if kind == "fp32":
-        return Base(source.model)
-    folder = checkpoints_of(source, options)
-    if kind == "student":
-        shape = options.shape or families.half(source.model)
-        checkpoint = folder / f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}.pt"
-        base = Base(families.shrink(source.model, shape))
-    else:
-        parts = ["lowrank", options.method, f"{options.share:g}", options.budget, *options.layers]
-        checkpoint = folder / f"{','.join(parts)}.pt"
-        base = low_rank_base(source, options, checkpoint.with_suffix(".json"))
+    bases = {"fp32": Base(source.model)}
+    if any(kind in kinds for kind in low_rank_kinds(options.shares)):
+        bases |= low_rank_bases(source, options)
+    if "student" in kinds:
+        bases["student"] = student_base(source, options)
+    return {kind: bases[kind] for kind in kinds}
+
+
+def student_base(source: Source, options: Options) -> Base:
+    """Build the student of the options' shape. Raises ValueError for a shape that is not possible."""
+    shape = options.shape or families.half(source.model)
+    name = f"student,{','.join(f'{name}={value}' for name, value in sorted(shape.items()))}"
+    student = families.shrink(source.model, shape)
+    train(student, source, options, name)
+    return Base(student)
+
+
+def low_rank_bases(source: Source, options: Options) -> dict[str, Base]:
+    """Build the low-rank forms of all shares, which are trained together. Raises ValueError as `choose_ranks`."""
+    least = [f"rank={options.least_rank}"] if options.least_rank > 1 else []
+    shares = [f"{share:g}" for share in options.shares]
+    name = ",".join(["lowrank", options.method, *shares, options.budget, *least, *options.layers])
+    ranks = choose_ranks(source, options, checkpoints_of(source, options) / f"{name}.json")
+    if len(ranks) == 1:
+        ((kind, only),) = ranks.items()
+        model = factor(source.model, source.statistics, options.method, only)
+        train(model, source, options, name)
+        return {kind: Base(model, only)}
+    model = nest(source.model, source.statistics, options.method, list(ranks.values()))
+    train(model, source, options, name)
+    return {kind: Base(cut(model, share), ranks[kind]) for share, kind in enumerate(ranks)}
+
+
+def train(model: RankerModel, source: Source, options: Options, name: str) -> None:
+    """Train a model in place, with a checkpoint of a name, if the options ask for it and the source has data."""
     if options.distill is not None and source.data is not None:
         vectors = np.concatenate([source.vectors, source.meta[None]])
-        distill(base.model, source.trainer(), vectors, options.distill, checkpoint)
-    return base
+        distill(model, source.trainer(), vectors, options.distill, checkpoints_of(source, options) / f"{name}.pt")
 
 
 def chosen_layers(model: RankerModel, parts: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -89,23 +122,26 @@ def chosen_layers(model: RankerModel, parts: tuple[str, ...]) -> dict[str, nn.Li
     return {name: layer for name, layer in layers.items() if not parts or name.rpartition(".")[2] in parts}
 
 
-def low_rank_base(source: Source, options: Options, ranks_file: Path) -> Base:
-    """Build the low-rank form within the options' budget. Raises ValueError when no layer would become cheaper.
+def choose_ranks(source: Source, options: Options, path: Path) -> dict[str, dict[str, int | None]]:
+    """Choose the ranks of each low-rank form within its share. Raises ValueError when no layer would become cheaper.
 
-    ranks_file keeps the ranks, because measured times differ between runs and a stopped compression must resume with
-    the same ranks.
+    path: keeps the ranks, because measured times differ between runs and a stopped compression must resume with the
+    same ranks.
     """
-    if ranks_file.exists():
-        ranks: dict[str, int | None] = json.loads(ranks_file.read_text())
-    else:
+    kinds = low_rank_kinds(options.shares)
+    ranks: dict[str, dict[str, int | None]] = json.loads(path.read_text()) if path.exists() else {}
+    if list(ranks) != kinds:
         layers = dict[str, Layer]()
         for name, layer in chosen_layers(source.model, options.layers).items():
             weight = layer.weight.detach().double()
             curve = spectrum(options.method, weight, source.statistics[name])
-            layers[name] = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
-        ranks = allocate(layers, options.share * sum(layer.whole for layer in layers.values()))
-        ranks_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(ranks_file, ranks)
-    if not any(ranks.values()):
-        raise ValueError(f"low rank would save nothing at a share of {options.share:g} ({options.budget})")
-    return Base(factor(source.model, source.statistics, options.method, ranks), ranks)
+            found = layer_of(curve, weight) if options.budget == "size" else timed_layer(curve, weight)
+            layers[name] = replace(found, least=options.least_rank)
+        whole = sum(layer.whole for layer in layers.values())
+        ranks = {kind: allocate(layers, share * whole) for kind, share in zip(kinds, options.shares, strict=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, ranks)
+    for kind, share in zip(kinds, options.shares, strict=True):
+        if not any(ranks[kind].values()):
+            raise ValueError(f"low rank would save nothing at a share of {share:g} ({options.budget})")
+    return ranks

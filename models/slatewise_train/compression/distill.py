@@ -3,10 +3,11 @@
 The training data are the users' histories, slates that the teacher draws, and the training slates that users were
 shown. There are two losses: in distillation the teacher's probabilities are the labels (Hinton et al., arXiv
 1503.02531); the loss of the task is that of the training itself. The item table does not change, because all variants
-share it. A stopped run resumes after its last complete epoch.
+share it. Every step of a model with nested ranks trains one of its shares, drawn at random. A stopped run resumes after
+its last complete epoch.
 
-Called by: `bases.py`, `compress.py`. Calls: `train.py` (a trainer with the teacher and the data), `batches.py`,
-`epochs.py`, `losses.py`, `checkpoint.py`.
+Called by: `bases.py`, `compress.py`. Calls: `nested.py`, `train.py` (a trainer with the teacher and the data),
+`batches.py`, `epochs.py`, `losses.py`, `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.batches import Batch, make_batch
+from slatewise_train.compression.nested import choose, shares_of
 from slatewise_train.epochs import cosine, one_epoch, warm_up
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.base import EncodedHistory, RankerModel
@@ -70,6 +72,7 @@ class Distiller:
             self.parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
         )
         self.epoch = 0
+        self.shares = shares_of(student)
         self.identity = self.digest()
 
     def task_trainer(self) -> Trainer:
@@ -86,6 +89,8 @@ class Distiller:
         In distillation, the loss of `dot` uses random positions of all windows, the other exits use slates from a
         random part of them.
         """
+        if self.shares:
+            choose(self.student, int(torch.randint(len(self.shares), ())))
         batch = make_batch(self.trainer.data.sequences, windows)
         if self.task is not None:
             return self.task.loss(batch, cascade=True)
@@ -174,8 +179,9 @@ class Distiller:
             trainer.data.config,
             trainer.data.split.train_lengths.tolist(),
         )
+        nested = (self.shares,) if self.shares else ()  # the smaller ranks are not in the shapes of the weights
         weights = [value for model in (self.teacher, self.student) for value in model.state_dict().values()]
-        return checkpoint.identity(values, [self.vectors, *weights])
+        return checkpoint.identity((*values, *nested), [self.vectors, *weights])
 
 
 def distill(

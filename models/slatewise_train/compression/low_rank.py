@@ -6,8 +6,9 @@
 
 `allocate` distributes a budget over the layers so that the largest relative error is minimal (ALDS, arXiv 2107.11442).
 
-Called by: `bases.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls: `rankers/families.py` for the
-dense layers of a ranker, `rankers/layers.py` for the two thin ones, `rankers/onnx_builder.py` to measure their time.
+Called by: `bases.py`, `nested.py`, `source.py`, `loadtest/`. `compress.py` lists its methods. Calls:
+`rankers/families.py` for the dense layers of a ranker, `rankers/layers.py` for the two thin ones,
+`rankers/onnx_builder.py` to measure their time.
 """
 
 from __future__ import annotations
@@ -39,11 +40,20 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Factors:
-    """y = second (first x) + bias"""
+    """y = second (first x + code) + mean
+
+    The first r rows of `first` and of `code`, and the first r columns of `second`, are the factors of rank r.
+    """
 
     first: Tensor  # (rank, in)
     second: Tensor  # (out, rank)
-    bias: Tensor  # (out,)
+    code: Tensor  # (rank,)
+    mean: Tensor  # (out,)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias (out,) of y = second (first x) + bias. It depends on the rank where `code` is not 0."""
+        return self.mean + self.second @ self.code
 
 
 Method = Callable[[Tensor, Tensor, LayerStatistics, int], Factors]
@@ -53,14 +63,14 @@ def svd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) ->
     """Factor by truncated singular value decomposition. weight (out, in), bias (out,), float64."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
-    return Factors(root[:, None] * v[:rank], u[:, :rank] * root, bias)
+    return Factors(root[:, None] * v[:rank], u[:, :rank] * root, torch.zeros_like(root), bias)
 
 
 def fwsvd(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
     """Factor as `svd` does, with each row scaled by the square root of its Fisher information."""
     importance = row_importance(statistics)
     factors = svd(importance[:, None] * weight, bias, statistics, rank)
-    return Factors(factors.first, factors.second / importance[:, None], bias)
+    return Factors(factors.first, factors.second / importance[:, None], factors.code, bias)
 
 
 def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) -> Factors:
@@ -69,7 +79,7 @@ def afm(weight: Tensor, bias: Tensor, statistics: LayerStatistics, rank: int) ->
     Among all maps of the same rank it has the lowest squared error on the calibration data.
     """
     u = torch.linalg.eigh(statistics.covariance).eigenvectors.flip(1)[:, :rank]  # descending
-    return Factors(u.T @ weight, u, statistics.mean + u @ (u.T @ (bias - statistics.mean)))
+    return Factors(u.T @ weight, u, u.T @ (bias - statistics.mean), statistics.mean)
 
 
 METHODS: dict[str, Method] = {"svd": svd, "fwsvd": fwsvd, "afm": afm}
@@ -149,13 +159,14 @@ class Layer:
     errors: list[float]  # relative errors of ranks 0, 1, ...: descending from 1
     costs: list[float]  # costs of ranks 0, 1, ...: ascending
     whole: float  # cost of the unfactored layer, whose error is 0
+    least: int = 1  # the lowest rank that it may have
 
     def rank(self, error: float) -> int | None:
-        """Return the lowest rank, at least 1, whose error is at most `error`.
+        """Return the lowest rank, at least `least`, whose error is at most `error`.
 
         Returns `None` when the unfactored layer does not cost more than that rank.
         """
-        rank = max(1, sum(e > error for e in self.errors))
+        rank = max(self.least, sum(e > error for e in self.errors))
         return None if rank >= len(self.costs) or self.costs[rank] >= self.whole else rank
 
     def cost(self, rank: int | None) -> float:
@@ -207,7 +218,7 @@ def microseconds(weights: list[Tensor], rows: int, repeats: int = 30) -> float:
 def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None]:
     """Choose ranks by layer within the budget that minimize the largest relative error.
 
-    `None` leaves a layer unfactored. Raises ValueError when rank 1 of every layer already exceeds the budget.
+    `None` leaves a layer unfactored. Raises ValueError when the lowest rank of every layer already exceeds the budget.
     """
     levels = sorted({0.0, 1.0, *(error for layer in layers.values() for error in layer.errors)})
 
@@ -218,7 +229,7 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int | None
         return sum(layers[name].cost(rank) for name, rank in ranks(level).items()) <= budget
 
     if not fits(levels[-1]):
-        raise ValueError(f"a budget of {budget:g} is less than rank 1 of every layer costs")
+        raise ValueError(f"a budget of {budget:g} is less than the lowest rank of every layer costs")
     low = 0
     high = len(levels) - 1  # the lowest level that fits is at most `high`
     while low < high:
@@ -234,10 +245,10 @@ def factor(
     result = copy.deepcopy(model)
     for name, layer in families.dense_layers(model).items():
         if (rank := ranks.get(name)) is not None:
-            weight = layer.weight.detach().double()
-            bias = layer.bias.detach().double()
-            owner, _, part = name.rpartition(".")
-            setattr(
-                result.get_submodule(owner), part, thin_layers(METHODS[method](weight, bias, statistics[name], rank))
-            )
+            result.set_submodule(name, thin_layers(factors_of(layer, statistics[name], method, rank)))
     return result
+
+
+def factors_of(layer: nn.Linear, statistics: LayerStatistics, method: str, rank: int) -> Factors:
+    """Factor a layer by a method of METHODS, in float64."""
+    return METHODS[method](layer.weight.detach().double(), layer.bias.detach().double(), statistics, rank)

@@ -1,6 +1,7 @@
 """Make and measure one variant, and decide whether it is published.
 
-The name of a variant states its kind: `lowrank` or `student`, then `int8`, then `tables8`, each optional.
+The name of a variant states its kind: `lowrank` (or a smaller share, `lowrank-25`) or `student`, then `int8`, then
+`tables8`, each optional.
 
 Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `source.py`, `evaluation/`, `bundle_writer.py`.
 """
@@ -57,7 +58,7 @@ Graphs = dict[str, onnx.ModelProto]
 class Recipe:
     """The kind of a variant, as its name states it."""
 
-    base: str  # fp32, lowrank or student
+    base: str  # fp32, student, or one of `low_rank_kinds`
     integers: bool
     int8_items: bool
 
@@ -70,7 +71,8 @@ class Recipe:
         parts = name_parts(name)
         if parts == ["fp32"]:
             raise ValueError("fp32 is not made: variants are made from it")
-        return cls(parts[0] if parts[0] in ("lowrank", "student") else "fp32", "int8" in parts, "tables8" in parts)
+        base = "-".join(part for part in parts if part not in ("int8", "tables8"))
+        return cls(base or "fp32", "int8" in parts, "tables8" in parts)
 
     @property
     def max_bound(self) -> float:
