@@ -110,7 +110,7 @@ class TrainConfig:
     # sequences of a batch that train the other exits; candidates cost more than events
     cascade_windows: int = number(64, least=1, most=1_000_000)
     cascade_positions: int = number(4, least=1, most=10_000)  # in each of these sequences
-    # positions of the cascade: every event of a history equally likely, or every doubling of its length, or half of each
+    # positions of the cascade: every event of a history equally likely, every doubling of its length, or half of each
     cascade_draw: str = choice("uniform", "uniform", "log", "mixed")
     # at each position: half uniform, half by the softmax of the exit `dot`
     cascade_negatives: int = number(44, least=1, most=100_000)

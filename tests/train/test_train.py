@@ -369,7 +369,7 @@ def test_item_without_events_is_served_as_its_fields_twin() -> None:
 @settings(max_examples=30, deadline=None)
 def test_drawn_positions_are_before_an_event(length: int, seed: int) -> None:
     torch.manual_seed(seed)
-    for draw in ("uniform", "log"):
+    for draw in ("uniform", "log", "mixed"):
         read = draw_positions(torch.tensor([length, 1]), 500, draw)
         assert read.shape == (2, 500) and read.min() >= 0 and (read[0] < length).all() and not read[1].any()
 
@@ -379,6 +379,13 @@ def test_log_draw_takes_each_doubling_alike() -> None:
     read = draw_positions(torch.tensor([255]), 40_000, "log")[0] + 1
     shares = [((read >= 2**k) & (read < 2 ** (k + 1))).float().mean().item() for k in range(8)]
     assert shares == pytest.approx([1 / 8] * 8, abs=0.01)
+
+
+def test_mixed_draw_takes_half_of_the_positions_each_way() -> None:
+    torch.manual_seed(0)
+    read = draw_positions(torch.tensor([255]), 40_000, "mixed")[0] + 1
+    shares = [((read >= 2**k) & (read < 2 ** (k + 1))).float().mean().item() for k in range(8)]
+    assert shares == pytest.approx([(1 / 8 + 2**k / 255) / 2 for k in range(8)], abs=0.01)
 
 
 def test_validate_ranks_held_out_event_among_new_items() -> None:
