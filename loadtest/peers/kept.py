@@ -41,8 +41,11 @@ class Kept:
         return any(all(getattr(cell, name) == value for name, value in labels.items()) for cell in self.cells)
 
     def add(self, cells: Iterable[Cell]) -> None:
-        """Keep cells that belong together, all or none: those of a server, or of a round."""
-        found = list(cells)
-        with self.file.open("a") as file:
-            file.write("".join(f"{cell.line()}\n" for cell in found))
-        self.cells += found
+        """Keep cells that belong together, all or none: those of a server, or of a round.
+
+        The new file takes the place of the old one in one step, so a run that is killed meanwhile can continue.
+        """
+        self.cells += cells
+        complete = self.file.with_suffix(".part")
+        complete.write_text("".join(f"{cell.line()}\n" for cell in self.cells))
+        complete.replace(self.file)

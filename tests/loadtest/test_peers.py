@@ -98,6 +98,16 @@ def test_a_stopped_run_continues_with_its_cells(tmp_path: Path) -> None:
     assert not again.has(phase="measurement", round=0)
 
 
+def test_cells_that_a_killed_run_was_writing_are_not_read(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, {"commit": "abc"})
+    kept.add([cell(TEXTBOOK, 50.0)])
+    (tmp_path / "cells.part").write_text((tmp_path / "cells.jsonl").read_text() + '{"phase": "mea')
+    again = Kept(tmp_path, {"commit": "abc"})
+    assert again.cells == kept.cells
+    again.add([cell(TEXTBOOK, 60.0)])
+    assert len(Kept(tmp_path, {"commit": "abc"}).cells) == 2
+
+
 @pytest.mark.parametrize("commits", [("abc", "abd"), ("abc+", "abc+")])
 def test_another_or_a_changed_commit_begins_anew(tmp_path: Path, commits: tuple[str, str]) -> None:
     Kept(tmp_path, {"commit": commits[0]}).add([cell(TEXTBOOK, 50.0)])

@@ -36,9 +36,8 @@ class Options:
 
     method: str = "afm"  # method of low rank, see `low_rank.METHODS`
     layers: tuple[str, ...] = ()  # that low rank factors, by the last part of their names; empty: all dense layers
-    shares: tuple[float, ...] = (
-        0.5,
-    )  # of these layers' cost, descending: one low-rank form each, in one set of weights
+    # of these layers' cost, descending: one low-rank form each, in one set of weights
+    shares: tuple[float, ...] = (0.5,)
     budget: str = "size"  # the cost: "size" in numbers, or "time" as measured
     least_rank: int = 1  # of a factored layer
     shape: dict[str, int] = field(default_factory=dict)  # of the student; empty: `families.half`
