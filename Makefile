@@ -61,9 +61,11 @@ train: movielens
 	$(TEST)/bin/python -m slatewise limaml models/movielens.toml
 	$(TEST)/bin/python -m slatewise export models/movielens.toml --all-users
 
+LOWRANK := lowrank,lowrank-int8,lowrank-60,lowrank-60-int8,lowrank-45,lowrank-45-int8
+
 compress: movielens
-	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --variants int8,int8-tables8,lowrank,lowrank-int8 \
-		--layers up,down --share 0.625 --force lowrank,lowrank-int8 --all-users
+	$(TEST)/bin/python -m slatewise compress models/bundles/movielens models/movielens.toml --variants int8,int8-tables8,$(LOWRANK) \
+		--layers up,down,attention_gate,feed_forward_gate --share 0.8,0.6,0.45 --least-rank 16 --epochs 16 --force $(LOWRANK) --all-users
 
 reference-bundle: test-environment
 	test -d build/bundles/reference/1 || $(TEST)/bin/python -m slatewise_train.demo.reference

@@ -64,7 +64,7 @@ CALLS = {
     "/personalize-ranking": (aws, AwsAnswer, AwsError),
     f"/rank/{MODEL}": (metarank, MetarankAnswer, Problem),
     f"/v2/models/{MODEL}/infer": (oip, InferAnswer, OipError),
-    f"/v2/models/{MODEL}/versions/7/infer": (oip, InferAnswer, OipError),
+    f"/v2/models/{MODEL}/versions/9/infer": (oip, InferAnswer, OipError),
 }
 EVERY_CALL = pytest.mark.parametrize("path", CALLS)
 
