@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from slatewise.inference.chunks import Chunks, run_all, run_parts
-from slatewise.inference.workers import Workers
+from slatewise.inference.workers import Part, Workers
 from tests.inference.test_workers import PATIENCE, Stop, once, patiently, until
 
 
@@ -87,6 +87,17 @@ def test_busy_threads_take_no_part() -> None:
             await until(lambda: not workers.busy)
             assert await patiently(workers.submit(divided(calls, asked))) == [[0, 1], [2, 3]]
             assert asked == [1, 2]
+
+    asyncio.run(main())
+
+
+def test_low_priority_leaves_idle_threads_to_others() -> None:
+    async def main() -> None:
+        calls = [lambda k=k: k for k in range(4)]
+        async with Workers(2) as workers:
+            assert await patiently(workers.submit(divided(calls), priority=1)) == [[0, 1, 2, 3]]
+            await until(lambda: not workers.busy)
+            assert await patiently(workers.submit(divided(calls), priority=0)) == [[0, 1], [2, 3]]
 
     asyncio.run(main())
 
@@ -206,7 +217,8 @@ def test_cancelled_job_whose_parts_wait_is_closed_once() -> None:
             await until(lambda: stop.begun.is_set() and hold.begun.is_set())
             urgent = workers.submit(once(busy), priority=-1_000)
             hold.may_end.set()  # its thread takes the urgent job, and this part waits in the queue
-            await until(lambda: len(workers.queue) == 1 and workers.busy == 2)
+            await until(busy.begun.is_set)
+            assert [type(task) for task in workers.queue] == [Part]
             submitted.cancel()
             await until(lambda: not workers.queue)
             assert not closed, "the other part still runs"

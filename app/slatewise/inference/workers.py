@@ -5,7 +5,8 @@ through the model. The size of a chunk is bounded (`engine.HISTORY_CHUNK`, `engi
 interrupted or cancelled only between two chunks. A thread continues with its job unless a queued job comes first.
 
 A job may have work with independent parts (`chunks.run_parts`). If other threads are idle at that time, each of them
-takes a part; otherwise the job goes on alone. Each part pays the cost of all, so a job gets one share of the threads,
+takes a part; otherwise the job goes on alone, and so does a job of low priority (above 0), which leaves the threads to
+others. Each part pays the cost of all, so a job gets one share of the threads,
 whether it is divided or not.
 
 Jobs are ordered by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual time of a job
@@ -289,11 +290,11 @@ class Workers:
     def divide(self, job: Job[Any]) -> Part | None:
         """Divide a job among this thread and those that are idle. Return the part that this thread runs.
 
-        `None` if no thread is idle, or if the work is not worth it: the job then does the work itself.
+        `None` if no thread is idle, for a low priority, or if the work is not worth it: the job then does it itself.
         """
         with self.lock:
-            idle = len(self.threads) - self.busy - len(self.queue)
-            parts = job.divide(idle + 1) if idle > 0 and not self.stopping else []
+            idle = 0 if self.stopping or job.priority > 0 else len(self.threads) - self.busy - len(self.queue)
+            parts = job.divide(idle + 1) if idle > 0 else []
             for part in parts[1:]:
                 heapq.heappush(self.queue, part)
                 self.tickets.put(None)
