@@ -19,6 +19,8 @@ ROOT = HERE.parents[1]
 BUILD = Path("build/peers")
 BUNDLES = Path("build/bundles")
 RANKER = "reference"
+DEMO = "demo:"  # before a variant of the demo, which is trained, and smaller than the reference ranker
+DEMO_BUNDLES = Path("models/bundles")
 BUNDLE = BUNDLES / RANKER / "1"
 RANK_GRAPH = BUNDLE / "variants/fp32/rank.onnx"
 STRAIGHTFORWARD_GRAPH = BUILD / "straightforward.onnx"
@@ -36,7 +38,7 @@ def prepare(peers: Iterable[str], graphs: Iterable[str], variants: Iterable[str]
         install(name)
     if not RANK_GRAPH.exists():
         run(sys.executable, "-m", "slatewise_train.demo.reference")
-    wanted = [name for name in variants if name != "fp32" and not name.startswith("demo:")]
+    wanted = [name for name in variants if name != "fp32" and not name.startswith(DEMO)]
     if set(wanted) - read_manifest(bundle_folder(BUNDLES / RANKER)).variants.keys():
         options = ("--variants", ",".join(wanted), "--student", STUDENT, "--force")  # also if another one is faster
         run(sys.executable, "-m", "slatewise", "compress", str(BUNDLE), *options)

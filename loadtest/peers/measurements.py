@@ -19,15 +19,13 @@ import numpy as np
 from loadtest.client import ask, closed_loop, connect, post
 from loadtest.peers import allocator
 from loadtest.peers.contenders import OURS, PEERS, Contender, Setup, our_server, peer_server
-from loadtest.peers.environments import BUNDLE, BUNDLES, RANKER
+from loadtest.peers.environments import BUNDLE, BUNDLES, DEMO, DEMO_BUNDLES, RANKER
 from loadtest.workload import STEADY, Shape, W, Workload
 from slatewise.bundle.manifest import read_manifest
 
 WARM_UP = 20
 RETURNING_USERS = 40
 BOUND = 1e-5
-DEMO = "demo:"  # before a variant of the demo, which is trained, and smaller than the reference ranker
-DEMO_BUNDLES = Path("models/bundles")
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,13 @@ def test_parts_run_at_the_same_time_in_idle_threads() -> None:
 
 def test_results_have_the_order_of_the_parts() -> None:
     async def main() -> None:
-        late, early = Stop(), Stop()
+        late = Stop()
 
         def end_first() -> str:
             late.may_end.set()
             return "second"
 
         async with Workers(2) as workers:
-            early.may_end.set()
             assert await patiently(workers.submit(divided([late, end_first]))) == [["done"], ["second"]]
 
     asyncio.run(main())

@@ -17,9 +17,7 @@ import torch
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import Variant, read_manifest
 from slatewise.settings import Settings
-from slatewise_train import compress as command
 from slatewise_train.compress import compress, read_shape, variant_names
-from slatewise_train.compression import source as sources
 from slatewise_train.compression import variants as making
 from slatewise_train.compression.bases import Options, make_bases
 from slatewise_train.compression.distill import DistillConfig
@@ -31,31 +29,16 @@ from slatewise_train.evaluation.report import variants_table
 from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
+from tests.train.small_source import TIMES, small_source
 
 NAMES = variant_names(Options.shares)
 ALL = ["fp32", *NAMES]
-TIMES = {
-    "machine": "none",
-    "rows": [
-        {"history": 200, "candidates": 200, "encode_p50": 1.0, "encode_p99": 1.5, "score_p50": 2.0, "score_p99": 2.5}
-    ],
-}
 
 
 @pytest.fixture(scope="module")
-def small() -> pytest.MonkeyPatch:
-    """Smaller limits and fewer measurements, for the small layers of the tiny ranker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slatewise_train.compression.quantize.INTEGER_SIDE", 3)
-        patch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
-        patch.setattr(sources, "SAMPLES", 12)
-        patch.setattr(command, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
-    return Source(tiny.folder, tiny.trainer.data, tiny.config.train, most_users=20)
+def source(tiny: Tiny) -> Iterator[Source]:
+    with small_source(tiny, integer_side=3) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +330,8 @@ def test_variant_on_the_pareto_front_is_not_dominated() -> None:
     assert not any(dominated(name, unknown, "set") for name in unknown), "without quality no variant dominates"
 
 
-def test_variant_without_data_has_the_calibrations_of_fp32(
-    tiny: Tiny, small: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("source")  # for its small limits
+def test_variant_without_data_has_the_calibrations_of_fp32(tiny: Tiny, tmp_path: Path) -> None:
     source = Source(tiny.folder, None)
     base = make_bases(source, ["lowrank"], Options(distill=DistillConfig(), checkpoints=tmp_path))["lowrank"]
     graphs, calibrations = draft(source, Recipe.named("lowrank-int8"), base, source.items, tmp_path / "draft")

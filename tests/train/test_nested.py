@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from slatewise.settings import Settings
 from slatewise_train import compress as command
 from slatewise_train.bundle_writer import longest_call, write_graphs
 from slatewise_train.compress import check_names, compress, read_shares, variant_names
-from slatewise_train.compression import source as sources
 from slatewise_train.compression import variants as making
 from slatewise_train.compression.bases import Options, low_rank_kinds, make_bases
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill
@@ -32,32 +32,17 @@ from slatewise_train.rankers.base import RankerModel, uncalibrated
 from slatewise_train.rankers.layers import LowRank
 from tests.conftest import Tiny
 from tests.support.application import serve
+from tests.train.small_source import small_source
 
 SHARES = (0.8, 0.5, 0.3)
 KINDS = ["lowrank", "lowrank-50", "lowrank-30"]
 LEARNING = DistillConfig(epochs=2, batch_events=1024, positions=64, items=128, windows=4, warmup_steps=2)
-TIMES = {
-    "machine": "none",
-    "rows": [
-        {"history": 200, "candidates": 200, "encode_p50": 1.0, "encode_p99": 1.5, "score_p50": 2.0, "score_p99": 2.5}
-    ],
-}
 
 
 @pytest.fixture(scope="module")
-def small() -> pytest.MonkeyPatch:
-    """Smaller limits and fewer measurements, for the small layers of the tiny ranker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slatewise_train.compression.quantize.INTEGER_SIDE", 2)
-        patch.setattr("slatewise_train.evaluation.parity.SLATES", (1, 5))
-        patch.setattr(sources, "SAMPLES", 12)
-        patch.setattr(command, "measure_latency", lambda engines, _: dict.fromkeys(engines, TIMES))
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def source(tiny: Tiny, small: pytest.MonkeyPatch) -> Source:
-    return Source(tiny.folder, tiny.trainer.data, tiny.config.train, most_users=20)
+def source(tiny: Tiny) -> Iterator[Source]:
+    with small_source(tiny, integer_side=2) as found:
+        yield found
 
 
 def ranks_for(source: Source) -> list[dict[str, int | None]]:

@@ -29,8 +29,8 @@ def run_set(engine: Engine, point: PointScores) -> Chunks[Float64]:
     probabilities = np.empty_like(point.probabilities)
     slates = deal(point, engine.slate)
 
-    def run_some(slates: list[Int64]) -> Chunks[None]:
-        for rows in slates:
+    def run_some(some: list[Int64]) -> Chunks[None]:
+        for rows in some:
             yield len(rows)
             probabilities[rows] = engine.set(point[rows])
 

@@ -5,9 +5,8 @@ through the model. The size of a chunk is bounded (`engine.HISTORY_CHUNK`, `engi
 interrupted or cancelled only between two chunks. A thread continues with its job unless a queued job comes first.
 
 A job may have work with independent parts (`chunks.run_parts`). If other threads are idle at that time, each of them
-takes a part; otherwise the job goes on alone, and so does a job of low priority (above 0), which leaves the threads to
-others. Each part pays the cost of all, so a job gets one share of the threads,
-whether it is divided or not.
+takes a part; otherwise the job goes on alone. A job of low priority (above 0) always goes on alone, and leaves the
+threads to others. Each part pays the cost of all, so a job gets one share of the threads, divided or not.
 
 Jobs are ordered by virtual time (start-time fair queueing; Goyal, Vin and Cheng 1996). The virtual time of a job
 advances by the cost of each of its chunks, and the job with the smallest virtual time is next, so large and small
