@@ -17,6 +17,7 @@ from loadtest.peers import allocator, cross_check
 from loadtest.peers.__main__ import another_round_fits, arguments, names
 from loadtest.peers.choice import best_cells, best_setup
 from loadtest.peers.contenders import PEERS, Contender, peer_server
+from loadtest.peers.environments import ROOT
 from loadtest.peers.kept import Kept
 from loadtest.peers.measurements import EXACT, Cell, Entry
 from loadtest.peers.report import Cells, choices, cross_checked, ratios, side_by_side
@@ -184,6 +185,11 @@ def test_every_contender_preloads_the_same_library(tmp_path: Path) -> None:
         for setup in peer.setups()
     }
     assert found == {allocator.preloaded()}
+
+
+def test_contenders_have_the_setting_of_the_image() -> None:
+    setting = allocator.environment()["MALLOC_CONF"]
+    assert f" MALLOC_CONF={setting} " in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.fixture
