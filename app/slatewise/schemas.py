@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from typing_extensions import TypedDict
 
 from slatewise.pruning import Prune
-from slatewise.version_schemas import VersionState
 
 MAX_ID = 256
 
@@ -280,70 +279,3 @@ class Problem(BaseModel):
     message: str
     request_id: str
     errors: list[FaultBody] = []
-
-
-class Verdict(BaseModel):
-    """Whether the ranker beats simple baselines on held-out data, as export measured it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    beats_baselines: bool | None = Field(
-        description="Whether NDCG@10 minus that of the best baseline is above 0 with 95 % confidence; "
-        "null: not measured."
-    )
-    grade: Literal["better", "unclear", "worse", "unknown"] = Field(
-        description="The 95 % interval of the difference is above 0, holds 0, or is below 0; unknown: not measured."
-    )
-    line: str = Field(description="The verdict as a sentence.")
-    exit: str | None = Field(default=None, description="The exit that was compared.")
-    baseline: str | None = Field(default=None, description="The best baseline.")
-    difference: list[float] | None = Field(
-        default=None, description="NDCG@10 of the ranker minus the baseline's, paired: mean, low and high end."
-    )
-    warnings: list[str] = Field(default=[], description="Signs of an unsuccessful training.")
-
-
-class Limits(BaseModel):
-    max_candidates: int
-    max_history: int
-    history_used: int
-    set_wise: int
-
-
-class ModelName(BaseModel):
-    name: str
-    version: int
-    variants: list[str]
-    verdict: Verdict | None
-    limits: Limits
-    versions: VersionState | None = Field(
-        default=None, description="Only if versions change without a restart (SLATEWISE_RELOAD)."
-    )
-
-
-class Models(BaseModel):
-    models: list[ModelName]
-
-
-class ModelCard(BaseModel):
-    """The public part of a manifest, with the limits of this server."""
-
-    name: str
-    version: int
-    trained_on: str
-    heads: dict[str, float]
-    exits: list[str]
-    default_exit: str
-    default_variant: str
-    set_wise: bool
-    actions: list[str]
-    features: list[str]
-    fields: dict[str, list[str]]
-    return_fields: list[str] = Field(description="The names that a request's `return_fields` may contain.")
-    limits: Limits
-    prune: Prune | None = Field(description="Candidates that the exits of a pruned request score; null: none is.")
-    variants: dict[str, dict[str, Any]]
-    refused_variants: dict[str, str]
-    verdict: Verdict | None
-    report: dict[str, Any]
-    example: dict[str, Any]

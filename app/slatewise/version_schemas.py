@@ -1,6 +1,6 @@
 """Schemas of the versions of rankers: states, as `GET /models` and `/admin` show them, and the bodies of commands.
 
-Called by: `schemas.py`, `ranking/`, `http/admin.py`, and `metrics.py` for the closed lists of label values.
+Called by: `model_schemas.py`, `ranking/`, `http/admin.py`, and `metrics.py` for the closed lists of label values.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from slatewise.bundle.manifest import parse_manifest, read_manifest
 from slatewise.inference.engine import EngineError
-from slatewise.schemas import Verdict
+from slatewise.model_schemas import Verdict
 from slatewise.settings import Settings
 from slatewise_train import bundle_writer
 from slatewise_train.config import Config, DataConfig, DemoConfig, Head, TablesConfig, TrainConfig

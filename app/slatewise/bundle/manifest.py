@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from slatewise.bundle.signature import PublicKeys, SignatureFault
+from slatewise.model_schemas import Verdict
 from slatewise.pruning import Prune
-from slatewise.schemas import Verdict
 
 FORMAT = 2  # the format that is written
 KNOWN_FORMATS = (1, 2)  # the formats that are read

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request
 from slatewise.bundle.ranker import Ranker
 from slatewise.http.health import ready_pipeline
 from slatewise.http.problems import PROBLEMS
+from slatewise.model_schemas import Limits, ModelCard, ModelName, Models
 from slatewise.ranking.admission import RequestLimits
 from slatewise.ranking.versions import Versions
-from slatewise.schemas import Limits, ModelCard, ModelName, Models
 
 routes = APIRouter()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slatewise.schemas import Verdict
+from slatewise.model_schemas import Verdict
 from slatewise_train.data import Data
 from slatewise_train.evaluation.baselines import make_baselines
 from slatewise_train.evaluation.held_out import held_out_ranks

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slatewise.schemas import Verdict
+from slatewise.model_schemas import Verdict
 from slatewise_train.config import Config
 from slatewise_train.evaluation.metrics import interval
 from slatewise_train.evaluation.offline import Outcome
