@@ -134,8 +134,8 @@ def test_events_move_a_vector_and_no_events_do_not(model: RankerModel) -> None:
         adapter = adapter_of(model, sequences, new=1)
         vector = torch.from_numpy(adapter.adapt(row, np.array([exposure])))
         contexts = adapter.contexts(np.flatnonzero(sequences.items == row[0]))
-        logits = new_items.point_logits(model, contexts, vector.expand(len(contexts.users), -1))
-        return float(logits[:, 1].mean()), float((adapter.others @ vector[0] * model.dot_scale[0]).mean())
+        logits = new_items.point_logits(model, contexts, vector[None].expand(len(contexts.users), -1, -1))
+        return float(logits[:, 0, 1].mean()), float((adapter.others @ vector[0] * model.dot_scale[0]).mean())
 
     liked, disliked, seldom = measure(1.0, 100), measure(0.0, 100), measure(1.0, 100_000)
     assert liked[0] > disliked[0]

@@ -79,15 +79,15 @@ def encode(model: RankerModel, sequences: Sequences, at: Positions, longest: int
 
 
 def point_logits(model: RankerModel, contexts: Contexts, vectors: Tensor) -> Tensor:
-    """Return the logits (E, heads) of the exit `point` of one candidate (E, d) for each context.
+    """Return the logits (n, N, heads) of the exit `point` of N candidates (n, N, d) of each context.
 
-    It has no numeric features and no meta-embedding: the first events of an item come from any users.
+    They have no numeric features and no meta-embedding: the first events of an item come from any users.
     """
-    vectors = vectors[:, None]
-    numeric = torch.full((len(vectors), 1, model.config.numeric), torch.nan)
+    numeric = torch.full((*vectors.shape[:2], model.config.numeric), torch.nan)
     fused = model.fuse(numeric, model.default_meta, contexts.time)
-    hidden = model.hidden(vectors, contexts.history, contexts.positions, contexts.mask, fused)
-    return (model.dot_logits(contexts.users[:, None], vectors) + model.point_logits(hidden))[:, 0]
+    positions = contexts.positions.expand(-1, vectors.shape[1])
+    hidden = model.hidden(vectors, contexts.history, positions, contexts.mask, fused)
+    return model.dot_logits(contexts.users[:, None], vectors) + model.point_logits(hidden)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ class ItemAdapter:
         loss = vectors.new_zeros(())
         label_heads = [k for k, kind in enumerate(self.kinds) if kind == "label" and not labels[:, k].isnan().all()]
         if label_heads:
-            logits = point_logits(model, contexts, vectors[owner])
+            logits = point_logits(model, contexts, vectors[owner][:, None])[:, 0]
             for k in label_heads:
                 known = ~labels[:, k].isnan()
                 loss = loss + F.binary_cross_entropy_with_logits(logits[known, k], labels[known, k], reduction="sum")
