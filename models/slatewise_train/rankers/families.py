@@ -2,7 +2,8 @@
 
 Called by: `config.py`, `defaults.py`, `search_space.py` (configs); `new_model.py`, `weights.py`, `demo/reference.py` (a
 config becomes a model); `bundle_writer.py`, `export.py` and `compression/variants.py` (a model becomes graphs);
-`compression/` (low-rank forms and students). Calls: `ligr.py`, `ligr_onnx.py`, `ligr_student.py`.
+`compression/` (low-rank forms and students). Calls: `ligr.py`, `ligr_onnx.py`, `ligr_student.py`, `dcn.py`,
+`dcn_onnx.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from slatewise_train.rankers import ligr_student
 from slatewise_train.rankers.base import Calibrations, RankerConfig, RankerGraphs, RankerModel
+from slatewise_train.rankers.dcn import Dcn, DcnConfig
+from slatewise_train.rankers.dcn_onnx import DcnGraphs
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
@@ -37,7 +40,8 @@ class Family:
 FAMILIES = {
     Ligr.family: Family(
         LigrConfig, Ligr, LigrGraphs, dense_layers=Ligr.dense_layers, half=ligr_student.half, shrink=ligr_student.shrink
-    )
+    ),
+    Dcn.family: Family(DcnConfig, Dcn, DcnGraphs),
 }
 DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
 
