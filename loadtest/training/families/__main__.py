@@ -21,12 +21,58 @@ from pathlib import Path
 
 import torch
 
-from loadtest.training.families.runs import NO_LAYER, run, shapes
+from loadtest.training.families.report import Rated, calibration_table, quality_table, read_runs
+from loadtest.training.families.runs import (
+    NO_LAYER,
+    PERCEPTRON,
+    PLAIN,
+    RESIDUAL,
+    export_first,
+    held_out,
+    known_labels,
+    parameters,
+    run,
+    scores_of_bundle,
+    shapes,
+)
+from loadtest.training.families.trees import OBJECTIVES, run_trees
 from slatewise.cli import run_main
-from slatewise_train.config import read_config
+from slatewise.process import cpu_name
+from slatewise_train.config import Config, read_config
+from slatewise_train.data import Data
 from slatewise_train.loading import load_for_training
 
 TOML = Path(__file__).parent / "movielens.toml"
+ORDER = ((RESIDUAL, PLAIN), (PERCEPTRON,), (NO_LAYER,))  # seeds of the first group come before the next group
+
+
+def report(data: Data, config: Config, out: Path, seeds: int) -> str:
+    """Return the tables of the runs that are finished, and write them to `results.md`."""
+    rankers = shapes(data, dict(config.model.shape))
+    cases = held_out(data)
+    rated = Rated(*known_labels(cases))
+    runs = read_runs(out, [*rankers, *OBJECTIVES], seeds)
+    likes = {
+        f"{name}, {kind}": [getattr(run, field) for run in runs[name]]
+        for name in (RESIDUAL, NO_LAYER)
+        if name in runs
+        for kind, field in (("no fitted map", "raw"), ("fitted map", "fitted"))
+    }
+    bundle = export_first(data, config, out)
+    likes = {"exported bundle": [scores_of_bundle(data, bundle, cases)]} | likes
+    parity = max(run.parity for name in rankers for run in runs.get(name, []))
+    rows = f"{len(rated.labels):,} rated items of {len(cases):,} users"
+    text = "\n\n".join(
+        [
+            f"{cpu_name()}, {torch.get_num_threads()} threads; {rows}",
+            quality_table(rated, runs, {name: parameters(data, shape) for name, shape in rankers.items()}),
+            f"Largest difference of a probability between graphs and torch, all runs: {parity:.1e}",
+            "Observed over expected likes:",
+            calibration_table(data, rated, likes),
+        ]
+    )
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,8 +84,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/families"), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each ranker; default: %(default)s")
     parser.add_argument("--epochs", type=int, metavar="N", help="of each ranker; default: those of the TOML")
-    parser.add_argument("--only", metavar="NAME", help="train this ranker alone")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
+        "--libraries", type=Path, help="folder with the packages of requirements.txt; without: no trees"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing; print the tables of what is finished")
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -48,11 +97,17 @@ def main(argv: Sequence[str]) -> None:
         config = replace(config, train=replace(config.train, epochs=args.epochs, cascade_epochs=args.epochs))
     data, config = load_for_training(config)
     rankers = shapes(data, dict(config.model.shape))
-    seeds = range(args.seeds)
-    main_part = [(name, seed) for seed in seeds for name in rankers if name != NO_LAYER]
-    for name, seed in [*main_part, *((NO_LAYER, seed) for seed in seeds)]:
-        if args.only in (None, name):
-            run(data, config, rankers[name], seed, args.out / f"{name}, seed {seed}")
+    if not args.report:
+        if args.libraries is not None:
+            sys.path.append(str(args.libraries))
+            for seed in range(args.seeds):
+                for name in OBJECTIVES:
+                    run_trees(data, name, seed, torch.get_num_threads(), args.out / f"{name}, seed {seed}")
+        for group in ORDER:
+            for seed in range(args.seeds):
+                for name in group:
+                    run(data, config, rankers[name], seed, args.out / f"{name}, seed {seed}")
+    print(report(data, config, args.out, args.seeds))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from slatewise.bundle.loader import load_bundle
 from slatewise.inference.engine import Engine
 from slatewise_train.bundle_writer import longest_call, write_graphs
 from slatewise_train.config import Config, ModelConfig
@@ -24,11 +25,12 @@ from slatewise_train.data import Data
 from slatewise_train.evaluation.calibration import fit_calibrations
 from slatewise_train.evaluation.cases import Case, candidates_of, slate_cases, state_of
 from slatewise_train.evaluation.parity import torch_logits
+from slatewise_train.export import ExportOptions, export
 from slatewise_train.new_model import build_model
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel, uncalibrated
 from slatewise_train.rankers.weights import serving_form
-from slatewise_train.train import train
+from slatewise_train.train import CHECKPOINT, Trainer, train
 
 RESIDUAL = "residual DCN"
 PLAIN = "DCNv2"
@@ -59,7 +61,7 @@ def parameters(data: Data, shape: dict[str, Any]) -> int:
 def shapes(data: Data, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the `[model]` of each ranker, all of the parameters of residual DCN as `base` has it.
 
-    A cross layer of residual DCN has four thin matrices. DCNv2 has two of twice the rank, and the perceptron more units.
+    A cross layer of residual DCN has four thin matrices. DCNv2 has two of twice the rank, the perceptron more units.
     """
     perceptron = base | {"cross_layers": 0}
     wanted = parameters(data, base)
@@ -109,7 +111,9 @@ def run(data: Data, config: Config, shape: dict[str, Any], seed: int, folder: Pa
 
 def open_engine(data: Data, model: RankerModel, folder: Path) -> Engine:
     """Write the graphs of a model without fitted calibrations, and open them as the server does."""
-    graphs = families.graphs(model, uncalibrated(model.exits, model.config.heads), longest_call(data.config.history_length))
+    graphs = families.graphs(
+        model, uncalibrated(model.exits, model.config.heads), longest_call(data.config.history_length)
+    )
     write_graphs(folder, graphs.all())
     return Engine(folder, model.item_table().detach().numpy(), list(model.exits))
 
@@ -130,3 +134,20 @@ def difference(engine: Engine, data: Data, model: RankerModel, case: Case) -> fl
 def read_scores(folder: Path) -> Scores:
     with np.load(folder / SCORES) as arrays:
         return Scores(arrays["raw"], arrays["fitted"], float(arrays["seconds"]), float(arrays["parity"]))
+
+
+def export_first(data: Data, config: Config, out: Path) -> Path:
+    """Publish the bundle of residual DCN with seed 0, unless it is there, and return its folder."""
+    bundle = out / "bundles" / config.data.name / "1"
+    if not bundle.exists():
+        trainer = Trainer(data, config.model, dataclasses.replace(config.train, seed=0))
+        folder = out / f"{RESIDUAL}, seed 0"
+        trainer.load(folder / CHECKPOINT)
+        export(trainer, None, config, out / "bundles", 1, ExportOptions(force=True, training=folder))
+    return bundle
+
+
+def scores_of_bundle(data: Data, bundle: Path, cases: list[Case]) -> np.ndarray:
+    """Return the probabilities (E,) of all rated items in the slates, by a bundle that the server's code has loaded."""
+    engine = load_bundle(bundle).engines["fp32"]
+    return np.concatenate([score(engine, data, case)[~np.isnan(case.labels[:, 0])] for case in cases])
