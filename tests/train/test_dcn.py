@@ -22,6 +22,8 @@ from slatewise.inference.arrays import CONTEXT_SIZE, FIRST_ITEM, GAP_BUCKETS, Ca
 from slatewise.inference.engine import Engine
 from slatewise.ranking.pipeline import Pipeline
 from slatewise_train.bundle_writer import FP32_BOUND, write_graphs
+from slatewise_train.compress import compress
+from slatewise_train.compression.bases import Options
 from slatewise_train.compression.source import Source
 from slatewise_train.demo.reference import publish_uncalibrated, reference_content
 from slatewise_train.evaluation import parity
@@ -259,6 +261,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         rows = {"machine": "none", "rows": []}
         patch.setattr("slatewise_train.bundle_writer.measure_latency", lambda engines, _: dict.fromkeys(engines, rows))
         patch.setattr(parity, "SLATES", (1, 37))
+        patch.setattr("slatewise_train.compress.measure_latency", lambda engines, _: dict.fromkeys(engines, rows))
+        patch.setattr("slatewise_train.compression.quantize.INTEGER_SIDE", 3)
+        patch.setattr("slatewise_train.compression.source.SAMPLES", 12)
         yield publish_uncalibrated(content, tmp_path_factory.mktemp("dcn") / "reference", 1)
 
 
@@ -285,8 +290,18 @@ def test_pipeline_extends_cached_histories_exactly(published: Ranker, exit: str)
     assert max(run(published, all_of_them)) < BOUND
 
 
-def test_compression_reads_the_bundle_and_names_what_is_missing(folder: Path) -> None:
-    model = Source(folder, None).model
-    assert model.family == "dcn"
+def test_compression_makes_integers_and_refuses_low_rank(folder: Path, published: Ranker, tmp_path: Path) -> None:
+    source = Source(folder, None)
+    options = Options(checkpoints=tmp_path / "checkpoints")
+    compressed = load_bundle(compress(source, tmp_path / "bundles", ["int8"], options, ["int8"]))
+    assert not compressed.refused and set(compressed.engines) == {"fp32", "int8"}
+    request = draw_request(published, 60, 40, 3, exit="point")
+    history, (candidates, _) = published.history(request), published.candidates(request, request.request_time or 0)
+    meta = published.embedded_meta_of(None)
+    scores = [engine.score(history, candidates, meta, "point")[:, 0] for engine in compressed.engines.values()]
+    assert 1e-6 < np.abs(scores[0] - scores[1]).max() < 0.2
+    assert np.corrcoef(scores)[0, 1] > 0.95
     with pytest.raises(ValueError, match="'dcn' have no low-rank form"):
-        families.dense_layers(model)
+        families.dense_layers(source.model)
+    with pytest.raises(ValueError, match="'dcn' have no students"):
+        families.shrink(source.model, {})
