@@ -134,6 +134,11 @@ HISTORY_LENGTH = Histogram("slatewise_history_length", "Events read for a ranked
 UNKNOWN_CANDIDATES = Counter(
     "slatewise_unknown_candidates_total", "Candidates whose id the ranker does not know.", ["ranker"]
 )
+ADAPTED_CANDIDATES = Counter(
+    "slatewise_adapted_candidates_total",
+    "Unknown candidates with a vector of their own, adapted to the item's first events.",
+    ["ranker"],
+)
 UNKNOWN_ACTIONS = Counter(
     "slatewise_unknown_actions_total", "Events read whose action the ranker does not know.", ["ranker"]
 )

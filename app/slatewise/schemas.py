@@ -220,6 +220,9 @@ class RankResponse(TypedDict):
     unknown_candidates: Annotated[
         list[int], Field(description="Positions of candidates whose id the ranker does not know; they are ranked too.")
     ]
+    adapted_candidates: NotRequired[
+        Annotated[list[int], Field(description="Those of the unknown candidates that have a vector of their own.")]
+    ]
     unknown_values: Annotated[
         dict[str, int],
         Field(

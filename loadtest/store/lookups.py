@@ -29,7 +29,9 @@ def summary(seconds: list[float]) -> tuple[float, float, float]:
 def ranker_stub(ranker: str, space: str, dim: int) -> Any:
     """The attributes of a ranker that a store reads."""
     return SimpleNamespace(
-        name=ranker, manifest=SimpleNamespace(space=space, meta_size=dim), default_meta=np.zeros(dim, np.float32)
+        name=ranker,
+        manifest=SimpleNamespace(space=space, meta_size=dim, version=1, width=dim),
+        default_meta=np.zeros(dim, np.float32),
     )
 
 

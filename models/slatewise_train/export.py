@@ -138,6 +138,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
         actions=vocabulary.actions,
         features=list(config.data.numeric),
         fields=vocabulary.fields,
+        text=config.data.text,
         heads={head.name: head.weight for head in config.data.heads},
         history_used=config.data.history_length,
         users=shown.users,

@@ -37,7 +37,7 @@ def reader_of(space: str, version: int) -> Any:
     """A version of the ranker "r" that reads this space; its default vector is filled with minus the version."""
     return SimpleNamespace(
         name="r",
-        manifest=SimpleNamespace(space=space, meta_size=DIM, version=version),
+        manifest=SimpleNamespace(space=space, meta_size=DIM, version=version, width=DIM),
         default_meta=np.full(DIM, -version, np.float32),
     )
 

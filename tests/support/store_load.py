@@ -22,7 +22,9 @@ from slatewise.store.node import CLOSED
 DIM = 8
 USERS = 300
 RANKER: Any = SimpleNamespace(
-    name="r", manifest=SimpleNamespace(space="s", meta_size=DIM), default_meta=np.full(DIM, -1, np.float32)
+    name="r",
+    manifest=SimpleNamespace(space="s", meta_size=DIM, version=1, width=DIM),
+    default_meta=np.full(DIM, -1, np.float32),
 )  # the attributes of a ranker that a store reads
 
 

@@ -1,7 +1,7 @@
 """A loaded ranker: manifest, tables and engines. Converts requests to arrays.
 
 Called by: `loader.py`, which builds it, `ranking/`, `store/`, and the package slatewise_train. Calls: `features.py`,
-`titles.py`.
+`adapted_items.py`, `titles.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from slatewise.bundle.adapted_items import AdaptedItems
 from slatewise.bundle.features import (
     field_change,
     make_candidates,
@@ -46,6 +47,7 @@ class Unknown:
 
     positions: Int64  # (P,) of the candidates whose id is unknown
     field_values: dict[str, int]  # column -> number of unknown values that describe these candidates, if above 0
+    adapted: Int64  # (A,) those of the positions that have a vector of their own, adapted to the item's first events
 
 
 class ReadHistory(NamedTuple):
@@ -127,15 +129,25 @@ class Ranker:
         return ReadHistory(events, late, unknown)
 
     def candidates(
-        self, request: RankRequest, request_time: float, items: ItemTable | None = None
+        self,
+        request: RankRequest,
+        request_time: float,
+        items: ItemTable | None = None,
+        adapted: AdaptedItems | None = None,
     ) -> tuple[Candidates, Unknown]:
-        """Return the candidates, and the unknown parts of them. `items`: a variant's table; default: float32."""
+        """Return the candidates, and the unknown parts of them.
+
+        items: a variant's table; default: float32. adapted: the vectors of items that are newer than the ranker. An
+        unknown candidate without one has the vector of its fields.
+        """
         sent = request.candidates
         rows = rows_of(self.vocabulary.items, sent.item_ids)
         numeric = numeric_matrix(sent.features, self.manifest.features, len(rows))
         result = make_candidates(self.items if items is None else items, rows, numeric, request_time)
-        unknown = Unknown(np.flatnonzero(rows == UNKNOWN_ITEM), {})
-        if len(unknown.positions):
+        positions = np.flatnonzero(rows == UNKNOWN_ITEM)
+        found = np.zeros(0, np.int64) if adapted is None else adapted.find([sent.item_ids[k] for k in positions])
+        unknown = Unknown(positions, {}, positions[found >= 0])
+        if len(positions):
             for name, column in sent.fields.items():
                 change, count = field_change(
                     column,
@@ -143,10 +155,13 @@ class Ranker:
                     self.vocabulary.fields[name],
                     self.field_vectors,
                     self.field_offsets[name],
+                    self.manifest.fields[name].text,
                 )
                 result.vectors[unknown.positions] += change
                 if count:
                     unknown.field_values[name] = count
+        if adapted is not None and len(unknown.adapted):
+            result.vectors[unknown.adapted] = adapted.vectors[found[found >= 0]]
         return result, unknown
 
     def score_weights(self, head_weights: dict[str, float] | None) -> Float64:

@@ -242,6 +242,8 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
         "degraded": sorted(ranking.degraded),
         "timings_ms": milliseconds,
     }
+    if ranking.adapted:
+        content["adapted_candidates"] = list(ranking.adapted)
     if request.return_fields is not None:
         titles = ranking.ranker.titles
         content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
@@ -304,6 +306,7 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float, exempl
     metrics.HISTORY_LENGTH.observe(ranking.history.used)
     metrics.series(metrics.HISTORY_CACHE, ranking.history.cache).inc()
     metrics.series(metrics.UNKNOWN_CANDIDATES, name).inc(len(ranking.unknown))
+    metrics.series(metrics.ADAPTED_CANDIDATES, name).inc(len(ranking.adapted))
     if ranking.history.unknown_actions:
         metrics.series(metrics.UNKNOWN_ACTIONS, name).inc(ranking.history.unknown_actions)
     for field, values in ranking.unknown_values.items():

@@ -84,6 +84,7 @@ class Ranking:
     candidates: int  # number of candidates
     scored: Scored | None  # `None`: no model scored the request, and the exit is `input_order`
     unknown: tuple[int, ...]  # positions of candidates whose id the ranker does not know
+    adapted: tuple[int, ...]  # those of them that have a vector of their own
     unknown_values: dict[str, int]  # field -> number of unknown values that describe these candidates
     history: HistoryUse
     meta: MetaEmbedding
@@ -194,9 +195,9 @@ class Pipeline:
         if meta.status == "error":
             degraded.add("store_error")
         scored = None if best is None else weigh(plan, best)
-        ids, values = tuple(unknown.positions.tolist()), unknown.field_values
+        new = tuple(unknown.positions.tolist()), tuple(unknown.adapted.tolist()), unknown.field_values
         reasons = frozenset(degraded)
-        return Ranking(ranker, n, scored, ids, values, progress.history, meta, reasons, progress.explanations)
+        return Ranking(ranker, n, scored, *new, progress.history, meta, reasons, progress.explanations)
 
     async def with_history(self, request: RankRequest, ranker: Ranker, timings: Timings) -> Given:
         """As `given.with_history`, with the parts of this pipeline."""
@@ -210,7 +211,7 @@ class Pipeline:
         """Make the arrays of the candidates: those of many with fields in a worker thread. Raises TimeoutError."""
         request = plan.request
         at = time.time() if request.request_time is None else request.request_time
-        make = partial(plan.ranker.candidates, request, at, plan.engine.items)
+        make = partial(plan.ranker.candidates, request, at, plan.engine.items, self.store.new_items(plan.ranker))
         count = len(request.candidates.item_ids)
         if count <= FEW or not request.candidates.fields:
             return make()
@@ -333,7 +334,7 @@ def unranked(plan: Plan, count: int, progress: Progress, degraded: set[DegradedR
     unknown = tuple(unknown_positions(plan.ranker.vocabulary.items, ids))
     timings.lap("features")
     reasons = frozenset(degraded)
-    return Ranking(plan.ranker, count, None, unknown, {}, progress.history, plan.default_meta, reasons)
+    return Ranking(plan.ranker, count, None, unknown, (), {}, progress.history, plan.default_meta, reasons)
 
 
 def weigh(plan: Plan, best: StageScores) -> Scored:

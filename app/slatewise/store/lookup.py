@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from slatewise import metrics
+from slatewise.bundle.adapted_items import AdaptedItems
 from slatewise.bundle.ranker import Ranker
 from slatewise.errors import StoreFault
 from slatewise.inference.arrays import Float32
@@ -44,6 +45,9 @@ class MetaEmbedding:
 class Store(Protocol):
     def look_up(self, ranker: Ranker, user: str) -> Awaitable[MetaEmbedding]:
         """Start to look up a user at once. Never raises. The caller may drop the result without awaiting it."""
+
+    def new_items(self, ranker: Ranker) -> AdaptedItems | None:
+        """Return the vectors of items that are newer than the ranker, without waiting."""
 
     async def delete_user(self, user: str) -> None:
         """Delete what is stored of a user, also in other replicas. Raises StoreFault."""
@@ -83,6 +87,9 @@ class EmbeddedStore:
         return found_vector(
             ranker.embedded_meta[row], str(ranker.manifest.version), created_at, self.max_age_seconds, "hit_local"
         )
+
+    def new_items(self, ranker: Ranker) -> AdaptedItems | None:
+        """Return none: a bundle has no vectors of items that it does not know."""
 
     async def delete_user(self, user: str) -> None:
         """Do nothing: a bundle is never changed. Export a new one without the user."""
@@ -174,6 +181,11 @@ class RedisStore:
             metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
             raise StoreFault("Redis did not delete the vectors; repeat the request") from error
         await self.poller.poll()  # reads the pointers that have changed: their vectors are not cached again
+
+    def new_items(self, ranker: Ranker) -> AdaptedItems | None:
+        """As `Store.new_items`: what the last poll has read, also while Redis fails."""
+        reader = self.poller.new_items.get((ranker.name, ranker.manifest.version))
+        return None if reader is None else reader.items
 
     def without_redis(self, ranker: Ranker, key: UserKey) -> MetaEmbedding | None:
         """Return the result if it is known without a read, from the cache or the state of the space; else `None`."""

@@ -1,7 +1,7 @@
-"""Background task: reads the pointers and probes failed servers.
+"""Background task: reads the pointers and the vectors of new items, and probes failed servers.
 
 Called by: `lookup.py`, which runs `Poller.run` as a task. Calls: the redis-py client, `codec.py`, `nodes.py` (probes),
-`embedding_cache.py` (clear).
+`embedding_cache.py` (clear), `adapted_items.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 
 from slatewise import metrics
 from slatewise.bundle.ranker import Ranker
+from slatewise.store.adapted_items import ItemReader
 from slatewise.store.client import disconnect
 from slatewise.store.codec import metadata_key, pointer_key, read_pointer
 from slatewise.store.deletion import Deletions
@@ -33,6 +34,7 @@ class Poller:
     """Reads the pointers of the spaces of the rankers that `serving` returns. A changed pointer empties the cache."""
 
     SECONDS = 1.0  # between two polls; a quarter of it while a circuit is not closed
+    ITEM_SECONDS = 10.0  # for the vectors of new items, which may be many megabytes
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Poller:
         self.patience = patience_seconds
         self.deletions = deletions
         self.spaces: dict[SpaceKey, Space] = {}  # spaces whose pointer has been read, in the order of `serving`
+        self.new_items: dict[tuple[str, int], ItemReader] = {}  # by ranker and version, of the served ones
         self.closing = False
 
     async def run(self) -> None:
@@ -79,6 +82,7 @@ class Poller:
             self.nodes[SINGLE].switch(OPEN)
         else:
             await self.nodes.probe(self.read_pointers)
+            await self.read_new_items()
         self.report()
 
     async def read_pointers(self) -> None:
@@ -127,6 +131,20 @@ class Poller:
         text = await self.client.hget(metadata_key(*key), live.generations[0])
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a pointer that was set by hand has no metadata
             live.created_at = float(json.loads(text)["created_at"])
+
+    async def read_new_items(self) -> None:
+        """Read the vectors of new items of each served version. A fault leaves those that were read before."""
+        readers = {}
+        for ranker in self.serving():
+            key = ranker.name, ranker.manifest.version
+            readers[key] = self.new_items.get(key) or ItemReader(*key, ranker.manifest.width)
+        self.new_items = readers
+        try:
+            async with asyncio.timeout(self.ITEM_SECONDS):
+                for reader in readers.values():
+                    await reader.poll(self.client)
+        except Exception as error:
+            metrics.REDIS_ERRORS.labels(type(error).__name__).inc()
 
     def report(self) -> None:
         """Set the gauges, one series per ranker. If a ranker has several spaces, report the first one."""

@@ -46,9 +46,9 @@ class Events:
 
     @property
     def taken(self) -> pl.LazyFrame:
-        """The user and the time of each row that makes history."""
+        """User, item and time of each row that makes history."""
         rule = history_rule(self.history_actions, self.table.collect_schema().names(), str(self.paths[0]))
-        return self.table.filter(rule).select("user_id", "timestamp")
+        return self.table.filter(rule).select("user_id", "item_id", "timestamp")
 
     def check(self) -> None:
         """Raise ValueError if rows may only have been shown, and the bundle does not say which rows make history."""

@@ -1,15 +1,16 @@
-"""Refresh the meta-embeddings in the store: slatewise refresh BUNDLE EVENTS...
+"""Refresh the vectors in the store, of users and of new items: slatewise refresh BUNDLE EVENTS...
 
 The job adapts the users that have new events since the last refresh, or all users with --full. It publishes their
 vectors as a new generation. The last step updates the pointer to the live generation, and only then do servers read the
-new vectors, without a restart. You can stop the job at any time; the same command continues.
+new vectors, without a restart. Then it adapts the items that the ranker does not know (`refresh_items.py`). You can
+stop the job at any time; the same command continues.
 
 EVENTS are tables of every kind that training reads (`tables/`). They have the names of columns that training uses, or
 those of the TOML that is named with --toml. They must contain all events of a user, not only the new ones. The manifest
 has the `history_actions` of the training: rows that were only shown are left out by the same rule.
 
 Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `changed_users.py`;
-`store/generations.py`.
+`refresh_items.py`; `store/generations.py`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from slatewise_train.config import DataConfig, Head, TablesConfig, read_config
 from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events, taken_events
 from slatewise_train.meta.changed_users import Events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
+from slatewise_train.meta.refresh_items import refresh_items
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.tables.events import PLAIN
 from slatewise_train.tables.files import collect
@@ -234,20 +236,28 @@ def plan_of(folder: Path, options: Options, *state: object) -> str:
 def refresh(
     folder: Path, paths: Sequence[Path], redis_url: str, options: Options, tables: TablesConfig = PLAIN
 ) -> dict[str, Any]:
-    """Publish a new generation of vectors, and return a summary of the work.
+    """Publish new vectors of users, then of new items, and return a summary of the work.
 
-    paths: files, folders or patterns of events; tables: how to read them.
-
-    The first generation of a space is always full. Raises StoreError, RedisError, ManifestError, OSError or ValueError.
+    paths: files, folders or patterns of events; tables: how to read them, and the items' fields. Raises StoreError,
+    RedisError, ManifestError, OSError or ValueError.
     """
+    stated = tuple(read_manifest(folder).history_actions) or tables.history_actions
+    events = Events(paths, stated, tables)
+    events.check()
+    summary = {"generation": None, "kind": "no meta block", "users": 0, "seconds": 0.0}
+    if (folder / META_BLOCK).exists():
+        summary = refresh_users(folder, events, redis_url, options)
+    return summary | {"new_items": refresh_items(folder, events, redis_url, tables)}
+
+
+def refresh_users(folder: Path, events: Events, redis_url: str, options: Options) -> dict[str, Any]:
+    """Publish a new generation of the users' vectors. The first generation of a space is always full."""
     begin = time.time()
     manifest = read_manifest(folder)
     store = Generations(connect(redis_url), manifest.ranker, manifest.space, options.ttl_days)
     status = store.status()
     options = dataclasses.replace(options, full=options.full or not status["live"])
-    stated = tuple(manifest.history_actions) or tables.history_actions
-    events = Events(paths, stated, tables)
-    events.check()
+    stated = events.history_actions
     newest = events.newest()
     users = events.users(None if options.full else status["watermark"])
     if not users:
@@ -308,7 +318,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--ttl-days", type=float, default=0.0, help="drop a user after this many days without a refresh; 0: never"
     )
+    parser.add_argument("--items", type=Path, help="table of the items' fields, for new items; default: the TOML's")
     args = parser.parse_args(argv)
     options = Options(args.full, args.processes, args.ray, args.dtype, args.ttl_days)
     tables = read_config(args.toml).tables if args.toml else PLAIN
+    if args.items is not None:
+        tables = dataclasses.replace(tables, items=str(args.items))
     print(json.dumps(refresh(bundle_folder(args.bundle), args.events, args.redis_url, options, tables)))
