@@ -62,6 +62,7 @@ class BundleContent:
     warmup: list[dict[str, Any]]
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
     examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
+    space: str | None = None  # of the meta-embeddings, if it is that of an older version; None: a new one
 
     @property
     def exits(self) -> list[str]:
@@ -111,7 +112,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),
         trained_on=content.trained_on,
-        space=f"{content.ranker}-{version}",
+        space=content.space or f"{content.ranker}-{version}",
         model=described,
         width=model.config.width,
         heads=content.heads,
@@ -230,7 +231,8 @@ def publish(stage: Path, manifest: Manifest) -> None:
     path = stage / "manifest.json"
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-    absent = {"prune"} if manifest.prune is None else None  # servers before this member refuse it
+    # servers before these members refuse them
+    absent = {name for name in ("prune", "update") if getattr(manifest, name) is None}
     path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1, exclude=absent))
     loaded = load_bundle(stage)
     if loaded.refused:

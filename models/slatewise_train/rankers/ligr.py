@@ -2,16 +2,14 @@
 
 - A block adds a gated update to its input x: x + F(LN(x)) * sigmoid(x W + b) (equation 1). The gate reads x before
   normalisation.
-- The history is encoded causally, with rotary positions after a learned start token. Its keys and values can therefore
-  be cached and extended by new events.
+- The history is encoded causally, with rotary positions after a start token: keys and values can be cached, extended.
 - Candidates pass through the last `decoder_blocks` of the same blocks, all of them by default. A candidate attends to
-  the start token and the history. It does not attend to other candidates or to itself. Depth of the history is paid
-  once, depth of the candidates in every request (deep encoder, shallow decoder: arXiv 2006.10369, 2508.20900).
-- Numeric features, meta-embedding and request context are added after the blocks (late fusion).
+  start token and history, and to no candidate. Depth of the history is paid once, that of the candidates in every
+  request (deep encoder, shallow decoder: arXiv 2006.10369, 2508.20900).
+- Numeric features, meta-embedding and request context join after the blocks (late fusion).
 - Set-wise blocks let the candidates of a slate attend to each other.
 
-Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_student.py`. Calls: `base.py`, which
-defines the letters in shapes.
+Called by: `families.py`, `ligr_onnx.py` (the same as ONNX), `ligr_student.py`. `base.py` has the letters in shapes.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -73,8 +71,7 @@ class LigrConfig(RankerConfig):
         The identity of a checkpoint contains this text, so older trainings can continue.
         """
         unused = {"decoder_blocks"} if self.first_decoder_block == 0 else set()
-        if self.feed_forward_rank == 0:
-            unused.add("feed_forward_rank")
+        unused |= set() if self.feed_forward_rank else {"feed_forward_rank"}
         names = [field.name for field in fields(self) if field.name not in unused]
         return f"LigrConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -286,14 +283,21 @@ class Ligr(RankerModel):
         field_values = {name: self.get_buffer(f"values_{key_of(name)}") for name in self.config.fields}
         return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
 
+    @property
+    def meta_columns(self) -> slice:  # of the fusion layer: scaled, missing, meta, context
+        return slice(2 * self.config.numeric, 2 * self.config.numeric + self.config.meta_size)
+
+    def freeze_meta(self) -> None:
+        self.default_meta.requires_grad_(False)
+        self.fusion.weight.register_hook(lambda g: g.index_fill(1, torch.arange(g.shape[1])[self.meta_columns], 0.0))
+
     @torch.no_grad()
     def without_meta(self) -> "Ligr":
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        weight = self.fusion.weight
+        columns, weight = self.meta_columns, self.fusion.weight
         copy = self.resized(replace(self.config, meta_size=0))
         changed = {
             "default_meta": torch.zeros(0),
-            "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.config.meta_size :]], dim=1),
+            "fusion.weight": torch.cat([weight[:, : columns.start], weight[:, columns.stop :]], dim=1),
             "fusion.bias": self.fusion.bias + self.meta_shift(self.default_meta),
         }
         copy.load_state_dict(self.state_dict() | changed)
@@ -324,8 +328,7 @@ class Ligr(RankerModel):
         return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
 
     def meta_shift(self, meta: Tensor) -> Tensor:
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        return F.linear(meta, self.fusion.weight[:, first : first + self.config.meta_size])
+        return F.linear(meta, self.fusion.weight[:, self.meta_columns])
 
     def hidden(
         self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor
