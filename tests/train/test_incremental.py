@@ -177,6 +177,10 @@ def test_huge_penalty_keeps_the_weights(tiny: Tiny, importance: str) -> None:
     assert update(trainer, since, config) > 0
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
+    users = np.flatnonzero(trainer.data.split.test_lengths)
+    lengths = trainer.data.split.test_lengths[users]
+    lists = [top_lists(model, trainer.data, users, lengths, 0) for model in (trainer.model, tiny.trainer.model)]
+    np.testing.assert_array_equal(*lists)
 
 
 def test_update_without_new_events_changes_nothing(tiny: Tiny) -> None:
@@ -224,7 +228,7 @@ def test_top_lists_are_those_of_a_loop(tiny: Tiny) -> None:
         if length <= data.config.history_length:
             with torch.no_grad():
                 _, now = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))
-            scores = (table @ now[0, -1]).numpy() * float(model.dot_scale[0])
+            scores = (table @ now[0, -1]).numpy() * model.dot_scale[0].item()
             scores[:FIRST_ITEM] = -np.inf
             scores[seen] = -np.inf
             assert set(found[k].tolist()) == set(np.argsort(-scores, kind="stable")[:10].tolist())

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from slatewise.bundle.loader import load_bundle
-from slatewise.bundle.manifest import read_manifest
+from slatewise.bundle.manifest import read_manifest, versions
 from slatewise.cli import main as run_command
 from slatewise.events.tap import write_parquet
 from tests.http.support import ask
@@ -122,13 +122,6 @@ def test_update_again_finds_nothing_new(
     assert not (updated / "tiny" / "3").exists()
 
 
-def test_update_with_a_huge_penalty_keeps_the_scores(root: Path, toml: Path, events: Path) -> None:
-    assert update(root, toml, "--events", events, "--penalty", 1e12, "--force") == 0
-    report = json.loads((root / "tiny" / "2" / "report.json").read_text())
-    assert report["update"]["overlap10"]["dot"][0] > 0.98
-    assert report["update"]["difference"]["leave_one_out_ndcg10"][0] == pytest.approx(0, abs=0.02)
-
-
 def test_update_that_is_worse_is_not_published(
     root: Path, toml: Path, events: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +140,7 @@ def test_bundle_without_a_time_needs_one(root: Path, toml: Path, capsys: pytest.
 
 
 def test_killed_update_publishes_nothing(root: Path, toml: Path, events: Path) -> None:
-    """It dies while the bundle is written. The next one finds the folder as it was, and publishes."""
+    """It dies while the bundle is written. A server, and the next update, find the folder as it was."""
     command = [sys.executable, "-m", "slatewise", "update", str(toml), "--from", str(root / "tiny")]
     command += ["--events", str(events), "--threads", "1", "--force"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -159,12 +152,9 @@ def test_killed_update_publishes_nothing(root: Path, toml: Path, events: Path) -
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (root / "tiny" / "2").exists()
+    assert versions(root / "tiny") == [1]
     with serving(root, reload="poll", reload_s=0.05) as client:
         assert state_of(client)["version"] == 1
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    assert not load_bundle(root / "tiny" / "2").refused
-    assert not stage.exists()
 
 
 def test_watching_server_takes_an_update_as_canary(tiny: Tiny, updated: Path, tmp_path: Path) -> None:

@@ -4,17 +4,18 @@ A ranker is trained on all events before the first day. Then, for each day of a 
 known at the end of that day, and rank the next day's events:
 
     stale       the ranker of the start, unchanged
-    plain       yesterday's `plain`, fine-tuned on the day's events
+    plain       yesterday's `plain`, fine-tuned on the day's events without a penalty
     penalised   yesterday's `penalised`, updated with the penalty to the old weights (`slatewise_train/incremental`)
     full        trained again from random weights on all events until then
 
-`plain` and `penalised` differ in the penalty alone. A case is an event of the next day: the user's history is all that
+`plain` has the learning rate that suits it best. The first day is the one on which `--tune` chose the settings of both, so
+it does not count in the comparison, and one more day follows it. A case is an event of the next day: the user's history is all that
 came before it, and the candidates are all items that the user has not met, ranked by the exit `dot`. At most 20 events
 of a user count, drawn once. The rankers are small, and train this exit only, so that the study ends on a CPU.
 
 Stop the command at any time: the same command continues after the last ranker, and within a full retraining after the
 last epoch. `results.jsonl` gets a line for each ranker and day, `results.md` and `incremental.png` are made at the end.
-`--tune` compares settings on the day before the week instead.
+`--tune` compares settings on the first day instead.
 
 Called by: the command line. Its numbers appear in docs/training.md. Calls: `study.py`, `report.py`.
 """
@@ -43,9 +44,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("toml", type=Path, help="config of the ranker: models/movielens.toml")
     parser.add_argument("--out", type=Path, default=Path("build/incremental"), help="default: %(default)s")
-    parser.add_argument("--first", default="2000-11-25", help="first day of the week, in UTC; default: %(default)s")
-    parser.add_argument("--days", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=8, help="of a full training; default: %(default)s")
+    parser.add_argument("--first", default="2000-11-25", help="the day of the settings, in UTC; default: %(default)s")
+    parser.add_argument("--days", type=int, default=8, help="with that one; default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=6, help="of a full training; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; default: %(default)s")
     parser.add_argument("--tune", action="store_true", help="compare settings of the update on the first day")
     default = UpdateConfig()

@@ -42,12 +42,13 @@ def day_cells(arms: Mapping[str, Row]) -> list[object]:
         if full is not None:
             share = f"{new['ndcg10'] / full['ndcg10']:.1%}"
             cost = f"{new['seconds']:.1f} of {full['seconds']:.0f} s, {new['seconds'] / full['seconds']:.1%}"
-    return [first["date"], first["events"], first["cases"], *quality, share, cost, stable]
+    date = first["date"] + (" (chose the settings)" if first["day"] == 1 else "")
+    return [date, first["events"], first["cases"], *quality, share, cost, stable]
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
-    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, over all days."""
-    days = by_day(rows)
+    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, over all days but the first."""
+    days = {day: arms for day, arms in by_day(rows).items() if day > 1}  # the first one chose the settings
     lines = []
     for other in ("stale", "plain", "full"):
         both = [arms for arms in days.values() if "penalised" in arms and other in arms]

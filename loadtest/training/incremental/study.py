@@ -35,6 +35,7 @@ DAY = 86_400.0
 SHAPE = {"width": 32, "blocks": 2, "decoder_blocks": 1, "attention_heads": 1, "set_blocks": 0, "meta_size": 1}
 HISTORY = 128
 MOST_CASES = 20  # of a user and day
+PLAIN_RATE = 0.001  # of `plain`: the best of the rates that `--tune` compares
 LISTS = 300  # users whose ten best are compared between versions
 ARMS = ("stale", "plain", "penalised", "full")
 RESULTS = "results.jsonl"
@@ -130,7 +131,7 @@ class Study:
         done = {(row["arm"], row["day"]) for row in self.rows()}
         # Updates first, as they take little time. Then the retraining of the first, the last and the other days.
         numbers = range(1, days + 1)
-        ends = dict.fromkeys([1, days, *numbers])
+        ends = dict.fromkeys([2, days, *numbers])
         order = itertools.chain(itertools.product(numbers, ARMS[:3]), itertools.product(ends, ARMS[3:]))
         for day, arm in order:
             if (arm, day) in done:
@@ -140,7 +141,9 @@ class Study:
                 seconds = self.full(arm, day)
             elif arm != "stale":
                 model = self.load(arm, day - 1)
-                config = dataclasses.replace(self.update, penalty=self.update.penalty if arm == "penalised" else 0.0)
+                config = self.update
+                if arm == "plain":
+                    config = dataclasses.replace(config, penalty=0.0, learning_rate=PLAIN_RATE)
                 seconds = self.updated(model, day, config)
                 self.path(arm, day).parent.mkdir(exist_ok=True)
                 torch.save(model.state_dict(), self.path(arm, day))
@@ -187,8 +190,7 @@ class Study:
 
 def settings() -> Iterator[UpdateConfig]:
     """Yield the settings that `--tune` compares."""
-    for rate in (0.0003, 0.001, 0.003):
-        for importance, penalty in (("identity", 0.0), ("identity", 30.0), ("fisher", 30.0), ("fisher", 300.0)):
-            yield UpdateConfig(2, rate, penalty, importance)  # type: ignore[arg-type]
-    yield UpdateConfig(4, 0.001, 30.0, "fisher")
-    yield UpdateConfig(2, 0.001, 30.0, "fisher", replay=1.0)
+    penalties = (("identity", 0.0), ("identity", 30.0), ("fisher", 30.0), ("fisher", 100.0))
+    for passes, rate, (importance, penalty) in itertools.product((2, 4), (0.001, 0.003, 0.006), penalties):
+        yield UpdateConfig(passes, rate, penalty, importance)  # type: ignore[arg-type]
+    yield UpdateConfig(2, 0.003, 30.0, "fisher", replay=1.0)

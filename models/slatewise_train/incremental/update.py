@@ -35,7 +35,7 @@ class UpdateConfig:
     """How an update trains. The defaults are those of docs/training.md."""
 
     passes: int = 2  # over the new events
-    learning_rate: float = 0.001  # of the first step after the warm-up; it falls to 0
+    learning_rate: float = 0.003  # of the first step after the warm-up; it falls to 0
     penalty: float = (
         30.0  # its weight; in a step, a weight of mean importance loses learning_rate * penalty of its change
     )
