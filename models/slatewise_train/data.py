@@ -75,7 +75,7 @@ def build_catalogue(
     vocabularies = {}
     columns = {}
     for name in config.categorical:
-        vocabularies[name], columns[name] = field_rows(items[name], [] if known is None else known.fields[name])
+        vocabularies[name], columns[name] = field_rows(items[name], [] if known is None else known.fields.get(name, []))
     if "popularity" in config.numeric and "popularity" not in items.columns:
         items = items.with_columns(
             pl.lit(None, pl.Float32).alias("popularity")

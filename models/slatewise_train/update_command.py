@@ -118,6 +118,17 @@ def kept_space(manifest: Manifest, learner: MetaLearner | None, old: torch.Tenso
     return manifest.space if learner is not None and torch.equal(old, meta_effect(model)) else None
 
 
+def load_block(folder: Path, config: Config) -> MetaLearner | None:
+    """Load the meta block of a bundle, if it has one. Raises ValueError if it belongs to heads of other kinds."""
+    if not (folder / META_BLOCK).exists():
+        return None
+    learner, kinds = load_learner(folder / META_BLOCK)
+    own = [head.kind for head in config.data.heads]
+    if kinds != own:
+        raise ValueError(f"{folder} has heads of the kinds {', '.join(kinds)}, the TOML {', '.join(own)}: train anew")
+    return learner
+
+
 @torch.no_grad()
 def meta_effect(model: RankerModel) -> torch.Tensor:
     """Return what a meta-embedding does: the shift by each of its numbers, and the default, (M, d + 1)."""
@@ -135,17 +146,17 @@ def run(
     old = old_events(data, time)
     # The parent has not learned from the last event of a user either, if it held that one out.
     since = np.maximum(old - 1, 0) if data.config.kind == "leave-one-out" else old
-    count = int(np.maximum(data.split.train_lengths - since, 0)[data.split.train_lengths > 0].sum())
+    count = int(np.maximum(data.split.train_lengths - since, 0).sum())
     fresh = int((np.diff(data.sequences.offsets) - old).sum())
     if not count or not fresh:
         return None
+    learner = load_block(folder, config)
     items = model.item_table().detach().numpy().copy()
     effect = meta_effect(model)
     trainer = Trainer(data, model, config.train)
     loss = update(trainer, since, settings)
     trainer.progress.joined = 0  # all exits were trained
     print(f"trained on {count:,} events of {fresh:,} new ones, loss {loss:.4f}", flush=True)
-    learner = load_learner(folder / META_BLOCK)[0] if (folder / META_BLOCK).exists() else None
     space = kept_space(manifest, learner, effect, model)
     return (
         trainer,

@@ -21,6 +21,11 @@ from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import read_manifest, versions
 from slatewise.cli import main as run_command
 from slatewise.events.tap import write_parquet
+from slatewise.inference.arrays import FIRST_ITEM
+from slatewise_train import checkpoint
+from slatewise_train.config import TablesConfig
+from slatewise_train.incremental.stability import top_lists
+from slatewise_train.tables.new_events import read_new_events
 from tests.http.support import ask
 from tests.support.versions import done, example_of, serving, state_of, wait_until
 
@@ -45,15 +50,20 @@ def toml(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def events(tiny: Tiny, toml: Path) -> Path:
-    """A folder as a server writes it: a day of events of old users, a new user, a new item and a new action."""
-    rng = np.random.default_rng(0)
-    s = tiny.trainer.data.sequences
+    """A folder as a server writes it: a day of events of old users, a new user, a new item and a new action.
+
+    The users take what the ranker recommends, so version 1 is good at these events.
+    """
+    data = tiny.trainer.data
+    s = data.sequences
+    users = np.arange(40)
+    best = top_lists(tiny.trainer.model, data, users, np.diff(s.offsets)[users], 0)[:, ::-1] - FIRST_ITEM
     newest = float(np.nanmax(s.timestamps))
     ids = tiny.trainer.data.catalogue.vocabulary.items
     rows: list[tuple[str, str, str, float]] = []
-    for user in [*s.users[:30], "newcomer"]:
-        for k in range(6):
-            item = "brand-new" if k == 2 else ids[int(rng.integers(0, 200))]
+    for user, items in zip([*s.users[:40], "newcomer"], [*best.tolist(), best[0].tolist()], strict=True):
+        for k, row in enumerate(items[-6:]):
+            item = "brand-new" if k == 2 else ids[row]
             rows.append((user, item, "share" if k == 3 else "view", newest + 60 * (len(rows) + 1)))
     user_id, item_id, action, timestamp = zip(*rows, strict=True)
     columns: dict[str, list[Any]] = {"user_id": list(user_id), "item_id": list(item_id), "action": list(action)}
@@ -89,11 +99,11 @@ def test_update_publishes_the_next_version(updated: Path) -> None:
     assert not load_bundle(updated / "tiny" / "2").refused
     assert manifest.update is not None
     assert manifest.update.parent == 1
-    assert 0 < manifest.update.events <= 31 * 7
+    assert 0 < manifest.update.events <= 41 * 7
     assert manifest.update.overlap10 is not None
     assert 0 < manifest.update.overlap10 <= 1
     report = json.loads((updated / "tiny" / "2" / "report.json").read_text())
-    assert report["update"]["users"] == 31, "each user's last event is new"
+    assert report["update"]["users"] == 41, "each user's last event is new"
     assert report["update"]["line"] in (updated / "tiny" / "2" / "report.md").read_text()
     assert set(report["update"]["overlap10"]) == {"dot", "point", "set"}
     assert report["trained_until"] == manifest.update.trained_until
@@ -189,8 +199,6 @@ def test_canary_of_a_poll_is_promoted_after_its_time(tiny: Tiny, updated: Path, 
 def test_two_updates_at_a_time_are_refused(
     root: Path, toml: Path, events: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from slatewise_train import checkpoint
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.alone(root / "tiny"))
         assert update(root, toml, "--events", events) == 1
@@ -198,9 +206,6 @@ def test_two_updates_at_a_time_are_refused(
 
 
 def test_files_of_servers_and_of_the_toml_are_read_together(tmp_path: Path) -> None:
-    from slatewise_train.config import TablesConfig
-    from slatewise_train.tables.new_events import read_new_events
-
     columns: dict[str, list[Any]] = {"user_id": ["1"], "item_id": ["a"], "action": ["view"]}
     write_parquet(columns | {"timestamp": [1e9], "request_id": [None]}, tmp_path / "served.parquet")
     own = pl.DataFrame({"who": ["2"], "what": ["b"], "when": [1_000_000_001_000]})

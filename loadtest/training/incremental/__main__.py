@@ -8,10 +8,11 @@ known at the end of that day, and rank the next day's events:
     penalised   yesterday's `penalised`, updated with the penalty to the old weights (`slatewise_train/incremental`)
     full        trained again from random weights on all events until then
 
-`plain` has the learning rate that suits it best. The first day is the one on which `--tune` chose the settings of both, so
-it does not count in the comparison, and one more day follows it. A case is an event of the next day: the user's history is all that
-came before it, and the candidates are all items that the user has not met, ranked by the exit `dot`. At most 20 events
-of a user count, drawn once. The rankers are small, and train this exit only, so that the study ends on a CPU.
+`plain` has the learning rate that suits it best. The first day is the one on which `--tune` chose the settings of both,
+so it does not count in the comparison, and one more day follows it. A case is an event of the next day: the user's
+history is all that came before it, and the candidates are all items that the user has not met, ranked by the exit
+`dot`. At most 100 events of a user count, drawn once. The rankers are small, and train this exit only, so that the
+study ends on a CPU.
 
 Stop the command at any time: the same command continues after the last ranker, and within a full retraining after the
 last epoch. `results.jsonl` gets a line for each ranker and day, `results.md` and `incremental.png` are made at the end.

@@ -47,7 +47,7 @@ def day_cells(arms: Mapping[str, Row]) -> list[object]:
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
-    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, over all days but the first."""
+    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, without the first day."""
     days = {day: arms for day, arms in by_day(rows).items() if day > 1}  # the first one chose the settings
     lines = []
     for other in ("stale", "plain", "full"):

@@ -34,7 +34,7 @@ from slatewise_train.training_log import LOG
 DAY = 86_400.0
 SHAPE = {"width": 32, "blocks": 2, "decoder_blocks": 1, "attention_heads": 1, "set_blocks": 0, "meta_size": 1}
 HISTORY = 128
-MOST_CASES = 20  # of a user and day
+MOST_CASES = 100  # of a user and day
 PLAIN_RATE = 0.001  # of `plain`: the best of the rates that `--tune` compares
 LISTS = 300  # users whose ten best are compared between versions
 ARMS = ("stale", "plain", "penalised", "full")

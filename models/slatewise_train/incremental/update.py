@@ -36,9 +36,7 @@ class UpdateConfig:
 
     passes: int = 2  # over the new events
     learning_rate: float = 0.003  # of the first step after the warm-up; it falls to 0
-    penalty: float = (
-        30.0  # its weight; in a step, a weight of mean importance loses learning_rate * penalty of its change
-    )
+    penalty: float = 100.0  # a step takes about learning_rate * penalty of the change of a weight of mean importance
     importance: Literal["fisher", "identity"] = "fisher"
     replay: float = 0.0  # old events beside the new ones, as a share of the events that are read
     batch_events: int = 4096  # of a batch, padding included
