@@ -27,8 +27,8 @@ def load_for_training(
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError.
 
     The config that is returned has the chosen values of all tables, `[split]` included.
-    folder: of the training. Values that a finished search found there replace the chosen ones. known: of a bundle, whose
-    names keep their rows.
+    folder: of the training. Values that a finished search found there replace the chosen ones. known: the names of a
+    bundle, which keep their rows.
     """
     data = load_data(config.data, config.tables, config.stated, known=known)
     config = choose_training(

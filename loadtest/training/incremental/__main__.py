@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         study.tune()
         return
     study.run(args.days)
-    write_report(args.out, study.rows())
+    write_report(args.out, study.rows(), {day: study.cases(day)[0] for day in range(1, args.days + 1)})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loadtest.markdown import table
-from slatewise_train.evaluation.metrics import interval
+from slatewise_train.evaluation.metrics import BOOTSTRAPS
 from slatewise_train.evaluation.report import difference_cell, save_figure
 
 TEXT = "results.md"
@@ -46,22 +46,41 @@ def day_cells(arms: Mapping[str, Row]) -> list[object]:
     return [date, first["events"], first["cases"], *quality, share, cost, stable]
 
 
-def differences(rows: Sequence[Row]) -> list[str]:
-    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, without the first day."""
+def interval_by_user(gaps: np.ndarray, users: np.ndarray) -> list[float]:
+    """Return [mean, low, high] of cases (n,), with a 95 % bootstrap interval over users: cases of one are alike."""
+    _, place = np.unique(users, return_inverse=True)
+    sums, counts = np.bincount(place, gaps), np.bincount(place)
+    draws = np.random.default_rng(0).integers(0, len(sums), (BOOTSTRAPS, len(sums)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    return [round(float(value), 4) for value in (gaps.mean(), *np.quantile(means, [0.025, 0.975]))]
+
+
+def differences(rows: Sequence[Row], users: Mapping[int, np.ndarray]) -> list[str]:
+    """Return sentences about NDCG@10 of `penalised` minus that of the others, paired by case, without the first day.
+
+    users: of the cases, by day.
+    """
     days = {day: arms for day, arms in by_day(rows).items() if day > 1}  # the first one chose the settings
     lines = []
     for other in ("stale", "plain", "full"):
-        both = [arms for arms in days.values() if "penalised" in arms and other in arms]
+        both = {day: arms for day, arms in days.items() if "penalised" in arms and other in arms}
         if both:
-            gaps = [np.array(arms["penalised"]["gains"]) - np.array(arms[other]["gains"]) for arms in both]
-            at_least = sum(float(gap.mean()) >= 0 for gap in gaps)
-            cell = difference_cell(interval(np.concatenate(gaps)))
-            lines.append(f"- `penalised` minus `{other}`, {len(both)} days: {cell}; at least as good on {at_least}.")
+            gaps = {
+                day: np.array(arms["penalised"]["gains"]) - np.array(arms[other]["gains"]) for day, arms in both.items()
+            }
+            each = [interval_by_user(gap, users[day]) for day, gap in gaps.items()]
+            owners = np.concatenate([users[day] for day in gaps])
+            cell = difference_cell(interval_by_user(np.concatenate(list(gaps.values())), owners))
+            lines.append(
+                f"- `penalised` minus `{other}`, {len(both)} days: {cell}; at least as good on "
+                f"{sum(mean >= 0 for mean, _, _ in each)}, the whole interval above 0 on "
+                f"{sum(low > 0 for _, low, _ in each)}, and below 0 on {sum(high < 0 for _, _, high in each)}."
+            )
     return lines
 
 
-def write_report(out: Path, rows: Sequence[Row]) -> None:
-    """Write results.md and incremental.png, and print the text."""
+def write_report(out: Path, rows: Sequence[Row], users: Mapping[int, np.ndarray]) -> None:
+    """Write results.md and incremental.png, and print the text. users: of the cases, by day."""
     days = by_day(rows)
     titles = ["day", "events", "cases", *COLOURS, "of full", "CPU time", "overlap of the ten best (plain)"]
     first = rows[0]
@@ -70,7 +89,7 @@ def write_report(out: Path, rows: Sequence[Row]) -> None:
         [
             table(titles, [day_cells(arms) for arms in days.values()]),
             "",
-            *differences(rows),
+            *differences(rows, users),
             "",
             f"NDCG@10 on the next day. Update: {settings}. Full: {first['epochs']} epochs. {first['cpu']}.",
         ]
