@@ -61,6 +61,7 @@ class BundleContent:
     example: dict[str, Any]
     warmup: list[dict[str, Any]]
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
+    text: Sequence[str] = ()  # the fields that are text columns
     examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
     space: str | None = None  # of the meta-embeddings, if it is that of an older version; None: a new one
 
@@ -95,7 +96,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     """Write the files that all variants share. Returns the manifest without graphs, variants and digests."""
     model = content.model
     described = save_weights(stage, serving_form(model))
-    field_vectors, fields = tabulate_fields(model, content.fields)
+    field_vectors, fields = tabulate_fields(model, content.fields, content.text)
     np.save(stage / "fields.npy", field_vectors)
     write_json(stage / "ids.json", content.ids)
     write_json(stage / "display.json", content.titles)
@@ -132,14 +133,16 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     )
 
 
-def tabulate_fields(model: RankerModel, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
+def tabulate_fields(
+    model: RankerModel, fields: Mapping[str, list[str]], text: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Column]]:
     """Return the array of fields.npy, and the manifest's description of it."""
     tables = [np.zeros((0, model.config.width), np.float32)]
     columns = {}
     offset = 0
     for name, values in fields.items():
         table = model.field_table(name).detach().numpy()
-        columns[name] = Column(offset=offset, values=values)
+        columns[name] = Column(offset=offset, values=values, text=name in text)
         tables.append(table)
         offset += len(table)
     return np.concatenate(tables), columns
@@ -231,8 +234,9 @@ def publish(stage: Path, manifest: Manifest) -> None:
     path = stage / "manifest.json"
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-    # servers before these members refuse them
-    absent = {name for name in ("prune", "update") if getattr(manifest, name) is None}
+    # servers before a member refuse it
+    absent: dict[str, Any] = {"fields": {name: {"text"} for name, field in manifest.fields.items() if not field.text}}
+    absent |= {name: True for name in ("prune", "update") if getattr(manifest, name) is None}
     path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1, exclude=absent))
     loaded = load_bundle(stage)
     if loaded.refused:

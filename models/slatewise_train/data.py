@@ -1,7 +1,7 @@
 """Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
     events: user_id, item_id, timestamp, action?, label_<head>?, slate_id?, position?    one row per event, in any order
-    items:  item_id, title?, then the columns that the TOML names as categorical or numeric
+    items:  item_id, title?, then the columns that the TOML names as categorical, text or numeric
 
 A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
 and which events and users are held out for validation, calibration and evaluation.
@@ -29,11 +29,13 @@ from slatewise_train.tables.events import clean_events as clean_events  # for th
 from slatewise_train.tables.events import read_events
 from slatewise_train.tables.files import read_table as read_table
 from slatewise_train.tables.history import EVERY, history_rows, history_rule
-from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists
+from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists, word_lists
 from slatewise_train.tables.items import values_of as values_of
 from slatewise_train.tables.new_events import join_events
 
 WEEK = 604_800.0
+LEAST_ITEMS_OF_WORD = 3
+MOST_WORDS = 20_000  # of a text column, the most frequent ones
 ARBITRARY_STEP = 0.381966 * WEEK  # the golden section spreads any number of points evenly
 
 
@@ -46,7 +48,7 @@ class TrainingVocabulary:
 
     items: list[str]
     actions: list[str]
-    fields: dict[str, list[str]]  # categorical column -> its values
+    fields: dict[str, list[str]]  # categorical or text column -> its values
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,14 @@ def build_catalogue(
         first = pl.DataFrame({"item_id": known.items}, schema={"item_id": pl.String})
         others = items.join(first, on="item_id", how="anti", maintain_order="left")
         items = pl.concat([first.join(items, on="item_id", how="left", maintain_order="left"), others], how="diagonal")
+    old_fields = {} if known is None else known.fields
     vocabularies = {}
     columns = {}
     for name in config.categorical:
-        vocabularies[name], columns[name] = field_rows(items[name], [] if known is None else known.fields.get(name, []))
+        vocabularies[name], columns[name] = field_rows(value_lists(items[name]), old_fields.get(name, []))
+    for name in config.text:
+        words = frequent_words(word_lists(items[name]))
+        vocabularies[name], columns[name] = field_rows(words, old_fields.get(name, []))
     if "popularity" in config.numeric and "popularity" not in items.columns:
         items = items.with_columns(
             pl.lit(None, pl.Float32).alias("popularity")
@@ -89,19 +95,25 @@ def build_catalogue(
     return Catalogue(TrainingVocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
 
 
-def field_rows(column: pl.Series, known: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
-    """Return the sorted values of a categorical column, and the rows of each item's values: (I + 2, V) int64.
+def frequent_words(lists: pl.Series) -> pl.Series:
+    """Return each item's words (lists) without rare ones, which would tell the item and nothing of others like it."""
+    counts = lists.explode(empty_as_null=False).drop_nulls().value_counts(sort=True, name="items")
+    kept = counts.filter(pl.col("items") >= LEAST_ITEMS_OF_WORD).head(MOST_WORDS)[lists.name]
+    return lists.list.eval(pl.element().filter(pl.element().is_in(kept.implode())))
+
+
+def field_rows(lists: pl.Series, known: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
+    """Return the sorted values of a column (lists of text), and the rows of each item's values: (I + 2, V) int64.
 
     known: values that come first, in their order.
     """
-    lists = value_lists(column)
     counts = lists.list.len().to_numpy().astype(np.int64)
     values = lists.explode(empty_as_null=False)
     names = values.unique().sort()
     if known:
         names = pl.Series(list(dict.fromkeys([*known, *names.cast(pl.String)])), dtype=pl.String)
-    rows = np.zeros((len(column) + FIRST_ITEM, max(1, int(counts.max(initial=0)))), dtype=np.int64)
-    owners = np.repeat(np.arange(len(column)), counts)
+    rows = np.zeros((len(lists) + FIRST_ITEM, max(1, int(counts.max(initial=0)))), dtype=np.int64)
+    owners = np.repeat(np.arange(len(lists)), counts)
     places = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
     rows[owners + FIRST_ITEM, places] = rows_in(values, names, 1)
     return names.to_list(), rows

@@ -151,6 +151,7 @@ def make_content(
         actions=vocabulary.actions,
         features=list(config.data.numeric),
         fields=vocabulary.fields,
+        text=config.data.text,
         heads={head.name: head.weight for head in config.data.heads},
         history_used=config.data.history_length,
         users=shown.users,

@@ -68,10 +68,11 @@ class Io(Member):
 
 
 class Column(Member):
-    """One categorical column: row `offset` of fields.npy stands for a missing value, then one row per value."""
+    """One column of fields: row `offset` of fields.npy stands for a missing value, then one row per value."""
 
     offset: int = Field(ge=0)
     values: list[str]
+    text: bool = Field(default=False, description="Whether a cell is text, and its values are the words of the text.")
 
 
 class ModelDescription(Member):

@@ -155,6 +155,7 @@ class Ranker:
                     self.vocabulary.fields[name],
                     self.field_vectors,
                     self.field_offsets[name],
+                    self.manifest.fields[name].text,
                 )
                 result.vectors[unknown.positions] += change
                 if count:

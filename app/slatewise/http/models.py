@@ -67,7 +67,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         set_wise="set" in manifest.exits,
         actions=manifest.actions,
         features=manifest.features,
-        fields={name: field.values for name, field in manifest.fields.items()},
+        fields={name: [] if field.text else field.values for name, field in manifest.fields.items()},
         return_fields=ranker.titles.names,
         limits=limits_of(ranker, limits),
         prune=manifest.prune,

@@ -44,7 +44,11 @@ def check_columns(manifest: Manifest, config: DataConfig) -> None:
     pairs = {
         "heads": (list(manifest.heads), [head.name for head in config.heads]),
         "[items] numeric": (manifest.features, list(config.numeric)),
-        "[items] categorical": (list(manifest.fields), list(config.categorical)),
+        "[items] categorical": (
+            [n for n, field in manifest.fields.items() if not field.text],
+            list(config.categorical),
+        ),
+        "[items] text": ([n for n, field in manifest.fields.items() if field.text], list(config.text)),
     }
     for name, (old, new) in pairs.items():
         if old != new:

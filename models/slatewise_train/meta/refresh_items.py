@@ -111,8 +111,8 @@ def vectors_of_fields(folder: Path, manifest: Manifest, ids: list[str], items: p
         for name, field in manifest.fields.items():
             if name in rows.columns:
                 values = {value: row for row, value in enumerate(field.values, field.offset + 1)}
-                lists = value_lists(rows[name]).to_list()
-                change, _ = field_change(lists, np.arange(len(ids)), values, tables, field.offset)
+                cells = rows[name].to_list() if field.text else value_lists(rows[name]).to_list()
+                change, _ = field_change(cells, np.arange(len(ids)), values, tables, field.offset, field.text)
                 result[FIRST_ITEM:] += change
     return torch.from_numpy(result)
 
