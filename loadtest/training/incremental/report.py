@@ -41,7 +41,8 @@ def day_cells(arms: Mapping[str, Row]) -> list[object]:
         stable = f"{new['overlap10']:.2f}" + ("" if plain is None else f" ({plain['overlap10']:.2f})")
         if full is not None:
             share = f"{new['ndcg10'] / full['ndcg10']:.1%}"
-            cost = f"{new['seconds']:.1f} of {full['seconds']:.0f} s, {new['seconds'] / full['seconds']:.1%}"
+            if full["seconds"]:
+                cost = f"{new['seconds']:.1f} of {full['seconds']:.0f} s, {new['seconds'] / full['seconds']:.1%}"
     date = first["date"] + (" (chose the settings)" if first["day"] == 1 else "")
     return [date, first["events"], first["cases"], *quality, share, cost, stable]
 

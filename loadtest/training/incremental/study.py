@@ -103,15 +103,18 @@ class Study:
         model.load_state_dict(torch.load(self.path(arm, day), weights_only=True))
         return model.eval()
 
-    def full(self, arm: str, day: int) -> float:
-        """Train from random weights, and return the CPU seconds of all epochs, also if it continued a stopped one."""
+    def full(self, arm: str, day: int) -> float | None:
+        """Train from random weights, and return the CPU seconds of all epochs, also if it continued a stopped one.
+
+        None if the training was finished before.
+        """
         path = self.path(arm, day)
         before = len(read_log(path.parent / LOG))
         begin = time.process_time()
         trainer = train(self.until(day), self.config.model, self.config.train, path.parent)
         seconds = time.process_time() - begin
         torch.save(trainer.model.state_dict(), path)
-        return seconds * trainer.epoch / max(1, trainer.epoch - before)
+        return seconds * trainer.epoch / (trainer.epoch - before) if trainer.epoch > before else None
 
     def updated(self, model: RankerModel, day: int, config: UpdateConfig) -> float:
         """Update a model in place from the end of the day before to the end of `day`; return the CPU seconds."""
@@ -136,7 +139,7 @@ class Study:
         for day, arm in order:
             if (arm, day) in done:
                 continue
-            seconds = 0.0
+            seconds: float | None = 0.0
             if arm == "full":
                 seconds = self.full(arm, day)
             elif arm != "stale":
@@ -149,12 +152,16 @@ class Study:
                 torch.save(model.state_dict(), self.path(arm, day))
             self.append(self.measure(arm, day, seconds))
 
-    def measure(self, arm: str, day: int, seconds: float) -> Row:
+    def measure(self, arm: str, day: int, seconds: float | None) -> Row:
+        """Return the row of a ranker. Its lists are compared with those of yesterday's, if that one exists."""
         model = self.load(arm, day)
         found = self.ndcg(model, day)
-        before = self.lists(self.load(arm, day - 1), day)
-        now = self.lists(model, day)
-        return {
+        stable: dict[str, float | None] = {"overlap10": None, "rbo": None}
+        if self.path(arm, day - 1).exists():
+            before, now = self.lists(self.load(arm, day - 1), day), self.lists(model, day)
+            stable["overlap10"] = round(float(overlap(before, now).mean()), 4)
+            stable["rbo"] = round(float(rank_biased_overlap(before, now).mean()), 4)
+        return stable | {
             "arm": arm,
             "day": day,
             "date": datetime.fromtimestamp(self.start + (day - 1) * DAY, UTC).date().isoformat(),
@@ -162,9 +169,7 @@ class Study:
             "cases": len(found),
             "ndcg10": round(float(found.mean()), 5),
             "gains": [round(float(value), 4) for value in found],
-            "seconds": round(seconds, 2),
-            "overlap10": round(float(overlap(before, now).mean()), 4),
-            "rbo": round(float(rank_biased_overlap(before, now).mean()), 4),
+            "seconds": None if seconds is None else round(seconds, 2),
             "cpu": cpu_name(),
             "update": dataclasses.asdict(self.update),
             "epochs": self.config.train.epochs,
