@@ -153,7 +153,7 @@ class ShownLosses(nn.Module):
         most = self.config.cascade_positions
         user = batch.users.numpy() * self.span
         firsts = batch.firsts.numpy()
-        low = np.searchsorted(self.keys, user + firsts + (firsts > 0))
+        low = np.searchsorted(self.keys, user + firsts + np.maximum(firsts > 0, batch.since.numpy()))
         count = np.searchsorted(self.keys, user + firsts + batch.lengths.numpy()) - low
         if not count.any():
             return None

@@ -106,12 +106,14 @@ class Trainer:
         return self.trained[torch.randint(len(self.trained), (self.config.negatives,), device=self.device)]
 
     def dot_loss(self, batch: Batch, users: Tensor, table: Tensor, negatives: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` at all positions.
+        """Return the loss of the exit `dot` at all positions from `batch.since` on.
 
         users: (B, T, d) user vectors, before each event; table: (n, d); negatives: (negatives,) rows of the table.
         """
         t = users.shape[1]
-        rows = (torch.arange(t, device=self.device) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+        place = torch.arange(t, device=self.device)
+        learned = (place < batch.lengths[:, None]) & (place >= batch.since[:, None])
+        rows = learned.flatten().nonzero()[:, 0]
         u = users.flatten(0, 1).index_select(0, rows)  # (P, d); position t predicts event t + 1
         target = batch.items[:, 1 : t + 1].flatten()[rows]  # (P,)
         labels = batch.labels[:, 1 : t + 1].flatten(0, 1)[rows]  # (P, heads)
@@ -208,7 +210,7 @@ class Trainer:
         return loss
 
     def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
-        """Return the `loss` of a batch of windows (B, 3), in the chosen precision."""
+        """Return the `loss` of a batch of windows (B, 3 or 4), in the chosen precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.loss(make_batch(self.data.sequences, windows), cascade)
 

@@ -83,6 +83,8 @@ def plot_training(log: Path) -> None:
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown: the verdict in the first line, then the tables and the checks of the data."""
     parts = [report["verdict"]["line"], sample_line(report["sample"]), quality_table(report)]
+    if "update" in report:
+        parts.append(report["update"]["line"])
     if "pruning" in report:
         parts.append(pruning_text(report["pruning"]))
     if "exploration" in report:

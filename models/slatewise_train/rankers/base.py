@@ -46,7 +46,11 @@ class RankerConfig:
 
 
 class RankerModel(nn.Module, ABC):
-    """A torch ranker. A family also has parameters named `item.weight`, `default_meta`, `dot_scale` and `dot_bias`."""
+    """A torch ranker.
+
+    A family also has parameters named `item.weight`, `action.weight` (row 0 is the unknown action), `default_meta`,
+    `dot_scale` and `dot_bias`.
+    """
 
     family: ClassVar[str]  # its key in `families.FAMILIES`
     config: RankerConfig
@@ -87,6 +91,10 @@ class RankerModel(nn.Module, ABC):
     @abstractmethod
     def field_table(self, name: str) -> Tensor:
         """Return the vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
+
+    @abstractmethod
+    def freeze_meta(self) -> None:
+        """Keep training from changing `default_meta` and `meta_shift`: stored meta-embeddings keep their meaning."""
 
     @abstractmethod
     def without_meta(self) -> RankerModel:

@@ -134,15 +134,24 @@ class LateFusion(RankerModel):
     def resized(self, config: Any) -> "LateFusion":
         """Build a ranker of another config with the same item columns and with random weights."""
 
+    @property
+    def meta_columns(self) -> slice:
+        """The columns of the fusion layer that read the meta-embedding: scaled, missing, meta, context."""
+        first = 2 * self.config.numeric
+        return slice(first, first + self.meta_size)
+
+    def freeze_meta(self) -> None:
+        self.default_meta.requires_grad_(False)
+        self.fusion.weight.register_hook(lambda g: g.index_fill(1, torch.arange(g.shape[1])[self.meta_columns], 0.0))
+
     @torch.no_grad()
     def without_meta(self) -> "LateFusion":
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        weight = self.fusion.weight
+        columns, weight = self.meta_columns, self.fusion.weight
         smaller: dict[str, Any] = {"meta_size": 0}
         copy = self.resized(replace(self.config, **smaller))
         changed = {
             "default_meta": torch.zeros(0),
-            "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.meta_size :]], dim=1),
+            "fusion.weight": torch.cat([weight[:, : columns.start], weight[:, columns.stop :]], dim=1),
             "fusion.bias": self.fusion.bias + self.fused_meta(self.default_meta),
         }
         copy.load_state_dict(self.state_dict() | changed)
@@ -165,8 +174,7 @@ class LateFusion(RankerModel):
 
     def fused_meta(self, meta: Tensor) -> Tensor:
         """Return the fusion layer's product with a meta-embedding (..., M) alone: (..., d)."""
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        return F.linear(meta, self.fusion.weight[:, first : first + self.meta_size])
+        return F.linear(meta, self.fusion.weight[:, self.meta_columns])
 
     def meta_shift(self, meta: Tensor) -> Tensor:
         return self.fused_meta(meta)
