@@ -3,7 +3,7 @@
 Called by: `config.py`, `defaults.py`, `search_space.py` (configs); `new_model.py`, `weights.py`, `demo/reference.py` (a
 config becomes a model); `bundle_writer.py`, `export.py` and `compression/variants.py` (a model becomes graphs);
 `compression/` (low-rank forms and students); `evaluation/exploration.py`. Calls: `ligr.py`, `ligr_onnx.py`,
-`ligr_student.py`, `ligr_explore.py`.
+`ligr_student.py`, `ligr_explore.py`, `dcn.py`, `dcn_onnx.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from slatewise_train.rankers import ligr_explore, ligr_student
 from slatewise_train.rankers.base import Calibrations, RankerConfig, RankerGraphs, RankerModel
+from slatewise_train.rankers.dcn import Dcn, DcnConfig
+from slatewise_train.rankers.dcn_onnx import DcnGraphs
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
@@ -52,6 +54,7 @@ FAMILIES = {
         features=ligr_explore.features,
         explore=ligr_explore.graph,
     )
+    Dcn.family: Family(DcnConfig, Dcn, DcnGraphs),
 }
 DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
 
