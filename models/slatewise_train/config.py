@@ -161,6 +161,7 @@ class ExportConfig:
     # candidates that the exits of a request with `top_n` score, see `slatewise/pruning.py`; None: all
     prune_point: int | None = number(None, least=10, most=MOST_ENTRIES)
     prune_set: int | None = number(None, least=10, most=MOST_ENTRIES)
+    explore: bool = False  # also export what requests with `explore` need
 
     def __post_init__(self) -> None:
         if self.prune_point is not None and self.prune_set is not None and self.prune_set > self.prune_point:
