@@ -295,14 +295,7 @@ def read_data_config(toml: dict[str, Any]) -> DataConfig:
         raise ValueError("[heads] all weights are 0; one of them must be larger")
     items = from_table(ItemColumns, toml.get("items", {}), "items")
     split = toml.get("split", {})
-    config = from_table(
-        DataConfig,
-        split,
-        "split",
-        name=name,
-        heads=heads,
-        **vars(items),
-    )
+    config = from_table(DataConfig, split, "split", name=name, heads=heads, **vars(items))
     for key in ("categorical", "text", "numeric"):
         columns = getattr(items, key)
         if twice := {column for column in columns if columns.count(column) > 1}:

@@ -53,7 +53,7 @@ FAMILIES = {
         shrink=ligr_student.shrink,
         features=ligr_explore.features,
         explore=ligr_explore.graph,
-    )
+    ),
     Dcn.family: Family(DcnConfig, Dcn, DcnGraphs),
 }
 DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
