@@ -72,6 +72,7 @@ class ModelCard(BaseModel):
     return_fields: list[str] = Field(description="The names that a request's `return_fields` may contain.")
     limits: Limits
     prune: Prune | None = Field(description="Candidates that the exits of a pruned request score; null: none is.")
+    explore: bool = Field(description="Whether requests may have `explore`.")
     variants: dict[str, dict[str, Any]]
     refused_variants: dict[str, str]
     verdict: Verdict | None

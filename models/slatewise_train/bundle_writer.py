@@ -26,7 +26,18 @@ import onnx
 from slatewise.bundle.files import Files, sha256
 from slatewise.bundle.golden import score_request
 from slatewise.bundle.loader import load_bundle, make_ranker
-from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
+from slatewise.bundle.manifest import (
+    EXPLORE_GRAPH,
+    FORMAT,
+    POSTERIOR,
+    BundleLimits,
+    Column,
+    Io,
+    Manifest,
+    ManifestError,
+    Tensor,
+    Variant,
+)
 from slatewise.inference.engine import HISTORY_CHUNK, SLATE, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train.evaluation import parity
@@ -189,6 +200,15 @@ def write_fp32(stage: Path, manifest: Manifest, content: BundleContent, calibrat
     described = write_variant(stage, "fp32", graphs.all(), calibrations)
     write_graphs(stage / FP32, {"rank": graphs.rank(np.load(stage / "items.npy"), list(content.heads.values()))})
     return manifest.model_copy(update={"graphs": described})
+
+
+def write_exploration(folder: Path, model: RankerModel, calibrations: Calibrations, posterior: np.ndarray) -> None:
+    """Write what a variant explores with. Older servers check the digests of these files, and do not read them.
+
+    posterior: (heads, D, D) float32 factors, of `evaluation/exploration.py`.
+    """
+    onnx.save(families.explore(model, calibrations), folder / EXPLORE_GRAPH)
+    np.save(folder / POSTERIOR, posterior)
 
 
 def open_fp32(stage: Path, manifest: Manifest) -> Engine:

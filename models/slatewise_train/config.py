@@ -161,6 +161,7 @@ class ExportConfig:
     # candidates that the exits of a request with `top_n` score, see `slatewise/pruning.py`; None: all
     prune_point: int | None = number(None, least=10, most=MOST_ENTRIES)
     prune_set: int | None = number(None, least=10, most=MOST_ENTRIES)
+    explore: bool = False  # also export what requests with `explore` need
 
     def __post_init__(self) -> None:
         if self.prune_point is not None and self.prune_set is not None and self.prune_set > self.prune_point:
@@ -294,14 +295,7 @@ def read_data_config(toml: dict[str, Any]) -> DataConfig:
         raise ValueError("[heads] all weights are 0; one of them must be larger")
     items = from_table(ItemColumns, toml.get("items", {}), "items")
     split = toml.get("split", {})
-    config = from_table(
-        DataConfig,
-        split,
-        "split",
-        name=name,
-        heads=heads,
-        **vars(items),
-    )
+    config = from_table(DataConfig, split, "split", name=name, heads=heads, **vars(items))
     for key in ("categorical", "text", "numeric"):
         columns = getattr(items, key)
         if twice := {column for column in columns if columns.count(column) > 1}:

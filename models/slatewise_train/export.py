@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.manifest import versions
+from slatewise.bundle.manifest import Manifest, versions
 from slatewise.inference.engine import Engine, EngineError
 from slatewise_train.bundle_writer import (
+    FP32,
     BundleContent,
     check_parity,
     longest_call,
@@ -34,6 +35,7 @@ from slatewise_train.bundle_writer import (
     publish,
     staging,
     write_content,
+    write_exploration,
     write_fp32,
     write_graphs,
     write_json,
@@ -42,6 +44,7 @@ from slatewise_train.config import Config
 from slatewise_train.data import Data
 from slatewise_train.demo.content import demo_data, example_request, example_requests, warmup_requests
 from slatewise_train.evaluation.calibration import fit_calibrations, uncalibrated_heads
+from slatewise_train.evaluation.exploration import Examples
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.offline import run_cases, tabulate
 from slatewise_train.evaluation.pruning import measure_pruning
@@ -101,6 +104,8 @@ def export(
             raise ValueError(f"{error}: if the training diverged, train again with a smaller learning_rate") from error
         report = tabulate(outcome)
         report["not_measured"] |= uncalibrated_heads(calibrations, list(content.heads))
+        if config.export.explore:
+            report["exploration"] = add_exploration(stage, manifest, content, calibrations, data)
         prune = None
         if config.export.prune is not None:
             engine = open_fp32(stage, manifest)
@@ -173,6 +178,17 @@ def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray)
     calibrations = fit_calibrations(Engine(draft, np.load(stage / "items.npy"), content.exits), data, meta)
     shutil.rmtree(draft)
     return calibrations
+
+
+def add_exploration(
+    stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations, data: Data
+) -> dict[str, float]:
+    """Fit and write the posterior of fp32. Returns the standard deviation of a logit under a draw, by head."""
+    meta = content.model.default_meta.detach().numpy()
+    examples = Examples(open_fp32(stage, manifest), data, content.model, meta)
+    posterior = examples.posterior()
+    write_exploration(stage / FP32, content.model, calibrations, posterior)
+    return examples.spread(posterior)
 
 
 def write_report(stage: Path, report: dict[str, Any], data: Data) -> None:

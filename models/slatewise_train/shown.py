@@ -233,7 +233,7 @@ class ShownLosses(nn.Module):
         meta = torch.where(torch.rand(len(rows), 1, 1, device=meta.device) < 0.5, meta, model.default_meta)
         mine = [(key[rows], value[rows]) for key, value in history]
         dot, hidden = read_slates(model, shown.slates, mine, users[rows], vectors, meta)
-        exits = [dot.detach() + model.point_logits(hidden)]  # the exit `dot` has a loss of its own
+        exits = [model.point(dot.detach(), hidden)]  # the exit `dot` has a loss of its own
         if "set" in model.exits:
             exits.append(exits[0] + model.set_logits(hidden, shown.slates.exists[:, None]))
         loss = dot.new_zeros(())

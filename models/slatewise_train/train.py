@@ -149,7 +149,7 @@ class Trainer:
         meta = torch.where(torch.rand(b, s, 1, device=self.device) < 0.5, meta, model.default_meta)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
-        point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
+        point = model.point(dot.detach(), hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
         # the exits' logits of the slate, and of the next item with the negatives
         exits_rated, exits_among = [point[:, :slate]], [torch.cat([point[:, :1], point[:, slate:]], dim=1)]
         if "set" in model.exits:

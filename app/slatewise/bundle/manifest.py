@@ -18,6 +18,7 @@
       variants.md variants.png         size, latency and quality by variant (optional)
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
+      variants/<name>/explore.onnx explore.npy   graph and posterior of exploration (optional)
 
 `slatewise_train/bundle_writer.py` writes it. Called by: `loader.py` and every command that reads a bundle. Calls:
 `signature.py`.
@@ -36,6 +37,8 @@ from slatewise.pruning import Prune
 
 FORMAT = 2  # the format that is written
 KNOWN_FORMATS = (1, 2)  # the formats that are read
+EXPLORE_GRAPH = "explore.onnx"  # of a variant
+POSTERIOR = "explore.npy"  # (heads, D, D) float32, see `inference/exploration.py`
 
 
 class ManifestError(ValueError):

@@ -71,6 +71,7 @@ def model_card(ranker: Ranker, limits: RequestLimits) -> ModelCard:
         return_fields=ranker.titles.names,
         limits=limits_of(ranker, limits),
         prune=manifest.prune,
+        explore=ranker.explores,
         variants={name: manifest.variants[name].model_dump(exclude={"golden_scores"}) for name in ranker.engines},
         refused_variants=ranker.refused,
         verdict=manifest.verdict,

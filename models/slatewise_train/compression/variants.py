@@ -31,6 +31,7 @@ from slatewise_train.bundle_writer import (
     golden_scores,
     longest_call,
     quality_rows,
+    write_exploration,
     write_graphs,
     write_variant,
 )
@@ -40,6 +41,7 @@ from slatewise_train.compression.quantize import SAFE_BITS, RecordingEngine, obs
 from slatewise_train.compression.source import Source
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations
+from slatewise_train.evaluation.exploration import Examples
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
@@ -162,6 +164,8 @@ def measure_variant(source: Source, stage: Path, name: str, options: Options, ba
     graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
     write_variant(stage, name, graphs, calibrations)
     engine = source.engine(folder, items)
+    if source.posterior is not None:
+        write_exploration(folder, base.model, calibrations, posterior_of(source, base, engine))
     measured = parity.measure_parity(engine, manifest, base.model, calibrations)
     if recipe.integers:
         del measured["onnx_against_torch"]  # `agreement` reports the distance of int8 from fp32
@@ -187,6 +191,14 @@ def measure_variant(source: Source, stage: Path, name: str, options: Options, ba
         "within_gate": within_gate(manifest.default_exit, outcome, source.outcome),
     }
     return variant.model_copy(update=quality)
+
+
+def posterior_of(source: Source, base: Base, engine: Engine) -> np.ndarray:
+    """Fit the posterior of a variant's last layer: its hidden states differ from fp32's. Without data it is fp32's."""
+    assert source.posterior is not None
+    if source.data is None:
+        return source.posterior
+    return Examples(engine, source.data, base.model, source.meta).posterior()
 
 
 def remeasure_fp32(source: Source, stage: Path) -> Variant:

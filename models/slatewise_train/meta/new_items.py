@@ -87,7 +87,7 @@ def point_logits(model: RankerModel, contexts: Contexts, vectors: Tensor) -> Ten
     fused = model.fuse(numeric, model.default_meta, contexts.time)
     positions = contexts.positions.expand(-1, vectors.shape[1])
     hidden = model.hidden(vectors, contexts.history, positions, contexts.mask, fused)
-    return model.dot_logits(contexts.users[:, None], vectors) + model.point_logits(hidden)
+    return model.point(model.dot_logits(contexts.users[:, None], vectors), hidden)
 
 
 @torch.no_grad()
