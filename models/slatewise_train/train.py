@@ -226,11 +226,15 @@ class Trainer:
             return self.step_loss(windows, cascade)
 
         mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, rate, loss)
-        with torch.no_grad():
-            ids = self.model.get_parameter("item.weight")
-            ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
+        self.reset_untrained()
         self.progress.epoch += 1
         return mean
+
+    @torch.no_grad()
+    def reset_untrained(self) -> None:
+        """Give items without a training event the row of the unknown item."""
+        ids = self.model.get_parameter("item.weight")
+        ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
 
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
         """Call `held_out.validate` with the first head of kind `next`; empty without such a head."""

@@ -122,6 +122,14 @@ class Source:
         """The outcome of fp32 on the held-out cases, or `None` without data."""
         return self.run_cases(self.fp32)
 
+    @cached_property
+    def user_vectors(self) -> np.ndarray:
+        """Vectors (n, d) that the exit `dot` multiplies items by: of the validation users, or of the samples."""
+        histories = [sample.history for sample in self.samples]
+        if self.data is not None and len(self.data.split.validation_users):
+            histories = [case.history for case in slate_cases(self.data, self.data.split.validation_users)]
+        return np.concatenate([self.fp32.extend(self.fp32.start, history).user for history in histories])
+
     def trainer(self) -> Trainer:
         """Build a trainer of the bundle's model. Needs data."""
         assert self.data is not None

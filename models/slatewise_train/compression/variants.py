@@ -1,7 +1,7 @@
 """Make and measure one variant, and decide whether it is published.
 
 The name of a variant states its kind: `lowrank` (or a smaller share, `lowrank-25`) or `student`, then `int8`, then
-`tables8`, each optional.
+`tables8` or `codes`, each optional.
 
 Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `source.py`, `evaluation/`, `bundle_writer.py`.
 """
@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 import onnx
 
 from slatewise.bundle.files import sha256
-from slatewise.bundle.manifest import Variant
+from slatewise.bundle.manifest import ItemsFile, Variant
 from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable, read_item_table
@@ -43,7 +42,7 @@ from slatewise_train.evaluation.calibration import fit_calibrations
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
-from slatewise_train.graph_check import name_parts
+from slatewise_train.graph_check import TABLES, name_parts, table_of
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 
@@ -60,7 +59,7 @@ class Recipe:
 
     base: str  # fp32, student, or one of `low_rank_kinds`
     integers: bool
-    int8_items: bool
+    table: ItemsFile  # file of the variant's item table
 
     @classmethod
     def named(cls, name: str) -> Recipe:
@@ -71,8 +70,8 @@ class Recipe:
         parts = name_parts(name)
         if parts == ["fp32"]:
             raise ValueError("fp32 is not made: variants are made from it")
-        base = "-".join(part for part in parts if part not in ("int8", "tables8"))
-        return cls(base or "fp32", "int8" in parts, "tables8" in parts)
+        base = "-".join(part for part in parts if part != "int8" and part not in TABLES)
+        return cls(base or "fp32", "int8" in parts, table_of(parts))
 
     @property
     def max_bound(self) -> float:
@@ -82,11 +81,6 @@ class Recipe:
     @property
     def min_bound(self) -> float:
         return LEAST_INTEGER_BOUND if self.integers else FP32_BOUND
-
-    @property
-    def table(self) -> Literal["items.npy", "items8.npy"]:
-        """File of the variant's item table."""
-        return "items8.npy" if self.int8_items else "items.npy"
 
 
 def draft(
