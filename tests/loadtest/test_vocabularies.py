@@ -70,7 +70,7 @@ def test_random_clusters_are_all_used() -> None:
 
 
 def test_forms_state_their_bytes_and_keep_the_shape() -> None:
-    items = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    items = np.random.default_rng(0).normal(size=(4_000, 16)).astype(np.float32)
     found = list(forms(items, items[:20]))
     assert found[0].name == "float32" and found[0].bytes == items.nbytes
     for form in found:

@@ -37,9 +37,9 @@ from slatewise_train.rankers.weights import serving_form
 from slatewise_train.train import CHECKPOINT, Trainer, train_epoch
 
 SHARE = 1 / 8  # of float32's bytes, the budget of every trained table
-EDGES = 0.1  # share of the training events that make the graph of the clusters
+EDGES = 0.05  # share of the training events that make the graph of the clusters
 FIRST_RESOLUTION = 64.0
-RESOLUTIONS = 6  # that are tried to meet the budget
+RESOLUTIONS = 5  # that are tried to meet the budget
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,16 @@ def parameter_bytes(table: nn.Module) -> int:
 def graph_clusters(users: np.ndarray, items: np.ndarray, rows: int, resolution: float) -> np.ndarray:
     """Return the cluster of each item row by Louvain on the graph of users and items: (rows,) from 0 on.
 
-    users, items: (E,) of the edges; item rows. A row without an edge, as those before FIRST_ITEM, has its own cluster.
+    users, items: (E,) of the edges; item rows. The items without an edge share a cluster. The rows before FIRST_ITEM
+    have one each.
     """
     graph = networkx.Graph()
     graph.add_edges_from(zip((-1 - users).tolist(), items.tolist(), strict=True))
     communities = networkx.community.louvain_communities(graph, weight=None, resolution=resolution, seed=0)
-    found = np.full(rows, -1)
+    found = np.full(rows, len(communities))
+    found[:FIRST_ITEM] = len(communities) + 1 + np.arange(FIRST_ITEM)
     for number, members in enumerate(communities):
         found[[node for node in members if node >= FIRST_ITEM]] = number
-    found[found < 0] = len(communities) + np.arange(np.count_nonzero(found < 0))
     return np.unique(found, return_inverse=True)[1]
 
 

@@ -23,7 +23,7 @@ from slatewise.inference.item_table import MOST_BITS, coded_record
 SHARE = 1 / 8  # of float32's bytes, the whole file
 HEADER = 512  # bytes of an .npy file, at most
 LEAST_BITS = 2  # a number, on average: a table of few items is larger than the share
-IDENTITY = 0.03  # share of the identity in the metric
+IDENTITY = 0.1  # share of the identity in the metric
 SAMPLE = 2**14  # rows that the ranges of the codes are fitted to, at most
 CLIPS = np.linspace(0.3, 1.0, 15)  # shares of the range that codes may cover
 BLOCK = 2**14  # rows that are packed at once
