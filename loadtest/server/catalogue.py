@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--items", type=int, nargs="+", default=[100_000], help="default: %(default)s")
-    parser.add_argument("--variants", default="fp32,tables8,codes", help="default: %(default)s")
+    parser.add_argument("--variants", default="fp32,tables8", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/catalogue"), help="default: %(default)s")
     parser.add_argument("--only-make", action="store_true", help="make the bundles, and measure nothing")
     args = parser.parse_args(argv)

@@ -26,7 +26,18 @@ import onnx
 from slatewise.bundle.files import Files, sha256
 from slatewise.bundle.golden import score_request
 from slatewise.bundle.loader import load_bundle, make_ranker
-from slatewise.bundle.manifest import FORMAT, BundleLimits, Column, Io, Manifest, ManifestError, Tensor, Variant
+from slatewise.bundle.manifest import (
+    EXPLORE_GRAPH,
+    FORMAT,
+    POSTERIOR,
+    BundleLimits,
+    Column,
+    Io,
+    Manifest,
+    ManifestError,
+    Tensor,
+    Variant,
+)
 from slatewise.inference.engine import HISTORY_CHUNK, SLATE, Engine
 from slatewise.schemas import RankRequest
 from slatewise_train.evaluation import parity
@@ -61,6 +72,7 @@ class BundleContent:
     example: dict[str, Any]
     warmup: list[dict[str, Any]]
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
+    text: Sequence[str] = ()  # the fields that are text columns
     examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
 
     @property
@@ -94,7 +106,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     """Write the files that all variants share. Returns the manifest without graphs, variants and digests."""
     model = content.model
     described = save_weights(stage, serving_form(model))
-    field_vectors, fields = tabulate_fields(model, content.fields)
+    field_vectors, fields = tabulate_fields(model, content.fields, content.text)
     np.save(stage / "fields.npy", field_vectors)
     write_json(stage / "ids.json", content.ids)
     write_json(stage / "display.json", content.titles)
@@ -131,14 +143,16 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     )
 
 
-def tabulate_fields(model: RankerModel, fields: Mapping[str, list[str]]) -> tuple[np.ndarray, dict[str, Column]]:
+def tabulate_fields(
+    model: RankerModel, fields: Mapping[str, list[str]], text: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Column]]:
     """Return the array of fields.npy, and the manifest's description of it."""
     tables = [np.zeros((0, model.config.width), np.float32)]
     columns = {}
     offset = 0
     for name, values in fields.items():
         table = model.field_table(name).detach().numpy()
-        columns[name] = Column(offset=offset, values=values)
+        columns[name] = Column(offset=offset, values=values, text=name in text)
         tables.append(table)
         offset += len(table)
     return np.concatenate(tables), columns
@@ -187,6 +201,15 @@ def write_fp32(stage: Path, manifest: Manifest, content: BundleContent, calibrat
     return manifest.model_copy(update={"graphs": described})
 
 
+def write_exploration(folder: Path, model: RankerModel, calibrations: Calibrations, posterior: np.ndarray) -> None:
+    """Write what a variant explores with. Older servers check the digests of these files, and do not read them.
+
+    posterior: (heads, D, D) float32 factors, of `evaluation/exploration.py`.
+    """
+    onnx.save(families.explore(model, calibrations), folder / EXPLORE_GRAPH)
+    np.save(folder / POSTERIOR, posterior)
+
+
 def open_fp32(stage: Path, manifest: Manifest) -> Engine:
     return Engine(stage / FP32, np.load(stage / "items.npy"), manifest.exits)
 
@@ -226,11 +249,14 @@ def publish(stage: Path, manifest: Manifest) -> None:
     graphs = ["encode", *manifest.exits]
     own = layers_of_low_rank(stage / FP32, graphs)
     for name, variant in manifest.variants.items():
-        check_variant(name, stage / "variants" / name, graphs, variant.items, own)
+        check_variant(name, stage / "variants" / name, graphs, variant.items == "items8.npy", own)
     path = stage / "manifest.json"
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-    absent = {"prune"} if manifest.prune is None else None  # servers before this member refuse it
+    # servers before a member refuse it
+    absent: dict[str, Any] = {"fields": {name: {"text"} for name, field in manifest.fields.items() if not field.text}}
+    if manifest.prune is None:
+        absent["prune"] = True
     path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1, exclude=absent))
     loaded = load_bundle(stage)
     if loaded.refused:

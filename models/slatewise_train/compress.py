@@ -26,14 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from slatewise.bundle.item_tables import CODED, INT8, SMALL
 from slatewise.bundle.manifest import Variant, bundle_folder, versions
 from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
 from slatewise_train.bundle_writer import publish, staging, write_json
 from slatewise_train.compression.bases import Base, Options, low_rank_kinds, make_bases
 from slatewise_train.compression.distill import LOSSES, DistillConfig
-from slatewise_train.compression.item_codes import code_items
 from slatewise_train.compression.item_quantization import middle_max
 from slatewise_train.compression.low_rank import METHODS
 from slatewise_train.compression.quantize import FULL_BITS, SAFE_BITS
@@ -63,7 +61,8 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
     with staging(root / manifest.ranker, version) as stage:
         copy_source(source, stage)
-        write_tables(source, stage, {Recipe.named(name).table for name in names})
+        if any(Recipe.named(name).int8_items for name in names):
+            np.save(stage / "items8.npy", middle_max(source.items))
         bases = make_bases(source, {Recipe.named(name).base for name in names}, options)
         variants = measure_variants(source, stage, names, options, bases)
         reasons = rejections(variants, manifest.default_exit)
@@ -81,20 +80,12 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
     return root / manifest.ranker / str(version)
 
 
-def write_tables(source: Source, stage: Path, files: Collection[str]) -> None:
-    """Write the item tables that are made from the float32 table, of the named files."""
-    if INT8 in files:
-        np.save(stage / INT8, middle_max(source.items))
-    if CODED in files:
-        np.save(stage / CODED, code_items(source.items, source.user_vectors))
-
-
 def copy_source(source: Source, stage: Path) -> None:
-    """Copy the source bundle with the variant fp32 only, and without the other item tables."""
+    """Copy the source bundle with the variant fp32 only, and without the int8 item table."""
     shutil.copytree(source.folder, stage, dirs_exist_ok=True)
     for name in source.manifest.variants.keys() - {"fp32"}:
         shutil.rmtree(stage / "variants" / name)
-    remove_tables(stage, set())
+    (stage / "items8.npy").unlink(missing_ok=True)
 
 
 def measure_variants(
@@ -119,14 +110,8 @@ def measure_variants(
 def remove_unpublished(stage: Path, variants: dict[str, Variant], published: dict[str, Variant]) -> None:
     for name in variants.keys() - published.keys():
         shutil.rmtree(stage / "variants" / name)
-    remove_tables(stage, {variant.items for variant in published.values()})
-
-
-def remove_tables(stage: Path, kept: Collection[str]) -> None:
-    """Remove the item tables that no kept variant reads. The float32 table stays."""
-    for name in SMALL:
-        if name not in kept:
-            (stage / name).unlink(missing_ok=True)
+    if not any(variant.items == "items8.npy" for variant in published.values()):
+        (stage / "items8.npy").unlink(missing_ok=True)
 
 
 def write_report(

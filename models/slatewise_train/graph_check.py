@@ -10,7 +10,7 @@ Called by: `bundle_writer.py`; `compression/` for its names and limits. Calls: o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +19,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto
 
-from slatewise.bundle.item_tables import CODED, FLOAT32, INT8
-from slatewise.bundle.manifest import ItemsFile, ManifestError
+from slatewise.bundle.manifest import ManifestError
 
-# parts of a variant's name, in the order of the name
-PARTS = ("fp32", "lowrank", "student", "int8", "tables8", "codes")
-TABLES = {"tables8": INT8, "codes": CODED}  # part of a name -> file of the item table
+PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant's name, in the order of the name
 SHARE = re.compile("[1-9][0-9]?")  # the part behind `lowrank`, in percent, of ranks nested in those of `lowrank`
 CONTRIB = "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
@@ -73,9 +70,8 @@ class CheckedGraph:
 def name_parts(name: str) -> list[str]:
     """Return the parts of a variant's name.
 
-    A name is `fp32`, or `lowrank` or `student`, `int8`, and `tables8` or `codes`, each optional, in this order.
-    `lowrank` may have a share in percent behind it, as a part of its own: `lowrank-25`. Raises ManifestError for any
-    other name.
+    A name is `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order. `lowrank` may have
+    a share in percent behind it, as a part of its own: `lowrank-25`. Raises ManifestError for any other name.
     """
     parts = name.split("-")
     share = parts[1:2] if parts[0] == "lowrank" and SHARE.fullmatch("".join(parts[1:2])) else []
@@ -84,26 +80,19 @@ def name_parts(name: str) -> list[str]:
         not name
         or parts != known[:1] + share + known[1:]
         or {"lowrank", "student"} <= {*parts}
-        or TABLES.keys() <= {*parts}
         or ("fp32" in parts and len(parts) > 1)
     ):
         raise ManifestError(
-            f"{name!r} is no variant: a name is fp32, or lowrank (or lowrank-25, a share in percent) or student, int8, "
-            "and tables8 or codes, each optional, in this order, joined by '-'"
+            f"{name!r} is no variant: a name is fp32, or lowrank (or lowrank-25, a share in percent) or student, int8 "
+            "and tables8, each optional, in this order, joined by '-'"
         )
     return parts
 
 
-def table_of(parts: Iterable[str]) -> ItemsFile:
-    """Return the file of the item table of a variant whose name has these parts."""
-    return next((TABLES[part] for part in parts if part in TABLES), FLOAT32)
-
-
-def check_variant(name: str, folder: Path, graphs: list[str], items: str, own: int = 0) -> None:
+def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool, own: int = 0) -> None:
     """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states.
 
-    items: the file of its item table. own: layers of low rank of the ranker itself, see `layers_of_low_rank`; all of
-    its variants may have them.
+    own: layers of low rank of the ranker itself, see `layers_of_low_rank`; all of its variants may have them.
     """
     parts = name_parts(name)
     found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
@@ -121,8 +110,8 @@ def check_variant(name: str, folder: Path, graphs: list[str], items: str, own: i
     is_low_rank = sum(graph.low_rank for graph in found.values()) > own
     if is_low_rank != ("lowrank" in parts):
         raise ManifestError(f"named {name}, and has {'layers of low rank' if is_low_rank else 'no layers of low rank'}")
-    if items != table_of(parts):
-        raise ManifestError(f"named {name}, and its item table is {items}, not {table_of(parts)}")
+    if int8_items != ("tables8" in parts):
+        raise ManifestError(f"named {name}, and its item table is {'int8' if int8_items else 'float32'}")
 
 
 def layers_of_low_rank(folder: Path, graphs: list[str]) -> int:

@@ -26,13 +26,12 @@ from slatewise_train.compression.variants import GATE, Recipe, agreement, domina
 from slatewise_train.evaluation.latency import STATUS
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
-from slatewise_train.graph_check import table_of
 from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
 from tests.train.small_source import TIMES, small_source
 
-NAMES = [*variant_names(Options.shares), "int8-codes"]
+NAMES = variant_names(Options.shares)
 ALL = ["fp32", *NAMES]
 
 
@@ -55,7 +54,7 @@ def test_compress_measures_variants_that_the_server_loads(folder: Path, source: 
     assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "users' vectors stay valid"
     for name, variant in ranker.manifest.variants.items():
         graphs = [path for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank"]
-        assert variant.items == table_of(name.split("-"))
+        assert variant.items == ("items8.npy" if "tables8" in name else "items.npy")
         assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
         worst = max(value for what, value in variant.invariance.items() if what != "int8_history_state")
         assert worst <= variant.bound / 2 and 1e-5 <= variant.bound <= (variant.golden_bound or 1e-5) <= 2e-3
@@ -377,18 +376,7 @@ def test_low_rank_that_saves_nothing_is_refused(source: Source, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "",
-        "fp32",
-        "int4",
-        "int8-lowrank",
-        "lowrank-student",
-        "int8-int8",
-        "fp32-int8",
-        "tables8-int8",
-        "student-",
-        "tables8-codes",
-    ],
+    ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"],
 )
 def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"is no variant|fp32 is not made"):
@@ -396,14 +384,13 @@ def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
 
 
 def test_name_of_a_variant_states_its_kind() -> None:
-    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8", "int8-codes")
+    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8")
     assert [Recipe.named(name) for name in names] == [
-        Recipe("fp32", True, "items.npy"),
-        Recipe("lowrank", True, "items8.npy"),
-        Recipe("lowrank-25", True, "items.npy"),
-        Recipe("student", False, "items.npy"),
-        Recipe("fp32", False, "items8.npy"),
-        Recipe("fp32", True, "items_coded.npy"),
+        Recipe("fp32", True, False),
+        Recipe("lowrank", True, True),
+        Recipe("lowrank-25", True, False),
+        Recipe("student", False, False),
+        Recipe("fp32", False, True),
     ]
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slatewise.bundle.manifest import ManifestError, read_manifest, versions
 from slatewise_train.compression.quantize import quantize
-from slatewise_train.graph_check import KNOWN, TABLES, check_variant, read_graph
+from slatewise_train.graph_check import KNOWN, check_variant, read_graph
 from tests.conftest import DEMO
 
 GRAPH = "point"
@@ -82,9 +82,8 @@ THIN = ((64, 8), (8, 64))
 )
 def test_check_accepts_graphs_that_match_the_name(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
     onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
-    check_variant(name, tmp_path, [GRAPH], "items.npy")
-    for part, table in TABLES.items():
-        check_variant(part if name == "fp32" else f"{name}-{part}", tmp_path, [GRAPH], table)
+    check_variant(name, tmp_path, [GRAPH], False)
+    check_variant("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], True)
 
 
 @pytest.mark.parametrize(
@@ -155,23 +154,21 @@ def test_check_says_why_graphs_do_not_match_the_name(
 ) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(graph.SerializeToString())
     with pytest.raises(ManifestError, match=reason):
-        check_variant(name, tmp_path, [GRAPH], "items.npy")
+        check_variant(name, tmp_path, [GRAPH], False)
 
 
-@pytest.mark.parametrize(
-    ("name", "items"), [("fp32", "items8.npy"), ("tables8", "items.npy"), ("tables8", "items_coded.npy")]
-)
-def test_check_refuses_an_item_table_of_another_dtype(tmp_path: Path, name: str, items: str) -> None:
+@pytest.mark.parametrize(("name", "int8_items"), [("fp32", True), ("tables8", False)])
+def test_check_refuses_an_item_table_of_another_dtype(tmp_path: Path, name: str, int8_items: bool) -> None:
     onnx.save(layer(*WIDE), tmp_path / f"{GRAPH}.onnx")
     with pytest.raises(ManifestError, match="item table is"):
-        check_variant(name, tmp_path, [GRAPH], items)
+        check_variant(name, tmp_path, [GRAPH], int8_items)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"not a model", b"\xff" * 40])
 def test_check_refuses_a_file_that_is_not_a_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(content)
     with pytest.raises(ManifestError, match=GRAPH):
-        check_variant("int8", tmp_path, [GRAPH], "items.npy")
+        check_variant("int8", tmp_path, [GRAPH], False)
 
 
 def test_read_broken_file_raises_only_manifest_error(tmp_path: Path) -> None:
@@ -215,5 +212,5 @@ def test_every_known_operator_is_used_by_the_demo() -> None:
 @pytest.mark.parametrize("name", read_manifest(DEMO_FOLDER).variants)
 def test_demo_variant_matches_its_name(name: str) -> None:
     manifest = read_manifest(DEMO_FOLDER)
-    items = manifest.variants[name].items
-    check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], items)
+    int8_items = manifest.variants[name].items == "items8.npy"
+    check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], int8_items)

@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slatewise.bundle.files import Files, array_of
-from slatewise.bundle.manifest import ItemsFile, ManifestError
+from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.probe import check_numbers
-from slatewise.inference.item_table import CodedItems, Int8Items, ItemTable, coded_record, record
+from slatewise.inference.item_table import Int8Items, ItemTable, record
 
-FLOAT32: ItemsFile = "items.npy"
-INT8: ItemsFile = "items8.npy"
-CODED: ItemsFile = "items_coded.npy"
-SMALL = (INT8, CODED)  # that a bundle has only for the variants that name them
+FLOAT32 = "items.npy"
+INT8 = "items8.npy"  # that a bundle has only for the variants that name it
 
 
 def shared_table(tables: set[str]) -> str:
@@ -38,8 +36,6 @@ def load_items(files: Files, name: str, shape: tuple[int, ...]) -> ItemTable:
         raise ManifestError(f"{place}: {error}") from error
     if name == INT8:
         return int8_items(place, array, shape)
-    if name == CODED:
-        return coded_items(place, array, shape)
     check_array(place, array, shape)
     return array
 
@@ -59,19 +55,3 @@ def int8_items(name: str, records: NDArray[Any], shape: tuple[int, ...]) -> Int8
     for column in ("scale", "middle"):
         check_numbers(f"{name}: {column}", records[column])
     return Int8Items(records)
-
-
-def coded_items(name: str, record: NDArray[Any], shape: tuple[int, ...]) -> CodedItems:
-    rows, width = shape
-    fields = record.dtype.fields or {}
-    size = fields["codes"][0].shape[-1:] if "codes" in fields else ()
-    if record.shape != () or not size or record.dtype != coded_record(rows, width, *size):
-        raise ManifestError(
-            f"{name} is {record.dtype} {record.shape}, expected codes of {rows} rows of {width} numbers"
-        )
-    for column in ("mean", "basis", "low", "step"):
-        check_numbers(f"{name}: {column}", record[column])
-    try:
-        return CodedItems(record)
-    except ValueError as error:
-        raise ManifestError(f"{name}: {error}") from error

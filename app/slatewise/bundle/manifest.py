@@ -5,7 +5,6 @@
       manifest.json.sig                its signature (optional)
       items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of rows 2 and up
       items8.npy                       the item table in int8, for the variants that name it (optional)
-      items_coded.npy                  the item table in codes of pieces, for the variants that name it (optional)
       fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
       weights.npz                      float32 weights of the model, apart from the item table (format 2)
       default_meta.npy                 the meta-embedding of unknown users (absent when `meta_size` is 0)
@@ -19,6 +18,7 @@
       variants.md variants.png         size, latency and quality by variant (optional)
       variants/<name>/*.onnx           graphs: encode, then one for each exit
       variants/<name>/calibration.json   calibration by exit and head, as written into the graphs (format 2)
+      variants/<name>/explore.onnx explore.npy   graph and posterior of exploration (optional)
 
 `slatewise_train/bundle_writer.py` writes it. Called by: `loader.py` and every command that reads a bundle. Calls:
 `signature.py`.
@@ -37,6 +37,8 @@ from slatewise.pruning import Prune
 
 FORMAT = 2  # the format that is written
 KNOWN_FORMATS = (1, 2)  # the formats that are read
+EXPLORE_GRAPH = "explore.onnx"  # of a variant
+POSTERIOR = "explore.npy"  # (heads, D, D) float32, see `inference/exploration.py`
 
 
 class ManifestError(ValueError):
@@ -69,10 +71,11 @@ class Io(Member):
 
 
 class Column(Member):
-    """One categorical column: row `offset` of fields.npy stands for a missing value, then one row per value."""
+    """One column of fields: row `offset` of fields.npy stands for a missing value, then one row per value."""
 
     offset: int = Field(ge=0)
     values: list[str]
+    text: bool = Field(default=False, description="Whether a cell is text, and its values are the words of the text.")
 
 
 class ModelDescription(Member):
@@ -85,12 +88,9 @@ class ModelDescription(Member):
     )
 
 
-ItemsFile = Literal["items.npy", "items8.npy", "items_coded.npy"]
-
-
 class Variant(Member):
-    items: ItemsFile = Field(
-        default="items.npy", description="Its item table: float32 rows, or int8 records or codes of `item_table.py`."
+    items: Literal["items.npy", "items8.npy"] = Field(
+        default="items.npy", description="Its item table: float32 rows, or int8 records of `item_table.py`."
     )
     bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slatewise.inference.item_table import CodedItems, Int8Items
-from slatewise_train.compression.item_codes import code_items
+from loadtest.training.vocabularies.item_codes import CodedItems, code_items
+from slatewise.inference.item_table import Int8Items
 from slatewise_train.compression.item_quantization import middle_max
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a row's range that codes of few bits may cover
@@ -78,7 +78,8 @@ def pieces(items: np.ndarray, length: int) -> Form:
 
 def nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Return the number of the nearest centre of each row: (n,). rows: (n, w), centres: (CODES, w)."""
-    return (rows @ centres.T - 0.5 * (centres**2).sum(axis=1)).argmax(axis=1)
+    found: np.ndarray = (rows @ centres.T - 0.5 * (centres**2).sum(axis=1)).argmax(axis=1)
+    return found
 
 
 def fit_centres(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -105,8 +106,8 @@ def forms(items: np.ndarray, users: np.ndarray) -> Iterator[Form]:
     yield Form("float32", items.nbytes, items)
     records = middle_max(items)
     yield Form("int8, a scale a row", records.nbytes, Int8Items(records).take(np.arange(len(items))))
-    yield transform_codes(items, users, "`codes`")
-    yield transform_codes(items, np.zeros_like(users), "`codes` without the users' metric")
+    yield transform_codes(items, users, "transform codes")
+    yield transform_codes(items, np.zeros_like(users), "transform codes without the users' metric")
     yield few_bits(items, 4)
     yield few_bits(items, 3)
     for length in (2, 3, 4):

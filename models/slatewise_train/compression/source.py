@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slatewise.bundle.features import request_context
-from slatewise.bundle.manifest import read_manifest
+from slatewise.bundle.manifest import POSTERIOR, read_manifest
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, Float64, History
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.item_table import ItemTable
@@ -84,6 +84,8 @@ class Source:
         self.meta = self.model.default_meta.detach().numpy()
         vectors = folder / "meta_embeddings.npy"
         self.vectors = np.load(vectors) if vectors.exists() else np.zeros((0, len(self.meta)), np.float32)
+        posterior = folder / "variants/fp32" / POSTERIOR
+        self.posterior = np.load(posterior) if posterior.exists() else None
         self.fp32 = self.engine(folder / "variants/fp32")
         self.samples = list(self.draw_samples())
 
@@ -121,14 +123,6 @@ class Source:
     def outcome(self) -> Outcome | None:
         """The outcome of fp32 on the held-out cases, or `None` without data."""
         return self.run_cases(self.fp32)
-
-    @cached_property
-    def user_vectors(self) -> np.ndarray:
-        """Vectors (n, d) that the exit `dot` multiplies items by: of the validation users, or of the samples."""
-        histories = [sample.history for sample in self.samples]
-        if self.data is not None and len(self.data.split.validation_users):
-            histories = [case.history for case in slate_cases(self.data, self.data.split.validation_users)]
-        return np.concatenate([self.fp32.extend(self.fp32.start, history).user for history in histories])
 
     def trainer(self) -> Trainer:
         """Build a trainer of the bundle's model. Needs data."""

@@ -1,7 +1,7 @@
 """Make and measure one variant, and decide whether it is published.
 
 The name of a variant states its kind: `lowrank` (or a smaller share, `lowrank-25`) or `student`, then `int8`, then
-`tables8` or `codes`, each optional.
+`tables8`, each optional.
 
 Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `source.py`, `evaluation/`, `bundle_writer.py`.
 """
@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 import onnx
 
 from slatewise.bundle.files import sha256
-from slatewise.bundle.manifest import ItemsFile, Variant
+from slatewise.bundle.manifest import Variant
 from slatewise.bundle.ranker import weighted_mean
 from slatewise.inference.engine import Engine
 from slatewise.inference.item_table import ItemTable, read_item_table
@@ -30,6 +31,7 @@ from slatewise_train.bundle_writer import (
     golden_scores,
     longest_call,
     quality_rows,
+    write_exploration,
     write_graphs,
     write_variant,
 )
@@ -39,10 +41,11 @@ from slatewise_train.compression.quantize import SAFE_BITS, RecordingEngine, obs
 from slatewise_train.compression.source import Source
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import fit_calibrations
+from slatewise_train.evaluation.exploration import Examples
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
-from slatewise_train.graph_check import TABLES, name_parts, table_of
+from slatewise_train.graph_check import name_parts
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 
@@ -59,7 +62,7 @@ class Recipe:
 
     base: str  # fp32, student, or one of `low_rank_kinds`
     integers: bool
-    table: ItemsFile  # file of the variant's item table
+    int8_items: bool
 
     @classmethod
     def named(cls, name: str) -> Recipe:
@@ -70,8 +73,8 @@ class Recipe:
         parts = name_parts(name)
         if parts == ["fp32"]:
             raise ValueError("fp32 is not made: variants are made from it")
-        base = "-".join(part for part in parts if part != "int8" and part not in TABLES)
-        return cls(base or "fp32", "int8" in parts, table_of(parts))
+        base = "-".join(part for part in parts if part not in ("int8", "tables8"))
+        return cls(base or "fp32", "int8" in parts, "tables8" in parts)
 
     @property
     def max_bound(self) -> float:
@@ -81,6 +84,11 @@ class Recipe:
     @property
     def min_bound(self) -> float:
         return LEAST_INTEGER_BOUND if self.integers else FP32_BOUND
+
+    @property
+    def table(self) -> Literal["items.npy", "items8.npy"]:
+        """File of the variant's item table."""
+        return "items8.npy" if self.int8_items else "items.npy"
 
 
 def draft(
@@ -156,6 +164,8 @@ def measure_variant(source: Source, stage: Path, name: str, options: Options, ba
     graphs, calibrations = draft(source, recipe, base, items, stage / "draft", options.bits)
     write_variant(stage, name, graphs, calibrations)
     engine = source.engine(folder, items)
+    if source.posterior is not None:
+        write_exploration(folder, base.model, calibrations, posterior_of(source, base, engine))
     measured = parity.measure_parity(engine, manifest, base.model, calibrations)
     if recipe.integers:
         del measured["onnx_against_torch"]  # `agreement` reports the distance of int8 from fp32
@@ -181,6 +191,14 @@ def measure_variant(source: Source, stage: Path, name: str, options: Options, ba
         "within_gate": within_gate(manifest.default_exit, outcome, source.outcome),
     }
     return variant.model_copy(update=quality)
+
+
+def posterior_of(source: Source, base: Base, engine: Engine) -> np.ndarray:
+    """Fit the posterior of a variant's last layer: its hidden states differ from fp32's. Without data it is fp32's."""
+    assert source.posterior is not None
+    if source.data is None:
+        return source.posterior
+    return Examples(engine, source.data, base.model, source.meta).posterior()
 
 
 def remeasure_fp32(source: Source, stage: Path) -> Variant:

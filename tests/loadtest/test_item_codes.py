@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slatewise.inference.item_table import CodedItems, read_item_table
-from slatewise_train.compression.item_codes import LEAST_BITS, SHARE, allot, code_items, fit_steps, metric_roots
+from loadtest.training.vocabularies.item_codes import (
+    LEAST_BITS,
+    SHARE,
+    CodedItems,
+    allot,
+    code_items,
+    fit_steps,
+    metric_roots,
+)
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,8 +55,7 @@ def test_file_has_at_most_an_eighth_of_the_bytes(tmp_path: Path) -> None:
     items, users = drawn(4_000, 32)
     np.save(tmp_path / "items_coded.npy", code_items(items, users))
     assert 0.115 * items.nbytes < (tmp_path / "items_coded.npy").stat().st_size <= SHARE * items.nbytes
-    table = read_item_table(tmp_path / "items_coded.npy")
-    assert isinstance(table, CodedItems)
+    table = CodedItems(np.load(tmp_path / "items_coded.npy"))
     error = np.linalg.norm(table.take(np.arange(4_000)) - items) / np.linalg.norm(items - items.mean(axis=0))
     assert error < 0.15
 

@@ -9,17 +9,21 @@ coordinate has as many bits as lower the error most, within the bytes of an item
 Candidates and events also pass through the blocks, which read other directions. So C is mixed with a share of the
 identity.
 
-Called by: `compress.py`, `loadtest/`. The server reads the result with `inference/item_table.py`.
+It misses the bar of the study (models/LOG.md), so neither `compress` nor the server has it.
+
+Called by: `forms.py`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
-from slatewise.inference.item_table import MOST_BITS, coded_record
+from slatewise.inference.arrays import Float32, Int64
 
+MOST_BITS = 8  # of a code
 SHARE = 1 / 8  # of float32's bytes, the whole file
 HEADER = 512  # bytes of an .npy file, at most
 LEAST_BITS = 2  # a number, on average: a table of few items is larger than the share
@@ -27,6 +31,59 @@ IDENTITY = 0.1  # share of the identity in the metric
 SAMPLE = 2**14  # rows that the ranges of the codes are fitted to, at most
 CLIPS = np.linspace(0.3, 1.0, 15)  # shares of the range that codes may cover
 BLOCK = 2**14  # rows that are packed at once
+
+
+def coded_record(rows: int, width: int, size: int) -> np.dtype[Any]:
+    """Return the dtype of a whole table of codes, with `size` bytes an item. It is one record.
+
+    An item is mean + z basis, with z = low + step * code for each coordinate. The codes of an item have `bits` bits
+    each, 0 to 8, and follow one another; the first bit of a byte is its highest.
+    """
+    columns: list[tuple[str, DTypeLike, tuple[int, ...]]] = [
+        ("mean", "<f4", (width,)),
+        ("basis", "<f2", (width, width)),
+        ("low", "<f4", (width,)),
+        ("step", "<f4", (width,)),
+        ("bits", "u1", (width,)),
+        ("codes", "u1", (rows, size)),
+    ]
+    return np.dtype(columns)
+
+
+class CodedItems:
+    """A (rows, d) table of codes, with the same part of an array's interface as `Int8Items`.
+
+    record: () of `coded_record`, whose codes are not copied. Raises ValueError for bits that the codes do not hold.
+    """
+
+    def __init__(self, record: NDArray[Any]) -> None:
+        self.codes = record["codes"]  # (rows, size)
+        bits = record["bits"].astype(np.int64)
+        ends = bits.cumsum()
+        size = self.codes.shape[1]
+        if bits.max() > MOST_BITS or ends[-1] > 8 * size:
+            raise ValueError(f"codes of {bits.tolist()} bits in {size} bytes")
+        self.shape = (len(self.codes), len(bits))
+        basis = record["basis"].astype(np.float32)
+        self.steps: Float32 = record["step"][:, None] * basis
+        self.base: Float32 = record["mean"] + record["low"] @ basis
+        starts = ends - bits
+        self.first = np.minimum(starts // 8, size - 1)  # the byte in which a code begins; it ends in this or the next
+        self.second = np.minimum(self.first + 1, size - 1)
+        self.shift = (16 - starts % 8 - bits).astype(np.uint16)
+        self.mask = ((1 << bits) - 1).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
+        """Return the (*rows.shape, d) float32 vectors of the rows."""
+        packed = self.codes.take(rows, axis=axis)
+        both = packed[..., self.first].astype(np.uint16) << 8 | packed[..., self.second]
+        numbers = (both >> self.shift & self.mask).astype(np.float32)
+        result: Float32 = numbers @ self.steps
+        result += self.base
+        return result
 
 
 class Steps(NamedTuple):
