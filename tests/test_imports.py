@@ -217,6 +217,7 @@ TRAINING_LEVELS = (
     "new_model",
     "training_log",
     "train",
+    "incremental",
     "search_space",
     "search_state",
     "search",
@@ -228,6 +229,7 @@ TRAINING_LEVELS = (
     "meta",
     "demo",
     "export",
+    "update_command",
     "compress",
 )
 

@@ -53,6 +53,7 @@ COMMANDS = {
     "init": Command("slatewise_train.new_toml", "write a TOML for your tables from what they contain", "train"),
     "validate": Command("slatewise_train.check_data", "describe your tables, and refuse what training would", "train"),
     "train": Command("slatewise_train.train_command", "train a ranker on your events", "train"),
+    "update": Command("slatewise_train.update_command", "train the newest version on new events only", "train"),
     "limaml": Command("slatewise_train.meta.limaml", "meta-learn user vectors for a trained ranker", "train"),
     "refresh": Command("slatewise_train.meta.refresh", "adapt user vectors to new events and publish them", "train"),
     "export": Command("slatewise_train.export", "export a trained ranker to a bundle", "train"),

@@ -163,7 +163,9 @@ async def open_versions(settings: Settings, pipeline: Pipeline) -> AsyncIterator
         stack.push_async_callback(versions.close)
         pipeline.after_answer = versions.answered
         if settings.reload == "poll":
-            polling = asyncio.create_task(Watch(versions, settings.reload_s).run())
+            polling = asyncio.create_task(
+                Watch(versions, settings.reload_s, settings.reload_canary, settings.reload_canary_s).run()
+            )
             stack.push_async_callback(cancelled, polling)
         yield versions
 

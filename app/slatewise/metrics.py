@@ -148,9 +148,10 @@ UNKNOWN_VALUES = Counter(
     ["ranker", "field"],
 )
 EXITS = Counter("slatewise_exits_total", "Responses by exit.", ["ranker", "exit"])
+EXPLORED = Counter("slatewise_explored_total", "Responses whose scores are drawn.", ["ranker"])
 BEST_SCORE = Histogram(
     "slatewise_best_score",
-    "Highest score of a response that used the head weights of the manifest.",
+    "Highest score of a response that used the head weights of the manifest and did not explore.",
     ["ranker", "variant"],
     buckets=SCORE_BUCKETS,
 )

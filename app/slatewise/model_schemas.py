@@ -68,10 +68,11 @@ class ModelCard(BaseModel):
     set_wise: bool
     actions: list[str]
     features: list[str]
-    fields: dict[str, list[str]]
+    fields: dict[str, list[str]] = Field(description="The known values of each field; empty for a text field.")
     return_fields: list[str] = Field(description="The names that a request's `return_fields` may contain.")
     limits: Limits
     prune: Prune | None = Field(description="Candidates that the exits of a pruned request score; null: none is.")
+    explore: bool = Field(description="Whether requests may have `explore`.")
     variants: dict[str, dict[str, Any]]
     refused_variants: dict[str, str]
     verdict: Verdict | None

@@ -18,8 +18,9 @@ MAX_ID = 256
 
 ModelExit: TypeAlias = Literal["dot", "point", "set"]
 EXITS: tuple[ModelExit, ...] = get_args(ModelExit)  # the cascade, cheapest first
-RequestedExit: TypeAlias = Literal["auto", ModelExit]
 AnsweredExit: TypeAlias = Literal[ModelExit, "input_order"]
+EXPLORING: tuple[AnsweredExit, ...] = ("point", "set")  # the exits whose last layer may be drawn
+RequestedExit: TypeAlias = Literal["auto", ModelExit]
 CacheResult: TypeAlias = Literal["miss", "hit", "extended", "none"]
 MetaStatus: TypeAlias = Literal["hit", "default", "stale", "error", "off"]
 HistorySource: TypeAlias = Literal["request", "stored", "none"]
@@ -33,6 +34,7 @@ LAST_TIME = 99_999_999_999  # unix seconds that a request may have, at most
 UnixSeconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=LAST_TIME)]
 MOST_MILLISECONDS = 600_000.0
 Milliseconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=MOST_MILLISECONDS)]
+MOST_EXPLORATION = 100.0
 REQUEST_ID = r"[!-~]{1,128}"
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID}$", strict=True)]
 
@@ -117,6 +119,15 @@ class RankRequest(RequestModel):
     )
     explain: bool = Field(False, strict=True, description="Also say which events and neighbours moved each result.")
     prune: Annotated[Prune | None, OffOrPrune] = Field(None, description="Replaces the ranker's; false: prune nothing.")
+    explore: float | None = Field(
+        None,
+        ge=0,
+        le=MOST_EXPLORATION,
+        allow_inf_nan=False,
+        strict=True,
+        description="Score by weights that are drawn from their posterior, with `id` as the seed: 1 draws from the "
+        "posterior, other numbers multiply its standard deviations. Default: 0, no exploration.",
+    )
 
 
 class EncodeRequest(RequestModel):
@@ -237,6 +248,12 @@ class RankResponse(TypedDict):
         Annotated[
             dict[ModelExit, int],
             Field(description="Only if not every exit scored all candidates: how many `point` and `set` scored."),
+        ]
+    ]
+    explored: NotRequired[
+        Annotated[
+            bool,
+            Field(description="Only with `explore`: whether the scores are drawn; not those of `dot`."),
         ]
     ]
     explanations: NotRequired[

@@ -70,6 +70,20 @@ class Settings(SecuritySettings, BaseSettings):
     reload_s: float = Field(
         10.0, gt=0, allow_inf_nan=False, description="Seconds between two looks for new version folders."
     )
+    reload_canary: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="With `reload` = `poll`: the share of the users whom a newer version answers first, as a canary "
+        "with the stop rule; 0: it answers all users at once.",
+    )
+    reload_canary_s: float = Field(
+        3600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after which a canary of `reload_canary` that was not stopped answers all users; "
+        "0: never by itself, a call of `/admin` promotes it.",
+    )
     admin_key: SecretStr = Field(
         SecretStr(""),
         description="Key of the calls of `/admin`, at least 16 characters; empty: they are 404. Set it as a variable.",

@@ -53,14 +53,19 @@ class Batch:
     gaps: Tensor  # (B, T + 1) int64
     labels: Tensor  # (B, T + 1, heads) float32, NaN if unknown or padding
     contexts: Tensor  # (B, T + 1, 4) float32, for a request right after this event
+    since: Tensor  # (B,) int64, positions before it are read, and no loss is taken at them; 0: all positions count
 
     def take(self, rows: Tensor) -> Batch:
         return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
 
 def make_batch(sequences: Sequences, windows: Windows) -> Batch:
-    """Build a batch from windows, at least one: (B, 3), as rows of an array or as a list of tuples."""
-    user, first, last = np.asarray(windows, np.int64).T
+    """Build a batch from windows, at least one: (B, 3), as rows of an array or as a list of tuples.
+
+    A fourth column has the user's first event that is learned from, see `incremental/windows.py`.
+    """
+    user, first, last, *learned = np.asarray(windows, np.int64).T
+    since = np.maximum(learned[0] - first, 0) if learned else np.zeros_like(first)
     lengths = last - first
     starts = sequences.offsets[user] + first
     before = np.cumsum(lengths) - lengths  # events of the windows above
@@ -84,7 +89,7 @@ def make_batch(sequences: Sequences, windows: Windows) -> Batch:
     contexts = padded(request_context(request_times(times)).T, 0)
     contexts[:, 0] = contexts[:, min(1, longest)]
     columns = padded(sequences.actions[rows], 0), padded(gaps, 0), padded(sequences.labels[rows], np.nan)
-    return Batch(*map(torch.from_numpy, (user.copy(), first.copy(), lengths, items, *columns, contexts)))
+    return Batch(*map(torch.from_numpy, (user.copy(), first.copy(), lengths, items, *columns, contexts, since)))
 
 
 def epoch_windows(

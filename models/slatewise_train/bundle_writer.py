@@ -74,6 +74,7 @@ class BundleContent:
     history_actions: Sequence[str] = ()  # of the TOML, for the refresh job
     text: Sequence[str] = ()  # the fields that are text columns
     examples: Sequence[dict[str, Any]] = ()  # requests of demo users, the example first
+    space: str | None = None  # of the meta-embeddings, if it is that of an older version; None: a new one
 
     @property
     def exits(self) -> list[str]:
@@ -123,7 +124,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),
         trained_on=content.trained_on,
-        space=f"{content.ranker}-{version}",
+        space=content.space or f"{content.ranker}-{version}",
         model=described,
         width=model.config.width,
         heads=content.heads,
@@ -255,8 +256,7 @@ def publish(stage: Path, manifest: Manifest) -> None:
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
     # servers before a member refuse it
     absent: dict[str, Any] = {"fields": {name: {"text"} for name, field in manifest.fields.items() if not field.text}}
-    if manifest.prune is None:
-        absent["prune"] = True
+    absent |= {name: True for name in ("prune", "update") if getattr(manifest, name) is None}
     path.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1, exclude=absent))
     loaded = load_bundle(stage)
     if loaded.refused:

@@ -154,7 +154,7 @@ def ignored_columns(config: Config) -> Iterator[str]:
         if "action" not in [*found, *config.tables.columns]:
             yield from notes(config, unread)
     if config.tables.items is not None:
-        used = {"item_id", config.data.title, *config.data.categorical, *config.data.numeric} | named
+        used = {"item_id", config.data.title, *config.data.categorical, *config.data.text, *config.data.numeric} | named
         found = names_of(find_files(config.tables.items, config.tables.separator)[0])
         if unread := [name for name in found if name not in used]:
             yield f"ignored    columns of the items: {listed(unread)}"

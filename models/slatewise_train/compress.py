@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slatewise.bundle.manifest import Variant, bundle_folder, versions
+from slatewise.bundle.manifest import Variant, bundle_folder, read_manifest, versions
 from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
 from slatewise_train.bundle_writer import publish, staging, write_json
@@ -42,6 +42,7 @@ from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.graph_check import INTEGER_SIDE
+from slatewise_train.incremental.grow import vocabulary_of
 from slatewise_train.loading import load_for_training, training_folder
 
 
@@ -237,5 +238,6 @@ def open_source(folder: Path, toml: Path | None, training: Path | None, most_use
     if toml is None:
         return Source(folder, None)
     config = read_config(toml)
-    data, config = load_for_training(config, training_folder(config, training))
+    known = vocabulary_of(folder, read_manifest(folder))  # an update has its new items behind the older ones
+    data, config = load_for_training(config, training_folder(config, training), known)
     return Source(folder, data, config.train, most_users)

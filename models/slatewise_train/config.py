@@ -49,6 +49,7 @@ class DataConfig:
     # [items]: columns of the item table
     title: str = "title"
     categorical: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     # [split]
     history_length: int = number(256, least=1, most=100_000)  # the most events that the ranker reads
@@ -160,6 +161,7 @@ class ExportConfig:
     # candidates that the exits of a request with `top_n` score, see `slatewise/pruning.py`; None: all
     prune_point: int | None = number(None, least=10, most=MOST_ENTRIES)
     prune_set: int | None = number(None, least=10, most=MOST_ENTRIES)
+    explore: bool = False  # also export what requests with `explore` need
 
     def __post_init__(self) -> None:
         if self.prune_point is not None and self.prune_set is not None and self.prune_set > self.prune_point:
@@ -206,6 +208,7 @@ class ItemColumns:
 
     title: str = "title"
     categorical: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()  # columns whose words are values, such as the title
     numeric: tuple[str, ...] = ()
 
 
@@ -292,22 +295,17 @@ def read_data_config(toml: dict[str, Any]) -> DataConfig:
         raise ValueError("[heads] all weights are 0; one of them must be larger")
     items = from_table(ItemColumns, toml.get("items", {}), "items")
     split = toml.get("split", {})
-    config = from_table(
-        DataConfig,
-        split,
-        "split",
-        name=name,
-        heads=heads,
-        title=items.title,
-        categorical=items.categorical,
-        numeric=items.numeric,
-    )
-    for key in ("categorical", "numeric"):
+    config = from_table(DataConfig, split, "split", name=name, heads=heads, **vars(items))
+    for key in ("categorical", "text", "numeric"):
         columns = getattr(items, key)
         if twice := {column for column in columns if columns.count(column) > 1}:
             raise ValueError(f"[items] {key} names {min(twice)} more than once")
         if too_long := [column for column in columns if not 0 < len(column) <= MAX_ID]:
             raise ValueError(f"[items] {key} = {as_toml(too_long)}: a name has 1 to {MAX_ID} characters")
+    if both := set(items.categorical) & set(items.text):
+        raise ValueError(
+            f"[items] {min(both)} is in categorical and in text; its words are values, or the whole cell is"
+        )
     if config.kind == "time" and "test_from" not in split:
         raise ValueError('[split] kind = "time" needs test_from, for example test_from = 2026-01-31')
     if config.kind != "time" and "test_from" in split:

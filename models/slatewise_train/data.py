@@ -1,7 +1,7 @@
 """Build the users' sequences and the catalogue from the tables of a TOML, and split them.
 
     events: user_id, item_id, timestamp, action?, label_<head>?, slate_id?, position?    one row per event, in any order
-    items:  item_id, title?, then the columns that the TOML names as categorical or numeric
+    items:  item_id, title?, then the columns that the TOML names as categorical, text or numeric
 
 A column with a question mark is optional; `tables/` reads both tables. The split decides which events training may use,
 and which events and users are held out for validation, calibration and evaluation.
@@ -29,10 +29,13 @@ from slatewise_train.tables.events import clean_events as clean_events  # for th
 from slatewise_train.tables.events import read_events
 from slatewise_train.tables.files import read_table as read_table
 from slatewise_train.tables.history import EVERY, history_rows, history_rule
-from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists
+from slatewise_train.tables.items import clean_items, join_ids, read_items, value_lists, word_lists
 from slatewise_train.tables.items import values_of as values_of
+from slatewise_train.tables.new_events import join_events
 
 WEEK = 604_800.0
+LEAST_ITEMS_OF_WORD = 3
+MOST_WORDS = 20_000  # of a text column, the most frequent ones
 ARBITRARY_STEP = 0.381966 * WEEK  # the golden section spreads any number of points evenly
 
 
@@ -45,7 +48,7 @@ class TrainingVocabulary:
 
     items: list[str]
     actions: list[str]
-    fields: dict[str, list[str]]  # categorical column -> its values
+    fields: dict[str, list[str]]  # categorical or text column -> its values
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,28 @@ class Catalogue:
     numeric: np.ndarray  # (I + 2, F) float32, NaN is missing
 
 
-def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfig) -> Catalogue:
-    """Build the catalogue: the items of the item table, then those that occur in the events alone."""
+def build_catalogue(
+    items: pl.DataFrame, events: pl.DataFrame, config: DataConfig, known: TrainingVocabulary | None = None
+) -> Catalogue:
+    """Build the catalogue: the items of the item table, then those that occur in the events alone.
+
+    known: names that keep their rows, of a ranker that is updated; new names follow them.
+    """
     seen = events.select(pl.col("item_id").unique(maintain_order=True).cast(pl.String))
     unlisted = seen.join(items, on="item_id", how="anti", maintain_order="left")
     items = pl.concat([items, unlisted], how="diagonal")
+    if known is not None:
+        first = pl.DataFrame({"item_id": known.items}, schema={"item_id": pl.String})
+        others = items.join(first, on="item_id", how="anti", maintain_order="left")
+        items = pl.concat([first.join(items, on="item_id", how="left", maintain_order="left"), others], how="diagonal")
+    old_fields = {} if known is None else known.fields
     vocabularies = {}
     columns = {}
     for name in config.categorical:
-        vocabularies[name], columns[name] = field_rows(items[name])
+        vocabularies[name], columns[name] = field_rows(value_lists(items[name]), old_fields.get(name, []))
+    for name in config.text:
+        words = frequent_words(word_lists(items[name]))
+        vocabularies[name], columns[name] = field_rows(words, old_fields.get(name, []))
     if "popularity" in config.numeric and "popularity" not in items.columns:
         items = items.with_columns(
             pl.lit(None, pl.Float32).alias("popularity")
@@ -74,17 +90,30 @@ def build_catalogue(items: pl.DataFrame, events: pl.DataFrame, config: DataConfi
     for k, name in enumerate(config.numeric):
         numeric[FIRST_ITEM:, k] = items[name].cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
     actions = sorted(events["action"].drop_nulls().unique().cast(pl.String)) if "action" in events.columns else []
+    if known is not None:
+        actions = list(dict.fromkeys([*known.actions, *actions]))
     return Catalogue(TrainingVocabulary(items["item_id"].to_list(), actions, vocabularies), columns, numeric)
 
 
-def field_rows(column: pl.Series) -> tuple[list[str], np.ndarray]:
-    """Return the sorted values of a categorical column, and the rows of each item's values: (I + 2, V) int64."""
-    lists = value_lists(column)
+def frequent_words(lists: pl.Series) -> pl.Series:
+    """Return each item's words (lists) without rare ones, which would tell the item and nothing of others like it."""
+    counts = lists.explode(empty_as_null=False).drop_nulls().value_counts(sort=True, name="items")
+    kept = counts.filter(pl.col("items") >= LEAST_ITEMS_OF_WORD).head(MOST_WORDS)[lists.name]
+    return lists.list.eval(pl.element().filter(pl.element().is_in(kept.implode())))
+
+
+def field_rows(lists: pl.Series, known: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
+    """Return the sorted values of a column (lists of text), and the rows of each item's values: (I + 2, V) int64.
+
+    known: values that come first, in their order.
+    """
     counts = lists.list.len().to_numpy().astype(np.int64)
     values = lists.explode(empty_as_null=False)
     names = values.unique().sort()
-    rows = np.zeros((len(column) + FIRST_ITEM, max(1, int(counts.max(initial=0)))), dtype=np.int64)
-    owners = np.repeat(np.arange(len(column)), counts)
+    if known:
+        names = pl.Series(list(dict.fromkeys([*known, *names.cast(pl.String)])), dtype=pl.String)
+    rows = np.zeros((len(lists) + FIRST_ITEM, max(1, int(counts.max(initial=0)))), dtype=np.int64)
+    owners = np.repeat(np.arange(len(lists)), counts)
     places = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
     rows[owners + FIRST_ITEM, places] = rows_in(values, names, 1)
     return names.to_list(), rows
@@ -207,11 +236,16 @@ class Data:
 
 
 def assemble(
-    events: pl.DataFrame, is_history: pl.Series, items: pl.DataFrame, config: DataConfig
+    events: pl.DataFrame,
+    is_history: pl.Series,
+    items: pl.DataFrame,
+    config: DataConfig,
+    known: TrainingVocabulary | None = None,
 ) -> tuple[Catalogue, Sequences, Exposures | None]:
     """Build the catalogue, the sequences and the slates of clean tables, and print how many slates there are.
 
-    The catalogue has the items of all events; the actions and the sequences are those of the history.
+    The catalogue has the items of all events; the actions and the sequences are those of the history. known: as in
+    `build_catalogue`.
     """
     items, events = join_ids(items, events)
     if not is_history.all():  # without shown rows, such a label would have one value
@@ -219,7 +253,7 @@ def assemble(
     taken = events.filter(is_history)
     if "action" in events.columns:
         events = events.with_columns(pl.when(is_history).then(pl.col("action")).alias("action"))
-    catalogue = build_catalogue(items, events, config)
+    catalogue = build_catalogue(items, events, config, known)
     sequences = build_sequences(taken, catalogue.vocabulary, config)
     users = rows_in(events["user_id"], pl.Series(sequences.users, dtype=pl.String), 1) - 1
     others = rows_in(events["user_id"], events["user_id"].unique(maintain_order=True), 1)
@@ -280,13 +314,22 @@ def split_data(
     )
 
 
-def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] | None = None) -> Data:
+def load_data(
+    config: DataConfig,
+    tables: TablesConfig,
+    stated: frozenset[str] | None = None,
+    *,
+    known: TrainingVocabulary | None = None,
+    new: pl.DataFrame | None = None,
+) -> Data:
     """Read the tables and split them. Raises OSError or ValueError for files that are not such tables.
 
     stated: keys of the TOML, as in `Config.stated`; the others of `[split]` are chosen from the tables. None: no key is
-    chosen.
+    chosen. known: as in `build_catalogue`; new: clean events beside those of the TOML, from `read_new_events`.
     """
     events, bad_rows = read_events(tables, config.max_bad_share)
+    if new is not None:
+        events = join_events(events, new)
     items, bad_items = clean_items(read_items(tables), config)
     bad_rows |= bad_items
     if bad_rows:
@@ -296,7 +339,7 @@ def load_data(config: DataConfig, tables: TablesConfig, stated: frozenset[str] |
         print(f"{shown} of {len(events)} rows were only shown, and are no history (history_actions in [data])")
     if config.kind == "time" and tables.time_unit == "row":
         raise ValueError('[split] kind = "time" needs times; [data] time_unit = "row" says that there are none')
-    catalogue, sequences, exposures = assemble(events, is_history, items, config)
+    catalogue, sequences, exposures = assemble(events, is_history, items, config, known)
     config, split = split_data(sequences, exposures, config, stated)
     if not split.train_lengths.any():
         raise ValueError("no training events are left: every user needs one event more than the split holds out")

@@ -88,7 +88,7 @@ def choose_training(config: Config, lengths: np.ndarray, items: int, shown: bool
         # Each event of a sparse table is learned from many times: strong dropout, and more epochs until the plateau.
         model["dropout"] = (0.2 if long else 0.4, f"the median history has {median:.0f} events")
         # A field's few vectors get a gradient in every step, and overfit long before the items' own.
-        if config.data.categorical:
+        if config.data.categorical or config.data.text:
             model["field_dropout"] = (0.0 if long else 0.5, f"the median history has {median:.0f} events")
         # Without labels or slates, the order of the other candidates says nothing about the next item.
         reason = "a head of kind label" if labels else "no head of kind label"

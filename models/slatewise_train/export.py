@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from slatewise.bundle.manifest import versions
+from slatewise.bundle.manifest import Manifest, versions
 from slatewise.inference.engine import Engine, EngineError
 from slatewise_train.bundle_writer import (
+    FP32,
     BundleContent,
     check_parity,
     longest_call,
@@ -34,6 +35,7 @@ from slatewise_train.bundle_writer import (
     publish,
     staging,
     write_content,
+    write_exploration,
     write_fp32,
     write_graphs,
     write_json,
@@ -42,12 +44,14 @@ from slatewise_train.config import Config
 from slatewise_train.data import Data
 from slatewise_train.demo.content import demo_data, example_request, example_requests, warmup_requests
 from slatewise_train.evaluation.calibration import fit_calibrations, uncalibrated_heads
+from slatewise_train.evaluation.exploration import Examples
 from slatewise_train.evaluation.leakage import check_leakage
 from slatewise_train.evaluation.offline import run_cases, tabulate
 from slatewise_train.evaluation.pruning import measure_pruning
 from slatewise_train.evaluation.report import plot_quality, report_text
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
+from slatewise_train.incremental.parent import Parent, is_worse, manifest_row
 from slatewise_train.loading import load_trainer
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
 from slatewise_train.rankers import families
@@ -64,6 +68,7 @@ class ExportOptions:
     most_users: int | None = SAMPLED_USERS  # evaluated in each table; None: all users
     force: bool = False  # publish a ranker that is worse than a baseline
     training: Path | None = None  # folder of log.csv and log.png, for warnings and the picture of the bundle
+    parent: Parent | None = None  # the version that an update comes from
 
 
 def export(
@@ -78,13 +83,14 @@ def export(
 
     learner: the meta block, or `None` for a ranker without meta-embeddings. Raises ValueError when a measured
     difference is above its bound, the version exists, weights or scores are not finite, or the ranker is worse than a
-    baseline and `force` is not set.
+    baseline or than its parent and `force` is not set.
     """
+    parent = options.parent
     data = trainer.data
     if not all(bool(value.isfinite().all()) for value in trainer.model.parameters()):
         raise ValueError("the training diverged, weights are not finite: train again with a smaller learning_rate")
     with contextlib.redirect_stdout(sys.stderr):  # the tables of `[demo]` have remarks too
-        content = make_content(trainer, learner, config)
+        content = make_content(trainer, learner, config, None if parent is None else parent.space)
     meta = content.model.default_meta.detach().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)
@@ -98,6 +104,8 @@ def export(
             raise ValueError(f"{error}: if the training diverged, train again with a smaller learning_rate") from error
         report = tabulate(outcome)
         report["not_measured"] |= uncalibrated_heads(calibrations, list(content.heads))
+        if config.export.explore:
+            report["exploration"] = add_exploration(stage, manifest, content, calibrations, data)
         prune = None
         if config.export.prune is not None:
             engine = open_fp32(stage, manifest)
@@ -109,19 +117,29 @@ def export(
         warnings = training_warnings(config, log, trainer.model, trainer.progress.joined)
         reasons = [report["not_measured"][table] for table in TABLES if table in report["not_measured"]]
         verdict = judge(compare_tables(outcome, default_exit), warnings, reasons)
+        update = None
+        if parent is not None:
+            row = parent.compare(open_fp32(stage, manifest), meta, default_exit, options.most_users)
+            report["update"], update = row, manifest_row(row)
         write_report(stage, {"verdict": verdict.model_dump()} | report, data)
         if verdict.grade == "worse" and not options.force:
             raise ValueError(f"{verdict.line}: `--force` exports it nevertheless")
+        if parent is not None and is_worse(report["update"]) and not options.force:
+            raise ValueError(f"not published, it is worse: {report['update']['line']} `--force` publishes it")
         if options.training is not None and (options.training / "log.png").exists():
             shutil.copyfile(options.training / "log.png", stage / "training.png")
         invariance = check_parity(stage, manifest, content, calibrations)
-        manifest = manifest.model_copy(update={"default_exit": default_exit, "verdict": verdict, "prune": prune})
+        manifest = manifest.model_copy(
+            update={"default_exit": default_exit, "verdict": verdict, "prune": prune, "update": update}
+        )
         variant = measure_fp32(stage, manifest, invariance, report)
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return root / content.ranker / str(version)
 
 
-def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) -> BundleContent:
+def make_content(
+    trainer: Trainer, learner: MetaLearner | None, config: Config, space: str | None = None
+) -> BundleContent:
     data = trainer.data
     model = trainer.model.eval()
     if learner is None:
@@ -138,6 +156,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
         actions=vocabulary.actions,
         features=list(config.data.numeric),
         fields=vocabulary.fields,
+        text=config.data.text,
         heads={head.name: head.weight for head in config.data.heads},
         history_used=config.data.history_length,
         users=shown.users,
@@ -147,6 +166,7 @@ def make_content(trainer: Trainer, learner: MetaLearner | None, config: Config) 
         warmup=warmup_requests(example, vocabulary.items, config.data.history_length, rng),
         history_actions=config.tables.history_actions,
         examples=example_requests(shown, data, example, rng),
+        space=space,
     )
 
 
@@ -160,15 +180,34 @@ def calibrate(stage: Path, content: BundleContent, data: Data, meta: np.ndarray)
     return calibrations
 
 
+def add_exploration(
+    stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations, data: Data
+) -> dict[str, float]:
+    """Fit and write the posterior of fp32. Returns the standard deviation of a logit under a draw, by head."""
+    meta = content.model.default_meta.detach().numpy()
+    examples = Examples(open_fp32(stage, manifest), data, content.model, meta)
+    posterior = examples.posterior()
+    write_exploration(stage / FP32, content.model, calibrations, posterior)
+    return examples.spread(posterior)
+
+
 def write_report(stage: Path, report: dict[str, Any], data: Data) -> None:
     """Write report.json, report.md and report.png, and print the text. The first line is the verdict."""
     checks = {check.name: {"found": check.found, "line": check.line} for check in check_leakage(data)}
-    report = report | {"leakage": checks, "bad_rows": data.bad_rows}
+    report = report | {"leakage": checks, "bad_rows": data.bad_rows, "trained_until": trained_until(data)}
     write_json(stage / "report.json", report)
     text = report_text(report)
     (stage / "report.md").write_text(text, encoding="utf-8")
     plot_quality(report, stage / "report.png")
     print(text, flush=True)
+
+
+def trained_until(data: Data) -> float | None:
+    """Return the time of the newest event that training could use, from which `slatewise update` goes on."""
+    if data.config.kind == "time":
+        return data.config.test_from
+    times = data.sequences.timestamps
+    return None if np.isnan(times).all() else float(np.nanmax(times))
 
 
 def best_exit(report: dict[str, Any], exits: list[str]) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from slatewise_train.config import Config, read_config
-from slatewise_train.data import Data, load_data
+from slatewise_train.data import Data, TrainingVocabulary, load_data
 from slatewise_train.defaults import choose_training
 from slatewise_train.search import apply_found
 from slatewise_train.train import CHECKPOINT, Trainer
@@ -21,13 +21,16 @@ def training_folder(config: Config, given: Path | None) -> Path:
     return given or Path("build/train") / config.data.name
 
 
-def load_for_training(config: Config, folder: Path | None = None) -> tuple[Data, Config]:
+def load_for_training(
+    config: Config, folder: Path | None = None, known: TrainingVocabulary | None = None
+) -> tuple[Data, Config]:
     """Read the tables, and choose the values that the TOML leaves out from them. Raises OSError or ValueError.
 
     The config that is returned has the chosen values of all tables, `[split]` included.
-    folder: of the training. Values that a finished search found there replace the chosen ones.
+    folder: of the training. Values that a finished search found there replace the chosen ones. known: the names of a
+    bundle, which keep their rows.
     """
-    data = load_data(config.data, config.tables, config.stated)
+    data = load_data(config.data, config.tables, config.stated, known=known)
     config = choose_training(
         dataclasses.replace(config, data=data.config),
         data.split.train_lengths,

@@ -153,7 +153,7 @@ class ShownLosses(nn.Module):
         most = self.config.cascade_positions
         user = batch.users.numpy() * self.span
         firsts = batch.firsts.numpy()
-        low = np.searchsorted(self.keys, user + firsts + (firsts > 0))
+        low = np.searchsorted(self.keys, user + firsts + np.maximum(firsts > 0, batch.since.numpy()))
         count = np.searchsorted(self.keys, user + firsts + batch.lengths.numpy()) - low
         if not count.any():
             return None
@@ -233,7 +233,7 @@ class ShownLosses(nn.Module):
         meta = torch.where(torch.rand(len(rows), 1, 1, device=meta.device) < 0.5, meta, model.default_meta)
         mine = [(key[rows], value[rows]) for key, value in history]
         dot, hidden = read_slates(model, shown.slates, mine, users[rows], vectors, meta)
-        exits = [dot.detach() + model.point_logits(hidden)]  # the exit `dot` has a loss of its own
+        exits = [model.point(dot.detach(), hidden)]  # the exit `dot` has a loss of its own
         if "set" in model.exits:
             exits.append(exits[0] + model.set_logits(hidden, shown.slates.exists[:, None]))
         loss = dot.new_zeros(())

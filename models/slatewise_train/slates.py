@@ -74,7 +74,7 @@ def draw_slates(
 ) -> Slates:
     """Choose random positions of the windows, and build a slate at each.
 
-    A slate has the items of the next `slate_size` events and drawn negatives.
+    A slate has the items of the next `slate_size` events and drawn negatives. No position is before `batch.since`.
 
     users: (B, T + 1, d) user vectors; table: (items, d); numeric: (items, F); trained: (n,) item rows that may be
     negatives.
@@ -83,7 +83,7 @@ def draw_slates(
     s = config.cascade_positions
     device = users.device
     rows = torch.arange(b, device=device)[:, None]
-    read = draw_positions(batch.lengths, s, config.cascade_draw)
+    read = batch.since[:, None] + draw_positions(batch.lengths - batch.since, s, config.cascade_draw)
     drawn, log_rate = draw_negatives(users[rows, read], table[trained], config.cascade_negatives)
     ahead = read[..., None] + 1 + torch.arange(slate_size, device=device)  # (B, S, slate) columns of the next events
     exists = ahead <= batch.lengths[:, None, None]

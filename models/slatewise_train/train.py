@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +107,14 @@ class Trainer:
         return self.trained[torch.randint(len(self.trained), (self.config.negatives,), device=self.device)]
 
     def dot_loss(self, batch: Batch, users: Tensor, table: Tensor, negatives: Tensor) -> Tensor:
-        """Return the loss of the exit `dot` at all positions.
+        """Return the loss of the exit `dot` at all positions from `batch.since` on.
 
         users: (B, T, d) user vectors, before each event; table: (n, d); negatives: (negatives,) rows of the table.
         """
         t = users.shape[1]
-        rows = (torch.arange(t, device=self.device) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+        place = torch.arange(t, device=self.device)
+        learned = (place < batch.lengths[:, None]) & (place >= batch.since[:, None])
+        rows = learned.flatten().nonzero()[:, 0]
         u = users.flatten(0, 1).index_select(0, rows)  # (P, d); position t predicts event t + 1
         target = batch.items[:, 1 : t + 1].flatten()[rows]  # (P,)
         labels = batch.labels[:, 1 : t + 1].flatten(0, 1)[rows]  # (P, heads)
@@ -147,7 +150,7 @@ class Trainer:
         meta = torch.where(torch.rand(b, s, 1, device=self.device) < 0.5, meta, model.default_meta)
         vectors = self.id_dropout(slates.candidates, table, cold_item_vectors)
         dot, hidden = read_slates(model, slates, history, users, vectors, meta)
-        point = dot.detach() + model.point_logits(hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
+        point = model.point(dot.detach(), hidden)  # (B * S, C, heads); the exit `dot` has a loss of its own
         # the exits' logits of the slate, and of the next item with the negatives
         exits_rated, exits_among = [point[:, :slate]], [torch.cat([point[:, :1], point[:, slate:]], dim=1)]
         if "set" in model.exits:
@@ -208,7 +211,7 @@ class Trainer:
         return loss
 
     def step_loss(self, windows: np.ndarray, cascade: bool) -> Tensor:
-        """Return the `loss` of a batch of windows (B, 3), in the chosen precision."""
+        """Return the `loss` of a batch of windows (B, 3 or 4), in the chosen precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.loss(make_batch(self.data.sequences, windows), cascade)
 
@@ -222,9 +225,7 @@ class Trainer:
                 self.time_left.step(step / steps)
             return self.progress.rate(step, steps)
 
-        def loss(windows: np.ndarray) -> Tensor:
-            return self.step_loss(windows, cascade)
-
+        loss = partial(self.step_loss, cascade=cascade)
         mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, rate, loss)
         self.reset_untrained()
         self.progress.epoch += 1

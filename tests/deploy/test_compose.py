@@ -29,6 +29,8 @@ COMPOSE: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", TEXT))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 REFRESH_TEXT = (ROOT / "deploy" / "compose" / "refresh.yaml").read_text()
 REFRESH: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", REFRESH_TEXT))
+UPDATE_TEXT = (ROOT / "deploy" / "compose" / "update.yaml").read_text()
+UPDATE: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", UPDATE_TEXT))
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 HAPROXY = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
 OURS = {"slatewise", "slatewise-2", "push", "load"}
@@ -98,10 +100,10 @@ def test_example_environment_names_every_setting() -> None:
 
 def test_example_environment_has_every_variable_and_default() -> None:
     lines = [line for line in EXAMPLE.splitlines() if line and not line.startswith("#")]
-    used = dict(VARIABLE.findall(REFRESH_TEXT)) | dict(VARIABLE.findall(TEXT))
+    used = dict(VARIABLE.findall(REFRESH_TEXT)) | dict(VARIABLE.findall(UPDATE_TEXT)) | dict(VARIABLE.findall(TEXT))
     settings = {f"SLATEWISE_{name.upper()}" for name in Settings.model_fields} - dict(VARIABLE.findall(TEXT)).keys()
     assert dict(line.split("=", 1) for line in lines) == {k: v for k, v in used.items() if k not in settings}
-    for text in (TEXT, REFRESH_TEXT):
+    for text in (TEXT, REFRESH_TEXT, UPDATE_TEXT):
         assert not re.search(r"(?<!\$)\$(?!\$|\{\w+:-)", text), "every variable has a default"
 
 
@@ -200,6 +202,20 @@ def test_refresh_reads_the_volume_that_replicas_write() -> None:
     assert "events:/events:ro" in refresh["volumes"] and refresh["build"]["target"] == "refresh"
     assert refresh["read_only"] and refresh["cap_drop"] == ["ALL"] and refresh["mem_limit"]
     assert "chown 10001 /events" in stage("server"), "a new volume takes this owner"
+
+
+def test_update_publishes_where_replicas_poll_for_a_canary() -> None:
+    services = UPDATE["services"]
+    update = services["update"]
+    assert update["build"]["target"] == "refresh", "the image with torch"
+    assert update["read_only"] and update["cap_drop"] == ["ALL"] and update["mem_limit"]
+    assert {"./models/bundles:/srv/models/bundles", "events:/events:ro"} <= set(update["volumes"])
+    for name in ("slatewise", "slatewise-2"):
+        environment = services[name]["environment"]
+        own = {k.removeprefix("SLATEWISE_").lower(): v for k, v in environment.items()}
+        settings = Settings(**own)
+        assert (settings.reload, settings.reload_canary, settings.reload_canary_s) == ("poll", 0.1, 3600)
+        assert services[name]["volumes"] == ["events:/events"]
 
 
 def test_docker_ignore_lets_every_copied_file_through() -> None:

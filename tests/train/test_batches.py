@@ -40,7 +40,8 @@ def slow_batch(sequences: Sequences, windows: list[Window]) -> Batch:
     lengths = np.array([last - first for _, first, last in windows], np.int64)
     users = np.array([user for user, _, _ in windows], np.int64)
     firsts = np.array([first for _, first, _ in windows], np.int64)
-    return Batch(*map(torch.from_numpy, (users, firsts, lengths, items, actions, gaps, labels, contexts)))
+    since = np.zeros_like(lengths)
+    return Batch(*map(torch.from_numpy, (users, firsts, lengths, items, actions, gaps, labels, contexts, since)))
 
 
 def slow_windows(

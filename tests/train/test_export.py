@@ -58,7 +58,7 @@ from slatewise_train.meta.limaml import MetaTrainer, user_vectors
 from slatewise_train.new_model import build_model
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import EXITS, Calibration
-from slatewise_train.rankers.ligr import key_of
+from slatewise_train.rankers.late_fusion import key_of
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 from slatewise_train.train import Trainer, train
 from tests.conftest import Tiny

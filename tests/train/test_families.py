@@ -42,7 +42,7 @@ def test_build_from_json_config_equals_dataclass() -> None:
 
 
 def test_build_of_unknown_family_or_config_name_raises() -> None:
-    with pytest.raises(ValueError, match="unknown family 'gpt' of rankers; known: ligr"):
+    with pytest.raises(ValueError, match="unknown family 'gpt' of rankers; known: dcn, ligr"):
         families.build("gpt", {})
     with pytest.raises(ValueError, match="'ligr' has no widht"):
         families.build("ligr", dataclasses.asdict(CONFIG) | {"widht": 8})

@@ -142,6 +142,14 @@ def test_events_move_a_vector_and_no_events_do_not(model: RankerModel) -> None:
     assert liked[1] > seldom[1]
 
 
+def test_one_event_does_not_make_a_favourite() -> None:
+    """One event in as many as there are items is added to each rate."""
+    events, exposures = np.array([1, 1, 50, 50]), np.array([1, 4_000, 50, 100_000])
+    found = new_items.events_of_others(events, exposures, 4_000)
+    assert found.tolist() == pytest.approx([4_001 / 2 - 1, 3_999, 50 * 4_050 / 51 - 50, 50 * 104_000 / 51 - 50])
+    assert new_items.events_of_others(np.array([3]), np.array([3]), 1).tolist() == [0.0]
+
+
 def test_the_prior_is_what_training_added() -> None:
     rng = torch.Generator().manual_seed(0)
     added = torch.randn(5_000, 3, generator=rng) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, -1.0])
@@ -182,7 +190,8 @@ def with_new_item(tiny: Tiny, folder: Path, times: int) -> tuple[Path, str]:
     number = pl.when(is_item).then(pl.col("timestamp").rank("ordinal").over("item_id"))
     log = events.filter(~is_item | (number <= times))
     log = log.with_columns(item_id=pl.when(is_item).then(pl.lit("brand new")).otherwise("item_id"))
-    log.write_parquet(folder / "log.parquet")
+    timeless = log.head(1).with_columns(item_id=pl.lit("no time"), timestamp=pl.lit(None, pl.Float64))
+    pl.concat([log, timeless]).write_parquet(folder / "log.parquet")
     return folder / "log.parquet", item
 
 

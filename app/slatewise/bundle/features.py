@@ -10,6 +10,7 @@ array types and the special rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -33,6 +34,7 @@ GAP_EDGES = np.append(2.0 ** np.arange(1, GAP_BUCKETS - 2) - 1, np.inf)  # secon
 GAP_OF_EDGES = np.append(np.arange(2, GAP_BUCKETS), GAP_MISSING)  # by number of edges passed; NaN sorts behind infinity
 LARGEST_FEATURE = 3e38  # just below the maximum of float32
 VALUE_SEPARATOR = "|"  # between the values of one categorical cell, in tables as in requests
+WORD = re.compile(r"\w+")
 
 
 def rows_of(vocabulary: dict[str, int], names: Sequence[Any]) -> Int64:
@@ -120,7 +122,12 @@ def make_candidates(items: ItemTable, rows: Int64, numeric: Float32, request_tim
 
 
 def field_change(
-    column: Sequence[Any], positions: Int64, values: dict[str, int], vectors: Float32, none_row: int
+    column: Sequence[Any],
+    positions: Int64,
+    values: dict[str, int],
+    vectors: Float32,
+    none_row: int,
+    text: bool = False,
 ) -> tuple[Float32, int]:
     """Return the (P, d) vectors to add to the unknown row for one metadata column of the candidates at `positions`.
 
@@ -128,10 +135,13 @@ def field_change(
     vector to add is the mean of the vectors of the candidate's known values, as in training, minus row `none_row`, or 0
     without known values. Equal values are computed once. The second result is the number of unknown values.
 
-    column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`, from 1 on.
+    column: for each candidate a value, a list of values or `None`. values: value -> row of `vectors`, from 1 on. text:
+    the values of a cell are its words, and unknown words are not counted: every text has some.
     """
     numbers: dict[Any, int] = {}
     given = [tuple(v) if isinstance(v, list) else (v,) for v in map(column.__getitem__, positions.tolist())]
+    if text:
+        given = list(map(words_of, given))
     number_of = np.array([numbers.setdefault(v, len(numbers)) for v in given], np.int64)
     cells: list[Sequence[str | None]] = list(numbers)
     flat = list(chain.from_iterable(cells))
@@ -150,7 +160,12 @@ def field_change(
         sums = np.add.reduceat(vectors[rows[known]], starts, axis=0)
         means[described] = sums / counts[:, None].astype(np.float32) - vectors[none_row]
     change: Float32 = means[number_of]
-    return change, int(unknown[number_of].sum())
+    return change, 0 if text else int(unknown[number_of].sum())
+
+
+def words_of(cell: Sequence[str | None]) -> tuple[str, ...]:
+    """Return the distinct words of the texts of one candidate, in order: the values of a text column."""
+    return tuple(dict.fromkeys(WORD.findall(" ".join(filter(None, cell)).casefold())))
 
 
 def split_values(given: Sequence[str | None], known: Container[str]) -> list[str]:

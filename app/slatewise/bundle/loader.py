@@ -25,6 +25,7 @@ from slatewise.bundle.files import Files, WrongDigest, check_file, checked_path,
 from slatewise.bundle.golden import check_golden, score_request
 from slatewise.bundle.item_tables import FLOAT32, INT8, check_array, load_items, shared_table
 from slatewise.bundle.manifest import (
+    POSTERIOR,
     Manifest,
     ManifestError,
     NoSuchVariant,
@@ -38,7 +39,7 @@ from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.bundle.signature import PublicKeys
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32
-from slatewise.inference.engine import Engine, EngineError, Step, at_once
+from slatewise.inference.engine import EXPLORE, Engine, EngineError, Step, at_once
 from slatewise.inference.item_table import ItemTable
 from slatewise.inference.timed_calls import time_calls
 from slatewise.schemas import RankRequest
@@ -282,17 +283,33 @@ def load_variant(files: Files, ranker: Ranker, name: str, items: ItemTable, step
     """
     manifest = ranker.manifest
     graphs = check_variant_digests(manifest, name)
+    posterior = load_posterior(files, manifest, name)
+    if posterior is not None:
+        graphs = (*graphs, EXPLORE)
     read = {manifest.variants[name].items, *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
-    for path in variant_files(manifest, name) - read:
+    for path in variant_files(manifest, name) - read - {f"variants/{name}/{POSTERIOR}"}:
         check_file(files.folder, path, manifest.files[path])
     contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
-    engine = Engine(contents, items, manifest.exits, step, manifest.limits.set_wise)
+    engine = Engine(contents, items, manifest.exits, step, manifest.limits.set_wise, posterior)
     check_golden(ranker, engine, name)
     for request in ranker.warmup:  # allocates memory now instead of during the first request
         score_request(ranker, engine, request)
     limits = manifest.limits
     time_calls(engine, limits.history_used, limits.set_wise, len(manifest.features), manifest.meta_size, step)
     return engine
+
+
+def load_posterior(files: Files, manifest: Manifest, name: str) -> Float32 | None:
+    """Load the (heads, D, D) factors for exploration; `None` if the variant has none. Raises ManifestError."""
+    path = f"variants/{name}/{POSTERIOR}"
+    if not files.exists(path):
+        return None
+    try:
+        factors: Float32 = files.read_array(path)
+    except (ValueError, EOFError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+    check_array(path, factors, (len(manifest.heads), *(factors.shape[-1:] * 2)))
+    return factors
 
 
 def variant_files(manifest: Manifest, name: str) -> set[str]:

@@ -147,6 +147,19 @@ class BundleLimits(Member):
     )
 
 
+class Update(Member):
+    """What an update of a version (`slatewise update`) learned, and how it compares with that version."""
+
+    parent: int = Field(description="The version that it comes from.")
+    events: int = Field(description="New events that it was trained on.")
+    trained_until: float | None = Field(description="Time of the newest event, unix seconds.")
+    overlap10: float | None = Field(description="Share of the ten best that both versions have; null: not measured.")
+    rank_biased_overlap: float | None = Field(description="The same, weighted by rank; null: not measured.")
+    ndcg10_difference: list[float] | None = Field(
+        description="NDCG@10 minus the parent's on new events, paired: mean, low and high end; null: not measured."
+    )
+
+
 class Manifest(Member):
     format: Literal[1, 2]
     ranker: str
@@ -178,6 +191,9 @@ class Manifest(Member):
         default=None,
         description="Candidates that the exits of a request with `top_n` score; null: all. Left out of the file if it "
         "is null, because older servers refuse the member.",
+    )
+    update: Update | None = Field(
+        default=None, description="Of an updated ranker; null: it was trained from the start. Left out as `prune` is."
     )
     example: dict[str, Any] = Field(
         description="A request body that works as it stands; the golden request of every variant."

@@ -100,6 +100,11 @@ class Ranker:
             ),
         )
 
+    @property
+    def explores(self) -> bool:
+        """Whether requests may have `explore`: every variant that is served has a posterior."""
+        return all(engine.posterior is not None for engine in self.engines.values())
+
     def window_start(self, request: RankRequest) -> int:
         """Return the number of the oldest events sent, which the model skips."""
         sent = request.history
@@ -155,6 +160,7 @@ class Ranker:
                     self.vocabulary.fields[name],
                     self.field_vectors,
                     self.field_offsets[name],
+                    self.manifest.fields[name].text,
                 )
                 result.vectors[unknown.positions] += change
                 if count:

@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     explain: bool | None
     return_fields: Sequence[str] | None
     prune: Mapping[str, int] | Literal[False] | None
+    explore: float | None
 
 
 class Members(Options, total=False):

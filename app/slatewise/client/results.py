@@ -88,6 +88,11 @@ class Ranking:
         """Numbers of candidates that the exits `point` and `set` scored, if these were not all."""
         return self.response.get("pruned")
 
+    @property
+    def explored(self) -> bool:
+        """Whether the scores are drawn: the request had `explore`, and an exit that explores answered."""
+        return bool(self.response.get("explored"))
+
     def __len__(self) -> int:
         return len(self.item_ids)
 

@@ -60,9 +60,13 @@ def pseudonym(user: str, key: bytes) -> str:
 
 
 def capture_line(request: RankRequest, now: float, key: bytes) -> str:
-    """Render a request as JSON without its id, with a pseudonym for the user, and with `now` as the default time."""
+    """Render a request as JSON with a pseudonym for the user, and with `now` as the default time.
+
+    Its id is left out, unless it is the seed of an exploration, which a replay then repeats.
+    """
     user = None if request.user is None else pseudonym(request.user, key)
-    changes = {"id": None, "user": user, "request_time": now if request.request_time is None else request.request_time}
+    seed = request.id if request.explore else None
+    changes = {"id": seed, "user": user, "request_time": now if request.request_time is None else request.request_time}
     return request.model_copy(update=changes).model_dump_json(exclude_none=True, exclude_defaults=True)
 
 

@@ -33,7 +33,7 @@ from slatewise.ranking.admission import Admission
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.trace import Timings, Trace
 from slatewise.ranking.validation import unpruned
-from slatewise.schemas import RankRequest, RankResponse
+from slatewise.schemas import EXPLORING, RankRequest, RankResponse
 
 MOST_MEMBERS = 1_000  # of a native body, whose lists are columns
 CLIENT_GONE = 499  # the client disconnected; only metrics and the log contain this code
@@ -249,6 +249,8 @@ def response_members(request: RankRequest, ranking: Ranking, by_score: bool, tim
         content["results"]["fields"] = titles.columns(request.return_fields, content["results"]["item_ids"])
     if scored is not None and (pruned := scored.pruned) is not None:
         content["pruned"] = pruned
+    if request.explore:
+        content["explored"] = ranking.exit in EXPLORING
     if request.explain:
         content["explanations"] = ranking.explanations
     return content
@@ -298,10 +300,12 @@ def count_ranking(request: RankRequest, ranking: Ranking, seconds: float, exempl
     for reason in ranking.degraded:
         metrics.series(metrics.DEGRADED, reason).inc()
     metrics.series(metrics.EXITS, name, ranking.exit).inc()
+    if request.explore and ranking.exit in EXPLORING:
+        metrics.series(metrics.EXPLORED, name).inc()
     metrics.series(metrics.CANDIDATES, name).observe(candidates)
     if scored is not None:
         metrics.DURATIONS[metrics.size_bucket(ranking.history.used + candidates)].observe(seconds, exemplar)
-        if request.head_weights is None:
+        if request.head_weights is None and not request.explore:
             metrics.series(metrics.BEST_SCORE, name, scored.variant).observe(float(scored.exit_scores().max()))
     metrics.HISTORY_LENGTH.observe(ranking.history.used)
     metrics.series(metrics.HISTORY_CACHE, ranking.history.cache).inc()

@@ -7,6 +7,7 @@
     dot       candidates           0
     point     candidates           rows x encoded tokens
     set       candidates           rows x candidates
+    explore   candidates           0
 
 The weights are never negative. They start with a fit to a few timed calls (`timed_calls.py`). After each call they are
 multiplied by exp(STEP x error x share): the error is relative, and the share is the part of the prediction that the
@@ -45,7 +46,7 @@ class Work(NamedTuple):
 
 def work_of(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Work:
     """Return the size of a call, batches included."""
-    columns = feeds["items" if graph == "encode" else "hidden" if graph == "set" else "candidates"]
+    columns = feeds[{"encode": "items", "set": "hidden", "explore": "hidden"}.get(graph, "candidates")]
     batch, each = columns.shape[:2]
     tokens = 0
     if graph == "encode":

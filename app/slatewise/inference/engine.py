@@ -1,15 +1,17 @@
 """Runs one variant of a ranker with ONNX Runtime on the CPU. No other serving module imports onnxruntime.
 
-The interface is `start`, `extend`, `prefix`, `dot`, `point` and `set`. Each method except `prefix` runs one graph once.
+The interface is `start`, `extend`, `prefix`, `dot`, `point`, `set` and `exploring`. Each method except `prefix` and
+`exploring` runs one graph once, and `point` of a request that explores runs a second one.
 All methods are safe to call from several threads: states are immutable, and the engine stores nothing about a request
 but the time of its calls (`costs`).
 `score` runs the whole cascade simply and slowly; tests compare with it.
 Called by: `ranking/pipeline.py`, chunk by chunk in the threads of `workers.py`; `bundle/loader.py`, training, load
-tests. Calls: onnxruntime, `item_table.py`, `costs.py`.
+tests. Calls: onnxruntime, `item_table.py`, `costs.py`, `exploration.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,12 +34,14 @@ from slatewise.inference.arrays import (
     PointScores,
 )
 from slatewise.inference.costs import GraphCosts, work_of
+from slatewise.inference.exploration import draw
 from slatewise.inference.item_table import ItemTable
 
 HISTORY_CHUNK = 256  # events in one call of `extend`
 NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 256  # candidates in one call of `point`
 SLATE = 1024  # candidates in one call of `set`, at most: the limit `set_wise` of new bundles
+EXPLORE = "explore"  # the graph that adds a draw to the exit `point`
 LARGE = 2_048  # candidates of a request that runs in half chunks
 
 
@@ -70,7 +74,8 @@ class Engine:
     source: the folder with `<graph>.onnx`, or the content of each file, which cannot change between check and use.
     A call uses one thread, that of its caller. step: runs each step of the load; a server that serves meanwhile pauses
     after it. slate: the limit `set_wise` of the ranker; requests with more candidates make several slates of them
-    (`slates.py`). Raises EngineLoadError.
+    (`slates.py`). posterior: (heads, D, D) factors of `exploration.py`, for which the graph `explore` is loaded too;
+    `None`: the engine does not explore. Raises EngineLoadError.
     """
 
     def __init__(
@@ -80,10 +85,13 @@ class Engine:
         exits: list[str],
         step: Step = at_once,
         slate: int = SLATE,
+        posterior: Float32 | None = None,
     ) -> None:
         self.items = items
         self.slate = slate
-        names = ("encode", *exits)
+        self.posterior = posterior
+        self.drawn: Float32 | None = None  # (1, heads, D) of a request that explores
+        names = ("encode", *exits) if posterior is None else ("encode", *exits, EXPLORE)
         graphs: dict[str, bytes | str]
         graphs = {n: str(source / f"{n}.onnx") if isinstance(source, Path) else source[n] for n in names}
         folder = f"{source}: " if isinstance(source, Path) else ""
@@ -96,6 +104,10 @@ class Engine:
         past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
         if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
             raise EngineLoadError(f"{folder}encode.onnx has no fixed width for {', '.join(unknown)}")
+        if posterior is not None:
+            shapes = {i.name: i.shape[1:] for i in self.sessions[EXPLORE].get_inputs()}
+            if shapes.get("drawn") != list(posterior.shape[:2]):
+                raise EngineLoadError(f"{folder}explore.onnx does not match the posterior, {posterior.shape}")
         nothing = {name: np.zeros((1, 0, width), np.float32) for name, width in past.items()}
         self.blocks = len(nothing) // 2
         read = {i.name for i in self.sessions["point"].get_inputs()} if "point" in self.sessions else set()
@@ -177,7 +189,29 @@ class Engine:
             feeds[f"value_{i}"] = state.values[i]
         out = self.run("point", feeds)
         real = slice(len(chosen))
-        return PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
+        scores = PointScores(self.probabilities(out)[real], out["logits"][0, real], out["hidden"][0, real])
+        return scores if self.drawn is None else self.explore(scores, self.drawn)
+
+    def exploring(self, seed: str, scale: float) -> Engine:
+        """Return this engine with a draw in its last layer of `point`, which `set` adds to. `dot` has no such layer.
+
+        The result shares all with this engine, which stays as it is. Needs a posterior.
+        """
+        assert self.posterior is not None
+        moved = copy.copy(self)
+        moved.drawn = draw(self.posterior, seed, scale)[None]
+        return moved
+
+    def explore(self, point: PointScores, drawn: Float32) -> PointScores:
+        """Add a draw (1, heads, D) to the exit `point`, whose hidden states stay. Raises EngineError."""
+        feeds = {
+            "hidden": pad_single_row(point.hidden)[None],
+            "logits": pad_single_row(point.logits)[None],
+            "drawn": drawn,
+        }
+        out = self.run(EXPLORE, feeds)
+        real = slice(len(point))
+        return PointScores(self.probabilities(out)[real], out["moved"][0, real], point.hidden)
 
     def set(self, point: PointScores) -> Float64:
         """Compute the (N, heads) probabilities of the exit `set` for one slate: candidates attend to each other."""

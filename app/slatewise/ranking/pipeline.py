@@ -316,11 +316,15 @@ def cascade_of(
     plan: Plan, candidates: Candidates, state: KeptState, meta: Float32, completed: list[StageScores]
 ) -> Chunks[PointScores | None]:
     """Return the chunks of work that score the candidates. Each complete stage is appended to `completed`."""
+    engine = plan.engine
+    if plan.request.explore:
+        yield 1  # the draw runs in the thread of a worker too
+        engine = engine.exploring(plan.request.id or "", plan.request.explore)
     if plan.pruned is None:
         dot_first = plan.deadline.milliseconds > 0
-        return run_cascade(plan.engine, candidates, state, meta, plan.exit, dot_first, completed)
+        return (yield from run_cascade(engine, candidates, state, meta, plan.exit, dot_first, completed))
     weights = plan.ranker.score_weights(plan.request.head_weights)
-    return run_pruned(plan.engine, candidates, state, meta, plan.pruned, weights, completed)
+    return (yield from run_pruned(engine, candidates, state, meta, plan.pruned, weights, completed))
 
 
 def in_one_chunk(cost: int, function: Callable[[], T]) -> Chunks[T]:

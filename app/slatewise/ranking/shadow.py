@@ -57,9 +57,12 @@ class Shadow:
             await asyncio.gather(self.task, return_exceptions=True)
 
     def offer(self, request: RankRequest, shown: Ranking, trace: Trace, other: Ranker) -> None:
-        """Rank the request by `other` too, unless there is other work. Called when the answer is ready."""
+        """Rank the request by `other` too, unless there is other work. Called when the answer is ready.
+
+        A request that explores is left out: two draws say nothing about the versions.
+        """
         name = other.name
-        if shown.scored is None or shown.degraded:
+        if shown.scored is None or shown.degraded or request.explore:
             return
         if self.task is not None or self.pipeline.workers.queue:
             metrics.series(metrics.SHADOW_REQUESTS, name, "dropped").inc()

@@ -74,3 +74,17 @@ def find_faults(request: RankRequest, ranker: Ranker, limits: RequestLimits) -> 
             yield Fault(pointer("return_fields", k), f"unknown field; known: {known}")
     if request.exit not in ("auto", *manifest.exits):
         yield Fault("/exit", f"this ranker has: {', '.join(manifest.exits)}")
+    if request.explore:
+        yield from exploration_faults(request, ranker)
+
+
+def exploration_faults(request: RankRequest, ranker: Ranker) -> Iterator[Fault]:
+    if not ranker.explores:
+        detail = (
+            "this version cannot explore: export the ranker with `explore = true` in the table [export] of its TOML"
+        )
+        yield Fault("/explore", detail)
+    if (ranker.manifest.default_exit if request.exit == "auto" else request.exit) == "dot":
+        yield Fault("/explore", "the exit `dot` does not explore; ask for another `exit`")
+    if request.explain:
+        yield Fault("/explain", "a ranking that explores has no explanations; leave out `explain` or `explore`")

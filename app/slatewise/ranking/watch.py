@@ -1,5 +1,8 @@
 """Polls the folder of the bundles (`SLATEWISE_RELOAD=poll`), and switches to new versions that are complete.
 
+With `SLATEWISE_RELOAD_CANARY`, a new version of a served ranker is a canary first. It answers all users after
+`SLATEWISE_RELOAD_CANARY_S`, unless the stop rule or a roll-back has ended it before.
+
 A folder that was refused is tried again when it changes. Its times may mean nothing, and a file may have all of its
 bytes before they are right, so a wrong digest is also looked at again after twice as long each time.
 
@@ -35,9 +38,13 @@ class Failure:
 
 
 class Watch:
-    def __init__(self, versions: Versions, seconds: float) -> None:
+    def __init__(self, versions: Versions, seconds: float, canary: float = 0.0, canary_seconds: float = 0.0) -> None:
+        """canary: share of the users; 0: none. canary_seconds: until it is promoted; 0: never."""
         self.versions = versions
         self.seconds = seconds
+        self.canary = canary
+        self.canary_seconds = canary_seconds
+        self.canaries: dict[str, tuple[int, float]] = {}  # version by ranker, and time.monotonic() of its start
         self.failures: dict[tuple[str, int], Failure] = {}
 
     async def run(self) -> None:
@@ -51,6 +58,7 @@ class Watch:
 
     async def poll(self) -> None:
         """Look once, and serve the newest version of each ranker that can be loaded."""
+        await self.promote_canaries()
         versions = self.versions
         serving = {name: line.version for name, line in versions.registry.lines.items()}
         found = await versions.loads.background.run(partial(look_for, versions.loads.needs.root, serving))
@@ -62,6 +70,18 @@ class Watch:
             for version, folder in seen.items():
                 if self.is_due(name, version, folder) and await self.switch(name, version, folder):
                     break
+
+    async def promote_canaries(self) -> None:
+        """Serve the canaries of this polling whose time is over. Those that are gone are forgotten."""
+        for name, (version, began) in list(self.canaries.items()):
+            line = self.versions.registry.lines.get(name)
+            if line is None or line.candidate is None or line.candidate.version != version:
+                del self.canaries[name]
+            elif self.canary_seconds and time.monotonic() - began >= self.canary_seconds and not line.pinned:
+                try:
+                    await self.versions.execute(Command("promote", name, version, by="poll"))
+                except Conflict as error:  # a command is in progress: the next poll tries again
+                    log.info("%s version %d: %s", name, version, error)
 
     def is_due(self, name: str, version: int, seen: Seen) -> bool:
         key = (name, version)
@@ -85,7 +105,11 @@ class Watch:
         """Return whether the version is served now, or polling should come back to it first."""
         key = (name, version)
         try:
-            await self.versions.execute(Command("switch", name, version, by="poll"))
+            if self.canary and name in self.versions.registry.lines:
+                await self.versions.execute(Command("canary", name, version, self.canary, by="poll"))
+                self.canaries[name] = version, time.monotonic()
+            else:
+                await self.versions.execute(Command("switch", name, version, by="poll"))
         except Conflict as error:  # a command is in progress: the next poll tries again
             log.info("%s version %d: %s", name, version, error)
             return True

@@ -3,8 +3,8 @@
 The method follows the isotonic layer of LiRank (arXiv 2402.06859). Calibrations are fitted on uncalibrated graphs and
 written into the final graphs. They are also stored as JSON beside the graphs.
 
-Called by: `export.py`, `bundle_writer.py`, `compression/`, `offline.py`. Calls: `cases.py` for the validation users'
-slates, `sampling.py`.
+Called by: `export.py`, `bundle_writer.py`, `compression/`, `offline.py`, `exploration.py`. Calls: `cases.py`
+for the validation users' slates, `sampling.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise.inference.engine import Engine
+from slatewise_train.config import Head
 from slatewise_train.data import Data
 from slatewise_train.evaluation.cases import Case, candidates_of, exits_of, score_exits, slate_cases, state_of
 from slatewise_train.evaluation.sampling import in_parallel, sample_users
@@ -71,6 +72,31 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, knots: int = 6, step
     return Calibration(float(found[0]), float(bias.detach()), positions, np.diff(found))
 
 
+def calibration_slates(data: Data, items: int) -> list[tuple[Case, np.ndarray]]:
+    """Return the validation users' held-out slates, and for heads of kind `next` the item rows of another slate.
+
+    That slate has the next item, if there is one, and 99 items that the user never met. items: rows of the item table.
+    """
+    rng = np.random.default_rng(0)
+    first_next = next((k for k, head in enumerate(data.config.heads) if head.kind == "next"), None)
+    slates: list[tuple[Case, np.ndarray]] = []
+    for case in slate_cases(data, sample_users(data.split.validation_users)):
+        if len(case.upcoming):
+            # Of a slate that was shown, the next item is the first that was chosen; there may be none.
+            chosen = case.upcoming if first_next is None else case.upcoming[case.labels[:, first_next] == 1]
+            unmet = np.ones(items, bool)
+            unmet[:FIRST_ITEM] = unmet[case.seen] = unmet[case.upcoming] = False
+            unseen = np.flatnonzero(unmet)
+            drawn = rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)
+            slates.append((case, np.concatenate([chosen[:1], drawn])))
+    return slates
+
+
+def target_of(head: Head, k: int, case: Case, among: np.ndarray) -> np.ndarray:
+    """Return the labels of head k on its rows of a slate, NaN if not known: (n,). among: of `calibration_slates`."""
+    return case.labels[:, k] if head.kind == "label" else np.isin(among, case.upcoming).astype(float)
+
+
 def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibrations:
     """Fit a calibration for every exit and head, on the validation users' held-out slates.
 
@@ -78,20 +104,9 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
     head of kind `next` is fitted on slates of the next item and 99 items that the user never met, so it gives the
     probability of the next item in such a slate. Returns identities when there are no validation users.
     """
-    rng = np.random.default_rng(0)
     heads = data.config.heads
     exits = exits_of(engine)
-    first_next = next((k for k, head in enumerate(heads) if head.kind == "next"), None)
-    slates: list[tuple[Case, np.ndarray]] = []  # with the item rows of the slate for heads of kind `next`
-    for case in slate_cases(data, sample_users(data.split.validation_users)):
-        if len(case.upcoming):
-            # Of a slate that was shown, the next item is the first that was chosen; there may be none.
-            chosen = case.upcoming if first_next is None else case.upcoming[case.labels[:, first_next] == 1]
-            unmet = np.ones(len(engine.items), bool)
-            unmet[:FIRST_ITEM] = unmet[case.seen] = unmet[case.upcoming] = False
-            unseen = np.flatnonzero(unmet)
-            drawn = rng.choice(unseen, min(NEGATIVES, len(unseen)), replace=False)
-            slates.append((case, np.concatenate([chosen[:1], drawn])))
+    slates = calibration_slates(data, len(engine.items))
 
     def examples(slate: tuple[Case, np.ndarray]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Return the labels (n,) of each head and its logits (n,) by exit."""
@@ -103,7 +118,7 @@ def fit_calibrations(engine: Engine, data: Data, meta: np.ndarray) -> Calibratio
                 found[kind] = score_exits(engine, candidates_of(engine, data, rows, case.time), meta, state)
         result = []
         for k, head in enumerate(heads):
-            target = case.labels[:, k] if head.kind == "label" else np.isin(among, case.upcoming).astype(float)
+            target = target_of(head, k, case, among)
             known = ~np.isnan(target)
             p = {exit: scores[known, k].clip(LEAST_PROBABILITY, 1 - 1e-15) for exit, scores in found[head.kind].items()}
             result.append((target[known], {exit: np.log(value) - np.log1p(-value) for exit, value in p.items()}))

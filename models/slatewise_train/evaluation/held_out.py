@@ -134,5 +134,5 @@ def point_scores(
         positions = (lengths + 1).expand(-1, items.shape[1])
         state = [(key[part], value[part]) for key, value in history]
         hidden = model.hidden(vectors, state, positions, mask, fused)
-        parts.append(model.dot_logits(users[part, None], vectors) + model.point_logits(hidden))
+        parts.append(model.point(model.dot_logits(users[part, None], vectors), hidden))
     return torch.cat(parts)

@@ -106,9 +106,9 @@ def leave_one_out(
     results = in_parallel(rank_case, cases, "leave-one-out")
     ranks = {exit: np.array([found[exit][0] for found, _ in results], np.int64) for exit in exits}
     best = {exit: np.array([found[exit][1] for found, _ in results], np.int64).reshape(-1, DEPTH) for exit in exits}
-    if baselines and data.catalogue.field_values and results:
+    if baselines and data.config.categorical and results:
         rows_of_point, scores_of_point = np.stack([first for _, first in results], axis=1)
-        best |= mmr_lists(scores_of_point, rows_of_point.astype(np.int64), list(data.catalogue.field_values.values()))
+        best |= mmr_lists(scores_of_point, rows_of_point.astype(np.int64), categorical_values(data))
     for name, baseline in baselines.items():
         ranks[name], best[name] = baseline_ranks(baseline, cases, len(engine.items), f"leave-one-out, {name}")
     return ranks, best
@@ -120,6 +120,11 @@ def padded(values: np.ndarray, count: int) -> np.ndarray:
 
 
 ScoredSlates = list[tuple[np.ndarray, np.ndarray]]  # scores and labels, (n,) each
+
+
+def categorical_values(data: Data) -> list[np.ndarray]:
+    """Return `Catalogue.field_values` of the categorical columns: words of a text do not tell how alike items are."""
+    return [data.catalogue.field_values[name] for name in data.config.categorical]
 
 
 def slates(
@@ -209,7 +214,7 @@ def run_cases(
     if following is not None and len(users):
         sample = sample_users(users, most_users)
         ranked = leave_one_out(engine, data, following, meta, sample, others)
-        if fields := list(data.catalogue.field_values.values()):
+        if fields := categorical_values(data):
             targets = data.sequences.items[data.sequences.offsets[sample] + data.split.test_lengths[sample]]
             diversity = measure_lists(ranked[1], targets, fields, len(engine.items) - FIRST_ITEM)
     if labelled is not None and len(data.split.slate_users):

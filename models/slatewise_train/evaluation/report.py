@@ -83,8 +83,13 @@ def plot_training(log: Path) -> None:
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown: the verdict in the first line, then the tables and the checks of the data."""
     parts = [report["verdict"]["line"], sample_line(report["sample"]), quality_table(report)]
+    if "update" in report:
+        parts.append(report["update"]["line"])
     if "pruning" in report:
         parts.append(pruning_text(report["pruning"]))
+    if "exploration" in report:
+        moved = ", ".join(f"{value:g} (`{head}`)" for head, value in report["exploration"].items())
+        parts.append(f"A draw of scale 1 moves a logit by a standard deviation of {moved}.")
     parts += [f"Not measured: {reason}." for reason in report["not_measured"].values()]
     if report["baselines"]:
         settings = "; ".join(f"{name}: {text}" for name, text in report["baselines"].items())

@@ -9,8 +9,8 @@ prior, likelihoods of the training):
             + n * mean over other events:          log(1 + exp(z - L))     L = logsumexp of the known items
 
 The prior is what training added to the fields of the known items: e0 is the vector from fields alone plus the mean
-addition, P the inverse of the covariance of the additions. n is the number of events since the item's first one, in
-which it could have been taken and was not. Without that term, every item with an event would be a favourite.
+addition, P the inverse of the covariance of the additions. n is the number of events in which the item could have been
+taken and was not (`events_of_others`). Without that term, every item with an event would be a favourite.
 
 Called by: `refresh_items.py`. Calls: `batches.py`, the ranker, `slatewise.bundle.features`.
 
@@ -87,7 +87,7 @@ def point_logits(model: RankerModel, contexts: Contexts, vectors: Tensor) -> Ten
     fused = model.fuse(numeric, model.default_meta, contexts.time)
     positions = contexts.positions.expand(-1, vectors.shape[1])
     hidden = model.hidden(vectors, contexts.history, positions, contexts.mask, fused)
-    return model.dot_logits(contexts.users[:, None], vectors) + model.point_logits(hidden)
+    return model.point(model.dot_logits(contexts.users[:, None], vectors), hidden)
 
 
 @torch.no_grad()
@@ -98,6 +98,17 @@ def prior(known: Tensor, cold: Tensor) -> tuple[Tensor, Tensor]:
     covariance = (added - mean).T @ (added - mean) / len(added)
     ridge = LEAST_RIDGE * covariance.diagonal().mean().clamp(min=1e-6)
     return mean, torch.linalg.inv(covariance + ridge * torch.eye(len(covariance)))
+
+
+def events_of_others(events: np.ndarray, exposures: np.ndarray, known: int) -> np.ndarray:
+    """Return the number of events in which each new item was not taken: (n,) float64.
+
+    events: (n,) of each item; exposures: (n,) events of the log since the first one of the item; known: items. The rate
+    events / exposures would be 1 for an item with one event, so one event among `known` is added: the rate of the mean
+    item.
+    """
+    found: np.ndarray = events * (exposures + known) / (events + 1) - events
+    return np.maximum(found, 0.0)
 
 
 class ItemAdapter:
@@ -123,6 +134,7 @@ class ItemAdapter:
         self.addition, self.precision = prior(table[trained], cold[trained])
         rng = np.random.default_rng(seed)
         sample = rng.choice(trained.numpy(), MOST_KNOWN, replace=False) if len(trained) > MOST_KNOWN else trained
+        self.items = len(trained)
         self.known = table[torch.as_tensor(sample)]
         self.missing = float(np.log(len(trained) / len(sample)))  # of the sum over a sample
         events = len(sequences.items)
@@ -145,11 +157,13 @@ class ItemAdapter:
         begins = np.searchsorted(self.sequences.items[order], rows, "left")
         ends = np.searchsorted(self.sequences.items[order], rows, "right")
         events = [self.newest(order[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+        counts = ends - begins
+        others = events_of_others(counts, exposures, self.items) * (np.minimum(counts, MOST_EVENTS) / counts)
         result = np.zeros((len(rows), self.cold.shape[1]), np.float32)
         chunk: list[int] = []
         for k in range(len(rows) + 1):
             if chunk and (k == len(rows) or sum(len(events[j]) for j in [*chunk, k]) > CHUNK_EVENTS):
-                result[chunk] = self.adapt_chunk(rows[chunk], exposures[chunk], [events[j] for j in chunk])
+                result[chunk] = self.adapt_chunk(rows[chunk], others[chunk], [events[j] for j in chunk])
                 chunk = []
             chunk.append(k)
         return result
@@ -158,20 +172,23 @@ class ItemAdapter:
         """Return at most MOST_EVENTS rows of the sequences, the newest of them."""
         return events[np.argsort(self.sequences.timestamps[events], kind="stable")[-MOST_EVENTS:]]
 
-    def adapt_chunk(self, rows: np.ndarray, exposures: np.ndarray, events: list[np.ndarray]) -> np.ndarray:
-        """As `adapt`, for items whose events (n lists of rows of the sequences) fit into memory together."""
+    def adapt_chunk(self, rows: np.ndarray, others: np.ndarray, events: list[np.ndarray]) -> np.ndarray:
+        """As `adapt`, for items whose events (n lists of rows of the sequences) fit into memory together.
+
+        others: (n,), of `events_of_others`.
+        """
         taken = np.concatenate(events)
         owner = torch.from_numpy(np.repeat(np.arange(len(rows)), list(map(len, events))))
         contexts = self.contexts(taken)
         labels = torch.from_numpy(self.sequences.labels[taken])  # (E, heads)
         start = self.cold[torch.from_numpy(rows)] + self.addition
-        others = torch.from_numpy(np.maximum(exposures - np.array(list(map(len, events))), 0)).float()
+        weights = torch.from_numpy(others).float()
         change = torch.zeros_like(start, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             loss = 0.5 * ((change @ self.precision) * change).sum()
-            loss = loss + self.negative_log_likelihood(start + change, owner, contexts, labels, others)
+            loss = loss + self.negative_log_likelihood(start + change, owner, contexts, labels, weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -49,17 +49,18 @@ class NewItems:
 def find_new_items(events: Events, known: pl.DataFrame) -> NewItems:
     """Find the new items, at most MOST_ITEMS of them. known: the column `item_id`, of the ranker's items."""
     files = events.scanned[1]
+    usable = events.taken.drop_nulls().filter(pl.col("timestamp").is_finite())
     counted = collect(
-        events.taken.drop_nulls("item_id")
-        .group_by("item_id")
-        .agg(pl.len().cast(pl.Int64).alias("events"), pl.col("timestamp").min().alias("first")),
+        usable.group_by("item_id").agg(
+            pl.len().cast(pl.Int64).alias("events"), pl.col("timestamp").min().alias("first")
+        ),
         files,
     )
     _, joined = join_ids(known, counted)
     counted = counted.with_columns(written="item_id", item_id=joined["item_id"].cast(pl.String))
     new = counted.join(known, on="item_id", how="anti").sort("events", "item_id", descending=[True, False])
     new = new.head(MOST_ITEMS)
-    times = collect(events.taken.select("timestamp"), files)["timestamp"].drop_nulls().sort().to_numpy()
+    times = collect(usable.select("timestamp"), files)["timestamp"].sort().to_numpy()
     exposures = len(times) - np.searchsorted(times, new["first"].to_numpy(), "left")
     return NewItems(new["item_id"].to_list(), new["written"].to_list(), new["events"].to_numpy(), exposures)
 
@@ -111,8 +112,8 @@ def vectors_of_fields(folder: Path, manifest: Manifest, ids: list[str], items: p
         for name, field in manifest.fields.items():
             if name in rows.columns:
                 values = {value: row for row, value in enumerate(field.values, field.offset + 1)}
-                lists = value_lists(rows[name]).to_list()
-                change, _ = field_change(lists, np.arange(len(ids)), values, tables, field.offset)
+                cells = rows[name].to_list() if field.text else value_lists(rows[name]).to_list()
+                change, _ = field_change(cells, np.arange(len(ids)), values, tables, field.offset, field.text)
                 result[FIRST_ITEM:] += change
     return torch.from_numpy(result)
 
@@ -145,9 +146,15 @@ def refresh_items(folder: Path, events: Events, redis_url: str, tables: TablesCo
         sequences = read_sequences(events, known, new, rules)
         kinds = [head.kind for head in rules.config.heads]
         adapter = ItemAdapter(model, kinds, cold, sequences, rules.config.history_length)
+        rows = FIRST_ITEM + len(known) + changed
+        usable = np.isin(rows, sequences.items)
+        rows, changed = rows[usable], changed[usable]
         vectors = np.zeros((len(new.ids), manifest.width), np.float32)
         if stored is not None:
             vectors[same >= 0] = stored.vectors[same[same >= 0]]
-        vectors[changed] = adapter.adapt(FIRST_ITEM + len(known) + changed, new.exposures[changed])
-        write_items(client, *place, AdaptedItems(new.ids, vectors, new.events, begin))
+        vectors[changed] = adapter.adapt(rows, new.exposures[changed])
+        kept = np.union1d(np.flatnonzero(same >= 0), changed)
+        ids = [new.ids[k] for k in kept]
+        write_items(client, *place, AdaptedItems(ids, vectors[kept], new.events[kept], begin))
+        summary["adapted"] = len(changed)
     return summary | {"seconds": round(time.time() - begin, 2)}

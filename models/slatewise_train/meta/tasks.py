@@ -53,7 +53,7 @@ def point_with(ranker: RankerModel, vectors: Tensor, base: Tensor, dot: Tensor) 
 
     base, dot: as in `Tasks`.
     """
-    return dot + ranker.point_logits(base + ranker.meta_shift(vectors)[..., None, None, :])
+    return ranker.point(dot, base + ranker.meta_shift(vectors)[..., None, None, :])
 
 
 def event_losses(

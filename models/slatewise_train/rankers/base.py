@@ -1,7 +1,7 @@
 """The interface of a ranker family: its config, its torch model, and the exporter of its serving graphs.
 
 A ranker scores in a cascade of exits. `dot` is the product of user and item vector, `point` adds a term for each
-candidate, `set` adds a term that depends on the other candidates of the slate:
+candidate, `set` adds a term that depends on the other candidates of the slate. Unless a family overrides `point`:
 
     logit = scale (user . item) + bias        exit dot
           + point_logits(hidden)              exit point
@@ -9,8 +9,9 @@ candidate, `set` adds a term that depends on the other candidates of the slate:
 
 Called by: every offline module that uses a ranker; `families.py` builds rankers. Calls: no module of this package.
 
-Letters in shapes: B sequences, T history positions (the start token is position 0), N candidates, d width, F numeric
-features, M numbers of a meta-embedding, H attention heads, V values of a multi-valued field.
+Letters in shapes: B sequences, T history positions (the start token is position 0), N candidates, d width, h width of
+hidden states (d in most families), F numeric features, M numbers of a meta-embedding, H attention heads, V values of a
+multi-valued field.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class RankerConfig:
 
 
 class RankerModel(nn.Module, ABC):
-    """A torch ranker. A family also has parameters named `item.weight`, `default_meta`, `dot_scale` and `dot_bias`."""
+    """A torch ranker.
+
+    A family also has parameters named `item.weight`, `action.weight` (row 0 is the unknown action), `default_meta`,
+    `dot_scale` and `dot_bias`.
+    """
 
     family: ClassVar[str]  # its key in `families.FAMILIES`
     config: RankerConfig
@@ -88,6 +93,10 @@ class RankerModel(nn.Module, ABC):
         """Return the vectors of a categorical column's values, row 0 for a missing value: (rows, d)."""
 
     @abstractmethod
+    def freeze_meta(self) -> None:
+        """Keep training from changing `default_meta` and `meta_shift`: stored meta-embeddings keep their meaning."""
+
+    @abstractmethod
     def without_meta(self) -> RankerModel:
         """Return a copy without a meta-embedding (M = 0).
 
@@ -107,20 +116,22 @@ class RankerModel(nn.Module, ABC):
 
     @abstractmethod
     def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
-        """Combine the request's inputs, which join after the blocks (late fusion): (..., N, d).
+        """Combine the request's inputs, which `hidden` adds after the candidates have read the history: (..., N, h).
 
         numeric: (..., N, F) raw numbers, NaN for missing; meta: (..., 1, M); context: (..., 1, 4).
         """
 
     @abstractmethod
     def meta_shift(self, meta: Tensor) -> Tensor:
-        """Return the change of `fuse` when its meta-embedding changes from zero to meta (..., M): (..., d)."""
+        """Return the change of `fuse` when its meta-embedding changes from zero to meta (..., M): (..., h)."""
 
     @abstractmethod
     def hidden(
         self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor
     ) -> Tensor:
-        """Return hidden states (B, N, d) of candidates that each read the history and no other candidate.
+        """Return hidden states (B, N, h) of candidates that each read the history and no other candidate.
+
+        They are a sum of `fused` and a part that does not depend on it.
 
         vectors: (B, N, d); positions: (1,) or (B, N), the candidates' places after the history; fused: as `fuse`
         returns it; mask: (B, 1, N, T), True for the positions that a candidate may read, or None for all of them.
@@ -132,11 +143,18 @@ class RankerModel(nn.Module, ABC):
 
     @abstractmethod
     def point_logits(self, hidden: Tensor) -> Tensor:
-        """Return the term that the exit `point` adds: hidden states (..., N, d) -> (..., N, heads)."""
+        """Return the term that the exit `point` adds: hidden states (..., N, h) -> (..., N, heads)."""
+
+    def point(self, dot: Tensor, hidden: Tensor) -> Tensor:
+        """Return logits of the exit `point`: (..., N, heads).
+
+        dot: of `dot_logits`; hidden: (..., N, h).
+        """
+        return dot + self.point_logits(hidden)
 
     @abstractmethod
     def set_logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the term that the exit `set` adds: hidden states (B, N, d) -> (B, N, heads).
+        """Return the term that the exit `set` adds: hidden states (B, N, h) -> (B, N, heads).
 
         The candidates attend to each other. mask: (B, 1, 1, N), False for padding.
         """
@@ -146,7 +164,7 @@ class RankerModel(nn.Module, ABC):
 
         mask: as in `set_logits`.
         """
-        logits = {"dot": dot, "point": dot + self.point_logits(hidden)}
+        logits = {"dot": dot, "point": self.point(dot, hidden)}
         if "set" in self.exits:
             logits["set"] = logits["point"] + self.set_logits(hidden, mask)
         return logits
@@ -182,8 +200,8 @@ def uncalibrated(exits: Sequence[str], heads: int) -> Calibrations:
 class RankerGraphs(ABC):
     """Writes one ranker as ONNX graphs. Made by `families.graphs(model, calibrations, longest_history)`.
 
-    `slatewise.inference.engine` runs the graphs. Their inputs and outputs are the same for every family; `ligr_onnx.py`
-    lists them.
+    `slatewise.inference.engine` runs the graphs. Their inputs and outputs are the same for every family;
+    `late_fusion_onnx.py` lists them.
     """
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 Called by: `config.py`, `defaults.py`, `search_space.py` (configs); `new_model.py`, `weights.py`, `demo/reference.py` (a
 config becomes a model); `bundle_writer.py`, `export.py` and `compression/variants.py` (a model becomes graphs);
-`compression/` (low-rank forms and students). Calls: `ligr.py`, `ligr_onnx.py`, `ligr_student.py`.
+`compression/` (low-rank forms and students); `evaluation/exploration.py`. Calls: `ligr.py`, `ligr_onnx.py`,
+`ligr_student.py`, `ligr_explore.py`, `dcn.py`, `dcn_onnx.py`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
-from slatewise_train.rankers import ligr_student
+from slatewise_train.rankers import ligr_explore, ligr_student
 from slatewise_train.rankers.base import Calibrations, RankerConfig, RankerGraphs, RankerModel
+from slatewise_train.rankers.dcn import Dcn, DcnConfig
+from slatewise_train.rankers.dcn_onnx import DcnGraphs
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
 from slatewise_train.rankers.ligr_onnx import LigrGraphs
 
 
 @dataclass(frozen=True)
 class Family:
-    """The classes of a family, and functions for compression. A function is None if the family does not support it."""
+    """The classes of a family, and functions for compression and exploration.
+
+    A function is None if the family does not support it.
+    """
 
     config: type[RankerConfig]
     model: Callable[..., RankerModel]  # (config, field_values, numeric_mean, numeric_std), as in `ItemColumns`
@@ -32,12 +39,22 @@ class Family:
     )
     half: Callable[[Any], dict[str, int]] | None = None  # (config) -> the default shape of a student
     shrink: Callable[[Any, Mapping[str, int]], RankerModel] | None = None  # (teacher, shape) -> a student
+    features: Callable[[Any, Tensor], Tensor] | None = None  # (model, hidden) -> input of the last layer of `point`
+    explore: Callable[[Any, Calibrations], onnx.ModelProto] | None = None  # the graph that adds a draw to that layer
 
 
 FAMILIES = {
     Ligr.family: Family(
-        LigrConfig, Ligr, LigrGraphs, dense_layers=Ligr.dense_layers, half=ligr_student.half, shrink=ligr_student.shrink
-    )
+        LigrConfig,
+        Ligr,
+        LigrGraphs,
+        dense_layers=Ligr.dense_layers,
+        half=ligr_student.half,
+        shrink=ligr_student.shrink,
+        features=ligr_explore.features,
+        explore=ligr_explore.graph,
+    ),
+    Dcn.family: Family(DcnConfig, Dcn, DcnGraphs),
 }
 DEFAULT_FAMILY = Ligr.family  # of a TOML that does not name a family, and of the reference bundle
 
@@ -109,3 +126,20 @@ def shrink(teacher: RankerModel, shape: Mapping[str, int]) -> RankerModel:
     if (function := find(teacher.family).shrink) is None:
         raise ValueError(f"rankers of the family {teacher.family!r} have no students")
     return function(teacher, shape)
+
+
+def features(model: RankerModel, hidden: Tensor) -> Tensor:
+    """Return the input of the last layer of `point`: hidden states (..., d) -> (..., features).
+
+    Raises ValueError if the family does not support exploration.
+    """
+    if (function := find(model.family).features) is None:
+        raise ValueError(f"rankers of the family {model.family!r} do not explore")
+    return function(model, hidden)
+
+
+def explore(model: RankerModel, calibrations: Calibrations) -> onnx.ModelProto:
+    """Build the graph that adds a draw to that layer. Raises ValueError as `features`."""
+    if (function := find(model.family).explore) is None:
+        raise ValueError(f"rankers of the family {model.family!r} do not explore")
+    return function(model, calibrations)

@@ -10,20 +10,20 @@
 - Numeric features, meta-embedding and request context are added after the blocks (late fusion).
 - Set-wise blocks let the candidates of a slate attend to each other.
 
-Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_student.py`. Calls: `base.py`, which
-defines the letters in shapes.
+Called by: `families.py`, `ligr_onnx.py` (the same equations as ONNX), `ligr_student.py`. Calls: `late_fusion.py`, and
+`base.py`, which defines the letters in shapes.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slatewise.inference.arrays import CONTEXT_SIZE, GAP_BUCKETS, START_ITEM, UNKNOWN_ITEM
 from slatewise_train.config_values import number
-from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig, RankerModel
-from slatewise_train.rankers.layers import Dropout, apply_together, dense_layer, gated_update, init_low_rank, rotate
+from slatewise_train.rankers.base import EXITS, EncodedHistory, RankerConfig
+from slatewise_train.rankers.late_fusion import LateFusion
+from slatewise_train.rankers.layers import Dropout, apply_together, dense_layer, gated_update, rotate
 
 
 @dataclass(frozen=True)
@@ -162,21 +162,8 @@ class Block(nn.Module):
         return gated_update(x, fed, self.feed_forward_gate(x), self.dropout)
 
 
-def key_of(name: str) -> str:
-    """Return the key of a column in the state dict. It is the name, unless torch refuses that: `type`, `brand.name`.
-
-    Different columns have different keys.
-    """
-    if "." not in name and not name.startswith("%") and not hasattr(nn.ModuleDict(), name):
-        return name
-    return "%" + name.replace("%", "%25").replace(".", "%2E")
-
-
-class Ligr(RankerModel):
-    """A ranker of the family `ligr`.
-
-    field_values, numeric_mean and numeric_std, as in `families.ItemColumns`, become buffers.
-    """
+class Ligr(LateFusion):
+    """A ranker of the family `ligr`."""
 
     family = "ligr"
     config: LigrConfig
@@ -184,42 +171,19 @@ class Ligr(RankerModel):
     def __init__(
         self, config: LigrConfig, field_values: dict[str, Tensor], numeric_mean: Tensor, numeric_std: Tensor
     ) -> None:
-        super().__init__()
-        self.config = config
+        sizes = config.meta_size, config.dropout, config.field_dropout
+        super().__init__(config, field_values, numeric_mean, numeric_std, *sizes)
         d = config.width
-        self.item = nn.Embedding(config.items, d)
-        self.field = nn.ModuleDict({key_of(name): nn.Embedding(rows, d) for name, rows in config.fields.items()})
-        self.action = nn.Embedding(config.actions, d)
-        self.gap = nn.Embedding(GAP_BUCKETS, d)
-        for name, rows in field_values.items():
-            key = key_of(name)
-            self.register_buffer(f"values_{key}", rows)  # (items, V)
-            self.register_buffer(f"flat_{key}", rows[rows > 0], persistent=False)  # without the padding
-            self.register_buffer(f"count_{key}", (rows > 0).sum(1), persistent=False)  # (items,)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.user_norm = nn.LayerNorm(d)
-        self.dot_scale = nn.Parameter(torch.ones(config.heads))
-        self.dot_bias = nn.Parameter(torch.zeros(config.heads))
-        # late fusion
-        self.register_buffer("numeric_mean", numeric_mean)
-        self.register_buffer("numeric_std", numeric_std)
-        self.default_meta = nn.Parameter(torch.zeros(config.meta_size))
-        self.fusion = nn.Linear(2 * config.numeric + config.meta_size + CONTEXT_SIZE, d)
+        self.fusion = self.fusion_layer()
         self.point_norm = nn.LayerNorm(d)
         self.point_up = nn.Linear(d, 2 * d)
         self.point_down = nn.Linear(2 * d, config.heads)
         self.set_blocks = nn.ModuleList(Block(config) for _ in range(config.set_blocks))
         self.set_norm = nn.LayerNorm(d)
         self.set_out = nn.Linear(d, config.heads)
-        self.dropout = Dropout(config.dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=d**-0.5)
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        init_low_rank(self)
+        self.draw_weights()
         if not config.set_blocks:  # bundles and checkpoints have these weights, but no exit reads them
             self.set_norm.requires_grad_(False)
             self.set_out.requires_grad_(False)
@@ -229,47 +193,6 @@ class Ligr(RankerModel):
     @property
     def exits(self) -> tuple[str, ...]:
         return EXITS if self.config.set_blocks else EXITS[:-1]
-
-    def field_table(self, name: str) -> Tensor:
-        return self.field[key_of(name)].get_parameter("weight")
-
-    def field_vectors(self, name: str, rows: Tensor) -> Tensor:
-        """Return the mean vector of the items' values of a field, or row 0 of the field without values: (n, d).
-
-        rows: (n,) of the items. The time follows the number of values of these items, not the most values of one item.
-        """
-        table = self.field_table(name)
-        counts = self.get_buffer(f"count_{key_of(name)}")
-        count = counts[rows]  # (n,)
-        starts = count.cumsum(0) - count
-        shift = (counts.cumsum(0) - counts)[rows] - starts  # from a place in this result to its place in the buffer
-        places = torch.arange(int(count.sum()), device=rows.device) + shift.repeat_interleave(count)
-        sums = F.embedding_bag(self.get_buffer(f"flat_{key_of(name)}")[places], table, starts, mode="sum")
-        vectors = torch.where((count > 0)[:, None], sums / count.clamp(min=1)[:, None], table[0])
-        vectors = vectors.masked_fill((rows == START_ITEM)[:, None], 0.0)  # the start token has no fields
-        if not self.training or not self.config.field_dropout:
-            return vectors
-        kept = torch.rand(len(rows), 1, device=rows.device) >= self.config.field_dropout
-        return vectors * (kept / (1 - self.config.field_dropout))  # the mean stays the same
-
-    def item_table(self) -> Tensor:
-        folded = self.item.weight  # (items, d)
-        rows = torch.arange(len(folded), device=folded.device)
-        for name in self.config.fields:
-            folded = folded + self.field_vectors(name, rows)
-        return folded
-
-    def cold_item_vectors(self, table: Tensor) -> Tensor:
-        return table - self.item.weight + self.item.weight[UNKNOWN_ITEM]  # (items, d)
-
-    def item_vectors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        known = F.embedding(rows, self.item.weight)  # (n, d)
-        cold = known[:1].expand(len(rows), -1)
-        for name in self.config.fields:
-            vectors = self.field_vectors(name, rows)
-            known = known + vectors
-            cold = cold + vectors
-        return known, cold
 
     def dense_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of all blocks, by name, but not thin ones. They take nearly all of the time."""
@@ -282,28 +205,7 @@ class Ligr(RankerModel):
         }
 
     def resized(self, config: LigrConfig) -> "Ligr":
-        """Build a ranker of another config with the same item columns and with random weights."""
-        field_values = {name: self.get_buffer(f"values_{key_of(name)}") for name in self.config.fields}
-        return Ligr(config, field_values, self.numeric_mean.clone(), self.numeric_std.clone())
-
-    @torch.no_grad()
-    def without_meta(self) -> "Ligr":
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        weight = self.fusion.weight
-        copy = self.resized(replace(self.config, meta_size=0))
-        changed = {
-            "default_meta": torch.zeros(0),
-            "fusion.weight": torch.cat([weight[:, :first], weight[:, first + self.config.meta_size :]], dim=1),
-            "fusion.bias": self.fusion.bias + self.meta_shift(self.default_meta),
-        }
-        copy.load_state_dict(self.state_dict() | changed)
-        return copy.eval()
-
-    def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
-        if len(self.action.weight) * GAP_BUCKETS > actions.numel():
-            return self.dropout(item_vectors + (self.action(actions) + self.gap(gaps)))  # (B, T, d)
-        sums = self.action.weight[:, None] + self.gap.weight  # one look-up instead of two, and the same sums
-        return self.dropout(item_vectors + F.embedding(actions * GAP_BUCKETS + gaps, sums.flatten(0, 1)))
+        return Ligr(config, *self.item_columns())
 
     def encode(self, x: Tensor) -> tuple[EncodedHistory, Tensor]:
         positions = torch.arange(x.shape[1], device=x.device)
@@ -313,19 +215,6 @@ class Ligr(RankerModel):
             x, keys_values = block.attend_to_itself(x, positions, None, causal=True)
             state.append(keys_values)
         return state, self.user_norm(x)  # (B, T, d)
-
-    def dot_logits(self, users: Tensor, vectors: Tensor) -> Tensor:
-        return (users * vectors).sum(-1, keepdim=True) * self.dot_scale + self.dot_bias  # (B, N, heads)
-
-    def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
-        missing = numeric.isnan()  # (..., N, F)
-        scaled = torch.where(missing, 0.0, (numeric - self.numeric_mean) / self.numeric_std).clamp(-10, 10)
-        n = (*numeric.shape[:-1], -1)
-        return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
-
-    def meta_shift(self, meta: Tensor) -> Tensor:
-        first = 2 * self.config.numeric  # columns of the fusion layer: scaled, missing, meta, context
-        return F.linear(meta, self.fusion.weight[:, first : first + self.config.meta_size])
 
     def hidden(
         self, vectors: Tensor, history: EncodedHistory, positions: Tensor, mask: Tensor | None, fused: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from slatewise.bundle.features import VALUE_SEPARATOR
+from slatewise.bundle.features import VALUE_SEPARATOR, words_of
 from slatewise.schemas import MAX_ID
 from slatewise_train.config import DataConfig, TablesConfig
 from slatewise_train.tables import columns, ids
@@ -44,7 +44,7 @@ def clean_items(items: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, 
     Only the first row of each id is used. Numeric columns are converted; a value that is no finite number is missing.
     Raises ValueError if a column that the TOML names is missing.
     """
-    for key, names in (("categorical", config.categorical), ("numeric", config.numeric)):
+    for key, names in (("categorical", config.categorical), ("text", config.text), ("numeric", config.numeric)):
         if missing := [name for name in names if name not in items.columns and name not in COUNTED]:
             raise ValueError(
                 f"items: no column {', '.join(missing)}, which {key} in [items] names; {columns.listed(items.columns)}"
@@ -104,6 +104,14 @@ def given(column: pl.Series) -> pl.Series:
     if column.dtype.is_float():
         return present & column.is_not_nan()
     return present & (column.str.strip_chars() != "").fill_null(False) if column.dtype == pl.String else present
+
+
+def word_lists(column: pl.Series) -> pl.Series:
+    """Return the words of a text column as lists, in the order of the text. See `features.words_of`."""
+    if column.dtype.is_nested():
+        raise ValueError(f"items: column {column.name} has the type {column.dtype}; a text column has text")
+    words = [words_of((text,)) for text in column.cast(pl.String)]
+    return pl.Series(column.name, [list(cell) for cell in words], pl.List(pl.String))
 
 
 def value_lists(column: pl.Series) -> pl.Series:
