@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -224,15 +225,17 @@ class Trainer:
                 self.time_left.step(step / steps)
             return self.progress.rate(step, steps)
 
-        def loss(windows: np.ndarray) -> Tensor:
-            return self.step_loss(windows, cascade)
-
+        loss = partial(self.step_loss, cascade=cascade)
         mean = one_epoch(self.config, self.data, self.epoch + 1, self.optimizer, parameters, rate, loss)
-        with torch.no_grad():
-            ids = self.model.get_parameter("item.weight")
-            ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
+        self.reset_untrained()
         self.progress.epoch += 1
         return mean
+
+    @torch.no_grad()
+    def reset_untrained(self) -> None:
+        """Give items without a training event the row of the unknown item."""
+        ids = self.model.get_parameter("item.weight")
+        ids[self.untrained] = ids[UNKNOWN_ITEM].clone()
 
     def validate(self, exits: tuple[str, ...]) -> dict[str, float]:
         """Call `held_out.validate` with the first head of kind `next`; empty without such a head."""

@@ -6,7 +6,7 @@ extreme rows of the tables (`probe.py`). A variant that fails is left out. If a 
 is loaded. The operators of the graphs are checked once, when the bundle is written (`slatewise_train/graph_check.py`).
 
 Called by: `main.py`, `check.py`, `ranking/versions.py`, and the package slatewise_train. Calls: `manifest.py`,
-`files.py`, `probe.py`, `titles.py`, `inference/engine.py`.
+`files.py`, `item_tables.py`, `probe.py`, `titles.py`, `inference/engine.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slatewise.bundle.files import Files, WrongDigest, check_file, checked_path, strings
 from slatewise.bundle.golden import check_golden, score_request
+from slatewise.bundle.item_tables import FLOAT32, INT8, check_array, load_items, shared_table
 from slatewise.bundle.manifest import (
     POSTERIOR,
     Manifest,
@@ -34,22 +34,22 @@ from slatewise.bundle.manifest import (
     read_manifest_bytes,
     versions,
 )
-from slatewise.bundle.probe import check_fields, check_numbers, extreme_rows, probe
+from slatewise.bundle.probe import check_fields, extreme_rows, probe
 from slatewise.bundle.ranker import Ranker, Vocabulary
 from slatewise.bundle.signature import PublicKeys
 from slatewise.bundle.titles import read_titles
 from slatewise.inference.arrays import FIRST_ITEM, Float32
 from slatewise.inference.engine import EXPLORE, Engine, EngineError, Step, at_once
-from slatewise.inference.item_table import Int8Items, record
+from slatewise.inference.item_table import ItemTable
 from slatewise.inference.timed_calls import time_calls
 from slatewise.schemas import RankRequest
 
 log = logging.getLogger("slatewise")
 
-REQUIRED = ("items.npy", "ids.json", "fields.npy")
+REQUIRED = (FLOAT32, "ids.json", "fields.npy")
 MOST_EXAMPLES = 64
 OPTIONAL = ("users.json", "meta_embeddings.npy", "report.json", "warmup.jsonl", "display.json", "examples.json")
-USED = (*REQUIRED, *OPTIONAL, "default_meta.npy")  # what `make_ranker` reads
+USED = ("ids.json", "fields.npy", *OPTIONAL, "default_meta.npy")  # what `make_ranker` reads, beside an item table
 
 
 # Versions
@@ -131,21 +131,28 @@ def load_bundle(
     content = read_manifest_bytes(folder, keys)
     manifest = parse_manifest(content, folder)
     files = Files(folder, manifest.files, step)
-    check_files(folder, manifest, USED)
-    ranker = dataclasses.replace(make_ranker(files, manifest), digest=hashlib.sha256(content).hexdigest())
-    extremes = extreme_rows(ranker.items)
     chosen = [name for name in manifest.variants if name in variants or not variants]
     if missing := [name for name in variants if name not in manifest.variants]:
         log.warning("%s: no variant %s; it has %s", folder, ", ".join(missing), ", ".join(manifest.variants))
+    shared = shared_table({manifest.variants[name].items for name in chosen})
+    check_files(folder, manifest, (*USED, shared))
+    ranker = make_ranker(files, manifest, shared)
+    ranker = dataclasses.replace(ranker, digest=hashlib.sha256(content).hexdigest())
     if not chosen:
         raise NoSuchVariant(
             f"{folder} has none of the variants {', '.join(variants)}; it has {', '.join(manifest.variants)}"
         )
+    extremes = extreme_rows(ranker.items)
+    tables = {shared: ranker.items}
     engines: dict[str, Engine] = {}
     refused: dict[str, str] = {}
     for name in chosen:
         try:
-            engines[name] = load_variant(files, ranker, name, step)
+            check_variant_digests(manifest, name)
+            table = manifest.variants[name].items
+            if table not in tables:
+                tables[table] = load_items(files, table, ranker.items.shape)
+            engines[name] = load_variant(files, ranker, name, tables[table], step)
             probe(ranker, engines[name], extremes)
         except (ManifestError, EngineError, LookupError, ValueError) as error:
             engines.pop(name, None)
@@ -176,15 +183,18 @@ def check_files(folder: Path, manifest: Manifest, used: tuple[str, ...] = ()) ->
     for name, digest in manifest.files.items():
         if name in used:
             checked_path(folder, name)
-        elif not name.startswith("variants/") and name != "items8.npy":
+        elif not name.startswith("variants/") and name != INT8:
             check_file(folder, name, digest)
 
 
 # Ranker
 
 
-def make_ranker(files: Files, manifest: Manifest) -> Ranker:
-    """Build the ranker without engines. Raises ManifestError for an unreadable file or an array of another shape."""
+def make_ranker(files: Files, manifest: Manifest, table: str = FLOAT32) -> Ranker:
+    """Build the ranker without engines. table: the file of its item table.
+
+    Raises ManifestError for an unreadable file or an array of another shape.
+    """
     folder = files.folder
     try:
         ids = strings(files.read("ids.json"))
@@ -192,7 +202,6 @@ def make_ranker(files: Files, manifest: Manifest) -> Ranker:
         report = files.read_json("report.json") or {}
         if not isinstance(report, dict):
             raise ValueError("report.json is of another shape")
-        items = files.read_array("items.npy")
         field_vectors = files.read_array("fields.npy")
         default_meta, embedded = load_meta(files, manifest, len(users))
         warmup = read_warmup(files.read_optional("warmup.jsonl") or b"")
@@ -203,8 +212,8 @@ def make_ranker(files: Files, manifest: Manifest) -> Ranker:
         if isinstance(error, WrongDigest):
             raise
         raise ManifestError(f"{folder}: {error}") from error
+    items = load_items(files, table, (len(ids) + FIRST_ITEM, manifest.width))
     for name, array, shape in (
-        ("items.npy", items, (len(ids) + FIRST_ITEM, manifest.width)),
         ("fields.npy", field_vectors, (check_fields(manifest.fields), manifest.width)),
         ("default_meta.npy", default_meta, (manifest.meta_size,)),
         ("meta_embeddings.npy", embedded, (len(users), manifest.meta_size)),
@@ -253,13 +262,6 @@ def read_examples(bodies: Any, manifest: Manifest) -> list[dict[str, Any]]:
     return [manifest.example, *(body for body in bodies if body != manifest.example)]
 
 
-def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raise ManifestError unless the array is float32, has this shape, and its numbers are finite and not huge."""
-    if array.dtype != np.float32 or array.shape != shape:
-        raise ManifestError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
-    check_numbers(name, array)
-
-
 def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
     return Vocabulary(
         items={item: row for row, item in enumerate(ids, FIRST_ITEM)},
@@ -274,18 +276,19 @@ def make_vocabulary(ids: list[str], manifest: Manifest) -> Vocabulary:
 # Variants
 
 
-def load_variant(files: Files, ranker: Ranker, name: str, step: Step = at_once) -> Engine:
-    """Load, check and warm up the engine of one variant. Raises ManifestError or EngineError with the reason."""
+def load_variant(files: Files, ranker: Ranker, name: str, items: ItemTable, step: Step = at_once) -> Engine:
+    """Load, check and warm up the engine of one variant. items: its table.
+
+    Raises ManifestError or EngineError with the reason.
+    """
     manifest = ranker.manifest
-    table = manifest.variants[name].items
     graphs = check_variant_digests(manifest, name)
     posterior = load_posterior(files, manifest, name)
     if posterior is not None:
         graphs = (*graphs, EXPLORE)
-    used = {f"variants/{name}/{graph}.onnx" for graph in graphs} | {table, f"variants/{name}/{POSTERIOR}"}
-    for path in variant_files(manifest, name) - used:
+    read = {manifest.variants[name].items, *(f"variants/{name}/{graph}.onnx" for graph in graphs)}
+    for path in variant_files(manifest, name) - read - {f"variants/{name}/{POSTERIOR}"}:
         check_file(files.folder, path, manifest.files[path])
-    items = ranker.items if table == "items.npy" else load_int8_items(files, table, ranker.items.shape)
     contents = {graph: files.read(f"variants/{name}/{graph}.onnx") for graph in graphs}
     engine = Engine(contents, items, manifest.exits, step, manifest.limits.set_wise, posterior)
     check_golden(ranker, engine, name)
@@ -312,37 +315,22 @@ def load_posterior(files: Files, manifest: Manifest, name: str) -> Float32 | Non
 def variant_files(manifest: Manifest, name: str) -> set[str]:
     """Return the files of a variant that have a digest, its own item table included."""
     table = manifest.variants[name].items
-    tables: set[str] = set() if table == "items.npy" else {table}  # `check_files` checks items.npy
+    tables: set[str] = set() if table == FLOAT32 else {table}  # `check_files` checks items.npy
     return {path for path in manifest.files if path.startswith(f"variants/{name}/") or path in tables}
 
 
 def check_variant_digests(manifest: Manifest, name: str) -> tuple[str, ...]:
-    """Return the graphs of the variant. Raises ManifestError if one of them, or the int8 item table, has no digest."""
+    """Return the graphs of the variant. Raises ManifestError if one of them, or its own item table, has no digest."""
     graphs = ("encode", *manifest.exits)
     table = manifest.variants[name].items
-    expected = {f"variants/{name}/{graph}.onnx" for graph in graphs} | ({table} - {"items.npy"})
+    expected = {f"variants/{name}/{graph}.onnx" for graph in graphs} | ({table} - {FLOAT32})
     if missing := expected - manifest.files.keys():
         raise ManifestError(f"the manifest has no digest of {', '.join(sorted(missing))}")
     return graphs
 
 
 def check_variant_files(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raise ManifestError if a graph or the int8 item table of the variant is missing or has another digest."""
+    """Raise ManifestError if a graph or the own item table of the variant is missing or has another digest."""
     check_variant_digests(manifest, name)
     for path in variant_files(manifest, name):
         check_file(folder, path, manifest.files[path])
-
-
-def load_int8_items(files: Files, name: str, shape: tuple[int, ...]) -> Int8Items:
-    """Load the int8 item table; `shape` is that of the float32 table. Raises ManifestError if they do not match."""
-    try:
-        records = files.read_array(name)
-    except (ValueError, EOFError) as error:
-        raise ManifestError(f"{name}: {error}") from error
-    if records.dtype != record(shape[1]) or records.shape != shape[:1]:
-        raise ManifestError(
-            f"{name} is {records.dtype} {records.shape}, expected {shape[0]} records of {record(shape[1])}"
-        )
-    for column in ("scale", "middle"):
-        check_numbers(f"{name}: {column}", records[column])
-    return Int8Items(records)

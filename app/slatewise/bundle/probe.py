@@ -24,15 +24,15 @@ from slatewise.inference.arrays import (
     UNKNOWN_ACTION,
     UNKNOWN_ITEM,
     Candidates,
-    Float32,
     History,
     Int64,
 )
 from slatewise.inference.engine import Engine, EngineError
+from slatewise.inference.item_table import ItemTable
 
 MOST = 1e12  # trained numbers are near 1; the square of this one, summed over a row, is far below 3e38
 EXTREME = 16  # rows with the largest values, as many with the largest length, and as many with the smallest length
-BLOCK = 2**16  # rows that are compared at once: the lengths of a large table need no second table in memory
+BLOCK = 2**12  # rows that are compared at once, so that a large table needs no second one in memory
 
 
 def check_numbers(name: str, array: NDArray[Any]) -> None:
@@ -62,11 +62,11 @@ def check_fields(fields: dict[str, Column]) -> int:
     return end
 
 
-def extreme_rows(array: Float32) -> Int64:
-    """Return the rows of an (n, d) array with the largest number, the largest length, or the smallest length."""
+def extreme_rows(array: ItemTable) -> Int64:
+    """Return the rows of an (n, d) table with the largest number, the largest length, or the smallest length."""
     peaks, lengths = [], []
     for first in range(0, len(array), BLOCK):
-        rows = array[first : first + BLOCK].astype(np.float64)
+        rows = array.take(np.arange(first, min(first + BLOCK, len(array))), axis=0).astype(np.float64)
         peaks.append(np.abs(rows).max(axis=1, initial=0.0))
         lengths.append(np.einsum("nd,nd->n", rows, rows))
     peak, length = np.concatenate(peaks or [np.zeros(0)]), np.concatenate(lengths or [np.zeros(0)])

@@ -64,7 +64,7 @@ class Ranker:
 
     manifest: Manifest
     vocabulary: Vocabulary
-    items: Float32  # (rows, d); row 0 is the unknown item
+    items: ItemTable  # (rows, d); row 0 is the unknown item; float32 if a served variant reads float32
     field_vectors: Float32  # (rows of all columns, d)
     field_offsets: dict[str, int]  # column -> its row "none"
     default_meta: Float32  # (M,)
@@ -142,8 +142,8 @@ class Ranker:
     ) -> tuple[Candidates, Unknown]:
         """Return the candidates, and the unknown parts of them.
 
-        items: a variant's table; default: float32. adapted: the vectors of items that are newer than the ranker. An
-        unknown candidate without one has the vector of its fields.
+        items: a variant's table; default: the ranker's. adapted: the vectors of items that are newer than the ranker.
+        An unknown candidate without one has the vector of its fields.
         """
         sent = request.candidates
         rows = rows_of(self.vocabulary.items, sent.item_ids)

@@ -45,7 +45,7 @@ EVENTS = 40  # of the example
 CANDIDATES = 24  # of the example
 
 
-def reference_model() -> RankerModel:
+def reference_model(items: int = ITEMS) -> RankerModel:
     """Build the ranker.
 
     It has width 128, 4 blocks, 4 attention heads, feed-forward x4, 1 set-wise block, 2 output heads and meta-embeddings
@@ -53,7 +53,7 @@ def reference_model() -> RankerModel:
     """
     torch.manual_seed(0)
     shape = {
-        "items": ITEMS + FIRST_ITEM,
+        "items": items + FIRST_ITEM,
         "actions": ACTIONS + 1,
         "fields": {},
         "numeric": NUMERIC,
@@ -72,22 +72,22 @@ def reference_model() -> RankerModel:
     return model.eval()
 
 
-def reference_content() -> BundleContent:
-    """Build the content of the bundle: the same arrays and requests on every call."""
+def reference_content(items: int = ITEMS) -> BundleContent:
+    """Build the content of the bundle: the same arrays and requests on every call with the same number of items."""
     rng = np.random.default_rng(0)
-    model = reference_model()
-    ids = [str(k) for k in range(ITEMS)]
+    model = reference_model(items)
+    ids = [str(k) for k in range(items)]
     actions = [f"action_{k}" for k in range(ACTIONS)]
     features = [f"feature_{k}" for k in range(NUMERIC)]
     example = {
         "user": "u0",
         "history": {
-            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, EVENTS)],
+            "item_ids": [ids[k] for k in rng.integers(0, items, EVENTS)],
             "actions": [actions[k] for k in rng.integers(0, ACTIONS, EVENTS)],
             "timestamps": (START_TIME + np.sort(rng.integers(0, 10**6, EVENTS))).tolist(),
         },
         "candidates": {
-            "item_ids": [ids[k] for k in rng.integers(0, ITEMS, CANDIDATES)],
+            "item_ids": [ids[k] for k in rng.integers(0, items, CANDIDATES)],
             "features": {name: rng.normal(size=CANDIDATES).round(3).tolist() for name in features},
         },
         "request_time": START_TIME + 10**6,
@@ -124,8 +124,10 @@ def publish_uncalibrated(content: BundleContent, folder: Path, version: int) -> 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    print(publish_uncalibrated(reference_content(), ROOT / NAME, VERSION))
+    parser.add_argument("--items", type=int, default=ITEMS, help="of the catalogue; default: %(default)s")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of bundles; default: %(default)s")
+    args = parser.parse_args(argv)
+    print(publish_uncalibrated(reference_content(args.items), args.root / NAME, VERSION))
 
 
 if __name__ == "__main__":

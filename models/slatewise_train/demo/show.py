@@ -50,7 +50,7 @@ def recommend(
     rows = np.setdiff1d(np.arange(FIRST_ITEM, len(ranker.items)), seen)
 
     def candidates(rows: np.ndarray) -> Candidates:
-        return Candidates(ranker.items[rows], data.catalogue.numeric[rows], given.context)
+        return Candidates(engine.items.take(rows, axis=0), data.catalogue.numeric[rows], given.context)
 
     first = weighted_mean(engine.point(candidates(rows), meta, state).probabilities, weights)
     rows = rows[np.argsort(-first, kind="stable")[:RERANKED]]
