@@ -1,0 +1,61 @@
+"""Fits of personal weights: limits that are known, users with known weights, and what is read of a user."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loadtest.training.personal import synthetic
+from loadtest.training.personal.fits import Examples, first_directions, largest, personal, ridge, shared_directions
+from loadtest.training.personal.movielens import read_user
+from slatewise.bundle.manifest import read_manifest
+from slatewise_train.rankers.weights import load_model
+from tests.conftest import Tiny
+
+
+def test_the_largest_entries_are_kept() -> None:
+    values = np.array([1.0, -3.0, 0.5, 2.0])
+    assert largest(values, 2).tolist() == [0, -3, 0, 2]
+    assert largest(values, 0).tolist() == [0, 0, 0, 0]
+    assert largest(values, 4).tolist() == values.tolist()
+
+
+def test_all_directions_and_no_sparse_part_are_ridge() -> None:
+    rng = np.random.default_rng(0)
+    user = Examples(rng.normal(size=(7, 5)), rng.normal(size=7))
+    part, change = personal(user, np.eye(5), 0, 0.3)
+    np.testing.assert_allclose(part, ridge(user.features, user.targets, 0.3))
+    assert not change.any()
+
+
+def test_shared_directions_are_found_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "USERS", 200)
+    monkeypatch.setattr(synthetic, "SPARSE", 0)
+    monkeypatch.setattr(synthetic, "NOISE", 0.0)
+    users, truth = synthetic.draw(20, seed=1)
+    found = shared_directions(users, synthetic.RANK, 0, 1e-6)
+    left = truth - truth @ found @ found.T  # what the directions cannot express
+    start = first_directions(users, synthetic.RANK)
+    assert np.linalg.norm(left) < 0.01 * np.linalg.norm(truth) < np.linalg.norm(truth - truth @ start @ start.T)
+
+
+def test_low_rank_and_sparse_beats_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer examples than features, where a user alone cannot be learned."""
+    monkeypatch.setattr(synthetic, "USERS", 120)
+    monkeypatch.setattr(synthetic, "WEIGHTS", (0.1,))
+    found = synthetic.errors(20)
+    assert found["low rank + sparse"] < 0.7 * min(found["ridge"], found["low rank"], found["one for all"])
+
+
+def test_each_event_is_read_after_those_before_it(tiny: Tiny) -> None:
+    """The probability of an event is that of a slate which begins there."""
+    model = load_model(tiny.folder, read_manifest(tiny.folder)).requires_grad_(False)
+    data = tiny.trainer.data
+    user = int(np.argmax(np.diff(data.sequences.offsets) > 30))
+    many = read_user(model, data, user, 20, 1, 5)
+    assert len(many.before.targets) == 5
+    assert len(many.labels) == data.config.slate_size
+    for k, start in enumerate(range(15, 20)):
+        one = read_user(model, data, user, start, 1, 5)
+        assert one.labels[0] - one.chance[0] == pytest.approx(many.before.targets[k], abs=1e-5)
+        np.testing.assert_allclose(one.slate[0], many.before.features[k], atol=1e-5)
