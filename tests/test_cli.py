@@ -148,6 +148,7 @@ FAILURES_OF_COMMANDS = {
     "refresh": (str(BUNDLE), "missing.parquet", *UNREACHABLE),
     "export": ("missing.toml",),
     "compress": ("missing",),
+    "update": ("missing.toml", "--from", "missing"),
 }
 
 

@@ -297,6 +297,9 @@ def test_failing_store_gives_the_default_vector(ranker: Ranker) -> None:
         async def look_up(self, ranker: Ranker, user: str) -> MetaEmbedding:
             return MetaEmbedding(ranker.default_meta, "error")
 
+        def new_items(self, ranker: Ranker) -> None:
+            return None
+
     request = draw_request(ranker, 20, 10, 10, user=next(iter(ranker.embedded_users)))
     ranking = run(ranker, lambda p: rank(p, request), store=Broken())
     assert ranking.degraded == {"store_error"} and ranking.exit == "set"
