@@ -1,4 +1,4 @@
-"""Fits of personal weights: limits that are known, users with known weights, and what is read of a user."""
+"""Fits of personal weights: limits, users with known weights, and the reading of a user's events."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_shared_directions_are_found_without_noise(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(synthetic, "NOISE", 0.0)
     users, truth = synthetic.draw(20, seed=1)
     found = shared_directions(users, synthetic.RANK, 0, 1e-6)
-    left = truth - truth @ found @ found.T  # what the directions cannot express
+    left = truth - truth @ found @ found.T  # outside the directions
     start = first_directions(users, synthetic.RANK)
     assert np.linalg.norm(left) < 0.01 * np.linalg.norm(truth) < np.linalg.norm(truth - truth @ start @ start.T)
 
 
 def test_low_rank_and_sparse_beats_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer examples than features, where a user alone cannot be learned."""
+    """A user has fewer examples than features."""
     monkeypatch.setattr(synthetic, "USERS", 120)
     monkeypatch.setattr(synthetic, "WEIGHTS", (0.1,))
     found = synthetic.errors(20)

@@ -1,4 +1,4 @@
-"""Exploration: what a draw is, what it changes in a ranking and what it leaves alone, and what is refused."""
+"""Exploration: draws, their effect on a ranking, the rankings that they leave alone, and refused requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors of new items: the objective against a loop over events, what moves a vector, and the refresh job."""
+"""Vectors of new items: the objective against a loop over events, causes of changes, and the refresh job."""
 
 from __future__ import annotations
 
