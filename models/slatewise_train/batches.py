@@ -92,6 +92,21 @@ def make_batch(sequences: Sequences, windows: Windows) -> Batch:
     return Batch(*map(torch.from_numpy, (user.copy(), first.copy(), lengths, items, *columns, contexts, since)))
 
 
+def packed(sizes: np.ndarray, batch_events: int) -> list[int]:
+    """Return the edges of batches of successive windows, from 0 to their number.
+
+    sizes: (n,) positions of the windows. A batch has at most `batch_events` positions, padding included, or one window.
+    """
+    edges = [0]
+    while edges[-1] < len(sizes):
+        begin = edges[-1]
+        most = batch_events // int(sizes[begin]) + 1  # one window more than the batch can have
+        widths = np.maximum.accumulate(sizes[begin : begin + most])
+        fitting = int(np.count_nonzero(widths * np.arange(1, len(widths) + 1) <= batch_events))
+        edges.append(begin + max(1, fitting))
+    return edges
+
+
 def epoch_windows(
     train_lengths: np.ndarray, longest: int, batch_events: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
@@ -109,13 +124,6 @@ def epoch_windows(
     lengths = windows[:, 2] - first
     order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(windows)))
     windows = windows[order]
-    sizes = lengths[order] + 1  # with the start token
-    edges = [0]
-    while edges[-1] < len(sizes):
-        begin = edges[-1]
-        most = batch_events // int(sizes[begin]) + 1  # one window more than the batch can have
-        widths = np.maximum.accumulate(sizes[begin : begin + most])
-        fitting = int(np.count_nonzero(widths * np.arange(1, len(widths) + 1) <= batch_events))
-        edges.append(begin + max(1, fitting))
+    edges = packed(lengths[order] + 1, batch_events)  # with the start token
     for k in rng.permutation(len(edges) - 1):
         yield windows[edges[k] : edges[k + 1]]

@@ -1,6 +1,6 @@
 """The windows of an update: new events to learn from, with the events before them to read.
 
-Called by: `update.py`. Calls: nothing of this package.
+Called by: `update.py`. Calls: `batches.py`.
 
 A window is a row of (W, 4): user, first event, one past the last event, and the first event that is learned from.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+
+from slatewise_train.batches import packed
 
 
 def new_windows(since: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
@@ -45,12 +47,6 @@ def batches_of(windows: np.ndarray, batch_events: int, rng: np.random.Generator)
     """Yield the windows in batches of similar length and random order, at most `batch_events` each with padding."""
     sizes = windows[:, 2] - windows[:, 1] + 1  # with the start token
     order = np.argsort(sizes * rng.uniform(0.9, 1.1, len(sizes)))
-    parts: list[np.ndarray] = []
-    begin = 0
-    while begin < len(order):
-        widths = np.maximum.accumulate(sizes[order[begin : begin + batch_events]])
-        count = max(1, int(np.count_nonzero(widths * np.arange(1, len(widths) + 1) <= batch_events)))
-        parts.append(order[begin : begin + count])
-        begin += count
-    for k in rng.permutation(len(parts)):
-        yield windows[parts[k]]
+    edges = packed(sizes[order], batch_events)
+    for k in rng.permutation(len(edges) - 1):
+        yield windows[order[edges[k] : edges[k + 1]]]

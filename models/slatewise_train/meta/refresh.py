@@ -10,7 +10,7 @@ those of the TOML that is named with --toml. They must contain all events of a u
 has the `history_actions` of the training: rows that were only shown are left out by the same rule.
 
 Called by: the command line. Calls: `limaml.py`, with the meta block of the bundle; `changed_users.py`;
-`refresh_items.py`; `store/generations.py`.
+`logged_events.py`, `refresh_items.py`; `store/generations.py`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from slatewise.store.client import connect
 from slatewise.store.codec import DTYPES
 from slatewise.store.command_line import add_redis_url
 from slatewise.store.generations import Generations
-from slatewise_train.config import DataConfig, Head, TablesConfig, read_config
-from slatewise_train.data import TrainingVocabulary, build_sequences, clean_events, taken_events
+from slatewise_train.config import TablesConfig, read_config
+from slatewise_train.data import TrainingVocabulary
 from slatewise_train.meta.changed_users import Events
 from slatewise_train.meta.limaml import META_BLOCK, known_events, load_learner, user_vectors
+from slatewise_train.meta.logged_events import config_of, history_of
 from slatewise_train.meta.refresh_items import refresh_items
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.tables.events import PLAIN
 from slatewise_train.tables.files import collect
-from slatewise_train.tables.items import join_ids
 
 CHUNK_USERS = 1_000  # about, in a chunk; a resumed job skips the chunks that are written
 
@@ -66,25 +66,16 @@ class Adapter:
         ids = json.loads((folder / "ids.json").read_text())
         self.vocabulary = TrainingVocabulary(ids, manifest.actions, {})
         self.items = pl.DataFrame({"item_id": ids}, schema={"item_id": pl.String})
-        heads = tuple(
-            Head(name, kind, weight) for (name, weight), kind in zip(manifest.heads.items(), self.kinds, strict=True)
-        )
-        self.labels = [f"label_{head.name}" for head in heads if head.kind == "label"]
-        self.config = DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used)
+        self.config = config_of(manifest, self.kinds)
         self.history_actions = manifest.history_actions or stated
 
     def vectors_of(self, events: pl.DataFrame) -> tuple[list[str], np.ndarray]:
         """Return the users with an event of an item that the ranker knows, and their vectors (U, M) float32.
 
-        events: the rows of a table, those that were only shown included. Without the column of a label, the label is
-        unknown: a log of events as they happen has none yet.
+        events: the rows of a table, as in `history_of`.
         """
-        clean, _ = clean_events(events, max_bad_share=1.0)
-        _, clean = join_ids(self.items, clean)
-        taken = taken_events(clean, self.history_actions, self.config.heads, "events")
-        unlabelled = [name for name in self.labels if name not in taken.columns]
-        taken = taken.with_columns(pl.lit(None, pl.Float32).alias(name) for name in unlabelled)
-        known = known_events(build_sequences(taken, self.vocabulary, self.config))
+        history = history_of(events, self.items, self.vocabulary, self.config, self.history_actions)
+        known = known_events(history)
         vectors = user_vectors(self.learner, self.ranker, self.kinds, known, self.config.history_length)
         rows = np.flatnonzero(np.diff(known.offsets))
         return [known.users[row] for row in rows], vectors[rows]

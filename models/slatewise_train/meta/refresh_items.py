@@ -1,6 +1,6 @@
 """The part of `slatewise refresh` for new items: read their events, adapt their vectors, and write them to the store.
 
-Called by: `refresh.py`. Calls: `new_items.py`, `changed_users.py`, `store/adapted_items.py`.
+Called by: `refresh.py`. Calls: `new_items.py`, `changed_users.py`, `logged_events.py`, `store/adapted_items.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from slatewise.inference.arrays import FIRST_ITEM, UNKNOWN_ITEM
 from slatewise.store.adapted_items import MOST_ITEMS, read_items, write_items
 from slatewise.store.client import connect
 from slatewise.store.codec import Corrupt, Mismatched
-from slatewise_train.config import DataConfig, Head, TablesConfig
-from slatewise_train.data import Sequences, TrainingVocabulary, build_sequences, clean_events, taken_events
+from slatewise_train.config import DataConfig, TablesConfig
+from slatewise_train.data import Sequences, TrainingVocabulary
 from slatewise_train.meta.changed_users import Events
 from slatewise_train.meta.limaml import META_BLOCK, load_learner
+from slatewise_train.meta.logged_events import config_of, history_of
 from slatewise_train.meta.new_items import ItemAdapter
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.tables.files import collect
@@ -65,37 +66,27 @@ def find_new_items(events: Events, known: pl.DataFrame) -> NewItems:
     return NewItems(new["item_id"].to_list(), new["written"].to_list(), new["events"].to_numpy(), exposures)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How the training of a bundle read its events."""
+def read_sequences(
+    events: Events, known: pl.DataFrame, new: NewItems, vocabulary: TrainingVocabulary, config: DataConfig
+) -> Sequences:
+    """Read all events of the users who took a new item, and of OTHER_USERS.
 
-    config: DataConfig
-    actions: list[str]
-
-
-def read_sequences(events: Events, known: pl.DataFrame, new: NewItems, rules: Rules) -> Sequences:
-    """Read all events of the users who took a new item, and of OTHER_USERS. New items have the rows above the known."""
+    vocabulary: its items are the known ones, then the new ones.
+    """
     files = events.scanned[1]
     took = events.taken.filter(pl.col("item_id").is_in(new.written)).select(pl.col("user_id").unique())
     everybody = events.users(None)
     users = {*collect(took, files)["user_id"].drop_nulls(), *everybody[:: max(1, len(everybody) // OTHER_USERS)]}
-    clean, _ = clean_events(collect(events.table.filter(pl.col("user_id").is_in(list(users))), files), 1.0)
-    _, clean = join_ids(known, clean)
-    history = taken_events(clean, events.history_actions, rules.config.heads, "events")
-    labels = {f"label_{head.name}" for head in rules.config.heads if head.kind == "label"} - set(history.columns)
-    history = history.with_columns(pl.lit(None, pl.Float32).alias(name) for name in sorted(labels))
-    vocabulary = TrainingVocabulary([*known["item_id"], *new.ids], rules.actions, {})
-    return build_sequences(history, vocabulary, rules.config)
+    rows = collect(events.table.filter(pl.col("user_id").is_in(list(users))), files)
+    return history_of(rows, known, vocabulary, config, events.history_actions)
 
 
-def rules_of(folder: Path, manifest: Manifest, events: Events) -> Rules:
+def kinds_of_heads(folder: Path, manifest: Manifest, events: Events) -> list[str]:
     """Find the kinds of the heads: in the meta block, or else by the label columns of the events."""
-    columns = events.table.collect_schema().names()
-    kinds = ["label" if f"label_{name}" in columns else "next" for name in manifest.heads]
     if (folder / META_BLOCK).exists():
-        _, kinds = load_learner(folder / META_BLOCK)
-    heads = tuple(Head(*row) for row in zip(manifest.heads, kinds, manifest.heads.values(), strict=True))
-    return Rules(DataConfig(manifest.ranker, heads, history_length=manifest.limits.history_used), manifest.actions)
+        return load_learner(folder / META_BLOCK)[1]
+    columns = events.table.collect_schema().names()
+    return ["label" if f"label_{name}" in columns else "next" for name in manifest.heads]
 
 
 def vectors_of_fields(folder: Path, manifest: Manifest, ids: list[str], items: pl.DataFrame) -> Tensor:
@@ -140,12 +131,13 @@ def refresh_items(folder: Path, events: Events, redis_url: str, tables: TablesCo
     changed = np.flatnonzero(same < 0)
     summary = {"new": len(new.ids), "adapted": len(changed), "seconds": 0.0}
     if len(changed):
-        rules = rules_of(folder, manifest, events)
-        cold = vectors_of_fields(folder, manifest, [*known["item_id"], *new.ids], read_table_of_items(tables))
+        kinds = kinds_of_heads(folder, manifest, events)
+        config = config_of(manifest, kinds)
+        vocabulary = TrainingVocabulary([*known["item_id"], *new.ids], manifest.actions, {})
+        cold = vectors_of_fields(folder, manifest, vocabulary.items, read_table_of_items(tables))
         model = load_model(folder, manifest).requires_grad_(False)
-        sequences = read_sequences(events, known, new, rules)
-        kinds = [head.kind for head in rules.config.heads]
-        adapter = ItemAdapter(model, kinds, cold, sequences, rules.config.history_length)
+        sequences = read_sequences(events, known, new, vocabulary, config)
+        adapter = ItemAdapter(model, kinds, cold, sequences, config.history_length)
         rows = FIRST_ITEM + len(known) + changed
         usable = np.isin(rows, sequences.items)
         rows, changed = rows[usable], changed[usable]
