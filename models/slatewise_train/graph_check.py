@@ -30,7 +30,7 @@ KNOWN = {
     *PRODUCTS,
     "Add", "Attention", "Cast", "Clip", "Concat", "Cos", "Div", "Expand", "Gather", "GatherND", "Gelu", "IsNaN",
     "LayerNormalization", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid",
-    "Sin", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+    "Sin", "Slice", "Softplus", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip
 INTEGER_SIDE = 16  # a weight whose sides are all at least this long is multiplied as integers in an `int8` variant
 MAX_FLOAT_SHARE = 0.1  # largest share of the weights that an `int8` variant may multiply as floats

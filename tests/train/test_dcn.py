@@ -45,6 +45,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "perceptron": {"cross_layers": 0, "layers": 3},
     "plain logits": {"calibration_buckets": 0},
     "one bucket": {"calibration_buckets": 1, "numeric": 0},
+    "features": {"calibration_features": True},
+    "features, one bucket": {"calibration_features": True, "calibration_buckets": 1},
 }
 
 
@@ -112,35 +114,68 @@ def test_gated_layer_equals_its_equation() -> None:
     torch.testing.assert_close(layer(x), h / (1 + torch.exp(-layer.gate(h))))
 
 
-def test_isotonic_layer_is_the_identity_at_first() -> None:
+@pytest.mark.parametrize("features", [0, 3])
+def test_isotonic_layer_is_the_identity_at_first(features: int) -> None:
     logits = torch.linspace(-20, 20, 999)[:, None].expand(-1, 2)
-    torch.testing.assert_close(Isotonic(2, 16)(logits), logits, rtol=1e-5, atol=1e-5)
+    mapped = Isotonic(2, 16, features)(logits, torch.randn(999, features))
+    torch.testing.assert_close(mapped, logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", [0, 3])
 @given(seed=st.integers(0, 99), buckets=st.integers(1, 40), spread=st.floats(0.1, 5))
 @settings(max_examples=30, deadline=None)
-def test_isotonic_layer_increases_for_any_weights(seed: int, buckets: int, spread: float) -> None:
+def test_isotonic_layer_increases_for_any_weights(features: int, seed: int, buckets: int, spread: float) -> None:
+    """For a candidate's own features, the outermost slopes are softpluses, and the bias is the value at 0 in one."""
     torch.manual_seed(seed)
-    layer = Isotonic(2, buckets).double()
-    torch.nn.init.normal_(layer.raw, std=spread)
+    layer = Isotonic(2, buckets, features).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=spread)
     logits = torch.linspace(-30, 30, 10_001).double()[:, None].expand(-1, 2)
-    mapped = layer(logits)
+    own = torch.randn(features).double()
+    mapped = layer(logits, own)
     assert (mapped.diff(dim=0) > 0).all()
     slopes = mapped.diff(dim=0) / logits.diff(dim=0)
-    expected = torch.nn.functional.softplus(layer.raw)
+    raw = torch.cat([layer.raw, layer.bias[:, None]], dim=1)
+    if layer.features is not None:
+        raw = raw + (layer.features.weight @ own).view(2, buckets + 1)
+    expected = torch.nn.functional.softplus(raw[:, :-1])
     torch.testing.assert_close(slopes[[0, -1]], expected[:, [0, -1]].T, rtol=1e-6, atol=1e-6)
+    if buckets == 1:
+        torch.testing.assert_close(mapped, raw[:, 1] + expected[:, 0] * logits)
 
 
-def test_new_ranker_gives_the_logits_of_dot() -> None:
+def test_candidates_of_other_features_have_other_maps() -> None:
     torch.manual_seed(0)
-    model = Dcn(dataclasses.replace(CONFIG, fields={}), {}, torch.zeros(2), torch.ones(2)).eval()
+    layer = Isotonic(1, 4, 3)
+    torch.nn.init.normal_(layer.features.weight if layer.features is not None else layer.raw)
+    mapped = layer(torch.ones(2, 1), torch.randn(2, 3))
+    assert (mapped[0] - mapped[1]).abs() > 0.1
+
+
+def test_calibration_features_without_a_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="calibration_features"):
+        make(calibration_features=True, calibration_buckets=0)
+
+
+def test_config_without_features_is_described_as_before() -> None:
+    """So checkpoints that are older than the setting continue."""
+    assert "calibration_features" not in repr(CONFIG)
+    assert "calibration_features=True" in repr(dataclasses.replace(CONFIG, calibration_features=True))
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_new_ranker_gives_the_logits_of_dot(by_features: bool) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, fields={}, calibration_features=by_features)
+    model = Dcn(config, {}, torch.zeros(2), torch.ones(2)).eval()
     history, candidates, meta = draw(model, 9, 20, 0)
     logits = torch_logits(model, model.item_table().detach().numpy(), history, candidates, meta)
     np.testing.assert_allclose(logits["point"], logits["dot"], atol=1e-5)
 
 
-def test_training_reaches_every_weight() -> None:
-    model = make().train()
+@pytest.mark.parametrize("form", ["residual", "features"])
+def test_training_reaches_every_weight(form: str) -> None:
+    model = make(**FORMS[form]).train()
     history, candidates, meta = draw(model, 9, 20, 0)
     logits = parity.logits_of(model, model.item_table().detach().numpy(), history, candidates, meta)
     torch.cat(list(logits.values())).square().sum().backward()
@@ -176,8 +211,9 @@ def test_meta_shift_is_the_change_of_the_hidden_states() -> None:
     torch.testing.assert_close(change, model.meta_shift(meta).expand(1, 6, -1), atol=1e-5, rtol=1e-5)
 
 
-def test_ranker_without_meta_gives_the_logits_of_the_default() -> None:
-    model = make()
+@pytest.mark.parametrize("form", ["residual", "features"])
+def test_ranker_without_meta_gives_the_logits_of_the_default(form: str) -> None:
+    model = make(**FORMS[form])
     history, candidates, _ = draw(model, 9, 20, 0)
     items = model.item_table().detach().numpy()
     with_meta = torch_logits(model, items, history, candidates, model.default_meta.detach().numpy())
@@ -215,7 +251,7 @@ def check(model: Dcn, engine: Engine, events: int, n: int, seed: int) -> None:
     assert n == 1 or found.std() > 1e-3, "the scores differ"
 
 
-@pytest.mark.parametrize("form", ["residual", "dcnv2", "perceptron"])
+@pytest.mark.parametrize("form", ["residual", "dcnv2", "perceptron", "features"])
 def test_graph_of_the_whole_ranker_equals_the_cascade(built: dict[str, tuple[Dcn, Engine]], form: str) -> None:
     model, engine = built[form]
     graph = families.graphs(model, uncalibrated(model.exits, 2), 130).rank(engine.items, (1.0, -0.4))
@@ -233,8 +269,9 @@ def test_graph_of_the_whole_ranker_equals_the_cascade(built: dict[str, tuple[Dcn
         np.testing.assert_allclose(found[0], expected @ [1.0, -0.4], atol=2e-5)
 
 
-def test_graphs_have_known_operators_alone(built: dict[str, tuple[Dcn, Engine]], tmp_path: Path) -> None:
-    model, _ = built["residual"]
+@pytest.mark.parametrize("form", ["residual", "features"])
+def test_graphs_have_known_operators_alone(built: dict[str, tuple[Dcn, Engine]], form: str, tmp_path: Path) -> None:
+    model, _ = built[form]
     for name, graph in families.graphs(model, uncalibrated(model.exits, 2), 130).all().items():
         onnx.save(graph, tmp_path / f"{name}.onnx")
         read_graph(tmp_path / f"{name}.onnx")
@@ -250,7 +287,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ids = whole.ids[: ITEMS - FIRST_ITEM]
     torch.manual_seed(1)
     sizes = {"items": ITEMS, "actions": whole.model.config.actions, "fields": {}, "numeric": 1, "heads": 2}
-    model = families.build("dcn", sizes | {"width": 16, "units": 24, "meta_size": 64}).eval()
+    shape = {"width": 16, "units": 24, "meta_size": 64, "calibration_features": True}
+    model = families.build("dcn", sizes | shape).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

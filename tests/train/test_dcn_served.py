@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.ranker import Ranker
@@ -26,7 +27,14 @@ from tests.http.support import BOUND, ask, by_item, shaped
 from tests.ranking.support import draw_request, reference
 from tests.support.application import serve
 
-SHAPE = {"width": 16, "cross_rank": 4, "units": 24, "calibration_buckets": 8, "meta_size": 8}
+SHAPE = {
+    "width": 16,
+    "cross_rank": 4,
+    "units": 24,
+    "calibration_buckets": 8,
+    "calibration_features": True,
+    "meta_size": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,10 @@ def test_export_names_the_family_and_every_measure_is_within_the_bound(served: S
 
 def test_training_changes_the_isotonic_layer_and_the_cross_layers(served: Served) -> None:
     isotonic = served.model.isotonic
-    assert isotonic is not None
-    slopes = np.r_[isotonic.pieces()[0].detach(), isotonic.pieces()[1].detach().ravel()]
-    assert np.abs(slopes[:2] - 1).max() > 1e-3
+    assert isotonic is not None and isotonic.features is not None
+    slopes = torch.nn.functional.softplus(isotonic.raw.detach())
+    assert (slopes - 1).abs().max() > 1e-3
+    assert isotonic.features.weight.abs().max() > 1e-3
     assert served.model.point_out.weight.abs().max() > 1e-2
 
 
@@ -103,6 +112,7 @@ def test_kept_history_is_extended_and_gives_the_scores_of_a_fresh_one(served: Se
 def test_rerank_sorts_by_the_scores_and_a_user_of_the_store_changes_them(
     served: Served, example: dict[str, Any]
 ) -> None:
+    example = example | {"exit": "point"}  # `dot` reads no meta-embedding
     ranked = ask(served.client, example, "/rerank")["results"]
     assert ranked["scores"] == sorted(ranked["scores"], reverse=True) and len(set(ranked["scores"])) > 5
     anonymous = ask(served.client, {k: v for k, v in example.items() if k != "user"}, "/rerank")["results"]

@@ -1,8 +1,8 @@
 """Residual DCN beside DCNv2, a gated MLP and LambdaMART: python -m loadtest.training.families
 
 All rankers predict the label `like` of MovieLens 1M, on slates of held-out users. Residual DCN, DCNv2 and the MLP are
-rankers of the family `dcn` with equal parameters, and have all other settings of `movielens.toml` beside this file. A
-fourth ranker is residual DCN without its isotonic layer. LightGBM (requirements.txt) trains LambdaMART and a classifier
+rankers of the family `dcn` with equal parameters, and have all other settings of `movielens.toml` beside this file. Two
+more rankers are residual DCN without its isotonic layer, and with calibration features in it. LightGBM (requirements.txt) trains LambdaMART and a classifier
 on features made by hand.
 
 Stop the command at any time: the same command continues after the last whole epoch. The folder gets `results.md`, a
@@ -23,6 +23,7 @@ import torch
 
 from loadtest.training.families.report import Rated, calibration_table, quality_table, read_runs
 from loadtest.training.families.runs import (
+    BY_FEATURES,
     NO_LAYER,
     PERCEPTRON,
     PLAIN,
@@ -43,7 +44,12 @@ from slatewise_train.data import Data
 from slatewise_train.loading import load_for_training
 
 TOML = Path(__file__).parent / "movielens.toml"
-ORDER = ((RESIDUAL, PLAIN), (PERCEPTRON,), (NO_LAYER,))  # seeds of the first group come before the next group
+ORDER = (
+    (RESIDUAL, PLAIN),
+    (PERCEPTRON,),
+    (NO_LAYER,),
+    (BY_FEATURES,),
+)  # seeds of the first group come before the next group
 
 
 def report(data: Data, config: Config, out: Path, seeds: int) -> str:
@@ -54,7 +60,7 @@ def report(data: Data, config: Config, out: Path, seeds: int) -> str:
     runs = read_runs(out, [*rankers, *OBJECTIVES], seeds)
     likes = {
         f"{name}, {kind}": [getattr(run, field) for run in runs[name]]
-        for name in (RESIDUAL, NO_LAYER)
+        for name in (RESIDUAL, NO_LAYER, BY_FEATURES)
         if name in runs
         for kind, field in (("no fitted map", "raw"), ("fitted map", "fitted"))
     }

@@ -36,6 +36,7 @@ RESIDUAL = "residual DCN"
 PLAIN = "DCNv2"
 PERCEPTRON = "gated MLP"
 NO_LAYER = "residual DCN, no isotonic layer"
+BY_FEATURES = "residual DCN, calibration features"
 EXIT = "point"
 SCORES = "scores.npz"
 PARITY_CASES = 100
@@ -59,7 +60,7 @@ def parameters(data: Data, shape: dict[str, Any]) -> int:
 
 
 def shapes(data: Data, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the `[model]` of each ranker, all of the parameters of residual DCN as `base` has it.
+    """Return the `[model]` of each ranker, about as many parameters as residual DCN has with `base`.
 
     A cross layer of residual DCN has four thin matrices. DCNv2 has two of twice the rank, the perceptron more units.
     """
@@ -74,6 +75,7 @@ def shapes(data: Data, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
         PLAIN: base | {"cross_attention": False, "cross_rank": 2 * base["cross_rank"]},
         PERCEPTRON: perceptron | {"units": units},
         NO_LAYER: base | {"calibration_buckets": 0},
+        BY_FEATURES: base | {"calibration_features": True},
     }
 
 

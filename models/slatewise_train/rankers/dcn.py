@@ -8,7 +8,8 @@
 - Beside the cross layers, a multilayer perceptron has a gate after each layer: h * sigmoid(W h) (GateNet, arXiv
   2007.03519).
 - The isotonic layer maps the logits of the exit `point`. It is piecewise linear and increasing, and is trained with the
-  rest, so that probabilities are calibrated without a map that is fitted later.
+  rest, so that probabilities are calibrated without a map that is fitted later. With `calibration_features`, its slopes
+  and its bias follow the late fusion, so that candidates of other numbers or at another time have another map.
 
 Without cross layers the family is a gated perceptron; without attention in them it is DCNv2. There is no exit `set`.
 
@@ -16,7 +17,7 @@ Called by: `families.py`, `dcn_onnx.py` (the same equations as ONNX). Calls: `la
 defines the letters in shapes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,25 @@ class DcnConfig(RankerConfig):
     layers: int = number(2, least=1, most=100)  # of the perceptron
     units: int = number(128, least=1, most=65536)  # of each of these layers
     calibration_buckets: int = number(16, least=0, most=1000)  # pieces of the isotonic layer; 0: no such layer
+    calibration_features: bool = False  # that layer's slopes and bias follow the late fusion
     meta_size: int = number(16, least=1, most=8192)
     dropout: float = number(0.1, least=0, most=0.9)
     # Share of an item's fields whose whole vector is dropped in training. A field of few values would overfit.
     field_dropout: float = number(0.0, least=0, most=0.9)
+
+    def __post_init__(self) -> None:
+        if self.calibration_features and not self.calibration_buckets:
+            raise ValueError("calibration_features needs an isotonic layer, and calibration_buckets = 0 leaves it out")
+
+    def __repr__(self) -> str:
+        """Describe the config without calibration_features if they are off.
+
+        The identity of a checkpoint contains this text, so older trainings can continue.
+        """
+        names = [field.name for field in fields(self)]
+        if not self.calibration_features:
+            names.remove("calibration_features")
+        return f"DcnConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 class Cross(nn.Module):
@@ -88,26 +104,33 @@ class Isotonic(nn.Module):
     """An increasing, piecewise linear map of each head's logits, at first the identity.
 
     The slope of a piece is a softplus, where LiRank has a ReLU: a slope of 0 would give equal scores to different
-    logits, and would have no gradient.
+    logits, and would have no gradient. features: the size of the calibration features that a linear layer without a
+    bias adds to the numbers inside the softplus, and to the bias of the map; 0: one map for all candidates.
     """
 
-    def __init__(self, heads: int, buckets: int) -> None:
+    def __init__(self, heads: int, buckets: int, features: int = 0) -> None:
         super().__init__()
         self.register_buffer("knots", torch.linspace(-FARTHEST_KNOT, FARTHEST_KNOT, buckets + 1)[1:-1])
         one = torch.tensor(1.0).expm1().log()  # whose softplus is 1
         self.raw = nn.Parameter(one.expand(heads, buckets).clone())
         self.bias = nn.Parameter(torch.zeros(heads))
+        self.features = nn.Linear(features, heads * (buckets + 1), bias=False) if features else None
+        self.forget_features()
 
-    def pieces(self) -> tuple[Tensor, Tensor]:
-        """Return the slope of the lowest piece (heads,), and the change of slope at each knot (heads, buckets - 1)."""
-        slopes = F.softplus(self.raw)
-        return slopes[:, 0], slopes.diff()
+    def forget_features(self) -> None:
+        """Give all candidates the same map."""
+        if self.features is not None:
+            nn.init.zeros_(self.features.weight)
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """logits: (..., heads) -> (..., heads)."""
-        slope, bends = self.pieces()
-        knots = self.get_buffer("knots")
-        return self.bias + slope * logits + ((logits[..., None] - knots).clamp(min=0) * bends).sum(-1)
+    def forward(self, logits: Tensor, features: Tensor) -> Tensor:
+        """logits: (..., heads), features: (..., d) -> (..., heads)."""
+        raw, bias = self.raw, self.bias  # (heads, buckets), (heads,)
+        if self.features is not None:
+            added = self.features(features).unflatten(-1, (len(bias), -1))  # (..., heads, buckets + 1)
+            raw, bias = raw + added[..., :-1], bias + added[..., -1]
+        slopes = F.softplus(raw)
+        over = (logits[..., None] - self.get_buffer("knots")).clamp(min=0)
+        return bias + slopes[..., 0] * logits + (over * slopes.diff()).sum(-1)
 
 
 class Dcn(LateFusion):
@@ -135,9 +158,13 @@ class Dcn(LateFusion):
         sizes_in = [h, *[config.units] * (config.layers - 1)]
         self.layers = nn.ModuleList(GatedLayer(size, config.units) for size in sizes_in)
         self.point_out = nn.Linear((h if config.cross_layers else 0) + config.units, config.heads)
-        self.isotonic = Isotonic(config.heads, config.calibration_buckets) if config.calibration_buckets else None
+        features = d if config.calibration_features else 0
+        buckets = config.calibration_buckets
+        self.isotonic = Isotonic(config.heads, buckets, features) if buckets else None
         self.draw_weights()
         nn.init.zeros_(self.point_out.weight)  # before training, every exit gives the logits of `dot`
+        if self.isotonic is not None:
+            self.isotonic.forget_features()
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -185,7 +212,7 @@ class Dcn(LateFusion):
 
     def point(self, dot: Tensor, hidden: Tensor) -> Tensor:
         logits = super().point(dot, hidden)
-        return logits if self.isotonic is None else self.isotonic(logits)
+        return logits if self.isotonic is None else self.isotonic(logits, hidden[..., -self.config.width :])
 
     def set_logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the family has no exit set")

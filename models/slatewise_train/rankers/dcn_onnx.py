@@ -27,10 +27,6 @@ class DcnGraphs(LateFusionGraphs):
         d = model.config.width
         super().__init__(model, calibrations, [(d, d)])
         self.hidden_width = PARTS * d
-        self.pieces: tuple[np.ndarray, ...] = ()  # slope, bends, knots and bias of the isotonic layer
-        if model.isotonic is not None:
-            slope, bends = (part.detach().numpy() for part in model.isotonic.pieces())
-            self.pieces = slope, bends, self.state["isotonic.knots"], self.state["isotonic.bias"]
 
     def attention(self, g: GraphBuilder, query: str, key: str, value: str, length: str) -> str:
         """Let query (B, N, d) attend to the first length (B,) positions of key and value (B, K, d) -> (B * N, d)."""
@@ -65,7 +61,7 @@ class DcnGraphs(LateFusionGraphs):
         added = self.unstacked(g, self.point_logits(g, hidden), x.shape, self.config.heads)
         logits = g.op("Add", self.dot_logits(g, candidates, user), added)
         shape = g.op("Concat", g.op("Slice", x.shape, g.ints(0), g.ints(2)), g.ints(self.hidden_width), axis=0)
-        return self.isotonic(g, logits) if self.pieces else logits, Stream(hidden, shape)
+        return self.isotonic(g, logits, fused), Stream(hidden, shape)
 
     def point_logits(self, g: GraphBuilder, hidden: str) -> str:
         """Return the term that the exit `point` adds: hidden states (rows, 4 d) -> (rows, heads)."""
@@ -94,19 +90,49 @@ class DcnGraphs(LateFusionGraphs):
         """Add a layer without a bias: (rows, 4 d) -> (rows, rank)."""
         return linear(g, x, name, self.state[f"{name}.weight"], None)
 
-    def isotonic(self, g: GraphBuilder, logits: str) -> str:
-        """Add the isotonic layer: (B, N, heads) -> (B, N, heads).
-
-        The bends of all heads are one product with a block-diagonal weight.
-        """
-        slope, bends, knots, bias = self.pieces
-        heads = len(slope)
-        result = g.op("Add", g.op("Mul", logits, g.weight("isotonic.slope", slope)), g.weight("isotonic.bias", bias))
+    def isotonic(self, g: GraphBuilder, logits: str, fused: str) -> str:
+        """Add the isotonic layer, if there is one: logits (B, N, heads), fused (B * N, d) -> (B, N, heads)."""
+        if not self.config.calibration_buckets:
+            return logits
+        knots = self.state["isotonic.knots"]
+        over = g.op("Unsqueeze", logits, g.ints(3))  # (B, N, heads, 1)
+        if len(knots):
+            over = g.op("Relu", g.op("Sub", over, g.weight("isotonic.knots", knots)))
+        over = g.op("Reshape", over, g.ints(-1, self.config.heads * max(1, len(knots))))
+        if self.config.calibration_features:
+            return self.map_by_features(g, logits, over, fused)
+        slopes = np.logaddexp(0, self.state["isotonic.raw"]).astype(np.float32)  # softplus
+        slope, bias = g.weight("isotonic.slope", slopes[:, 0]), g.weight("isotonic.bias", self.state["isotonic.bias"])
+        result = g.op("Add", g.op("Mul", logits, slope), bias)
         if not len(knots):
             return result
-        over = g.op("Sub", g.op("Unsqueeze", logits, g.ints(3)), g.weight("isotonic.knots", knots))
-        over = g.op("Reshape", g.op("Relu", over), g.ints(-1, heads * len(knots)))
-        blocks = np.zeros((heads, heads, len(knots)), np.float32)
-        blocks[np.arange(heads), np.arange(heads)] = bends
-        bent = linear(g, over, "isotonic.bends", blocks.reshape(heads, -1), None)
+        bent = linear(g, over, "isotonic.bends", self.sums(np.diff(slopes)), None)
         return g.op("Add", result, g.op("Reshape", bent, g.op("Shape", logits)))
+
+    def map_by_features(self, g: GraphBuilder, logits: str, over: str, fused: str) -> str:
+        """Add the map of each candidate: over (B * N, heads * knots), how far a logit is above each knot."""
+        heads, buckets = self.config.heads, self.config.calibration_buckets
+        bias = np.concatenate([self.state["isotonic.raw"], self.state["isotonic.bias"][:, None]], axis=1)
+        added = linear(g, fused, "isotonic.features", self.state["isotonic.features.weight"], bias.ravel())
+        added = g.op("Reshape", added, g.ints(-1, heads, buckets + 1))
+
+        def columns(values: str, first: int, last: int) -> str:
+            return g.op("Slice", values, g.ints(first), g.ints(last), g.ints(2))
+
+        slopes = g.op("Softplus", columns(added, 0, buckets))
+        shape = g.op("Shape", logits)
+        first = g.op("Reshape", columns(slopes, 0, 1), shape)
+        result = g.op("Add", g.op("Mul", logits, first), g.op("Reshape", columns(added, buckets, buckets + 1), shape))
+        if buckets == 1:
+            return result
+        bends = g.op("Sub", columns(slopes, 1, buckets), columns(slopes, 0, buckets - 1))
+        bends = g.op("Mul", over, g.op("Reshape", bends, g.ints(-1, heads * (buckets - 1))))
+        bent = linear(g, bends, "isotonic.sums", self.sums(np.ones((heads, buckets - 1))), None)
+        return g.op("Add", result, g.op("Reshape", bent, shape))
+
+    def sums(self, weights: np.ndarray) -> np.ndarray:
+        """Return the weight of each head's weighted sum over its knots: (heads, K) -> (heads, heads * K)."""
+        heads, count = weights.shape
+        blocks = np.zeros((heads, heads, count), np.float32)
+        blocks[np.arange(heads), np.arange(heads)] = weights
+        return blocks.reshape(heads, -1)
