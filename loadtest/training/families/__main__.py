@@ -2,8 +2,8 @@
 
 All rankers predict the label `like` of MovieLens 1M, on slates of held-out users. Residual DCN, DCNv2 and the MLP are
 rankers of the family `dcn` with equal parameters, and have all other settings of `movielens.toml` beside this file. Two
-more rankers are residual DCN without its isotonic layer, and with calibration features in it. LightGBM (requirements.txt) trains LambdaMART and a classifier
-on features made by hand.
+more rankers are residual DCN without its isotonic layer, and with calibration features in it. LightGBM
+(requirements.txt) trains LambdaMART and a classifier on features made by hand.
 
 Stop the command at any time: the same command continues after the last whole epoch. The folder gets `results.md`, a
 folder for each training, and the bundle of the first residual DCN, which a server can load.

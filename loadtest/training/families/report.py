@@ -128,7 +128,8 @@ def calibration_table(data: Data, rated: Rated, columns: Mapping[str, list[np.nd
     """Return observed over expected likes of each group.
 
     columns: probabilities (E,) of runs. Several runs of a column give the mean and the range of their ratios. The
-    interval in parentheses is that of a perfectly calibrated ranker: 1 plus or minus 1.96 standard errors of the count.
+    interval of chance alone is that of a perfectly calibrated ranker: 1 plus or minus 1.96 standard errors of the
+    count. In the last row it has the number of groups within the limits.
     """
     rows = []
     inside = {name: 0 for name in columns}
@@ -144,5 +145,20 @@ def calibration_table(data: Data, rated: Rated, columns: Mapping[str, list[np.nd
             ends = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
             cells.append(f"{np.mean(ratios):.3f}{ends}")
         rows.append(cells)
-    counts = ["groups within .98 to 1.02", None, None, *(f"{count} of {len(groups)}" for count in inside.values())]
+    chance = perfect_groups(next(iter(columns.values()))[0], list(groups.values()))
+    counts = ["groups within .98 to 1.02", None, chance, *(f"{count} of {len(groups)}" for count in inside.values())]
     return table(("group", "rated items", "chance alone", *columns), [*rows, counts])
+
+
+def perfect_groups(p: np.ndarray, groups: Sequence[np.ndarray]) -> str:
+    """Return how many groups are within the limits if the labels are drawn from the probabilities p (E,).
+
+    The text has the mean of the draws, and the interval of 95 % of them.
+    """
+    rng = np.random.default_rng(0)
+    members = np.stack(groups).astype(np.float32)  # (groups, E)
+    labels = (rng.random((DRAWS, len(p))) < p).astype(np.float32)
+    ratios = labels @ members.T / (members @ p.astype(np.float32))  # (draws, groups)
+    inside = ((ratios >= LIMITS[0]) & (ratios <= LIMITS[1])).sum(axis=1)
+    low, high = np.quantile(inside, [0.025, 0.975])
+    return f"{inside.mean():.1f} ({low:.0f} to {high:.0f})"
