@@ -19,7 +19,17 @@ from loadtest.training.families.report import (
     read_runs,
     weighted_auc,
 )
-from loadtest.training.families.runs import PLAIN, RESIDUAL, Scores, held_out, known_labels, parameters, run, shapes
+from loadtest.training.families.runs import (
+    BY_FEATURES,
+    PLAIN,
+    RESIDUAL,
+    Scores,
+    held_out,
+    known_labels,
+    parameters,
+    run,
+    shapes,
+)
 from loadtest.training.families.trees import Features, training_slates
 from slatewise_train.config import Config, Head
 from slatewise_train.data import Data, load_data
@@ -44,9 +54,10 @@ def data(config: Config) -> Data:
 
 
 def test_rankers_have_the_parameters_of_residual_dcn(data: Data) -> None:
-    sizes = [parameters(data, shape) for shape in shapes(data, BASE).values()]
-    assert sizes[0] == sizes[1]
-    assert max(sizes) - min(sizes) < 0.03 * sizes[0]
+    sizes = {name: parameters(data, shape) for name, shape in shapes(data, BASE).items()}
+    assert sizes[PLAIN] == sizes[RESIDUAL]
+    assert sizes.pop(BY_FEATURES) == sizes[RESIDUAL] + BASE["width"] * (16 + 1)  # a slope of each bucket, and a bias
+    assert max(sizes.values()) - min(sizes.values()) < 0.03 * sizes[RESIDUAL]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -82,6 +93,7 @@ def test_groups_show_observed_over_expected(data: Data) -> None:
     half = np.full(len(labels), labels.mean() / 0.9)
     rated = Rated(np.tile(labels, 5), np.tile(users, 5), np.tile(items, 5))
     text = calibration_table(data, rated, {"too high": [np.tile(half, 5)]})
+    assert "| groups within .98 to 1.02 |  | " in text and " (" in text.splitlines()[-1]
     assert "| all | 1,500 |" in text and "| 0.900 |" in text and "| groups within .98 to 1.02 |" in text
 
 
