@@ -59,7 +59,7 @@ class DcnConfig(RankerConfig):
 
         The identity of a checkpoint contains this text, so older trainings can continue.
         """
-        names = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self) if field.repr]
         if not self.calibration_features:
             names.remove("calibration_features")
         return f"DcnConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
@@ -169,6 +169,10 @@ class Dcn(LateFusion):
     @property
     def exits(self) -> tuple[str, ...]:
         return EXITS[:-1]
+
+    @property
+    def hidden_size(self) -> int:
+        return PARTS * self.config.width
 
     def resized(self, config: DcnConfig) -> "Dcn":
         return Dcn(config, *self.item_columns())

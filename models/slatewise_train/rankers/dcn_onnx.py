@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from slatewise_train.rankers.base import Calibrations
-from slatewise_train.rankers.dcn import PARTS, Dcn, DcnConfig
+from slatewise_train.rankers.dcn import Dcn, DcnConfig
 from slatewise_train.rankers.late_fusion_onnx import LateFusionGraphs, Stream
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
@@ -26,7 +26,6 @@ class DcnGraphs(LateFusionGraphs):
     def __init__(self, model: Dcn, calibrations: Calibrations, longest_history: int) -> None:
         d = model.config.width
         super().__init__(model, calibrations, [(d, d)])
-        self.hidden_width = PARTS * d
 
     def attention(self, g: GraphBuilder, query: str, key: str, value: str, length: str) -> str:
         """Let query (B, N, d) attend to the first length (B,) positions of key and value (B, K, d) -> (B * N, d)."""
