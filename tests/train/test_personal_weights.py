@@ -18,6 +18,7 @@ from slatewise_train.bundle_writer import FP32_BOUND
 from slatewise_train.data import Sequences
 from slatewise_train.evaluation.parity import OPTIONS, Requests, torch_logits
 from slatewise_train.export import ExportOptions, export
+from slatewise_train.meta import limaml
 from slatewise_train.meta.limaml import MetaLearner, load_learner, save_learner, user_vectors
 from slatewise_train.meta.personal_weights import (
     Examples,
@@ -144,6 +145,17 @@ def test_precision_is_learned_where_users_differ(tiny: Tiny, tables: RankerTable
     weights = personal_weights(tables, precision, changed.sequences, data.config.history_length, 20)
     taste = np.array([generous[offset] for offset in s.offsets[:-1]])
     assert weights[taste, -1].mean() > 0 > weights[~taste, -1].mean(), "the last one is the bias"
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_block_is_learned_where_weights_do_not_help(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differ: bool
+) -> None:
+    precision = torch.ones(1, tiny.trainer.model.hidden_size + 1) if differ else None
+    monkeypatch.setattr(limaml, "learn_precision", lambda *_: precision)
+    found = limaml.learn(tiny.trainer.model, tiny.trainer.data, replace(tiny.config.meta, epochs=1), tmp_path)
+    assert found.precision is precision
+    assert (tmp_path / "meta_log.csv").exists() != differ, "the block is trained, or not"
 
 
 @pytest.fixture
