@@ -129,9 +129,9 @@ def test_isotonic_layer_increases_for_any_weights(features: int, seed: int, buck
     torch.manual_seed(seed)
     layer = Isotonic(2, buckets, features).double()
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=spread)
+        torch.nn.init.normal_(parameter, std=spread if not features else spread / 2**0.5)
     logits = torch.linspace(-30, 30, 10_001).double()[:, None].expand(-1, 2)
-    own = torch.randn(features).double()
+    own = torch.nn.functional.normalize(torch.randn(features).double(), dim=0)  # the sums have the same spread
     mapped = layer(logits, own)
     assert (mapped.diff(dim=0) > 0).all()
     slopes = mapped.diff(dim=0) / logits.diff(dim=0)
