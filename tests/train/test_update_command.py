@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import signal
@@ -24,6 +25,7 @@ from slatewise.events.tap import write_parquet
 from slatewise.inference.arrays import FIRST_ITEM
 from slatewise_train import checkpoint
 from slatewise_train.config import TablesConfig
+from slatewise_train.export import ExportOptions, export
 from slatewise_train.incremental.stability import top_lists
 from slatewise_train.tables.new_events import read_new_events
 from tests.http.support import ask
@@ -122,6 +124,18 @@ def test_update_keeps_the_space_and_so_the_vectors(updated: Path) -> None:
     assert new.space == old.space == "tiny-1"
     defaults = [np.load(updated / "tiny" / version / "default_meta.npy") for version in "12"]
     np.testing.assert_array_equal(*defaults)
+
+
+def test_update_keeps_the_weights_of_users(tiny: Tiny, tmp_path: Path, toml: Path, events: Path) -> None:
+    learner = copy.deepcopy(tiny.learner)
+    learner.precision = torch.full((1, tiny.trainer.model.hidden_size + 1), 0.1)
+    export(tiny.trainer, learner, tiny.config, tmp_path, 1, ExportOptions(most_users=20, force=True))
+    assert update(tmp_path, toml, "--events", events, "--force") == 0
+    old, new = (read_manifest(tmp_path / "tiny" / version) for version in "12")
+    assert new.space == old.space and new.meta_size == old.meta_size == tiny.trainer.model.hidden_size + 1
+    vectors = [load_bundle(tmp_path / "tiny" / version).embedded_meta for version in "12"]
+    users = min(map(len, vectors))
+    assert vectors[1][:users].any(), "the update has weights of its own demo users"
 
 
 def test_update_again_finds_nothing_new(
