@@ -1,7 +1,7 @@
 """Try docker-compose.yml with real containers: python -m loadtest.compose [--no-refresh] [--report FILE]
 
 Builds the images from a copy of the checkout, starts, asks, scales, kills, rolls and takes down, in a project of its
-own on free ports. Base images are pulled, or taken from this machine. Writes a dated report. Takes about seven minutes,
+own on free ports. Base images are pulled, or taken from this machine. Writes a dated report. Takes about eight minutes,
 and with `refresh` and `update` also a download of torch. Grafana is not started.
 
 Called by: `make compose-check`. Calls: `steps.py`, `more_steps.py`, `docker.py`. Needs docker with the plug-in
