@@ -247,9 +247,10 @@ def test_predicted_work_is_that_of_the_calls(
     assert predicted == [sum(map(sum, called)) / 2**20], called
 
 
-def test_graph_of_the_draw_is_timed_at_load(exploring: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_and_its_graph_are_timed_at_load(exploring: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = exploring.engines["fp32"]
-    assert engine.costs["explore"].weights != GraphCosts().weights
+    for name in ("explore", "draw"):
+        assert engine.costs[name].weights != GraphCosts().weights
     old = time.perf_counter() - 2 * STALE_SECONDS
     for name, costs in engine.costs.items():
         monkeypatch.setattr(costs, "learned_at", old if name == "explore" else inf)

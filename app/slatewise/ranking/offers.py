@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from slatewise.bundle.ranker import Ranker
-from slatewise.inference.costs import Work
-from slatewise.inference.engine import EXPLORE, HISTORY_CHUNK, Engine, chunk_of
+from slatewise.inference.costs import ONE_CALL, Work
+from slatewise.inference.engine import DRAW, EXPLORE, HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.slates import slate_count
 from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.schemas import EXITS, ModelExit
@@ -112,7 +112,7 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
         chunks = -(-m // chunk_of(m))
         seconds += costs["point"].seconds(Work(chunks, m, m * (size.events + 1)))
         if size.explore:
-            seconds += costs[EXPLORE].seconds(Work(chunks, m, 0))
+            seconds += costs[DRAW].seconds(ONE_CALL) + costs[EXPLORE].seconds(Work(chunks, m, 0))
     if exit == "set":
         k = n if pruned is None else pruned.last
         slates = slate_count(k, engine.slate)
