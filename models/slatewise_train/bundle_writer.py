@@ -114,8 +114,8 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
     if len(content.examples) > 1:  # one alone is the manifest's example
         write_json(stage / "examples.json", list(content.examples))
     (stage / "warmup.jsonl").write_text("".join(json.dumps(request) + "\n" for request in content.warmup))
-    if model.meta_size:
-        np.save(stage / "default_meta.npy", model.default_meta.detach().numpy())
+    if model.vector_size:
+        np.save(stage / "default_meta.npy", model.default_vector().numpy())
         np.save(stage / "meta_embeddings.npy", content.vectors)
         write_json(stage / "users.json", content.users)
     return Manifest(
@@ -135,7 +135,7 @@ def write_content(stage: Path, content: BundleContent, version: int) -> Manifest
         history_actions=list(content.history_actions),
         features=content.features,
         fields=fields,
-        meta_size=model.meta_size,
+        meta_size=model.vector_size,
         limits=BundleLimits(history_used=content.history_used, set_wise=SLATE if "set" in content.exits else 0),
         graphs={},
         variants={},

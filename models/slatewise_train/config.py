@@ -89,6 +89,7 @@ class ModelConfig:
         """Build the family's config. Raises ValueError for unknown names and for sizes that do not fit each other."""
         kind = families.find(self.family).config
         sizes = {"items": items, "actions": actions, "fields": fields, "numeric": numeric, "heads": heads}
+        sizes["personal_heads"] = ()
         return from_table(kind, self.shape, "model", **sizes)
 
 
@@ -138,6 +139,7 @@ class MetaConfig:
     # for each event: half uniform, half by the softmax of the exit `dot`
     negatives: int = number(24, least=1, most=100_000)
     shortest: int = number(5, least=1, most=100_000)  # least number of events before the query
+    examples: int = number(50, least=1, most=100_000)  # newest events, which a user's own weights are fitted to
     epochs: int = number(4, least=1, most=100_000)
     batch_users: int = number(32, least=1, most=1_000_000)
     learning_rate: float = number(0.01, least=1e-8, most=1)

@@ -53,7 +53,7 @@ from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
 from slatewise_train.incremental.parent import Parent, is_worse, manifest_row
 from slatewise_train.loading import load_trainer
-from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, load_learner, save_learner
+from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, label_heads, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 from slatewise_train.train import Trainer
@@ -94,7 +94,7 @@ def export(
     stated = config.export.default_exit
     if stated not in (None, *content.exits):
         raise ValueError(f'[export] default_exit = "{stated}": this ranker has the exits {", ".join(content.exits)}')
-    meta = content.model.default_meta.detach().numpy()
+    meta = content.model.default_vector().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)
         if learner is not None:
@@ -147,6 +147,9 @@ def make_content(
     model = trainer.model.eval()
     if learner is None:
         model = model.without_meta()
+    elif learner.precision is not None:
+        heads = label_heads([head.kind for head in data.config.heads])
+        model = model.without_meta().with_personal_heads(heads)
     vocabulary = data.catalogue.vocabulary
     rng = np.random.default_rng(0)
     shown = demo_data(data, model, learner, config)
@@ -187,7 +190,7 @@ def add_exploration(
     stage: Path, manifest: Manifest, content: BundleContent, calibrations: Calibrations, data: Data
 ) -> dict[str, float]:
     """Fit and write the posterior of fp32. Returns the standard deviation of a logit under a draw, by head."""
-    meta = content.model.default_meta.detach().numpy()
+    meta = content.model.default_vector().numpy()
     examples = Examples(open_fp32(stage, manifest), data, content.model, meta)
     posterior = examples.posterior()
     write_exploration(stage / FP32, content.model, calibrations, posterior)

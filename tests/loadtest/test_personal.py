@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from loadtest.training.personal import synthetic
 from loadtest.training.personal.fits import Examples, first_directions, largest, personal, ridge, shared_directions
 from loadtest.training.personal.movielens import read_user
+from loadtest.training.personal.served import measure_served, newest
 from slatewise.bundle.manifest import read_manifest
+from slatewise_train.export import ExportOptions, export
 from slatewise_train.rankers.weights import load_model
 from tests.conftest import Tiny
 
@@ -59,3 +65,25 @@ def test_each_event_is_read_after_those_before_it(tiny: Tiny) -> None:
         one = read_user(model, data, user, start, 1, 5)
         assert one.labels[0] - one.chance[0] == pytest.approx(many.before.targets[k], abs=1e-5)
         np.testing.assert_allclose(one.slate[0], many.before.features[k], atol=1e-5)
+
+
+def test_served_weights_change_lists_and_the_default_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    learner = copy.deepcopy(tiny.learner)
+    learner.precision = torch.full((1, tiny.trainer.model.hidden_size + 1), 0.1)
+    folder = export(tiny.trainer, learner, tiny.config, tmp_path, 1, ExportOptions(most_users=20, force=True))
+    rows = measure_served(folder, tiny.trainer.data)
+    found = {(row.events, row.history, row.exit): row for row in rows}
+    assert len(found) == 4 * 2 * 2, "events, history, exit"
+    assert found["50", "none", "point"].gain[0] != 0
+    default = {row.default for row in rows if (row.history, row.exit) == ("none", "point")}
+    assert len(default) == 1, "without a history, events before the slate change nothing"
+
+
+def test_cut_sequences_are_the_newest_events(tiny: Tiny) -> None:
+    data = tiny.trainer.data
+    s = data.sequences
+    cut = newest(data, np.array([2, 5]), np.array([9, 4]), 6)
+    assert cut.offsets.tolist() == [0, 6, 10]
+    first = int(s.offsets[2])
+    np.testing.assert_array_equal(cut.items[:6], s.items[first + 3 : first + 9])
+    np.testing.assert_array_equal(cut.labels[6:], s.labels[s.offsets[5] : s.offsets[5] + 4])

@@ -79,7 +79,7 @@ class Distiller:
         """Return a trainer of the student. Users have meta-embeddings drawn from `vectors`: a bundle has no others."""
         trainer = Trainer(self.trainer.data, self.student, self.trainer.config)
         drawn = torch.randint(len(self.vectors), (len(trainer.meta.weight),))
-        trainer.meta.load_state_dict({"weight": self.vectors[drawn]})
+        trainer.meta.load_state_dict({"weight": self.vectors[drawn, : self.student.meta_size]})
         trainer.meta.requires_grad_(False)
         return trainer
 
@@ -140,14 +140,14 @@ class Distiller:
         sequences as student and teacher encode them; exists: (R, C) of shown slates, False for padding.
         """
         drawn = self.vectors[torch.randint(len(self.vectors), slates.read.shape)]
-        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, self.teacher.default_meta.detach())
+        meta = torch.where(torch.rand(*slates.read.shape, 1) < 0.5, drawn, self.teacher.default_vector())
         candidates = self.table[slates.candidates]
 
         def logits(model: RankerModel, encoded: Encoded) -> dict[str, Tensor]:
             dot, hidden = read_slates(model, slates, *encoded, candidates, meta)
             if exists is None:
-                return model.logits_by_exit(dot, hidden)
-            found = model.logits_by_exit(dot, hidden, exists[:, None, None])
+                return model.logits_by_exit(dot, hidden, meta=meta.flatten(0, 1))
+            found = model.logits_by_exit(dot, hidden, exists[:, None, None], meta.flatten(0, 1))
             return {exit: value.where(exists[..., None], PADDED) for exit, value in found.items()}
 
         with torch.no_grad():

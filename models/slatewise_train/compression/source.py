@@ -81,7 +81,7 @@ class Source:
             )
         self.model = load_model(folder, self.manifest)
         self.calibrations = read_calibrations(folder / "variants/fp32" / CALIBRATION)
-        self.meta = self.model.default_meta.detach().numpy()
+        self.meta = self.model.default_vector().numpy()
         vectors = folder / "meta_embeddings.npy"
         self.vectors = np.load(vectors) if vectors.exists() else np.zeros((0, len(self.meta)), np.float32)
         posterior = folder / "variants/fp32" / POSTERIOR

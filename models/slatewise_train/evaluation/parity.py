@@ -118,7 +118,7 @@ def logits_of(
     vectors = tensor(candidates.vectors)[None]
     fused = model.fuse(tensor(candidates.numeric)[None], tensor(meta)[None, None], tensor(candidates.context)[:, None])
     hidden = model.hidden(vectors, encoded, torch.tensor([rows.shape[1]]), None, fused)
-    return model.logits_by_exit(model.dot_logits(users[:, -1:], vectors), hidden)
+    return model.logits_by_exit(model.dot_logits(users[:, -1:], vectors), hidden, meta=tensor(meta)[None])
 
 
 def one_pass(draw: Requests) -> float:

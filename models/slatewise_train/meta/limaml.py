@@ -43,6 +43,7 @@ from slatewise_train import checkpoint
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Data, Sequences
 from slatewise_train.loading import load_trainer
+from slatewise_train.meta.personal_weights import learn_precision, personal_weights
 from slatewise_train.meta.tasks import MetaCase, RankerTables, Tasks, event_losses, make_tasks
 from slatewise_train.rankers.base import RankerModel
 
@@ -86,6 +87,7 @@ class MetaLearner(nn.Module):
         self.block = MetaBlock(config.code, default)
         names = [rate_name(name) for name, _ in self.block.named_parameters()]
         self.log_rates = nn.ParameterDict({name: torch.full((config.steps,), -2.0) for name in names})
+        self.precision: Tensor | None = None  # (L, D) of `personal_weights.py`; None: users have no weights
 
     def support_loss(self, ranker: RankerModel, kinds: list[str], parameters: Parameters, *task: Tensor) -> Tensor:
         """Return the loss of one user: the sum over the events, divided by the largest possible number of events.
@@ -222,18 +224,37 @@ class MetaTrainer:
         return self.learner
 
 
+def learn(ranker: RankerModel, data: Data, config: MetaConfig, folder: Path) -> MetaLearner:
+    """Learn what all users share: the precision of their weights, or the meta block where such weights do not help.
+
+    folder: of the meta block's checkpoint. Raises ValueError as `MetaTrainer` does.
+    """
+    meta = MetaTrainer(ranker, data, config)
+    if heads := label_heads(meta.kinds):
+        own = meta.ranker.with_personal_heads(heads).requires_grad_(False)
+        meta.learner.precision = learn_precision(RankerTables(own, own.item_table(), meta.numeric), data, config)
+    return meta.train(folder) if meta.learner.precision is None else meta.learner
+
+
+def label_heads(kinds: Sequence[str]) -> tuple[int, ...]:
+    return tuple(k for k, kind in enumerate(kinds) if kind == "label")
+
+
 def user_vectors(
     learner: MetaLearner, ranker: RankerModel, kinds: list[str], sequences: Sequences, longest: int
 ) -> np.ndarray:
     """Return meta-embeddings (U, M) float32 of users, after all of their events.
 
-    Users without an event of an item that the ranker knows get the default vector. Every call draws the same negatives.
+    ranker: the one of a bundle, which has `personal_heads` if the learner has a precision. Users without an event of an
+    item that the ranker knows get the default vector. Every call draws the same negatives.
     """
     torch.manual_seed(learner.config.seed)
     sequences = known_events(sequences)
     config = dataclasses.replace(learner.config, query=0)
     items = ranker.item_table().detach()
     tables = RankerTables(ranker, items, torch.full((len(items), len(ranker.numeric_mean)), torch.nan))
+    if learner.precision is not None:
+        return personal_weights(tables, learner.precision, sequences, longest, config.examples)
     lengths = np.diff(sequences.offsets)
     result: np.ndarray = learner.block().detach().repeat(len(lengths), 1).numpy()
     users = np.flatnonzero(lengths)
@@ -257,6 +278,8 @@ def known_events(sequences: Sequences) -> Sequences:
 def save_learner(path: Path, learner: MetaLearner, kinds: list[str]) -> None:
     """Write the arrays of a learner, its config and the kinds of the ranker's heads. No pickle."""
     arrays = {name: tensor.numpy() for name, tensor in learner.state_dict().items()}
+    if learner.precision is not None:
+        arrays["precision"] = learner.precision.numpy()
     about = np.array(json.dumps({"config": dataclasses.asdict(learner.config), "kinds": kinds}))
     np.savez(path, about=about, **arrays)
 
@@ -271,6 +294,8 @@ def load_learner(path: Path) -> tuple[MetaLearner, list[str]]:
             about = json.loads(str(arrays["about"]))
             learner = MetaLearner(MetaConfig(**about["config"]), torch.from_numpy(arrays["block.out.bias"]))
             learner.load_state_dict({name: torch.from_numpy(arrays[name]) for name in learner.state_dict()})
+            if "precision" in arrays:
+                learner.precision = torch.from_numpy(arrays["precision"])
     except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} is no meta block: {error}") from error
     return learner.requires_grad_(False), about["kinds"]
@@ -286,5 +311,5 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, help="of the training; default: build/train/NAME")
     args = parser.parse_args(argv)
     trainer, config, folder = load_trainer(args.toml, args.folder)
-    meta = MetaTrainer(trainer.model, trainer.data, config.meta)
-    save_learner(folder / META_BLOCK, meta.train(folder), meta.kinds)
+    learner = learn(trainer.model, trainer.data, config.meta, folder)
+    save_learner(folder / META_BLOCK, learner, [head.kind for head in config.data.heads])

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slatewise.schemas import EXITS as EXITS  # the only list of exits; the offline half imports it from here
 
@@ -43,6 +44,8 @@ class RankerConfig:
     numeric: int  # numeric features of a candidate
     heads: int  # outputs
     width: int  # of all vectors
+    # The heads for which users have weights of their own, see `personal_features`. `export` sets them, not the TOML.
+    personal_heads: tuple[int, ...] = field(default=(), repr=False)
 
 
 class RankerModel(nn.Module, ABC):
@@ -62,8 +65,23 @@ class RankerModel(nn.Module, ABC):
 
     @property
     def meta_size(self) -> int:
-        """Numbers of a meta-embedding (M)."""
+        """Numbers of a meta-embedding that the late fusion reads."""
         return len(self.default_meta)
+
+    @property
+    def vector_size(self) -> int:
+        """Numbers of a whole meta-embedding (M): those of the late fusion, then the user's own weights by head."""
+        return self.meta_size + len(self.config.personal_heads) * (self.hidden_size + 1)
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width of hidden states (h)."""
+
+    def default_vector(self) -> Tensor:
+        """Return the whole meta-embedding (M,) of a user without one. The user's own weights are zero."""
+        default = self.default_meta.detach()
+        return F.pad(default, (0, self.vector_size - self.meta_size))
 
     @property
     @abstractmethod
@@ -104,6 +122,10 @@ class RankerModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def with_personal_heads(self, heads: tuple[int, ...]) -> RankerModel:
+        """Return a copy for whose `heads` users have weights of their own. With zero weights, logits are equal."""
+
+    @abstractmethod
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
         """Embed the history: item vectors (B, T, d), action rows (B, T), gap buckets (B, T) -> tokens (B, T, d)."""
 
@@ -118,7 +140,8 @@ class RankerModel(nn.Module, ABC):
     def fuse(self, numeric: Tensor, meta: Tensor, context: Tensor) -> Tensor:
         """Combine the request's inputs, which `hidden` adds after the candidates have read the history: (..., N, h).
 
-        numeric: (..., N, F) raw numbers, NaN for missing; meta: (..., 1, M); context: (..., 1, 4).
+        numeric: (..., N, F) raw numbers, NaN for missing; meta: (..., 1, M), whose first numbers count; context:
+        (..., 1, 4).
         """
 
     @abstractmethod
@@ -159,15 +182,34 @@ class RankerModel(nn.Module, ABC):
         The candidates attend to each other. mask: (B, 1, 1, N), False for padding.
         """
 
-    def logits_by_exit(self, dot: Tensor, hidden: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def personal_logits(self, hidden: Tensor, meta: Tensor) -> Tensor:
+        """Return the term of the users' own weights: hidden (B, N, h), meta (B, M) -> (B, N, heads)."""
+        heads = self.config.personal_heads
+        weights = meta[:, self.meta_size :].unflatten(1, (len(heads), self.hidden_size + 1))
+        found = hidden.new_zeros(*hidden.shape[:-1], self.config.heads)
+        found[..., list(heads)] = personal_features(hidden) @ weights.mT
+        return found
+
+    def logits_by_exit(
+        self, dot: Tensor, hidden: Tensor, mask: Tensor | None = None, meta: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return logits (B, N, heads) of every exit, from `dot_logits` and `hidden`. The N candidates are one slate.
 
-        mask: as in `set_logits`.
+        mask: as in `set_logits`; meta: (B, M) whole meta-embeddings, None for users without weights of their own.
         """
-        logits = {"dot": dot, "point": self.point(dot, hidden)}
+        point = self.point(dot, hidden)
+        if self.config.personal_heads and meta is not None:
+            point = point + self.personal_logits(hidden, meta)
+        logits = {"dot": dot, "point": point}
         if "set" in self.exits:
             logits["set"] = logits["point"] + self.set_logits(hidden, mask)
         return logits
+
+
+def personal_features(hidden: Tensor) -> Tensor:
+    """Return what a user's own weights multiply: normalised hidden states, and a 1: (..., h) -> (..., h + 1)."""
+    h = hidden.shape[-1]
+    return F.pad(F.layer_norm(hidden, (h,)) / h**0.5, (0, 1), value=1.0)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,10 @@ class Dcn(LateFusion):
     def exits(self) -> tuple[str, ...]:
         return EXITS[:-1]
 
+    @property
+    def hidden_size(self) -> int:
+        return PARTS * self.config.width
+
     def resized(self, config: DcnConfig) -> "Dcn":
         return Dcn(config, *self.item_columns())
 

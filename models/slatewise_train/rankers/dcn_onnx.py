@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from slatewise_train.rankers.base import Calibrations
-from slatewise_train.rankers.dcn import PARTS, Dcn, DcnConfig
+from slatewise_train.rankers.dcn import Dcn, DcnConfig
 from slatewise_train.rankers.late_fusion_onnx import LateFusionGraphs, Stream
 from slatewise_train.rankers.onnx_builder import GraphBuilder, linear
 
@@ -26,7 +26,6 @@ class DcnGraphs(LateFusionGraphs):
     def __init__(self, model: Dcn, calibrations: Calibrations, longest_history: int) -> None:
         d = model.config.width
         super().__init__(model, calibrations, [(d, d)])
-        self.hidden_width = PARTS * d
         self.pieces: tuple[np.ndarray, ...] = ()  # slope, bends, knots and bias of the isotonic layer
         if model.isotonic is not None:
             slope, bends = (part.detach().numpy() for part in model.isotonic.pieces())

@@ -87,7 +87,7 @@ def build(family: str, config: RankerConfig | Mapping[str, Any], columns: ItemCo
         known = {field.name for field in fields(found.config)}
         if unknown := config.keys() - known:
             raise ValueError(f"a config of the family {family!r} has no {', '.join(sorted(unknown))}")
-        config = found.config(**config)
+        config = found.config(**{**config, "personal_heads": tuple(config.get("personal_heads", ()))})
     if columns is None:
         columns = ItemColumns({}, torch.zeros(config.numeric), torch.ones(config.numeric))
     if config.fields.keys() != columns.field_values.keys():

@@ -70,6 +70,10 @@ class LateFusion(RankerModel):
         self.dropout = Dropout(dropout)
         self.field_dropout = field_dropout
 
+    @property
+    def hidden_size(self) -> int:
+        return self.config.width
+
     def fusion_layer(self) -> nn.Linear:
         return nn.Linear(2 * self.config.numeric + self.meta_size + CONTEXT_SIZE, self.config.width)
 
@@ -157,6 +161,11 @@ class LateFusion(RankerModel):
         copy.load_state_dict(self.state_dict() | changed)
         return copy.eval()
 
+    def with_personal_heads(self, heads: tuple[int, ...]) -> "LateFusion":
+        copy = self.resized(replace(self.config, personal_heads=heads))
+        copy.load_state_dict(self.state_dict())
+        return copy.eval()
+
     def tokens(self, item_vectors: Tensor, actions: Tensor, gaps: Tensor) -> Tensor:
         if len(self.action.weight) * GAP_BUCKETS > actions.numel():
             return self.dropout(item_vectors + (self.action(actions) + self.gap(gaps)))  # (B, T, d)
@@ -170,7 +179,8 @@ class LateFusion(RankerModel):
         missing = numeric.isnan()  # (..., N, F)
         scaled = torch.where(missing, 0.0, (numeric - self.numeric_mean) / self.numeric_std).clamp(-10, 10)
         n = (*numeric.shape[:-1], -1)
-        return self.fusion(torch.cat([scaled, missing.float(), meta.expand(n), context.expand(n)], dim=-1))
+        meta = meta[..., : self.meta_size].expand(n)
+        return self.fusion(torch.cat([scaled, missing.float(), meta, context.expand(n)], dim=-1))
 
     def fused_meta(self, meta: Tensor) -> Tensor:
         """Return the fusion layer's product with a meta-embedding (..., M) alone: (..., d)."""

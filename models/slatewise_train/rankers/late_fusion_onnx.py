@@ -55,11 +55,12 @@ class LateFusionGraphs(RankerGraphs):
         self.config = model.config
         self.exits = model.exits
         self.meta_size = model.meta_size
+        self.vector_size = model.vector_size
         self.calibrations = calibrations
         self.state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         self.state_widths = state_widths
         self.first_read = first_read
-        self.hidden_width = model.config.width
+        self.hidden_width = model.hidden_size
 
     @abstractmethod
     def write_history(
@@ -130,7 +131,10 @@ class LateFusionGraphs(RankerGraphs):
         d = self.config.width
         weight = self.state["fusion.weight"]
         bias = self.state["fusion.bias"]  # columns of the weight: scaled, missing, meta, context
-        request = g.op("Concat", g.input("meta", ["B", m]), g.input("context", ["B", CONTEXT_SIZE]), axis=1)
+        meta = g.input("meta", ["B", self.vector_size])
+        if self.config.personal_heads:
+            meta = g.op("Slice", meta, g.ints(0), g.ints(m), g.ints(1))
+        request = g.op("Concat", meta, g.input("context", ["B", CONTEXT_SIZE]), axis=1)
         request = linear(g, request, "fusion.request", weight[:, 2 * f :], bias)
         request = g.op("Unsqueeze", request, g.ints(1))  # (B, 1, d)
         if f:
@@ -147,6 +151,29 @@ class LateFusionGraphs(RankerGraphs):
         else:
             request = g.op("Expand", request, g.op("Shape", candidates))
         return g.op("Reshape", request, g.ints(-1, d))
+
+    def personal(self, g: GraphBuilder, hidden: Stream, logits: str) -> str:
+        """Add the term of the user's own weights to logits (B, N, heads). The input `meta` exists.
+
+        A product with a constant sums each row of x * w, as `graph_check.py` allows no product of two inputs.
+        """
+        h = self.hidden_width
+        first = self.meta_size
+        for head in self.config.personal_heads:
+            scale = g.weight("personal.scale", np.full(h, h**-0.5, np.float32))
+            zero = g.weight("personal.zero", np.zeros(h, np.float32))
+            x = g.op("LayerNormalization", hidden.rows, scale, zero, axis=-1, epsilon=1e-5)
+            x = g.op("Reshape", x, hidden.shape)  # (B, N, h)
+            weights = g.op("Slice", "meta", g.ints(first), g.ints(first + h), g.ints(1))
+            bias = g.op("Slice", "meta", g.ints(first + h), g.ints(first + h + 1), g.ints(1))
+            weighted = g.op("Mul", x, g.op("Unsqueeze", weights, g.ints(1)))
+            column = np.zeros(self.config.heads, np.float32)
+            column[head] = 1.0
+            summed = g.op("MatMul", weighted, g.weight(f"personal.{head}.sum", np.tile(column, (h, 1))))
+            shift = g.op("Mul", g.op("Unsqueeze", bias, g.ints(1)), g.weight(f"personal.{head}.bias", column))
+            logits = g.op("Add", logits, g.op("Add", summed, shift))
+            first += h + 1
+        return logits
 
     def state_inputs(self, g: GraphBuilder, prefix: str, length: str, first: int = 0) -> list[tuple[str, str]]:
         """Add graph inputs (B, length, width) for the keys and values of the blocks from `first` on."""
@@ -192,6 +219,7 @@ class LateFusionGraphs(RankerGraphs):
         user = g.input("user", ["B", d])
         state = self.state_inputs(g, "", "K", self.first_read)
         logits, hidden = self.read_history(g, candidates, fused, user, state, g.input("history_length", ["B"], INT))
+        logits = self.personal(g, hidden, logits)
         logits = g.output("logits", logits, ["B", "N", heads])
         g.output("hidden", g.op("Reshape", hidden.rows, hidden.shape), ["B", "N", self.hidden_width])
         self.probabilities(g, logits, "point")
@@ -227,6 +255,7 @@ class LateFusionGraphs(RankerGraphs):
         state, user = self.write_history(g, g.op("Gather", "items", history), actions, gaps, length, [])
         state = state[self.first_read :]
         logits, hidden = self.read_history(g, candidates, fused, user, state, length)
+        logits = self.personal(g, hidden, logits)
         if exit == "set":
             slate = g.op("Expand", g.op("Shape", candidates, start=1, end=2), g.op("Shape", candidates, start=0, end=1))
             logits = self.read_slate(g, hidden, logits, slate)

@@ -75,7 +75,7 @@ class LigrConfig(RankerConfig):
         unused = {"decoder_blocks"} if self.first_decoder_block == 0 else set()
         if self.feed_forward_rank == 0:
             unused.add("feed_forward_rank")
-        names = [field.name for field in fields(self) if field.name not in unused]
+        names = [field.name for field in fields(self) if field.repr and field.name not in unused]
         return f"LigrConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
