@@ -1,8 +1,8 @@
 """Try docker-compose.yml with real containers: python -m loadtest.compose [--no-refresh] [--report FILE]
 
 Builds the images from a copy of the checkout, starts, asks, scales, kills, rolls and takes down, in a project of its
-own on free ports. Base images are pulled, or taken from this machine. Writes a dated report. Takes about seven minutes,
-and with `refresh` also a download of torch. Grafana is not started.
+own on free ports. Base images are pulled, or taken from this machine. Writes a dated report. Takes about eight minutes,
+and with `refresh` and `update` also a download of torch. Grafana is not started.
 
 Called by: `make compose-check`. Calls: `steps.py`, `more_steps.py`, `docker.py`. Needs docker with the plug-in
 compose, and nothing beyond Python's standard library.
@@ -48,6 +48,7 @@ STEPS: dict[str, Callable[[Stack], str]] = {
     "a new bundle, and back": more_steps.bundles,
     "256 descriptors, 64 threads, `--cpus 0.5` (R28)": more_steps.tight,
     "`refresh`": more_steps.refresh,
+    "`update`": more_steps.update,
     "HAProxy stops under load, then `docker compose down`": steps.down,
 }
 
@@ -69,7 +70,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.compose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--no-refresh", action="store_true", help="leave out `refresh`, whose image has torch")
+    parser.add_argument(
+        "--no-refresh", action="store_true", help="leave out `refresh` and `update`, whose image has torch"
+    )
     parser.add_argument("--report", type=Path, default=REPORT, help="file to write (default: %(default)s)")
     args = parser.parse_args()
     if reason := missing():
@@ -81,7 +84,7 @@ def main() -> int:
     rows, failed = [], 0
     try:
         for name, step in STEPS.items():
-            if args.no_refresh and step is more_steps.refresh:
+            if args.no_refresh and step in (more_steps.refresh, more_steps.update):
                 continue
             begin = time.monotonic()
             try:

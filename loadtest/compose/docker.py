@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "slatewise-check"
 FOLDER = ROOT / "build" / "compose-check"
 REFRESH = ("-f", "docker-compose.yml", "-f", "deploy/compose/refresh.yaml")
+UPDATE = ("-f", "docker-compose.yml", "-f", "deploy/compose/update.yaml")
 EVERYTHING = (*REFRESH, *("--profile", "load"), *("--profile", "scale"), *("--profile", "grafana"))
 SLOW_SECONDS = 1_800  # a build with a slow network
 

@@ -1,18 +1,26 @@
-"""More of what is tried: versions of a bundle, the job `refresh`, and narrow limits.
+"""More of what is tried: versions of a bundle, the jobs `refresh` and `update`, and narrow limits.
 
 Called by: `__main__.py`. Calls: `steps.py`, `docker.py`, `load.py`.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import random
+import re
 import shutil
 import socket
 import time
+from pathlib import Path
+from typing import Any
 
-from loadtest.compose.docker import FOLDER, REFRESH, Stack, ask, until
+from loadtest.compose.docker import FOLDER, REFRESH, UPDATE, Stack, ask, until
 from loadtest.compose.load import Load
 from loadtest.compose.steps import BUNDLE, QUESTION, newest, printed, size, under_load
+
+LEARNERS = 40  # users whose events the update learns from
+NEW_EVENTS = 6  # of each
 
 
 def bundles(stack: Stack) -> str:
@@ -58,6 +66,101 @@ def refresh(stack: Stack) -> str:
         f"images in {built:.0f} s ({image}); events of a new user became the vector of generation {generation:.0f} "
         f"after {seconds:.0f} s; the next `up` pushed nothing"
     )
+
+
+def update(stack: Stack) -> str:
+    """New events become the next version, which a half of the users gets first, and then all."""
+    old = int(newest().name)
+    training(FOLDER / "training")
+    BUNDLE.chmod(0o777)  # for the user 10001
+    settings = {
+        "SLATEWISE_EVENTS_FILE_S": "2",
+        "SLATEWISE_RELOAD_S": "1",
+        "SLATEWISE_RELOAD_CANARY": "0.5",
+        "SLATEWISE_RELOAD_CANARY_S": "20",
+        "UPDATE_SECONDS": "3600",
+    }
+    stack.compose(*REFRESH, "rm", "--stop", "--force", "refresh")
+    stack.compose(*UPDATE, "build", "slatewise", "update")
+    stack.compose(*UPDATE, "up", "--detach", "slatewise", **settings)
+    until(lambda: ask(stack.port, "GET", "/readyz")[0] == 200)
+    sent = send_events(stack)
+    until(lambda: stack.metrics("slatewise")['slatewise_events_tapped_total{result="written"}'] >= sent)
+    time.sleep(6)  # the file is complete
+    begin = time.monotonic()
+    stack.compose(*UPDATE, "up", "--detach", "update", **settings)
+
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = ask(stack.port, "GET", "/models")[2]["models"][0]["versions"]
+        return found
+
+    try:
+        until(lambda: state()["candidate"] is not None, 600)
+    except TimeoutError as error:
+        raise RuntimeError(stack.compose(*UPDATE, "logs", "--no-log-prefix", "update")) from error
+    published = time.monotonic() - begin
+    first = state()
+    assert (first["version"], first["candidate"]["version"], first["candidate"]["canary"]) == (old, old + 1, 0.5), first
+    users = [QUESTION | {"user": f"canary:{k}"} for k in range(40)]
+    versions = {ask(stack.port, "POST", "/rerank", body)[2]["version"] for body in users}
+    assert versions == {old, old + 1}, versions
+    begin = time.monotonic()
+    until(lambda: state()["version"] == old + 1)
+    promoted = time.monotonic() - begin
+    log = stack.compose(*UPDATE, "logs", "--no-log-prefix", "update", **settings)
+    learned = re.search(r"trained on [\d,]+ events of [\d,]+ new ones", log)
+    assert learned and ask(stack.port, "POST", "/rerank", QUESTION)[2]["version"] == old + 1, log
+    stack.compose(*UPDATE, "rm", "--stop", "--force", "update")
+    return (
+        f"{sent} events, {learned[0]}; version {old + 1} was the candidate after {published:.0f} s, answered a half of "
+        f"the users, and all of them {promoted:.0f} s later"
+    )
+
+
+def training(folder: Path) -> None:
+    """Write the TOML of the demo with small tables: random old events of the users who send new ones, and items."""
+    folder.mkdir(mode=0o755)
+    rng = random.Random(0)
+    manifest = json.loads((newest() / "manifest.json").read_text())
+    ids = json.loads((newest() / "ids.json").read_text())
+    genres, decades = (manifest["fields"][name]["values"] for name in ("genres", "decade"))
+    items = [(item, f"Item {item}", rng.choice(genres), rng.choice(decades), rng.random(), 1990) for item in ids]
+    events = [
+        (f"learner:{user}", item, 1_000_000_000 + 60 * k, "view", rng.randrange(2))
+        for user in range(LEARNERS)
+        for k, item in enumerate(rng.sample(ids, 50))
+    ]
+    names = {
+        "items": ("item_id", "title", *manifest["fields"], *manifest["features"]),
+        "events": ("user_id", "item_id", "timestamp", "action", "label_like"),
+    }
+    for name, rows in (("items", items), ("events", events)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([names[name], *rows])
+    toml = (FOLDER / "models" / "movielens.toml").read_text()
+    for pattern, value in (
+        (r'"[^"]*/(events|items)\.parquet"', r'"\1.csv"'),
+        (r"slate_users = \d+", "slate_users = 10"),
+        (r"validation_users = \d+", "validation_users = 20"),
+        (r"\n\[demo\][^\[]*", ""),
+    ):
+        toml = re.sub(pattern, value, toml)
+    (folder / "movielens.toml").write_text(toml)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def send_events(stack: Stack) -> int:
+    """Send random events of the users of `training`. Returns their number."""
+    rng = random.Random(1)
+    ids = json.loads((newest() / "ids.json").read_text())
+    for user in range(LEARNERS):
+        events = [
+            {"user": f"learner:{user}", "item_id": item, "action": "view", "event_id": f"{user}-{item}"}
+            for item in rng.sample(ids, NEW_EVENTS)
+        ]
+        assert ask(stack.port, "POST", "/events", {"events": events})[0] == 202
+    return LEARNERS * NEW_EVENTS
 
 
 def tight(stack: Stack) -> str:

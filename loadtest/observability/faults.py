@@ -1,6 +1,6 @@
 """Two replicas, a Redis and a light load, and the faults that are injected into them one after the other.
 
-Called by: `dashboards.py`. Calls: `server_process.py`, `traffic.py`, `tests/support/redis_server.py`.
+Called by: `dashboards.py`. Calls: `exploring.py`, `server_process.py`, `traffic.py`, `tests/support/redis_server.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loadtest.client import closed_loop, limit_time, open_loop, post
+from loadtest.observability.exploring import exploring_copy
 from loadtest.observability.prometheus import Prometheus
 from loadtest.server_process import ServerProcess
 from loadtest.traffic import visits
 from loadtest.workload import Shape, Workload
+from slatewise.bundle.adapted_items import AdaptedItems
+from slatewise.inference.arrays import UNKNOWN_ITEM
+from slatewise.store.adapted_items import write_items
 from slatewise.store.client import connect
 from slatewise.store.generations import Generations
 from slatewise.store.push import push, read
@@ -30,6 +36,7 @@ from tests.support.network import free_port
 from tests.support.redis_server import run_redis
 
 PER_SECOND = 10  # requests to each replica
+NEW_ITEM = "new"  # which the ranker does not know, with a vector in Redis
 SETTINGS = {
     "THREADS": "1",
     "DRAIN_SECONDS": "0",
@@ -65,8 +72,9 @@ class Scene:
     def __init__(self, stack: ExitStack, folder: Path, bundles: Path) -> None:
         self.stack = stack
         self.folder = folder
-        self.workload = Workload(bundles)
-        self.bundles = bundles
+        self.bundles = folder / "bundles"
+        exploring_copy(Workload(bundles).folder, self.bundles)
+        self.workload = Workload(self.bundles)
         self.redis_port = free_port()
         self.ports = [free_port(), free_port()]
         self.servers: list[ServerProcess] = []
@@ -85,9 +93,13 @@ class Scene:
         return self.stack.enter_context(ServerProcess(settings, command, self.ports[k]))
 
     def fill_redis(self) -> None:
+        """Write the users' vectors, and one of a new item."""
         ranker, space, users, vectors = read(self.workload.folder)
+        items = np.load(self.workload.folder / "items.npy", mmap_mode="r")
+        new = AdaptedItems([NEW_ITEM], items[[UNKNOWN_ITEM]], np.ones(1, np.int64), time.time())
         with connect(self.redis_url) as client:
             push(Generations(client, ranker, space, 0), users, vectors)
+            write_items(client, ranker, int(self.workload.folder.name), new)
 
     def spoil_redis(self) -> None:
         """Overwrite every user's vector with an invalid value."""
@@ -106,14 +118,20 @@ class Scene:
                 time.sleep(0.3)
 
     def events(self) -> None:
-        """Send events of users, and rank them by their stored histories, until the end."""
+        """Send events of users, and rank them by their stored histories, until the end.
+
+        Half of the rankings explore, and one candidate of each is new.
+        """
         ids = self.workload.ids
+        candidates = [*ids[:20], NEW_ITEM]
         for k in itertools.count():
             if self.stop.wait(0.2):
                 return
             user = f"events:{k % 20}"
             event = json.dumps({"user": user, "item_id": ids[k % 500], "event_id": str(k)}).encode()
-            ranking = json.dumps({"user": user, "candidates": {"item_ids": ids[:20]}}).encode()
+            ranking = json.dumps(
+                {"user": user, "candidates": {"item_ids": candidates}, "explore": float(k // 2 % 2)}
+            ).encode()
             with suppress(OSError):
                 closed_loop(self.ports[k % 2], [post("/events", event, user), post("/rerank", ranking, user)], 1)
 

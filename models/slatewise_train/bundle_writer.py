@@ -43,7 +43,7 @@ from slatewise.schemas import RankRequest
 from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import write_calibrations
 from slatewise_train.evaluation.latency import measure_latency
-from slatewise_train.graph_check import check_variant, layers_of_low_rank
+from slatewise_train.graph_check import check_exploration, check_variant, layers_of_low_rank
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, RankerModel
 from slatewise_train.rankers.weights import save_weights, serving_form
@@ -245,12 +245,14 @@ def measure_fp32(stage: Path, manifest: Manifest, invariance: dict[str, float], 
 def publish(stage: Path, manifest: Manifest) -> None:
     """Write the manifest with the digest of every file, then load the bundle as the server does.
 
-    Raises ManifestError when a variant's graphs are not of the kind that its name states, or a variant is refused.
+    Raises ManifestError when a variant's graphs are not of the kind that its name states, when its graph `explore` does
+    not fit them, or when a variant is refused.
     """
     graphs = ["encode", *manifest.exits]
     own = layers_of_low_rank(stage / FP32, graphs)
     for name, variant in manifest.variants.items():
         check_variant(name, stage / "variants" / name, graphs, variant.items == "items8.npy", own)
+        check_exploration(name, stage / "variants" / name)
     path = stage / "manifest.json"
     path.unlink(missing_ok=True)
     files = {str(p.relative_to(stage)): sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}

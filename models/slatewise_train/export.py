@@ -81,9 +81,9 @@ def export(
 ) -> Path:
     """Publish a bundle and return its folder, `root/<name>/<version>`.
 
-    learner: the meta block, or `None` for a ranker without meta-embeddings. Raises ValueError when a measured
-    difference is above its bound, the version exists, weights or scores are not finite, or the ranker is worse than a
-    baseline or than its parent and `force` is not set.
+    learner: the meta block, or `None` for a ranker without meta-embeddings. Raises ValueError when the ranker lacks the
+    default exit, a measured difference is above its bound, the version exists, weights or scores are not finite, or the
+    ranker is worse than a baseline or than its parent and `force` is not set.
     """
     parent = options.parent
     data = trainer.data
@@ -91,6 +91,9 @@ def export(
         raise ValueError("the training diverged, weights are not finite: train again with a smaller learning_rate")
     with contextlib.redirect_stdout(sys.stderr):  # the tables of `[demo]` have remarks too
         content = make_content(trainer, learner, config, None if parent is None else parent.space)
+    stated = config.export.default_exit
+    if stated not in (None, *content.exits):
+        raise ValueError(f'[export] default_exit = "{stated}": this ranker has the exits {", ".join(content.exits)}')
     meta = content.model.default_vector().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)
@@ -112,7 +115,7 @@ def export(
             row = measure_pruning(engine, manifest, data, meta, config.export.prune, options.most_users)
             report["pruning"] = row
             prune = config.export.prune if row["published"] else None
-        default_exit = config.export.default_exit or best_exit(report, content.exits)
+        default_exit = stated or best_exit(report, content.exits)
         log = (options.training or stage) / "log.csv"
         warnings = training_warnings(config, log, trainer.model, trainer.progress.joined)
         reasons = [report["not_measured"][table] for table in TABLES if table in report["not_measured"]]

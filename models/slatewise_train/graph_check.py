@@ -1,8 +1,9 @@
 """Check, before a bundle is published, that the graphs of each variant agree with the variant's name.
 
 The large layers of a variant named `int8` must multiply integers, and a variant named `lowrank` must have factored
-layers. No graph may contain an operator whose result for one request depends on other requests. The server does not
-repeat this check; it compares the digests of the files and the scores of the manifest's example.
+layers. No graph may contain an operator whose result for one request depends on other requests. The graph `explore`
+must fit `point` of the same variant. The server does not repeat this check; it compares the digests of the files and
+the scores of the manifest's example.
 
 Called by: `bundle_writer.py`; `compression/` for its names and limits. Calls: onnx.
 """
@@ -10,7 +11,7 @@ Called by: `bundle_writer.py`; `compression/` for its names and limits. Calls: o
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto
 
-from slatewise.bundle.manifest import ManifestError
+from slatewise.bundle.manifest import EXPLORE_GRAPH, POSTERIOR, ManifestError
 
 PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant's name, in the order of the name
 SHARE = re.compile("[1-9][0-9]?")  # the part behind `lowrank`, in percent, of ranks nested in those of `lowrank`
@@ -32,6 +33,8 @@ KNOWN = {
     "LayerNormalization", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid",
     "Sin", "Slice", "Softplus", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip
+DRAW = "drawn"  # the input of the graph `explore` that is multiplied as weights
+TURNS = {"Slice", "Transpose"}  # what is made of the draw before
 INTEGER_SIDE = 16  # a weight whose sides are all at least this long is multiplied as integers in an `int8` variant
 MAX_FLOAT_SHARE = 0.1  # largest share of the weights that an `int8` variant may multiply as floats
 
@@ -119,6 +122,46 @@ def layers_of_low_rank(folder: Path, graphs: list[str]) -> int:
     return sum(read_graph(folder / f"{graph}.onnx").low_rank for graph in graphs)
 
 
+def check_exploration(name: str, folder: Path) -> None:
+    """Check the graph `explore` in `folder`, if there is one. Raises ManifestError if it does not fit the variant.
+
+    It adds a draw (heads, D) to the logits of `point`, so it has the shapes of that graph. It is small and float32 in
+    every variant. Its layers are of low rank in variants of low rank only, and need not be.
+    """
+    parts = name_parts(name)
+    if not (folder / EXPLORE_GRAPH).exists():
+        return
+    if not (folder / POSTERIOR).exists():
+        raise ManifestError(f"named {name}, and has {EXPLORE_GRAPH} without {POSTERIOR}")
+    found = read_graph(folder / EXPLORE_GRAPH, DRAW)
+    if any(product.is_integer for product in found.products):
+        raise ManifestError(f"named {name}, and {EXPLORE_GRAPH} has integer products")
+    if found.low_rank and "lowrank" not in parts:
+        raise ManifestError(f"named {name}, and {EXPLORE_GRAPH} has layers of low rank")
+    explore, point = (onnx.load(folder / file).graph for file in (EXPLORE_GRAPH, "point.onnx"))
+    scored = described(point.output)
+    inputs, outputs = described(explore.input), described(explore.output)
+    heads = scored["logits"][1][-1]
+    drawn = inputs.pop(DRAW, None)
+    if drawn is None or drawn[0] != TensorProto.FLOAT or drawn[1][:-1] != ["B", heads]:
+        raise ManifestError(f"named {name}, and {EXPLORE_GRAPH} reads no draw of {heads} heads")
+    if inputs != {member: scored[member] for member in ("hidden", "logits")}:
+        raise ManifestError(f"named {name}, and {EXPLORE_GRAPH} does not read the outputs of point.onnx")
+    if outputs != {"moved": scored["logits"], "probabilities": scored["probabilities"]}:
+        raise ManifestError(f"named {name}, and {EXPLORE_GRAPH} does not have the outputs of point.onnx")
+
+
+def described(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, list[int | str]]]:
+    """Return dtype and shape by name. A dimension without a fixed size is given as its symbol."""
+    return {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in values
+    }
+
+
 def check_large_products(name: str, graphs: dict[str, CheckedGraph]) -> None:
     """Raises ManifestError when a graph multiplies by a large float weight."""
     for graph, content in graphs.items():
@@ -128,16 +171,19 @@ def check_large_products(name: str, graphs: dict[str, CheckedGraph]) -> None:
                 raise ManifestError(f"named {name}, and {graph}.onnx multiplies by a float weight of {shape}")
 
 
-def read_graph(path: Path) -> CheckedGraph:
+def read_graph(path: Path, draw: str | None = None) -> CheckedGraph:
     """Read and check a graph. Raises ManifestError if it is not an ONNX model, or breaks a rule of `check_graph`."""
     try:
-        return check_graph(onnx.load(path, load_external_data=False))
+        return check_graph(onnx.load(path, load_external_data=False), draw)
     except (DecodeError, ValueError, IndexError) as error:
         raise ManifestError(f"{path.name}: {error or type(error).__name__}") from error
 
 
-def check_graph(model: onnx.ModelProto) -> CheckedGraph:
-    """Return the operators and the products of a model. Raises ValueError with the rule that a node breaks."""
+def check_graph(model: onnx.ModelProto, draw: str | None = None) -> CheckedGraph:
+    """Return the operators and the products of a model. Raises ValueError with the rule that a node breaks.
+
+    draw: an input that the graph may multiply by, as by weights. Each request of a batch has its own.
+    """
     graph = model.graph
     if not graph.node:
         raise ValueError("no ONNX model with a graph")
@@ -152,30 +198,34 @@ def check_graph(model: onnx.ModelProto) -> CheckedGraph:
     products = []
     quantized = dict[str, str]()  # output of QuantizeLinear -> its input
     user_columns = set[str]()  # the user's vector as a column, which the exit `dot` multiplies by
+    drawn = inputs & {draw}
+    known = KNOWN if draw is None else KNOWN | TURNS
     for node in graph.node:
-        check_operator(node)
+        check_operator(node, known)
         check_constants(node, weights.keys())
         if node.op_type == "QuantizeLinear":
             quantized[node.output[0]] = node.input[0]
         elif node.op_type == "Unsqueeze" and node.input[0] in inputs:
             user_columns.add(node.output[0])
+        elif node.op_type in TURNS and node.input[0] in drawn:
+            drawn.add(node.output[0])
         elif node.op_type in PRODUCTS:
             weight = weights.get(node.input[1])
             if weight is not None:
                 source = quantized.get(node.input[0], node.input[0])
                 products.append(Product(weight.data_type, tuple(weight.dims), source, node.output[0]))
-            elif node.input[1] not in user_columns:
+            elif node.input[1] not in user_columns | drawn:
                 raise ValueError(f"the second factor of a {node.op_type} is neither a weight nor the user's vector")
     return CheckedGraph(frozenset(node.op_type for node in graph.node), tuple(products))
 
 
-def check_operator(node: NodeProto) -> None:
+def check_operator(node: NodeProto, known: Set[str]) -> None:
     """Raises ValueError for an operator that rankers do not need, or that makes one request depend on another."""
     operator = node.op_type
     if "Dynamic" in operator:
         raise ValueError(f"{operator}: its scale depends on other requests of the batch")
     domains = (CONTRIB,) if operator == "MatMulIntegerToFloat" else ("", "ai.onnx")
-    if operator not in KNOWN or node.domain not in domains:
+    if operator not in known or node.domain not in domains:
         raise ValueError(f"no ranker needs the operator {node.domain}{'.' if node.domain else ''}{operator}")
 
 

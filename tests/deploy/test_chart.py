@@ -81,19 +81,22 @@ ALL: dict[str, Any] = {
         "labels": {"release": "prometheus"},
     },
     "refresh": {"enabled": True, "image": "train:1", "args": ["--full"], "volumes": [VOLUME], "volumeMounts": [MOUNT]},
+    "update": {"enabled": True, "image": "train:1", "args": ["--force"], "volumes": [VOLUME], "volumeMounts": [MOUNT]},
 }
 KEDA = {"keda": {"enabled": True, "prometheus": "http://prometheus:9090"}}
 
 
 def render(values: dict[str, Any] | None = None, name: str = "slatewise") -> dict[str, Manifest]:
-    """The manifests by kind; ConfigMaps of rules and dashboards by kind and name."""
+    """The manifests by kind; CronJobs, and ConfigMaps of rules and dashboards, by kind and name."""
     rendered = helm_python.Chart.load(CHART).render(values or {}, name=name, namespace="shop")
     found: dict[str, Manifest] = {}
     for path, text in rendered.items():
         for manifest in () if path.endswith(".txt") else yaml.safe_load_all(text):
             if manifest is not None:
                 kind, full_name = manifest["kind"], manifest["metadata"]["name"]
-                found[f"{kind} {full_name}" if re.search("-(rules|dashboard)", full_name) else kind] = manifest
+                found[f"{kind} {full_name}" if re.search("-(rules|dashboard|refresh|update)", full_name) else kind] = (
+                    manifest
+                )
     return found
 
 
@@ -271,6 +274,9 @@ def test_bundles_of_a_volume_are_served() -> None:
         ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
         ({"refresh": {"enabled": True}}, "refresh.image"),
         ({"refresh": {"enabled": True, "image": "a"}}, "secrets.redis_url"),
+        ({"update": {"enabled": True}}, "update.image"),
+        ({"update": {"enabled": True, "image": "a"}}, "bundles.volume"),
+        ({"update": {"interval": 5}}, "interval"),
         ({"settings": {"capture_file": "/x"}}, "capture_key"),
         ({"bundles": {"initContainers": [{"name": "a", "image": "b"}]}}, "bundles.volume"),
     ],
@@ -278,6 +284,26 @@ def test_bundles_of_a_volume_are_served() -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(helm_python.HelmError, match=re.escape(message)):
         render(values)
+
+
+UPDATE = {"update": ALL["update"], "bundles": {"volume": {"persistentVolumeClaim": {"claimName": "bundles"}}}}
+
+
+def test_update_runs_in_the_folder_of_its_training() -> None:
+    job = render(UPDATE)["CronJob slatewise-update"]["spec"]
+    pod = job["jobTemplate"]["spec"]["template"]["spec"]
+    (update,) = pod["containers"]
+    command = "python -m slatewise update /training/my-ranker.toml --from /bundles/my-ranker --events /events --force"
+    assert [*update["command"], *update["args"]] == command.split()
+    assert (job["schedule"], job["concurrencyPolicy"], update["workingDir"]) == ("30 3 * * *", "Forbid", "/training")
+    assert update["securityContext"]["readOnlyRootFilesystem"] and MOUNT in update["volumeMounts"]
+    assert VOLUME in pod["volumes"]
+    assert "CronJob slatewise-update" not in render(), "off by default"
+
+
+def test_notes_say_how_servers_take_an_update() -> None:
+    assert "settings.reload is not poll" in notes_of(UPDATE)
+    assert "settings.reload is not poll" not in notes_of(UPDATE | {"settings": {"reload": "poll"}})
 
 
 def test_a_single_replica_needs_no_budget() -> None:

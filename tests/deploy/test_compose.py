@@ -63,6 +63,14 @@ def test_compose_tool_accepts_the_file(tool: list[str], profiles: list[str]) -> 
     assert [open_port(port) for port in shown["slatewise"]["ports"]] == ["127.0.0.1:8000:8000/tcp"]
 
 
+@pytest.mark.parametrize("name", ["refresh", "update"])
+def test_compose_tool_accepts_the_file_of_a_job(tool: list[str], name: str) -> None:
+    files = ["-f", "docker-compose.yml", "-f", f"deploy/compose/{name}.yaml"]
+    found = subprocess.run([*tool, *files, "config"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert name in yaml.safe_load(found.stdout)["services"]
+
+
 def open_port(shown: str | dict[str, Any]) -> str:
     """A port in the short form, which docker-compose shows; `docker compose` shows the long form."""
     if isinstance(shown, str):

@@ -1,8 +1,9 @@
-"""The rules for a fast Prometheus, and the log of the replicas that its check reads."""
+"""The rules for a fast Prometheus, the load of its check, and the log of the replicas that it reads."""
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from loadtest.client import closed_loop, post
 from loadtest.observability.faults import Scene, degraded_answers
 from loadtest.observability.prometheus import ROOT, faster
+from tests.support.redis_server import run_redis
 
 
 def test_faster_divides_windows_and_keeps_names() -> None:
@@ -35,3 +37,25 @@ def test_degraded_answers_are_found_in_the_log(tmp_path: Path) -> None:
         while (found := degraded_answers(scene)["store_error"]) != (1, 1) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert found == (1, 1)
+
+
+def test_load_explores_and_has_a_new_item(tmp_path: Path) -> None:
+    """Two panels would show 0 without it."""
+    names = ("slatewise_explored_total", "slatewise_adapted_candidates_total")
+    with ExitStack() as stack:
+        scene = Scene(stack, tmp_path, ROOT / "models" / "bundles")
+        stack.enter_context(run_redis(tmp_path, scene.redis_port))
+        scene.fill_redis()
+        scene.servers = [scene.serve(0)] * 2
+        scene.ports = [scene.ports[0]] * 2
+        load = threading.Thread(target=scene.events)
+        load.start()
+        stack.callback(load.join)
+        stack.callback(scene.stop.set)
+        deadline = time.monotonic() + 30
+        counted: list[float] = []
+        while not all(counted) or len(counted) < 2:
+            assert time.monotonic() < deadline, counted
+            time.sleep(0.1)
+            text = str(scene.servers[0].get("/metrics")[1])
+            counted = [float(value) for name in names for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.M)]

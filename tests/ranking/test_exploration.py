@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from slatewise.bundle.ranker import Ranker
 from slatewise.errors import Invalid
 from slatewise.http.capture import capture_line
 from slatewise.inference.arrays import Float32, Float64
+from slatewise.inference.costs import GraphCosts
 from slatewise.inference.engine import Engine, chunk_of
 from slatewise.inference.exploration import draw
+from slatewise.ranking.admission import Admission
+from slatewise.ranking.load import Running
+from slatewise.ranking.offers import STALE_SECONDS, Size, make_offers
 from slatewise.ranking.pipeline import Pipeline, Ranking
 from slatewise.ranking.shadow import Shadow
 from slatewise.ranking.trace import Trace
@@ -201,6 +207,57 @@ def test_deadline_leaves_the_drawn_scores_of_point(exploring: Ranker, monkeypatc
     monkeypatch.undo()
     expected = probabilities(exploring, request, exit="point", deadline_ms=None)
     assert np.abs(ranking.scored.probabilities - expected).max() <= BOUND
+
+
+# Predicted work
+
+
+@pytest.mark.parametrize("explore", [None, 0.0, 1.0])
+@pytest.mark.parametrize(
+    ("exit", "candidates", "members"),
+    [
+        ("point", 2, {}),
+        ("set", 600, {}),
+        ("set", 600, {"deadline_ms": 60_000.0}),
+        ("point", 300, {"prune": {"point": 270}, "top_n": 5}),
+        ("set", 300, {"prune": {"point": 270, "set": 20}, "top_n": 5}),
+    ],
+)
+def test_predicted_work_is_that_of_the_calls(
+    exploring: Ranker,
+    monkeypatch: pytest.MonkeyPatch,
+    exit: str,
+    candidates: int,
+    members: dict[str, Any],
+    explore: float | None,
+) -> None:
+    """A time for each call, row and product, a power of 2. One thread, because several make more chunks."""
+    predicted, called = [], []
+    begin_work = Admission.begin_work
+
+    def begin(admission: Admission, running: Running) -> None:
+        predicted.append(running.predicted)
+        begin_work(admission, running)
+
+    monkeypatch.setattr(Admission, "begin_work", begin)
+    monkeypatch.setattr(GraphCosts, "seconds", lambda _, work: sum(work) / 2**20)
+    monkeypatch.setattr(GraphCosts, "learn", lambda _, work, __: called.append(work))
+    request = draw_request(exploring, 20, candidates, 1, exit=exit, explore=explore, id="a", **members)
+    assert run(exploring, lambda p: rank(p, request), threads=1).exit == exit
+    assert predicted == [sum(map(sum, called)) / 2**20], called
+
+
+def test_draw_and_its_graph_are_timed_at_load(exploring: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = exploring.engines["fp32"]
+    for name in ("explore", "draw"):
+        assert engine.costs[name].weights != GraphCosts().weights
+    old = time.perf_counter() - 2 * STALE_SECONDS
+    for name, costs in engine.costs.items():
+        monkeypatch.setattr(costs, "learned_at", old if name == "explore" else inf)
+    size = Size(20, 0, 30, False, explore=True)
+    assert [offer.stale for offer in make_offers(exploring, "fp32", "set", size, False)] == [True, True, False]
+    plain = size._replace(explore=False)
+    assert [offer.stale for offer in make_offers(exploring, "fp32", "set", plain, False)] == [False] * 3
 
 
 # Answers

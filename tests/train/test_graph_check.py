@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slatewise.bundle.manifest import ManifestError, read_manifest, versions
+from slatewise.bundle.manifest import EXPLORE_GRAPH, POSTERIOR, ManifestError, read_manifest, versions
+from slatewise_train.bundle_writer import CALIBRATION, publish, write_exploration
 from slatewise_train.compression.quantize import quantize
-from slatewise_train.graph_check import KNOWN, check_graph, check_variant, read_graph
+from slatewise_train.evaluation.calibration import read_calibrations
+from slatewise_train.graph_check import KNOWN, check_exploration, check_graph, check_variant, read_graph
 from slatewise_train.rankers import families
-from slatewise_train.rankers.base import uncalibrated
-from tests.conftest import DEMO
+from slatewise_train.rankers.base import RankerModel, uncalibrated
+from slatewise_train.rankers.layers import LowRank
+from tests.conftest import DEMO, Tiny
 
 GRAPH = "point"
 
@@ -220,3 +227,82 @@ def test_demo_variant_matches_its_name(name: str) -> None:
     manifest = read_manifest(DEMO_FOLDER)
     int8_items = manifest.variants[name].items == "items8.npy"
     check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], int8_items)
+
+
+# The graph `explore`
+
+Change = Callable[[onnx.GraphProto], object]
+
+
+def exploration(tiny: Tiny, folder: Path, model: RankerModel | None = None) -> None:
+    """Write point.onnx of the tiny ranker, and the files of exploration."""
+    shutil.copy(tiny.folder / "variants" / "fp32" / "point.onnx", folder)
+    calibrations = read_calibrations(tiny.folder / "variants" / "fp32" / CALIBRATION)
+    write_exploration(folder, model or tiny.trainer.model.eval(), calibrations, np.zeros((2, 33, 33), np.float32))
+
+
+@pytest.mark.parametrize("name", ["fp32", "student", "int8", "lowrank-50-int8"])
+def test_graph_of_the_draw_fits_point(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    check_exploration(name, tmp_path)  # no exploration
+    exploration(tiny, tmp_path)
+    check_exploration(name, tmp_path)
+
+
+def resize(values: Any, name: str, axis: int, size: int) -> None:
+    next(v for v in values if v.name == name).type.tensor_type.shape.dim[axis].dim_value = size
+
+
+def rename(values: Any, name: str) -> None:
+    next(v for v in values if v.name == name).name = "other"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda g: resize(g.input, "hidden", 2, 17), "does not read the outputs of point.onnx"),
+        (lambda g: resize(g.input, "logits", 2, 3), "does not read the outputs of point.onnx"),
+        (lambda g: resize(g.input, "drawn", 1, 3), "reads no draw of 2 heads"),
+        (lambda g: resize(g.input, "drawn", 0, 1), "reads no draw of 2 heads"),
+        (lambda g: resize(g.output, "moved", 2, 3), "does not have the outputs of point.onnx"),
+        (lambda g: rename(g.output, "moved"), "does not have the outputs of point.onnx"),
+        (lambda g: g.output.pop(), "does not have the outputs of point.onnx"),
+        (lambda g: rename(g.input, "drawn"), "neither a weight nor the user's vector"),
+        (lambda g: g.node.append(helper.make_node("MatMul", ["hidden", "logits"], ["u"])), "neither a weight nor"),
+        (lambda g: g.node.append(helper.make_node("Loop", ["hidden"], ["u"])), "no ranker needs the operator Loop"),
+    ],
+)
+def test_wrong_graph_of_the_draw_is_refused(tiny: Tiny, tmp_path: Path, change: Change, reason: str) -> None:
+    exploration(tiny, tmp_path)
+    model = onnx.load(tmp_path / EXPLORE_GRAPH)
+    change(model.graph)
+    onnx.save(model, tmp_path / EXPLORE_GRAPH)
+    with pytest.raises(ManifestError, match=reason):
+        check_exploration("fp32", tmp_path)
+
+
+def test_graph_of_the_draw_is_of_the_kind_of_its_name(tiny: Tiny, tmp_path: Path) -> None:
+    thin = copy.deepcopy(tiny.trainer.model).eval()
+    thin.point_up = LowRank(16, 4, 32)
+    exploration(tiny, tmp_path, thin)
+    check_exploration("lowrank", tmp_path)
+    with pytest.raises(ManifestError, match=r"explore\.onnx has layers of low rank"):
+        check_exploration("fp32", tmp_path)
+    exploration(tiny, tmp_path)
+    onnx.save(as_int8(onnx.load(tmp_path / EXPLORE_GRAPH)), tmp_path / EXPLORE_GRAPH)
+    with pytest.raises(ManifestError, match=r"explore\.onnx has integer products"):
+        check_exploration("int8", tmp_path)
+    (tmp_path / POSTERIOR).unlink()
+    with pytest.raises(ManifestError, match=r"has explore\.onnx without explore\.npy"):
+        check_exploration("int8", tmp_path)
+
+
+def test_bundle_with_a_wrong_graph_is_not_published(tiny: Tiny, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    shutil.copytree(tiny.folder, stage)
+    folder = stage / "variants" / "fp32"
+    exploration(tiny, folder)
+    model = onnx.load(folder / EXPLORE_GRAPH)
+    rename(model.graph.output, "moved")
+    onnx.save(model, folder / EXPLORE_GRAPH)
+    with pytest.raises(ManifestError, match=r"does not have the outputs of point\.onnx"):
+        publish(stage, read_manifest(tiny.folder))

@@ -8,6 +8,7 @@
     point     candidates           rows x encoded tokens
     set       candidates           rows x candidates
     explore   candidates           0
+    draw      0                    0; the draw of a request that explores, which is no graph
 
 The weights are never negative. They start with a fit to a few timed calls (`timed_calls.py`). After each call they are
 multiplied by exp(STEP x error x share): the error is relative, and the share is the part of the prediction that the
@@ -56,6 +57,9 @@ def work_of(graph: str, feeds: Mapping[str, NDArray[Any]]) -> Work:
     elif graph == "set":
         tokens = each
     return Work(1, batch * each, batch * each * tokens)
+
+
+ONE_CALL = Work(1, 0, 0)
 
 
 class GraphCosts:

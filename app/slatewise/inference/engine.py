@@ -33,7 +33,7 @@ from slatewise.inference.arrays import (
     HistoryState,
     PointScores,
 )
-from slatewise.inference.costs import GraphCosts, work_of
+from slatewise.inference.costs import ONE_CALL, GraphCosts, work_of
 from slatewise.inference.exploration import draw
 from slatewise.inference.item_table import ItemTable
 
@@ -42,6 +42,7 @@ NO_FOLDER = "/dev/null/none"  # which cannot exist
 CANDIDATE_CHUNK = 256  # candidates in one call of `point`
 SLATE = 1024  # candidates in one call of `set`, at most: the limit `set_wise` of new bundles
 EXPLORE = "explore"  # the graph that adds a draw to the exit `point`
+DRAW = "draw"  # the costs of the draw
 LARGE = 2_048  # candidates of a request that runs in half chunks
 
 
@@ -99,7 +100,7 @@ class Engine:
             self.sessions = {name: step(partial(open_session, graph)) for name, graph in graphs.items()}
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineLoadError(f"{folder}onnxruntime refuses it: {error}") from error
-        self.costs = {name: GraphCosts() for name in names}
+        self.costs = {name: GraphCosts() for name in (names if posterior is None else (*names, DRAW))}
         self.outputs = {name: [o.name for o in session.get_outputs()] for name, session in self.sessions.items()}
         past = {i.name: i.shape[-1] for i in self.sessions["encode"].get_inputs() if i.name.startswith("past_")}
         if unknown := [name for name, width in past.items() if not isinstance(width, int)]:
@@ -199,7 +200,9 @@ class Engine:
         """
         assert self.posterior is not None
         moved = copy.copy(self)
+        begin = time.perf_counter()
         moved.drawn = draw(self.posterior, seed, scale)[None]
+        self.costs[DRAW].learn(ONE_CALL, time.perf_counter() - begin)
         return moved
 
     def explore(self, point: PointScores, drawn: Float32) -> PointScores:

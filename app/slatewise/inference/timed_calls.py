@@ -35,6 +35,9 @@ def time_calls(engine: Engine, most_events: int, most_set_wise: int, numeric: in
             step(partial(engine.dot, candidates, state))
         if "point" in engine.costs:
             point = step(partial(engine.point, candidates, np.zeros(meta_size, np.float32), state))
+            if engine.posterior is not None:
+                drawn = step(partial(engine.exploring, "", 1.0)).drawn
+                step(partial(engine.explore, point, drawn))
             if "set" in engine.costs and count <= most_set_wise:
                 step(partial(engine.set, point))
     for costs in engine.costs.values():

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from slatewise.bundle.ranker import Ranker
-from slatewise.inference.costs import Work
-from slatewise.inference.engine import HISTORY_CHUNK, Engine, chunk_of
+from slatewise.inference.costs import ONE_CALL, Work
+from slatewise.inference.engine import DRAW, EXPLORE, HISTORY_CHUNK, Engine, chunk_of
 from slatewise.inference.slates import slate_count
 from slatewise.pruning import Prune, Pruned, pruned_to
 from slatewise.schemas import EXITS, ModelExit
@@ -47,6 +47,7 @@ class Size(NamedTuple):
     dot_first: bool
     prune: Prune | None = None
     top_n: int | None = None
+    explore: bool = False
 
     def pruned(self, exit: ModelExit) -> Pruned | None:
         return pruned_to(self.prune, exit, self.candidates, self.top_n)
@@ -83,7 +84,9 @@ def offers_of(engine: Engine, variant: str, exits: Sequence[ModelExit], size: Si
     old = time.perf_counter() - STALE_SECONDS
     offers = []
     for exit in exits:
-        graphs = ("encode", "point", "set") if exit == "set" else ("encode", exit)
+        graphs = ["encode", "point", "set"] if exit == "set" else ["encode", exit]
+        if size.explore and exit != "dot":
+            graphs.append(EXPLORE)
         stale = any(engine.costs[graph].learned_at < old for graph in graphs)
         offers.append(Offer(exit, variant, encode, score_seconds(engine, exit, size), stale))
     return offers
@@ -106,7 +109,10 @@ def score_seconds(engine: Engine, exit: ModelExit, size: Size) -> float:
     seconds = costs["dot"].seconds(Work(1, n, 0)) if exit == "dot" or size.dot_first or pruned else 0.0
     if exit != "dot":
         m = n if pruned is None else pruned.point
-        seconds += costs["point"].seconds(Work(-(-m // chunk_of(m)), m, m * (size.events + 1)))
+        chunks = -(-m // chunk_of(m))
+        seconds += costs["point"].seconds(Work(chunks, m, m * (size.events + 1)))
+        if size.explore:
+            seconds += costs[DRAW].seconds(ONE_CALL) + costs[EXPLORE].seconds(Work(chunks, m, 0))
     if exit == "set":
         k = n if pruned is None else pruned.last
         slates = slate_count(k, engine.slate)

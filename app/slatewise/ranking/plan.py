@@ -76,7 +76,8 @@ def make_plan(given: Given, ranker: Ranker, timings: Timings, admission: Admissi
     events, candidates = len(request.history.item_ids) - dropped, len(request.candidates.item_ids)
     cached = 0 if request.user is None else min(events, cache.events(cache_key(ranker, variant, request.user)))
     prune = prune_of(request, ranker.manifest)
-    size = Size(events, cached, candidates, deadline.milliseconds > 0, prune, request.top_n)
+    dot_first = deadline.milliseconds > 0
+    size = Size(events, cached, candidates, dot_first, prune, request.top_n, bool(request.explore))
     offers = make_offers(ranker, variant, wanted, size, request.variant == "auto")
     standing = Standing(request.priority, timings.seconds.get("queue", 0.0))
     explained = 0.0

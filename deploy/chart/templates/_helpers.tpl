@@ -64,6 +64,10 @@ httpGet: {path: {{ .path }}, port: http{{ if .root.Values.tls.secretName }}, sch
 {{- if not .Values.refresh.image }}{{ fail "refresh.enabled needs refresh.image, an image with the training install" }}{{ end -}}
 {{- if not .Values.secrets.redis_url }}{{ fail "refresh.enabled needs secrets.redis_url: it publishes the vectors to Redis" }}{{ end -}}
 {{- end }}
+{{- if .Values.update.enabled }}
+{{- if not .Values.update.image }}{{ fail "update.enabled needs update.image, an image with the training install" }}{{ end -}}
+{{- if not .Values.bundles.volume }}{{ fail "update.enabled needs bundles.volume: the servers read the new versions there" }}{{ end -}}
+{{- end }}
 {{- range $name, $_ := .Values.settings }}
 {{- if hasKey $.Values.secrets $name }}{{ fail (printf "%s is in settings and in secrets" $name) }}{{ end -}}
 {{- end }}

@@ -1,4 +1,4 @@
-"""Which versions and variants serve, and do their scores drift?"""
+"""Which versions and variants serve, do their scores drift, and what is new or explored?"""
 
 from __future__ import annotations
 
@@ -50,6 +50,24 @@ MODELS: list[Panel] = [
             ),
         ),
         line=0.1,
+    ),
+    graph(
+        "Adapted items",
+        "Share of the unknown candidates with a vector adapted to their first events. Falling: the refresh is late.",
+        "percentunit",
+        (
+            "{{ranker}}",
+            share(
+                rate("slatewise_adapted_candidates_total", "ranker"),
+                rate("slatewise_unknown_candidates_total", "ranker"),
+            ),
+        ),
+    ),
+    graph(
+        "Explored answers",
+        "Share of the answers whose scores are drawn. Does the share of requests with explore arrive?",
+        "percentunit",
+        ("{{ranker}}", share(rate("slatewise_explored_total", "ranker"), rate("slatewise_exits_total", "ranker"))),
     ),
     graph(
         "Best score",
