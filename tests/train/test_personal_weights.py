@@ -51,10 +51,12 @@ def draw_examples(users: int = 3, events: int = 12, size: int = 5, heads: int = 
     return Examples(features, torch.randn(users, events, heads).double(), labels)
 
 
-def test_fit_is_the_maximum_of_the_posterior() -> None:
-    """Each user and head against a general optimizer."""
+@pytest.mark.parametrize("far", [1.0, 12.0])
+def test_fit_is_the_maximum_of_the_posterior(far: float) -> None:
+    """Each user and head against a general optimizer, also where the ranker is far from the labels."""
     examples = draw_examples(heads=2)
-    precision = torch.rand(2, 5).double() + 0.5
+    examples = replace(examples, logits=far * examples.logits)
+    precision = torch.rand(2, 5).double() + (0.5 if far == 1 else 0.05)
     found = fit(examples, precision)
     for user in range(3):
         for head in range(2):
@@ -70,7 +72,7 @@ def test_fit_is_the_maximum_of_the_posterior() -> None:
                 return float(np.logaddexp(0, np.where(label[known] == 1, -z, z)).sum() + penalty)  # noqa: B023
 
             expected = minimize(loss, np.zeros(5), tol=1e-12).x
-            np.testing.assert_allclose(found[user, head], expected, atol=1e-4)
+            np.testing.assert_allclose(found[user, head], expected, atol=1e-3)
 
 
 def test_user_without_a_known_label_has_zero_weights() -> None:

@@ -12,7 +12,7 @@ learned steps (R2-D2, arXiv 1805.08136).
 
 A user without examples has zero weights, and is ranked as before.
 
-Called by: `limaml.py`, loadtest. Calls: `batches.py`, `slates.py`, `rankers/base.py`.
+Called by: `limaml.py`. Calls: `batches.py`, `slates.py`, `rankers/base.py`.
 
 Letters in shapes: U users, P examples of a user, L heads of kind `label`, D = h + 1 weights of a head.
 """
@@ -42,7 +42,9 @@ STEPS = 300  # of the precision
 STEP_USERS = 128
 LEARNING_RATE = 0.03
 FIRST_PRECISION = 3.0
-NEWTON_STEPS = 4
+NEWTON_STEPS = 20  # at most
+HALVINGS = 6  # of a step, at most
+CONVERGED = 1e-6  # largest change of a weight
 AT_ONCE = 64  # users whose histories are encoded together
 
 
@@ -54,11 +56,18 @@ class Examples:
     logits: Tensor  # (U, P, L) of the exit `point`
     labels: Tensor  # (U, P, L), NaN if unknown or padding
 
-    def __getitem__(self, part: slice | Tensor) -> Examples:
-        return Examples(self.features[part], self.logits[part], self.labels[part])
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.features, self.logits, self.labels
+
+    def double(self) -> Examples:
+        """Return them in double precision: the products of the features of one user are nearly singular."""
+        return Examples(*(part.double() for part in self.tensors()))
+
+    def users(self, rows: slice | Tensor) -> Examples:
+        return Examples(*(part[rows] for part in self.tensors()))
 
     def columns(self, first: int, last: int) -> Examples:
-        return Examples(*(part[:, first:last] for part in (self.features, self.logits, self.labels)))
+        return Examples(*(part[:, first:last] for part in self.tensors()))
 
 
 @torch.no_grad()
@@ -103,12 +112,28 @@ def fit_head(examples: Examples, precision: Tensor, head: int) -> Tensor:
     x, logits, labels = examples.features, examples.logits[..., head], examples.labels[..., head]
     known = ~labels.isnan()
     labels = labels.nan_to_num()
+
+    def posterior(weights: Tensor) -> Tensor:
+        """Return the log posterior of each user, up to a constant: (U,)."""
+        moved = logits + (x @ weights[..., None])[..., 0]
+        likelihood = (labels * moved - F.softplus(moved)) * known
+        return likelihood.sum(1) - 0.5 * (precision * weights**2).sum(1)
+
     weights = torch.zeros(len(x), x.shape[2], dtype=x.dtype)
     for _ in range(NEWTON_STEPS):
         chance = torch.sigmoid(logits + (x @ weights[..., None])[..., 0])
         slope = (((labels - chance) * known)[:, None] @ x)[:, 0] - precision * weights
         curve = x.mT @ (x * (chance * (1 - chance) * known)[..., None]) + torch.diag(precision)
-        weights = weights + torch.linalg.solve(curve, slope)
+        step = torch.linalg.solve(curve, slope)
+        with torch.no_grad():
+            before = posterior(weights)
+            size = torch.ones(len(x), 1, dtype=x.dtype)
+            for _ in range(HALVINGS):  # far from a label, the curve is nearly flat and a whole step goes too far
+                worse = posterior(weights + size * step) < before
+                size = torch.where(worse[:, None], size / 2, size)
+        weights = weights + size * step
+        if step.abs().max() < CONVERGED:
+            break
     return weights
 
 
@@ -136,14 +161,14 @@ def learn_precision(tables: RankerTables, data: Data, config: MetaConfig) -> Ten
         read_examples(tables, data.sequences, cases[k : k + AT_ONCE], longest, config.examples, config.query)
         for k in trange(0, len(cases), AT_ONCE, desc="examples of users", leave=False, mininterval=2)
     ]
-    # Double precision: the products of the features of one user are nearly singular.
-    every = Examples(*(torch.cat(part).double() for part in zip(*map(vars_of, parts), strict=True)))
+    every = Examples(*(torch.cat(part) for part in zip(*(part.tensors() for part in parts), strict=True))).double()
     edge = len(users) // CHECKED
     log = torch.full((every.logits.shape[2], every.features.shape[2]), FIRST_PRECISION).double().log()
     log.requires_grad_(True)
     optimizer = torch.optim.Adam([log], lr=LEARNING_RATE)
     for _ in trange(STEPS, desc="prior of the users' weights", leave=False, mininterval=2):
-        some = every[torch.from_numpy(edge + rng.choice(len(users) - edge, min(STEP_USERS, len(users) - edge), False))]
+        rows = edge + rng.choice(len(users) - edge, min(STEP_USERS, len(users) - edge), replace=False)
+        some = every.users(torch.from_numpy(rows))
         count = int(np.exp(rng.uniform(0, np.log(config.examples + 1))))
         weights = fit(some.columns(config.examples - count, config.examples), log.exp())
         loss = losses(some.columns(config.examples, config.examples + config.query), weights).mean()
@@ -151,17 +176,13 @@ def learn_precision(tables: RankerTables, data: Data, config: MetaConfig) -> Ten
         loss.backward()
         optimizer.step()
     precision = log.detach().exp()
-    checked = every[slice(0, edge)]
+    checked = every.users(slice(0, edge))
     query = checked.columns(config.examples, config.examples + config.query)
     weights = fit(checked.columns(0, config.examples), precision)
     known = ~query.labels.isnan()
     change = (losses(query, weights) - losses(query, torch.zeros_like(weights))).sum() / known.sum().clamp(min=1)
     print(f"weights of a user's own change the log loss of the next events by {change:+.4f}", flush=True)
     return precision.float() if change < 0 else None
-
-
-def vars_of(examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
-    return examples.features, examples.logits, examples.labels
 
 
 def personal_weights(
@@ -175,7 +196,6 @@ def personal_weights(
     for first in range(0, len(users), AT_ONCE):
         rows = users[first : first + AT_ONCE]
         cases = [(int(user), int(lengths[user])) for user in rows]
-        found = read_examples(tables, sequences, cases, longest, count, 0)
-        examples = Examples(*(part.double() for part in vars_of(found)))
+        examples = read_examples(tables, sequences, cases, longest, count, 0).double()
         result[rows] = fit(examples, precision.double()).flatten(1).float().numpy()
     return result
