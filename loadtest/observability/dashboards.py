@@ -101,9 +101,8 @@ def report(seen: Observation, found: Findings) -> str:
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     setting = (
         f"{today}, `make dashboards-check`, {cpu_name()}; Prometheus {version()}; two replicas of the demo (version "
-        f"{seen.bundle}, with a posterior for exploration), {PER_SECOND} requests a second to each, and the faults. "
-        "One scrape a second; the durations in the rules divided by 60 (5 minutes are 5 seconds), so an alert on "
-        "minutes can fire and clear in the run."
+        f"{seen.bundle}), {PER_SECOND} requests a second to each, and the faults. One scrape a second; the durations "
+        "in the rules divided by 60 (5 minutes are 5 seconds), so an alert on minutes can fire and clear in the run."
     )
     counts = f"{found.panel_count} panels with {found.query_count} queries, {len(found.empty)} without data"
     problems = [*(f"- no data: `{one}`" for one in found.empty), *(f"- {one}" for one in found.failed)]

@@ -1,6 +1,6 @@
 """Two replicas, a Redis and a light load, and the faults that are injected into them one after the other.
 
-Called by: `dashboards.py`. Calls: `exploring.py`, `server_process.py`, `traffic.py`, `tests/support/redis_server.py`.
+Called by: `dashboards.py`. Calls: `server_process.py`, `traffic.py`, `tests/support/redis_server.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from loadtest.client import closed_loop, limit_time, open_loop, post
-from loadtest.observability.exploring import exploring_copy
 from loadtest.observability.prometheus import Prometheus
 from loadtest.server_process import ServerProcess
 from loadtest.traffic import visits
@@ -72,9 +71,8 @@ class Scene:
     def __init__(self, stack: ExitStack, folder: Path, bundles: Path) -> None:
         self.stack = stack
         self.folder = folder
-        self.bundles = folder / "bundles"
-        exploring_copy(Workload(bundles).folder, self.bundles)
-        self.workload = Workload(self.bundles)
+        self.bundles = bundles
+        self.workload = Workload(bundles)
         self.redis_port = free_port()
         self.ports = [free_port(), free_port()]
         self.servers: list[ServerProcess] = []
