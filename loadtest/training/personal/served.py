@@ -73,41 +73,48 @@ def requests(data: Data, cut: Sequences, cases: list[Case], with_history: bool) 
     return found
 
 
+def compare(engine: Engine, data: Data, cases: Sequence[Case], pairs: np.ndarray, head: int) -> dict[str, np.ndarray]:
+    """Return NDCG@10 and log loss of a head by exit: (cases, 2, 2), the metrics along the last axis.
+
+    pairs: (cases, 2, M), the default meta-embedding and the user's own.
+    """
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for case, pair in zip(tqdm(cases), pairs, strict=True):
+        state, candidates = state_of(engine, case), candidates_of(engine, data, case.upcoming, case.time)
+        labels = case.labels[:, head]
+        scores = [score_exits(engine, candidates, meta, state) for meta in pair]
+        for exit in list(scores[0])[1:]:
+            rows = []
+            for one in scores:
+                chance = np.clip(one[exit][:, head], LEAST, MOST)
+                loss = float(-np.log(np.where(labels == 1, chance, 1 - chance)).mean())
+                rows.append((ndcg(one[exit][:, head], labels), loss))
+            found.setdefault(exit, []).append(rows)
+    return {exit: np.array(rows) for exit, rows in found.items()}
+
+
 def measure_served(folder: Path, data: Data, variant: str = "fp32") -> list[Row]:
     """Return the lines of the table for a bundle with a meta block, and with a head of kind `label`."""
     manifest = read_manifest(folder)
     model = load_model(folder, manifest).requires_grad_(False)
     learner, kinds = load_learner(folder / META_BLOCK)
-    head = kinds.index("label")
     engine = Engine(folder / "variants" / variant, np.load(folder / "items.npy"), manifest.exits)
-    default = model.default_vector().numpy()
     cases = slate_cases(data, data.split.slate_users)
     users = np.array([case.user for case in cases])
     rows = []
     for count in EVENTS:
         cut = newest(data, users, data.split.train_lengths[users], count)
         vectors = user_vectors(learner, model, kinds, cut, data.config.history_length)
-        for with_history in (True, False):
-            found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-            for k, case in enumerate(tqdm(requests(data, cut, cases, with_history), desc=f"{count or 'all'} events")):
-                state, candidates = state_of(engine, case), candidates_of(engine, data, case.upcoming, case.time)
-                labels = case.labels[:, head]
-                for is_own, meta in enumerate((default, vectors[k])):
-                    scores = score_exits(engine, candidates, meta, state)
-                    for exit in manifest.exits[1:]:
-                        chance = np.clip(scores[exit][:, head], LEAST, MOST)
-                        loss = float(-np.log(np.where(labels == 1, chance, 1 - chance)).mean())
-                        row = ndcg(scores[exit][:, head], labels), loss
-                        found.setdefault((exit, bool(is_own)), []).append(row)
-            for exit in manifest.exits[1:]:
-                before, after = (np.array(found[exit, is_own]) for is_own in (False, True))
-                gain, loss_change = (after - before).T
+        default = np.broadcast_to(model.default_vector().numpy(), vectors.shape)
+        pairs = np.stack([default, vectors], axis=1)
+        for history in ("the same events", "none"):
+            sent = requests(data, cut, cases, history != "none")
+            for exit, values in compare(engine, data, sent, pairs, kinds.index("label")).items():
+                gain, loss = (values[:, 1] - values[:, 0]).T
+                before = float(np.nanmean(values[:, 0, 0]))
                 rows.append(
-                    Row(
-                        str(count or "all"), "the same events" if with_history else "none", exit,
-                        float(np.nanmean(before[:, 0])), interval(gain[~np.isnan(gain)]), interval(loss_change),
-                    )
-                )  # fmt: skip
+                    Row(str(count or "all"), history, exit, before, interval(gain[~np.isnan(gain)]), interval(loss))
+                )
     return rows
 
 

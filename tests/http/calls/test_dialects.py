@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from starlette.datastructures import Headers
 
 from slatewise.bundle.loader import load_rankers
+from slatewise.bundle.manifest import versions
 from slatewise.http import wrong_keys
 from slatewise.http.app import ROUTES
 from slatewise.http.calls.aws import AwsAnswer, AwsError
@@ -29,6 +30,8 @@ from slatewise.ranking.registry import Registry
 from slatewise.schemas import Problem, RankRequest
 from tests.conftest import DEMO
 from tests.http.calls.support import FILMS, KEY, MODEL, USER
+
+VERSION = max(versions(DEMO / MODEL))
 
 WARNINGS = "X-Slatewise-Warnings"
 LIMITS = RequestLimits(256, 50_000, 10**6, 10.0, 65_536, 4096, 4096, 0.0)
@@ -64,7 +67,7 @@ CALLS = {
     "/personalize-ranking": (aws, AwsAnswer, AwsError),
     f"/rank/{MODEL}": (metarank, MetarankAnswer, Problem),
     f"/v2/models/{MODEL}/infer": (oip, InferAnswer, OipError),
-    f"/v2/models/{MODEL}/versions/9/infer": (oip, InferAnswer, OipError),
+    f"/v2/models/{MODEL}/versions/{VERSION}/infer": (oip, InferAnswer, OipError),
 }
 EVERY_CALL = pytest.mark.parametrize("path", CALLS)
 
