@@ -12,7 +12,7 @@ learned steps (R2-D2, arXiv 1805.08136).
 
 A user without examples has zero weights, and is ranked as before.
 
-Called by: `limaml.py`. Calls: `batches.py`, `slates.py`, `rankers/base.py`.
+Called by: `limaml.py`. Calls: `tasks.py`, `slates.py`, `rankers/base.py`.
 
 Letters in shapes: U users, P examples of a user, L heads of kind `label`, D = h + 1 weights of a head.
 """
@@ -28,11 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from slatewise.inference.arrays import UNKNOWN_ITEM
-from slatewise_train.batches import make_batch, newest_window_start
 from slatewise_train.config import MetaConfig
 from slatewise_train.data import Data, Sequences
-from slatewise_train.meta.tasks import MetaCase, RankerTables
+from slatewise_train.meta.tasks import MetaCase, RankerTables, read_events
 from slatewise_train.rankers.base import personal_features
 from slatewise_train.slates import Slates, read_slates
 
@@ -76,29 +74,24 @@ def read_examples(
 ) -> Examples:
     """Return the `support` events before each case and the `query` events after it, oldest first.
 
-    The ranker reads the history of an event in a window of at most `longest` events. As in `make_tasks`, only the query
-    has numeric features.
+    longest: as in `read_events`. As in `make_tasks`, only the query has numeric features.
     """
     ranker = tables.ranker
-    windows = [(user, newest_window_start(now + query, longest), now + query) for user, now in cases]
-    batch = make_batch(sequences, windows)
-    history, users = ranker.encode(ranker.tokens(F.embedding(batch.items, tables.items), batch.actions, batch.gaps))
-    now = torch.tensor([now - first for (_, first, _), (_, now) in zip(windows, cases, strict=True)])
-    read = now[:, None] + torch.arange(-support, query)  # (U, P) events of the window before each event
-    rows = torch.arange(len(read))[:, None]
-    column = read.clamp(min=0)
-    target = batch.items[rows, column + 1]
-    labels = batch.labels[rows, column + 1].masked_fill(((read < 0) | (target == UNKNOWN_ITEM))[..., None], torch.nan)
-    candidates = target[..., None]
+    events = read_events(tables, sequences, cases, longest, support, query)
+    u, p = events.target.shape
+    labels = events.at_events(events.batch.labels, 1).masked_fill(~events.real[..., None], torch.nan)
+    candidates = events.target[..., None]
     numeric = tables.numeric[candidates]
     numeric[:, :support] = torch.nan
-    none = torch.zeros(*read.shape, 0)
-    slates = Slates(column, candidates, numeric, batch.contexts[rows, column], none, labels[:, :, None], none)
-    meta = ranker.default_meta.detach().expand(*read.shape, -1)
-    dot, hidden = read_slates(ranker, slates, history, users, F.embedding(candidates, tables.items), meta)
+    none = torch.zeros(u, p, 0)
+    contexts = events.at_events(events.batch.contexts)
+    slates = Slates(events.column, candidates, numeric, contexts, none, labels[:, :, None], none)
+    meta = ranker.default_meta.detach().expand(u, p, -1)
+    vectors = F.embedding(candidates, tables.items)
+    dot, hidden = read_slates(ranker, slates, events.history, events.users, vectors, meta)
     heads = list(ranker.config.personal_heads)
-    point = ranker.point(dot, hidden).view(*read.shape, -1)
-    features = personal_features(hidden).view(*read.shape, -1)
+    point = ranker.point(dot, hidden).view(u, p, -1)
+    features = personal_features(hidden).view(u, p, -1)
     return Examples(features, point[..., heads], labels[..., heads])
 
 
