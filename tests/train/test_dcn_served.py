@@ -18,23 +18,13 @@ from slatewise.settings import Settings
 from slatewise_train.bundle_writer import FP32_BOUND
 from slatewise_train.config import ModelConfig
 from slatewise_train.evaluation.parity import OPTIONS
-from slatewise_train.export import ExportOptions, export
-from slatewise_train.meta.limaml import MetaTrainer
 from slatewise_train.rankers.dcn import Dcn
 from slatewise_train.train import train
 from tests.conftest import Tiny
 from tests.http.support import BOUND, ask, by_item, shaped
 from tests.ranking.support import draw_request, reference
 from tests.support.application import serve
-
-SHAPE = {
-    "width": 16,
-    "cross_rank": 4,
-    "units": 24,
-    "calibration_buckets": 8,
-    "calibration_features": True,
-    "meta_size": 8,
-}
+from tests.train.dcn_bundle import SHAPE, export_dcn
 
 
 @dataclass(frozen=True)
@@ -48,18 +38,10 @@ class Served:
 def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The pipeline of training and a server, with another `[model]` alone."""
     folder = tmp_path_factory.mktemp("dcn")
-    config = replace(
-        tiny.config,
-        model=ModelConfig("dcn", SHAPE),
-        train=replace(tiny.config.train, epochs=6, cascade_epochs=4),
-        export=replace(tiny.config.export, default_exit=None),
-    )
-    trainer = train(tiny.trainer.data, config.model, config.train, folder / "train")
-    learner = MetaTrainer(trainer.model, trainer.data, replace(config.meta, epochs=1)).train(folder / "meta")
-    bundle = export(trainer, learner, config, folder / "bundles", 1, ExportOptions(most_users=20, force=True))
+    model, bundle = export_dcn(tiny, folder, SHAPE | {"calibration_features": True}, epochs=6)
     with serve(Settings(bundles=folder / "bundles", max_candidates=2000, max_history=1000)) as client:
-        assert isinstance(trainer.model, Dcn)
-        yield Served(trainer.model, load_bundle(bundle), client)
+        assert isinstance(model, Dcn)
+        yield Served(model, load_bundle(bundle), client)
 
 
 @pytest.fixture(scope="module")

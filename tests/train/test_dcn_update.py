@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,15 @@ from slatewise.bundle.loader import load_bundle
 from slatewise.bundle.manifest import read_manifest
 from slatewise.cli import main as run_command
 from slatewise.events.tap import write_parquet
-from slatewise_train.config import ModelConfig
 from slatewise_train.data import Data
-from slatewise_train.export import ExportOptions, export
 from slatewise_train.incremental.grow import grown_model
-from slatewise_train.meta.limaml import MetaTrainer
 from slatewise_train.rankers.weights import load_model
-from slatewise_train.train import train
 from tests.conftest import Tiny
 from tests.ranking.support import draw_request, rank, run
+from tests.train.dcn_bundle import SHAPE, export_dcn
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parents[1]
-SHAPE = {"width": 16, "cross_rank": 4, "units": 24, "calibration_buckets": 8, "meta_size": 8}
 MODEL = '[model]\nfamily = "dcn"\n' + "".join(f"{name} = {value}\n" for name, value in SHAPE.items())
 
 
@@ -36,15 +31,7 @@ MODEL = '[model]\nfamily = "dcn"\n' + "".join(f"{name} = {value}\n" for name, va
 def updated(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the ranker: version 1 as it was trained, and version 2 that learned from a folder of events."""
     folder = tmp_path_factory.mktemp("dcn-update")
-    config = replace(
-        tiny.config,
-        model=ModelConfig("dcn", SHAPE),
-        train=replace(tiny.config.train, epochs=4, cascade_epochs=2),
-        export=replace(tiny.config.export, default_exit=None),
-    )
-    trainer = train(tiny.trainer.data, config.model, config.train, folder / "train")
-    learner = MetaTrainer(trainer.model, trainer.data, replace(config.meta, epochs=1)).train(folder / "meta")
-    export(trainer, learner, config, folder / "bundles", 1, ExportOptions(most_users=20, force=True))
+    export_dcn(tiny, folder, SHAPE, epochs=4)
     write_events(tiny.trainer.data, folder / "events")
     toml = write_toml(tiny, folder)
     arguments = ["--from", str(folder / "bundles" / "tiny"), "--events", str(folder / "events"), "--threads", "1"]

@@ -123,6 +123,8 @@ def fit_head(examples: Examples, precision: Tensor, head: int) -> Tensor:
             size = torch.ones(len(x), 1, dtype=x.dtype)
             for _ in range(HALVINGS):  # far from a label, the curve is nearly flat and a whole step goes too far
                 worse = posterior(weights + size * step) < before
+                if not worse.any():
+                    break
                 size = torch.where(worse[:, None], size / 2, size)
         weights = weights + size * step
         if step.abs().max() < CONVERGED:

@@ -157,13 +157,15 @@ class LateFusionGraphs(RankerGraphs):
 
         A product with a constant sums each row of x * w, as `graph_check.py` allows no product of two inputs.
         """
+        if not self.config.personal_heads:
+            return logits
         h = self.hidden_width
+        scale = g.weight("personal.scale", np.full(h, h**-0.5, np.float32))
+        zero = g.weight("personal.zero", np.zeros(h, np.float32))
+        x = g.op("LayerNormalization", hidden.rows, scale, zero, axis=-1, epsilon=1e-5)
+        x = g.op("Reshape", x, hidden.shape)  # (B, N, h)
         first = self.meta_size
         for head in self.config.personal_heads:
-            scale = g.weight("personal.scale", np.full(h, h**-0.5, np.float32))
-            zero = g.weight("personal.zero", np.zeros(h, np.float32))
-            x = g.op("LayerNormalization", hidden.rows, scale, zero, axis=-1, epsilon=1e-5)
-            x = g.op("Reshape", x, hidden.shape)  # (B, N, h)
             weights = g.op("Slice", "meta", g.ints(first), g.ints(first + h), g.ints(1))
             bias = g.op("Slice", "meta", g.ints(first + h), g.ints(first + h + 1), g.ints(1))
             weighted = g.op("Mul", x, g.op("Unsqueeze", weights, g.ints(1)))
