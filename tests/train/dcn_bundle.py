@@ -22,7 +22,7 @@ SHAPE = {"width": 16, "cross_rank": 4, "units": 24, "calibration_buckets": 8, "m
 def export_dcn(tiny: Tiny, folder: Path, shape: dict[str, Any], epochs: int) -> tuple[RankerModel, Path]:
     """Train with another `[model]` alone, and export below `folder/bundles`. Returns the model and the bundle.
 
-    The last two epochs of three, rounded down, train the exit `point`.
+    The last two thirds of the epochs train the exit `point` too.
     """
     config = replace(
         tiny.config,
