@@ -162,7 +162,8 @@ def test_equal_version_is_not_stopped_and_agrees(
     state = state_of(server)
     assert state["stopped"] is None and state["candidate"]["answers"] > 50
     count, *found = np.subtract(sums(server, compared, *names), before).tolist()
-    assert found == [count, count, 0, count, count, 0]
+    # A sum of ratios is no whole number when earlier tests of this process added to it.
+    assert found == pytest.approx([count, count, 0, count, count, 0])
     assert sums(server, "slatewise_shadow_latency_ratio_count")[0] > 0
     assert_problem(command(server, "load", version=3), 409, 404)
 
