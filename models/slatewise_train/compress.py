@@ -41,7 +41,7 @@ from slatewise_train.config import read_config
 from slatewise_train.evaluation.latency import measure_latency
 from slatewise_train.evaluation.report import plot_variants, variants_table
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
-from slatewise_train.graph_check import INTEGER_SIDE
+from slatewise_train.graph_check import INTEGER_SIDE, TABLES
 from slatewise_train.incremental.grow import vocabulary_of
 from slatewise_train.loading import load_for_training, training_folder
 
@@ -49,7 +49,7 @@ from slatewise_train.loading import load_for_training, training_folder
 def variant_names(shares: Sequence[float]) -> list[str]:
     """Return the names of all variants that are made with these shares, unless others are chosen."""
     low_rank = [name for kind in low_rank_kinds(shares) for name in (kind, f"{kind}-int8")]
-    return ["int8", "int8-tables8", *low_rank, "student", "student-int8", "student-int8-tables8"]
+    return ["int8", "int8-tables8", "int8-tables4", *low_rank, "student", "student-int8", "student-int8-tables8"]
 
 
 def compress(source: Source, root: Path, names: list[str], options: Options, forced: Collection[str] = ()) -> Path:
@@ -62,9 +62,8 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
     version = max(versions(root / manifest.ranker), default=manifest.version) + 1
     with staging(root / manifest.ranker, version) as stage:
         copy_source(source, stage)
-        if any(Recipe.named(name).int8_items for name in names):
-            np.save(stage / "items8.npy", middle_max(source.items))
         bases = make_bases(source, {Recipe.named(name).base for name in names}, options)
+        write_tables(source, stage, {Recipe.named(name).table for name in names}, bases)
         variants = measure_variants(source, stage, names, options, bases)
         reasons = rejections(variants, manifest.default_exit)
         published = {name: variant for name, variant in variants.items() if name in forced or name not in reasons}
@@ -81,12 +80,22 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
     return root / manifest.ranker / str(version)
 
 
+def write_tables(source: Source, stage: Path, tables: Collection[str], bases: dict[str, Base]) -> None:
+    """Write the item tables of variants."""
+    if "items8.npy" in tables:
+        np.save(stage / "items8.npy", middle_max(source.items))
+    for base in bases.values():
+        if base.codes is not None:
+            np.save(stage / "items4.npy", base.codes)
+
+
 def copy_source(source: Source, stage: Path) -> None:
-    """Copy the source bundle with the variant fp32 only, and without the int8 item table."""
+    """Copy the source bundle with the variant fp32 only, and without the item tables of others."""
     shutil.copytree(source.folder, stage, dirs_exist_ok=True)
     for name in source.manifest.variants.keys() - {"fp32"}:
         shutil.rmtree(stage / "variants" / name)
-    (stage / "items8.npy").unlink(missing_ok=True)
+    for table in TABLES.values():
+        (stage / table).unlink(missing_ok=True)
 
 
 def measure_variants(
@@ -111,8 +120,8 @@ def measure_variants(
 def remove_unpublished(stage: Path, variants: dict[str, Variant], published: dict[str, Variant]) -> None:
     for name in variants.keys() - published.keys():
         shutil.rmtree(stage / "variants" / name)
-    if not any(variant.items == "items8.npy" for variant in published.values()):
-        (stage / "items8.npy").unlink(missing_ok=True)
+    for table in {*TABLES.values()} - {variant.items for variant in published.values()}:
+        (stage / table).unlink(missing_ok=True)
 
 
 def write_report(
@@ -177,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="the training's folder; default: build/train/NAME")
     variants = f"default: {','.join(variant_names(Options.shares))}, and those of more shares"
     parser.add_argument("--variants", help=variants)
-    epochs = f"epochs that low-rank models and students are trained; {default}"
+    epochs = f"epochs that low-rank models, students and the table of tables4 are trained; {default}"
     parser.add_argument("--epochs", type=int, default=0, help=epochs)
     loss = f"of these epochs: the distance from fp32's scores, or the loss of the training; {default}"
     parser.add_argument("--loss", choices=LOSSES, default="teacher", help=loss)

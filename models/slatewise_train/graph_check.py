@@ -22,7 +22,8 @@ from onnx import NodeProto, TensorProto
 
 from slatewise.bundle.manifest import EXPLORE_GRAPH, POSTERIOR, ManifestError
 
-PARTS = ("fp32", "lowrank", "student", "int8", "tables8")  # parts of a variant's name, in the order of the name
+TABLES = {"tables8": "items8.npy", "tables4": "items4.npy"}  # item tables, by the part of a name
+PARTS = ("fp32", "lowrank", "student", "int8", *TABLES)  # parts of a variant's name, in the order of the name
 SHARE = re.compile("[1-9][0-9]?")  # the part behind `lowrank`, in percent, of ranks nested in those of `lowrank`
 CONTRIB = "com.microsoft"
 PRODUCTS = {"Gemm", "MatMul", "MatMulIntegerToFloat"}
@@ -73,8 +74,9 @@ class CheckedGraph:
 def name_parts(name: str) -> list[str]:
     """Return the parts of a variant's name.
 
-    A name is `fp32`, or `lowrank` or `student`, `int8` and `tables8`, each optional, in this order. `lowrank` may have
-    a share in percent behind it, as a part of its own: `lowrank-25`. Raises ManifestError for any other name.
+    A name is `fp32`, or `lowrank` or `student`, `int8`, and `tables8` or `tables4`, each optional, in this order.
+    `lowrank` may have a share in percent behind it, as a part of its own: `lowrank-25`. The blocks of `tables4` are
+    trained for its table, so it has no `lowrank` and no `student`. Raises ManifestError for any other name.
     """
     parts = name.split("-")
     share = parts[1:2] if parts[0] == "lowrank" and SHARE.fullmatch("".join(parts[1:2])) else []
@@ -82,19 +84,26 @@ def name_parts(name: str) -> list[str]:
     if (
         not name
         or parts != known[:1] + share + known[1:]
-        or {"lowrank", "student"} <= {*parts}
+        or len({"lowrank", "student", "tables4"} & {*parts}) > 1
+        or TABLES.keys() <= {*parts}
         or ("fp32" in parts and len(parts) > 1)
     ):
         raise ManifestError(
-            f"{name!r} is no variant: a name is fp32, or lowrank (or lowrank-25, a share in percent) or student, int8 "
-            "and tables8, each optional, in this order, joined by '-'"
+            f"{name!r} is no variant: a name is fp32, or lowrank (or lowrank-25, a share in percent) or student, int8, "
+            "and tables8, each optional, in this order, joined by '-'; or tables4 or int8-tables4"
         )
     return parts
 
 
-def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool, own: int = 0) -> None:
+def table_of(parts: list[str]) -> str:
+    """Return the file of the item table of a variant whose name has these parts."""
+    return next((file for part, file in TABLES.items() if part in parts), "items.npy")
+
+
+def check_variant(name: str, folder: Path, graphs: list[str], table: str, own: int = 0) -> None:
     """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states.
 
+    table: the file of the variant's item table;
     own: layers of low rank of the ranker itself, see `layers_of_low_rank`; all of its variants may have them.
     """
     parts = name_parts(name)
@@ -113,8 +122,8 @@ def check_variant(name: str, folder: Path, graphs: list[str], int8_items: bool, 
     is_low_rank = sum(graph.low_rank for graph in found.values()) > own
     if is_low_rank != ("lowrank" in parts):
         raise ManifestError(f"named {name}, and has {'layers of low rank' if is_low_rank else 'no layers of low rank'}")
-    if int8_items != ("tables8" in parts):
-        raise ManifestError(f"named {name}, and its item table is {'int8' if int8_items else 'float32'}")
+    if table != table_of(parts):
+        raise ManifestError(f"named {name}, and its item table is {table}")
 
 
 def layers_of_low_rank(folder: Path, graphs: list[str]) -> int:

@@ -26,6 +26,7 @@ from slatewise_train.compression.variants import GATE, Recipe, agreement, domina
 from slatewise_train.evaluation.latency import STATUS
 from slatewise_train.evaluation.offline import Outcome
 from slatewise_train.evaluation.report import variants_table
+from slatewise_train.graph_check import table_of
 from slatewise_train.rankers import families
 from tests.conftest import Tiny
 from tests.support.application import serve
@@ -54,7 +55,7 @@ def test_compress_measures_variants_that_the_server_loads(folder: Path, source: 
     assert ranker.manifest.version == 2 and ranker.manifest.space == source.manifest.space, "users' vectors stay valid"
     for name, variant in ranker.manifest.variants.items():
         graphs = [path for path in (folder / "variants" / name).glob("*.onnx") if path.stem != "rank"]
-        assert variant.items == ("items8.npy" if "tables8" in name else "items.npy")
+        assert variant.items == table_of(name.split("-"))
         assert variant.bytes == sum(path.stat().st_size for path in (folder / variant.items, *graphs))
         worst = max(value for what, value in variant.invariance.items() if what != "int8_history_state")
         assert worst <= variant.bound / 2 and 1e-5 <= variant.bound <= (variant.golden_bound or 1e-5) <= 2e-3
@@ -84,7 +85,8 @@ def test_compress_leaves_the_source_and_no_staging_folder(folder: Path, tiny: Ti
 
 
 def test_compress_writes_a_checkpoint_for_each_training(folder: Path) -> None:
-    names = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt", "student,blocks=1,feed_forward=2,key_size=4.pt"]
+    ranks = ["lowrank,afm,0.5,size.json", "lowrank,afm,0.5,size.pt"]
+    names = [*ranks, "student,blocks=1,feed_forward=2,key_size=4.pt", "tables4.pt"]
     assert sorted(path.name for path in (folder.parents[2] / "checkpoints/tiny/1").iterdir() if path.is_file()) == names
 
 
@@ -156,7 +158,7 @@ def test_compress_writes_table_and_plot(folder: Path) -> None:
     rows = json.loads((folder / "report.json").read_text())["variants"]
     reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
     assert table.strip() == variants_table(manifest.variants, manifest.default_exit, reasons, reasons)
-    assert {"variants.md", "variants.png", "items8.npy"} <= manifest.files.keys()
+    assert {"variants.md", "variants.png", "items8.npy", "items4.npy"} <= manifest.files.keys()
 
 
 def test_named_variants_do_not_share_cached_histories(folder: Path) -> None:
@@ -376,7 +378,20 @@ def test_low_rank_that_saves_nothing_is_refused(source: Source, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "fp32", "int4", "int8-lowrank", "lowrank-student", "int8-int8", "fp32-int8", "tables8-int8", "student-"],
+    [
+        "",
+        "fp32",
+        "int4",
+        "int8-lowrank",
+        "lowrank-student",
+        "int8-int8",
+        "fp32-int8",
+        "tables8-int8",
+        "student-",
+        "lowrank-tables4",
+        "student-int8-tables4",
+        "tables8-tables4",
+    ],
 )
 def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"is no variant|fp32 is not made"):
@@ -384,13 +399,14 @@ def test_invalid_name_of_a_variant_is_refused(name: str) -> None:
 
 
 def test_name_of_a_variant_states_its_kind() -> None:
-    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8")
+    names = ("int8", "lowrank-int8-tables8", "lowrank-25-int8", "student", "tables8", "int8-tables4")
     assert [Recipe.named(name) for name in names] == [
-        Recipe("fp32", True, False),
-        Recipe("lowrank", True, True),
-        Recipe("lowrank-25", True, False),
-        Recipe("student", False, False),
-        Recipe("fp32", False, True),
+        Recipe("fp32", True, "items.npy"),
+        Recipe("lowrank", True, "items8.npy"),
+        Recipe("lowrank-25", True, "items.npy"),
+        Recipe("student", False, "items.npy"),
+        Recipe("fp32", False, "items8.npy"),
+        Recipe("tables4", True, "items4.npy"),
     ]
 
 

@@ -123,5 +123,5 @@ def test_graphs_have_two_products_and_the_scores_of_one(tmp_path: Path) -> None:
     assert {"set_blocks.0.up.first.weight", "set_blocks.0.up.second.weight"} <= weights
     own = layers_of_low_rank(tmp_path / "thin", GRAPHS)
     assert own > 0 == layers_of_low_rank(tmp_path / "dense", GRAPHS)
-    check_variant("fp32", tmp_path / "thin", GRAPHS, False, own)  # as it was trained
-    check_variant("student", tmp_path / "dense", GRAPHS, False, own)
+    check_variant("fp32", tmp_path / "thin", GRAPHS, "items.npy", own)  # as it was trained
+    check_variant("student", tmp_path / "dense", GRAPHS, "items.npy", own)

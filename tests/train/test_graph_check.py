@@ -91,8 +91,8 @@ THIN = ((64, 8), (8, 64))
 )
 def test_check_accepts_graphs_that_match_the_name(tmp_path: Path, name: str, graph: onnx.ModelProto) -> None:
     onnx.save(graph, tmp_path / f"{GRAPH}.onnx")
-    check_variant(name, tmp_path, [GRAPH], False)
-    check_variant("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], True)
+    check_variant(name, tmp_path, [GRAPH], "items.npy")
+    check_variant("tables8" if name == "fp32" else f"{name}-tables8", tmp_path, [GRAPH], "items8.npy")
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,23 @@ def test_check_says_why_graphs_do_not_match_the_name(
 ) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(graph.SerializeToString())
     with pytest.raises(ManifestError, match=reason):
-        check_variant(name, tmp_path, [GRAPH], False)
+        check_variant(name, tmp_path, [GRAPH], "items.npy")
 
 
-@pytest.mark.parametrize(("name", "int8_items"), [("fp32", True), ("tables8", False)])
-def test_check_refuses_an_item_table_of_another_dtype(tmp_path: Path, name: str, int8_items: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "table"), [("fp32", "items8.npy"), ("tables8", "items.npy"), ("tables4", "items8.npy")]
+)
+def test_check_refuses_an_item_table_of_another_form(tmp_path: Path, name: str, table: str) -> None:
     onnx.save(layer(*WIDE), tmp_path / f"{GRAPH}.onnx")
     with pytest.raises(ManifestError, match="item table is"):
-        check_variant(name, tmp_path, [GRAPH], int8_items)
+        check_variant(name, tmp_path, [GRAPH], table)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"not a model", b"\xff" * 40])
 def test_check_refuses_a_file_that_is_not_a_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{GRAPH}.onnx").write_bytes(content)
     with pytest.raises(ManifestError, match=GRAPH):
-        check_variant("int8", tmp_path, [GRAPH], False)
+        check_variant("int8", tmp_path, [GRAPH], "items.npy")
 
 
 def test_read_broken_file_raises_only_manifest_error(tmp_path: Path) -> None:
@@ -225,8 +227,8 @@ def test_every_known_operator_is_used_by_a_family() -> None:
 @pytest.mark.parametrize("name", read_manifest(DEMO_FOLDER).variants)
 def test_demo_variant_matches_its_name(name: str) -> None:
     manifest = read_manifest(DEMO_FOLDER)
-    int8_items = manifest.variants[name].items == "items8.npy"
-    check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], int8_items)
+    table = manifest.variants[name].items
+    check_variant(name, DEMO_FOLDER / "variants" / name, ["encode", *manifest.exits], table)
 
 
 # The graph `explore`

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slatewise_train.batches import make_batch
-from slatewise_train.compression.distill import DistillConfig, Distiller, distill
+from slatewise_train.compression.distill import DistillConfig, Distiller, distill, encoded
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
@@ -265,12 +265,11 @@ def test_distillation_learns_from_slates_that_were_shown(tmp_path: Path) -> None
     batch = make_batch(data.sequences, [(user, 0, int(n)) for user, n in enumerate(data.split.train_lengths) if n])
     shown = trainer.shown.draw(batch)
     assert shown is not None and not shown.slates.exists.all(), "slates of two lengths"
-    encoded = trainer.model.encode(trainer.model.tokens(distiller.table[batch.items], batch.actions, batch.gaps))
-    assert [float(loss.detach()) for loss in distiller.slate_losses(batch, *encoded, *encoded)] == [
+    read = encoded(trainer.model, batch, distiller.table)
+    assert [float(loss.detach()) for loss in distiller.slate_losses(batch, read, read)] == [
         pytest.approx(0, abs=1e-5)
     ] * 4, "point and set of drawn slates, then of shown ones"
-    history, users = encoded
-    rows = ([(key[shown.rows], value[shown.rows]) for key, value in history], users[shown.rows])
+    rows = read.take(shown.rows)
     with torch.no_grad():
         student.get_parameter("point_down.weight").mul_(2)
     losses = []

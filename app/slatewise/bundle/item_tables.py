@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from slatewise.bundle.files import Files, array_of
 from slatewise.bundle.manifest import ManifestError
 from slatewise.bundle.probe import check_numbers
-from slatewise.inference.item_table import Int8Items, ItemTable, record
+from slatewise.inference.item_table import Int8Items, ItemTable, PackedItems, packed_record, record
 
 FLOAT32 = "items.npy"
-INT8 = "items8.npy"  # that a bundle has only for the variants that name it
+INT8 = "items8.npy"
+PACKED = "items4.npy"
+OF_VARIANTS = (INT8, PACKED)  # that a bundle has only for the variants that name them
 
 
 def shared_table(tables: set[str]) -> str:
@@ -36,6 +38,8 @@ def load_items(files: Files, name: str, shape: tuple[int, ...]) -> ItemTable:
         raise ManifestError(f"{place}: {error}") from error
     if name == INT8:
         return int8_items(place, array, shape)
+    if name == PACKED:
+        return packed_items(place, array, shape)
     check_array(place, array, shape)
     return array
 
@@ -55,3 +59,17 @@ def int8_items(name: str, records: NDArray[Any], shape: tuple[int, ...]) -> Int8
     for column in ("scale", "middle"):
         check_numbers(f"{name}: {column}", records[column])
     return Int8Items(records)
+
+
+def packed_items(name: str, found: NDArray[Any], shape: tuple[int, ...]) -> PackedItems:
+    names = found.dtype.names or ()
+    size = found["codes"].shape[-1] if "codes" in names else 1
+    expected = packed_record(shape[0], shape[1], size)
+    if found.dtype != expected or found.shape != ():
+        raise ManifestError(f"{name} is {found.dtype} {found.shape}, expected one record of {expected}")
+    for column in ("low", "step"):
+        check_numbers(f"{name}: {column}", found[column])
+    try:
+        return PackedItems(found)
+    except ValueError as error:
+        raise ManifestError(f"{name}: {error}") from error

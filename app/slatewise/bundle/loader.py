@@ -23,7 +23,7 @@ import numpy as np
 
 from slatewise.bundle.files import Files, WrongDigest, check_file, checked_path, strings
 from slatewise.bundle.golden import check_golden, score_request
-from slatewise.bundle.item_tables import FLOAT32, INT8, check_array, load_items, shared_table
+from slatewise.bundle.item_tables import FLOAT32, OF_VARIANTS, check_array, load_items, shared_table
 from slatewise.bundle.manifest import (
     POSTERIOR,
     Manifest,
@@ -183,7 +183,7 @@ def check_files(folder: Path, manifest: Manifest, used: tuple[str, ...] = ()) ->
     for name, digest in manifest.files.items():
         if name in used:
             checked_path(folder, name)
-        elif not name.startswith("variants/") and name != INT8:
+        elif not name.startswith("variants/") and name not in OF_VARIANTS:
             check_file(folder, name, digest)
 
 

@@ -5,6 +5,7 @@
       manifest.json.sig                its signature (optional)
       items.npy ids.json               item table (rows, d): row 0 unknown item, row 1 start token; ids of rows 2 and up
       items8.npy                       the item table in int8, for the variants that name it (optional)
+      items4.npy                       the item table in packed codes, for the variants that name it (optional)
       fields.npy                       vectors of field values, for unknown items that arrive with `candidates.fields`
       weights.npz                      float32 weights of the model, apart from the item table (format 2)
       default_meta.npy                 the meta-embedding of unknown users (absent when `meta_size` is 0)
@@ -89,8 +90,8 @@ class ModelDescription(Member):
 
 
 class Variant(Member):
-    items: Literal["items.npy", "items8.npy"] = Field(
-        default="items.npy", description="Its item table: float32 rows, or int8 records of `item_table.py`."
+    items: Literal["items.npy", "items8.npy", "items4.npy"] = Field(
+        default="items.npy", description="Its item table: float32 rows, or a form of `item_table.py`."
     )
     bytes: int = Field(description="Graphs and item table on disk.")
     bound: float = Field(

@@ -1,6 +1,9 @@
-"""The item table of a variant: float32 rows, or int8 rows that are dequantized when they are read.
+"""The item table of a variant: float32 rows, or codes that are decoded when they are read.
 
-`slatewise compress` writes the int8 table as an .npy file.
+- `Int8Items`: a byte a number, with a scale and a middle of each item.
+- `PackedItems`: about four bits a number, with a range of each column.
+
+`slatewise compress` writes the codes as .npy files.
 Called by: `bundle/`, `engine.py`, and the package slatewise_train. Calls: numpy.
 """
 
@@ -44,10 +47,65 @@ class Int8Items:
         return result
 
 
-ItemTable = Float32 | Int8Items
+MOST_BITS = 8  # of a packed code
+
+
+def packed_record(rows: int, width: int, size: int) -> np.dtype[Any]:
+    """Return the dtype of a whole table of packed codes, which is one record.
+
+    Column k of an item is low + step * code. An item has `size` bytes. In them the codes of its columns follow one
+    another, with `bits` bits each, 0 to MOST_BITS, and the first bit of a byte is its highest.
+    """
+    columns: list[tuple[str, DTypeLike, tuple[int, ...]]] = [
+        ("low", "<f4", (width,)),
+        ("step", "<f4", (width,)),
+        ("bits", "u1", (width,)),
+        ("codes", "u1", (rows, size)),
+    ]
+    return np.dtype(columns)
+
+
+class PackedItems:
+    """A (rows, d) table of packed codes with the same part of an array's interface as `Int8Items`."""
+
+    def __init__(self, record: NDArray[Any]) -> None:
+        """record: () of `packed_record`, whose codes are not copied. Raises ValueError if they do not hold the bits."""
+        self.codes = record["codes"]  # (rows, size)
+        bits = record["bits"].astype(np.int64)
+        ends = bits.cumsum()
+        size = self.codes.shape[1]
+        if not size or bits.max() > MOST_BITS or ends[-1] > 8 * size:
+            raise ValueError(f"codes of {bits.tolist()} bits in {size} bytes")
+        self.shape = (len(self.codes), len(bits))
+        self.low: Float32 = record["low"]
+        self.step: Float32 = record["step"]
+        starts = ends - bits
+        self.first = np.minimum(starts // 8, size - 1)  # the byte in which a code begins; it ends in this or the next
+        self.second = np.minimum(self.first + 1, size - 1)
+        self.shift = (16 - starts % 8 - bits).astype(np.uint16)
+        self.mask = ((1 << bits) - 1).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
+        """Return the (*rows.shape, d) float32 vectors of the rows."""
+        taken = self.codes.take(rows, axis=axis)
+        both = taken.take(self.first, axis=-1).astype(np.uint16) << 8
+        both |= taken.take(self.second, axis=-1)
+        both >>= self.shift
+        both &= self.mask
+        result: Float32 = np.multiply(both, self.step, dtype=np.float32)
+        result += self.low
+        return result
+
+
+ItemTable = Float32 | Int8Items | PackedItems
 
 
 def read_item_table(path: Path) -> ItemTable:
-    """Read the item table of an .npy file into memory: float32 rows or int8 records, by the dtype of the file."""
-    rows = np.load(path, allow_pickle=False)
-    return Int8Items(rows) if rows.dtype.names else rows
+    """Read the item table of an .npy file into memory, in the form that the dtype of the file names."""
+    found: NDArray[Any] = np.load(path, allow_pickle=False)
+    if not found.dtype.names:
+        return found
+    return Int8Items(found) if "scale" in found.dtype.names else PackedItems(found)

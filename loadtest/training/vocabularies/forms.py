@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loadtest.training.vocabularies.item_codes import CodedItems, code_items
-from slatewise.inference.item_table import Int8Items
+from slatewise.inference.item_table import Int8Items, PackedItems
+from slatewise_train.compression.item_codes import code_items
 from slatewise_train.compression.item_quantization import middle_max
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of a row's range that codes of few bits may cover
@@ -95,19 +95,14 @@ def fit_centres(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return centres
 
 
-def transform_codes(items: np.ndarray, users: np.ndarray, name: str) -> Form:
-    coded = code_items(items, users)
-    return Form(name, coded.nbytes, CodedItems(coded).take(np.arange(len(items))))
-
-
-def forms(items: np.ndarray, users: np.ndarray) -> Iterator[Form]:
-    """Yield the table (rows, d) float32 itself, then its forms. users: (n, d) vectors that the exit `dot` reads."""
+def forms(items: np.ndarray) -> Iterator[Form]:
+    """Yield the table (rows, d) float32 itself, then its forms."""
     eighth = items.nbytes // 8
     yield Form("float32", items.nbytes, items)
     records = middle_max(items)
     yield Form("int8, a scale a row", records.nbytes, Int8Items(records).take(np.arange(len(items))))
-    yield transform_codes(items, users, "transform codes")
-    yield transform_codes(items, np.zeros_like(users), "transform codes without the users' metric")
+    packed = code_items(items)
+    yield Form("packed codes, nearest", packed.nbytes, PackedItems(packed).take(np.arange(len(items))))
     yield few_bits(items, 4)
     yield few_bits(items, 3)
     for length in (2, 3, 4):

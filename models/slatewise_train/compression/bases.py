@@ -1,10 +1,13 @@
-"""Build the models from which variants are made: the bundle's own model, its low-rank forms, and a student.
+"""Build the models from which variants are made: the bundle's own model, its low-rank forms, a student, and the model
+of an item table of codes.
 
-Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `nested.py`, `distill.py`, `rankers/families.py`.
+Called by: `variants.py`, `compress.py`. Calls: `low_rank.py`, `nested.py`, `item_codes.py`, `distill.py`,
+`rankers/families.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +18,7 @@ from torch import nn
 
 from slatewise_train.bundle_writer import write_json
 from slatewise_train.compression.distill import DistillConfig, distill
+from slatewise_train.compression.item_codes import LearnedCodes
 from slatewise_train.compression.low_rank import (
     Layer,
     allocate,
@@ -48,10 +52,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Base:
-    """A model, and for a low-rank form the rank of each layer, `None` for an unfactored layer."""
+    """A model, with what it has beside the weights."""
 
     model: RankerModel
-    ranks: dict[str, int | None] = field(default_factory=dict)
+    ranks: dict[str, int | None] = field(default_factory=dict)  # of a low-rank form's layers; None: not factored
+    codes: np.ndarray | None = None  # its item table, a record of `packed_record`; None: the table of the bundle
 
 
 def checkpoints_of(source: Source, options: Options) -> Path:
@@ -65,15 +70,17 @@ def low_rank_kinds(shares: Sequence[float]) -> list[str]:
 
 
 def make_bases(source: Source, kinds: Collection[str], options: Options) -> dict[str, Base]:
-    """Build the models of some kinds: fp32, student, and those of `low_rank_kinds`.
+    """Build the models of some kinds: fp32, student, tables4, and those of `low_rank_kinds`.
 
-    Low-rank forms and students are trained from fp32 when the options ask for it and the source has data.
+    All but fp32 are trained from fp32 when the options ask for it and the source has data.
     """
     bases = {"fp32": Base(source.model)}
     if any(kind in kinds for kind in low_rank_kinds(options.shares)):
         bases |= low_rank_bases(source, options)
     if "student" in kinds:
         bases["student"] = student_base(source, options)
+    if "tables4" in kinds:
+        bases["tables4"] = coded_base(source, options)
     return {kind: bases[kind] for kind in kinds}
 
 
@@ -84,6 +91,16 @@ def student_base(source: Source, options: Options) -> Base:
     student = families.shrink(source.model, shape)
     train(student, source, options, name)
     return Base(student)
+
+
+def coded_base(source: Source, options: Options) -> Base:
+    """Build a copy of fp32 that reads an item table of codes. Both are trained together, always by distillation."""
+    model = copy.deepcopy(source.model)
+    codes = LearnedCodes(source.items)
+    if options.distill is not None:
+        options = replace(options, distill=replace(options.distill, loss="teacher"))
+    train(model, source, options, "tables4", codes)
+    return Base(model, codes=codes.record())
 
 
 def low_rank_bases(source: Source, options: Options) -> dict[str, Base]:
@@ -102,11 +119,12 @@ def low_rank_bases(source: Source, options: Options) -> dict[str, Base]:
     return {kind: Base(cut(model, share), ranks[kind]) for share, kind in enumerate(ranks)}
 
 
-def train(model: RankerModel, source: Source, options: Options, name: str) -> None:
+def train(model: RankerModel, source: Source, options: Options, name: str, codes: LearnedCodes | None = None) -> None:
     """Train a model in place, with a checkpoint of a name, if the options ask for it and the source has data."""
     if options.distill is not None and source.data is not None:
         vectors = np.concatenate([source.vectors, source.meta[None]])
-        distill(model, source.trainer(), vectors, options.distill, checkpoints_of(source, options) / f"{name}.pt")
+        path = checkpoints_of(source, options) / f"{name}.pt"
+        distill(model, source.trainer(), vectors, options.distill, path, codes)
 
 
 def chosen_layers(model: RankerModel, parts: tuple[str, ...]) -> dict[str, nn.Linear]:

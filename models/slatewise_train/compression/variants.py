@@ -1,7 +1,7 @@
 """Make and measure one variant, and decide whether it is published.
 
 The name of a variant states its kind: `lowrank` (or a smaller share, `lowrank-25`) or `student`, then `int8`, then
-`tables8`, each optional.
+`tables8`, each optional. `tables4` has `int8` alone beside it.
 
 Called by: `compress.py`. Calls: `bases.py`, `quantize.py`, `source.py`, `evaluation/`, `bundle_writer.py`.
 """
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -45,7 +44,7 @@ from slatewise_train.evaluation.exploration import Examples
 from slatewise_train.evaluation.latency import resident_bytes
 from slatewise_train.evaluation.offline import Outcome, difference, tabulate
 from slatewise_train.evaluation.report import ndcg_by_table
-from slatewise_train.graph_check import name_parts
+from slatewise_train.graph_check import name_parts, table_of
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
 
@@ -60,9 +59,9 @@ Graphs = dict[str, onnx.ModelProto]
 class Recipe:
     """The kind of a variant, as its name states it."""
 
-    base: str  # fp32, student, or one of `low_rank_kinds`
+    base: str  # fp32, student, tables4, or one of `low_rank_kinds`
     integers: bool
-    int8_items: bool
+    table: str  # file of its item table
 
     @classmethod
     def named(cls, name: str) -> Recipe:
@@ -74,7 +73,7 @@ class Recipe:
         if parts == ["fp32"]:
             raise ValueError("fp32 is not made: variants are made from it")
         base = "-".join(part for part in parts if part not in ("int8", "tables8"))
-        return cls(base or "fp32", "int8" in parts, "tables8" in parts)
+        return cls(base or "fp32", "int8" in parts, table_of(parts))
 
     @property
     def max_bound(self) -> float:
@@ -84,11 +83,6 @@ class Recipe:
     @property
     def min_bound(self) -> float:
         return LEAST_INTEGER_BOUND if self.integers else FP32_BOUND
-
-    @property
-    def table(self) -> Literal["items.npy", "items8.npy"]:
-        """File of the variant's item table."""
-        return "items8.npy" if self.int8_items else "items.npy"
 
 
 def draft(
@@ -148,6 +142,7 @@ def input_digest(source: Source, name: str, options: Options, base: Base) -> str
     digest.update(sha256(source.folder / "manifest.json").encode())
     for parameter, value in base.model.state_dict().items():
         digest.update(f"{parameter} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    digest.update(b"" if base.codes is None else base.codes.tobytes())
     return digest.hexdigest()
 
 
