@@ -26,7 +26,7 @@ def copy(tiny: Tiny, tmp_path: Path) -> Copy:
     copy = Copy(tiny.folder, tmp_path)
     items = np.load(copy.folder / "items.npy")
     copy.write("items8.npy", array_bytes(middle_max(items), tmp_path / "items8.npy"))
-    copy.write("items4.npy", array_bytes(code_items(items), tmp_path / "items4.npy"))
+    copy.write("items4.npy", array_bytes(code_items(items, items), tmp_path / "items4.npy"))
     for name, table in (("tables8", "items8.npy"), ("student-tables8", "items8.npy"), ("tables4", "items4.npy")):
         copy.add_variant(name)
         change = {"items": table, "bound": 1.0}
@@ -84,14 +84,14 @@ def with_column(record: np.ndarray, name: str, value: float) -> np.ndarray:
 
 
 BROKEN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "one row less": lambda record: np.zeros((), packed_record(len(record["codes"]) - 1, len(record["low"]), 4)),
-    "one column less": lambda record: np.zeros((), packed_record(len(record["codes"]), len(record["low"]) - 1, 4)),
-    "no bytes": lambda record: np.zeros((), packed_record(len(record["codes"]), len(record["low"]), 0)),
+    "one row less": lambda record: np.zeros((), packed_record(len(record["codes"]) - 1, len(record["base"]), 4)),
+    "one column less": lambda record: np.zeros((), packed_record(len(record["codes"]), len(record["base"]) - 1, 4)),
+    "no bytes": lambda record: np.zeros((), packed_record(len(record["codes"]), len(record["base"]), 0)),
     "two records": lambda record: np.stack([record, record]),
     "float32 rows": lambda record: np.zeros(record["codes"].shape, np.float32),
     "other columns": lambda record: np.zeros((), [("codes", "u1", 4)]),
-    "a step that is no number": lambda record: with_column(record, "step", np.nan),
-    "a low end without end": lambda record: with_column(record, "low", -np.inf),
+    "a step that is no number": lambda record: with_column(record, "steps", np.nan),
+    "a base without end": lambda record: with_column(record, "base", -np.inf),
     "codes of nine bits": lambda record: with_column(record, "bits", 9),
     "more bits than bytes": lambda record: with_column(record, "bits", 8),
 }

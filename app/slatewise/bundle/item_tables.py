@@ -67,7 +67,7 @@ def packed_items(name: str, found: NDArray[Any], shape: tuple[int, ...]) -> Pack
     expected = packed_record(shape[0], shape[1], size)
     if found.dtype != expected or found.shape != ():
         raise ManifestError(f"{name} is {found.dtype} {found.shape}, expected one record of {expected}")
-    for column in ("low", "step"):
+    for column in ("base", "steps"):
         check_numbers(f"{name}: {column}", found[column])
     try:
         return PackedItems(found)

@@ -1,7 +1,7 @@
 """The item table of a variant: float32 rows, or codes that are decoded when they are read.
 
 - `Int8Items`: a byte a number, with a scale and a middle of each item.
-- `PackedItems`: about four bits a number, with a range of each column.
+- `PackedItems`: about four bits a number, with coordinates that all items share.
 
 `slatewise compress` writes the codes as .npy files.
 Called by: `bundle/`, `engine.py`, and the package slatewise_train. Calls: numpy.
@@ -48,17 +48,18 @@ class Int8Items:
 
 
 MOST_BITS = 8  # of a packed code
+ALONE = 2**18  # multiplications of a matrix product up to which OpenBLAS uses the calling thread alone
 
 
 def packed_record(rows: int, width: int, size: int) -> np.dtype[Any]:
     """Return the dtype of a whole table of packed codes, which is one record.
 
-    Column k of an item is low + step * code. An item has `size` bytes. In them the codes of its columns follow one
-    another, with `bits` bits each, 0 to MOST_BITS, and the first bit of a byte is its highest.
+    An item is base + codes @ steps. It has `size` bytes, in which its codes follow one another. Code k has `bits[k]`
+    bits, 0 to MOST_BITS, and the first bit of a byte is its highest.
     """
     columns: list[tuple[str, DTypeLike, tuple[int, ...]]] = [
-        ("low", "<f4", (width,)),
-        ("step", "<f4", (width,)),
+        ("base", "<f4", (width,)),
+        ("steps", "<f2", (width, width)),
         ("bits", "u1", (width,)),
         ("codes", "u1", (rows, size)),
     ]
@@ -77,8 +78,8 @@ class PackedItems:
         if not size or bits.max() > MOST_BITS or ends[-1] > 8 * size:
             raise ValueError(f"codes of {bits.tolist()} bits in {size} bytes")
         self.shape = (len(self.codes), len(bits))
-        self.low: Float32 = record["low"]
-        self.step: Float32 = record["step"]
+        self.base: Float32 = record["base"]
+        self.steps: Float32 = record["steps"].astype(np.float32)
         starts = ends - bits
         self.first = np.minimum(starts // 8, size - 1)  # the byte in which a code begins; it ends in this or the next
         self.second = np.minimum(self.first + 1, size - 1)
@@ -88,16 +89,26 @@ class PackedItems:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
-        """Return the (*rows.shape, d) float32 vectors of the rows."""
-        taken = self.codes.take(rows, axis=axis)
-        both = taken.take(self.first, axis=-1).astype(np.uint16) << 8
-        both |= taken.take(self.second, axis=-1)
+    def unpack(self, rows: Int64) -> Float32:
+        """Return the (*rows.shape, d) codes of the rows."""
+        packed = self.codes.take(rows, axis=0)
+        both = packed.take(self.first, axis=-1).astype(np.uint16) << 8
+        both |= packed.take(self.second, axis=-1)
         both >>= self.shift
         both &= self.mask
-        result: Float32 = np.multiply(both, self.step, dtype=np.float32)
-        result += self.low
-        return result
+        codes: Float32 = both.astype(np.float32)
+        return codes
+
+    def take(self, rows: Int64, axis: Literal[0] = 0) -> Float32:
+        """Return the (*rows.shape, d) float32 vectors of the rows."""
+        codes = self.unpack(rows.ravel())
+        result = np.empty_like(codes)
+        block = max(1, ALONE // self.steps.size)
+        for first in range(0, len(codes), block):
+            part = slice(first, first + block)
+            np.matmul(codes[part], self.steps, out=result[part])
+        result += self.base
+        return result.reshape(*rows.shape, len(self.base))
 
 
 ItemTable = Float32 | Int8Items | PackedItems

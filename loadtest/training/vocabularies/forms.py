@@ -95,14 +95,19 @@ def fit_centres(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return centres
 
 
-def forms(items: np.ndarray) -> Iterator[Form]:
-    """Yield the table (rows, d) float32 itself, then its forms."""
+def transform_codes(items: np.ndarray, users: np.ndarray, name: str) -> Form:
+    packed = code_items(items, users)
+    return Form(name, packed.nbytes, PackedItems(packed).take(np.arange(len(items))))
+
+
+def forms(items: np.ndarray, users: np.ndarray) -> Iterator[Form]:
+    """Yield the table (rows, d) float32 itself, then its forms. users: (n, d) vectors that the exit `dot` reads."""
     eighth = items.nbytes // 8
     yield Form("float32", items.nbytes, items)
     records = middle_max(items)
     yield Form("int8, a scale a row", records.nbytes, Int8Items(records).take(np.arange(len(items))))
-    packed = code_items(items)
-    yield Form("packed codes, nearest", packed.nbytes, PackedItems(packed).take(np.arange(len(items))))
+    yield transform_codes(items, users, "transform codes")
+    yield transform_codes(items, np.zeros_like(users), "transform codes without the users' metric")
     yield few_bits(items, 4)
     yield few_bits(items, 3)
     for length in (2, 3, 4):

@@ -33,6 +33,8 @@ from slatewise_train.compression.source import Source
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel
 
+CODED_RATE = 1 / 3  # of the learning rate, for blocks that learn to read a table of codes
+
 
 @dataclass(frozen=True)
 class Options:
@@ -94,11 +96,15 @@ def student_base(source: Source, options: Options) -> Base:
 
 
 def coded_base(source: Source, options: Options) -> Base:
-    """Build a copy of fp32 that reads an item table of codes. Both are trained together, always by distillation."""
+    """Build a copy of fp32 that reads an item table of codes. Both are trained together, always by distillation.
+
+    The blocks only have to adapt, so they have a smaller learning rate than the other forms.
+    """
     model = copy.deepcopy(source.model)
-    codes = LearnedCodes(source.items)
+    codes = LearnedCodes(source.items, source.user_vectors())
     if options.distill is not None:
-        options = replace(options, distill=replace(options.distill, loss="teacher"))
+        rate = CODED_RATE * options.distill.learning_rate
+        options = replace(options, distill=replace(options.distill, loss="teacher", learning_rate=rate))
     train(model, source, options, "tables4", codes)
     return Base(model, codes=codes.record())
 

@@ -113,6 +113,12 @@ class Source:
             late = draw.candidates(SLATE)
             yield Sample(history, rows, late.numeric, late.context, next(metas))
 
+    def user_vectors(self) -> np.ndarray:
+        """Return the vectors of the samples' users, which the exit `dot` multiplies with those of items: (n, d)."""
+        histories = [sample.history for sample in self.samples if len(sample.history)]
+        states = [self.fp32.start, *(self.fp32.extend(self.fp32.start, history) for history in histories)]
+        return np.concatenate([state.user for state in states])
+
     def run_cases(self, engine: Engine) -> Outcome | None:
         """Run an engine on the held-out cases and return its outcome, or `None` without data."""
         if self.data is None:
