@@ -202,7 +202,7 @@ def served(folder: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize("name", ["int8", "student-int8-tables8"])
+@pytest.mark.parametrize("name", ["int8", "student-int8-tables8", "int8-tables4"])
 def test_variant_scores_over_http_are_within_its_bound(served: httpx.Client, name: str) -> None:
     """Permuted, one by one, extended and concurrent requests score within the bound and order alike."""
     card = served.get("/models/tiny").json()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from slatewise_train.batches import make_batch
 from slatewise_train.compression.distill import DistillConfig, Distiller, distill, encoded
+from slatewise_train.compression.item_codes import LearnedCodes
 from slatewise_train.config import ModelConfig, TrainConfig
 from slatewise_train.losses import distillation_loss, listwise_kl
 from slatewise_train.rankers.ligr import Ligr, LigrConfig
@@ -217,6 +218,24 @@ def test_distill_changes_neither_teacher_nor_item_table(trainer: Trainer, tmp_pa
 def test_distillation_loss_of_a_copy_of_the_teacher_is_zero(trainer: Trainer) -> None:
     distiller = Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG)
     assert abs(float(distiller.loss([(user, 0, 20) for user in range(10)]).detach())) < 1e-5
+
+
+def test_distillation_trains_a_table_of_codes(trainer: Trainer, tmp_path: Path) -> None:
+    """It gives the same codes after a stop, and leaves the teacher's table."""
+    items = trainer.model.item_table().detach().clone()
+
+    def learn(config: DistillConfig, name: str) -> tuple[list[float], np.ndarray]:
+        codes = LearnedCodes(items.numpy(), np.zeros((0, items.shape[1]), np.float32))
+        student = copy.deepcopy(trainer.model)
+        return distill(student, trainer, VECTORS, config, tmp_path / name, codes), codes.record()
+
+    losses, whole = learn(CONFIG, "whole.pt")
+    assert losses[-1] < 0.8 * losses[0]
+    start = LearnedCodes(items.numpy(), np.zeros((0, items.shape[1]), np.float32)).record()
+    assert (start["codes"] != whole["codes"]).any()
+    again = learn(CONFIG, "whole.pt")
+    assert again[0] == losses and (again[1]["codes"] == whole["codes"]).all()
+    torch.testing.assert_close(trainer.model.item_table(), items, rtol=0, atol=0)
 
 
 def test_recovery_on_the_task_lowers_its_loss(trainer: Trainer, tmp_path: Path) -> None:
