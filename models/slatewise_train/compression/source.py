@@ -22,7 +22,7 @@ from slatewise.bundle.manifest import POSTERIOR, read_manifest
 from slatewise.inference.arrays import FIRST_ITEM, Candidates, Float64, History
 from slatewise.inference.engine import HISTORY_CHUNK, Engine
 from slatewise.inference.item_table import ItemTable
-from slatewise_train.batches import epoch_windows, make_batch
+from slatewise_train.batches import Batch, epoch_windows, make_batch
 from slatewise_train.bundle_writer import CALIBRATION
 from slatewise_train.compression.low_rank import LayerStatistics, collect_statistics
 from slatewise_train.config import TrainConfig
@@ -36,6 +36,7 @@ from slatewise_train.train import Trainer
 
 SAMPLES = 120  # requests; half of them give the ranges of int8 inputs, the others the agreement with fp32
 SLATE = 200  # candidates of a sample
+VECTOR_BATCHES = 8  # training batches that vectors of users are taken from
 STATISTICS_BATCHES = 40  # training batches that the statistics of the layers are collected on
 
 
@@ -113,11 +114,20 @@ class Source:
             late = draw.candidates(SLATE)
             yield Sample(history, rows, late.numeric, late.context, next(metas))
 
+    @torch.no_grad()
     def user_vectors(self) -> np.ndarray:
-        """Return the vectors of the samples' users, which the exit `dot` multiplies with those of items: (n, d)."""
-        histories = [sample.history for sample in self.samples if len(sample.history)]
-        states = [self.fp32.start, *(self.fp32.extend(self.fp32.start, history) for history in histories)]
-        return np.concatenate([state.user for state in states])
+        """Return vectors of users, which the exit `dot` multiplies with those of items: (n, d).
+
+        They are those after each event of some training windows, or without data those of the samples.
+        """
+        if self.data is None:
+            return np.concatenate([self.fp32.extend(self.fp32.start, sample.history).user for sample in self.samples])
+        table = self.model.item_table()
+        found = []
+        for batch in self.training_batches(VECTOR_BATCHES):
+            users = self.model.encode(self.model.tokens(table[batch.items], batch.actions, batch.gaps))[1]
+            found.append(users[torch.arange(users.shape[1]) <= batch.lengths[:, None]])
+        return torch.cat(found).numpy()
 
     def run_cases(self, engine: Engine) -> Outcome | None:
         """Run an engine on the held-out cases and return its outcome, or `None` without data."""
@@ -140,6 +150,15 @@ class Source:
         """Statistics of the model's dense layers, by name."""
         return collect_statistics(self.model, self.losses)
 
+    def training_batches(self, count: int) -> Iterator[Batch]:
+        """Yield the first batches of an epoch. Needs data."""
+        assert self.data is not None
+        self.model.eval()
+        lengths, history = self.data.split.train_lengths, self.manifest.limits.history_used
+        windows = epoch_windows(lengths, history, self.train.batch_events, np.random.default_rng(0))
+        for some in itertools.islice(windows, count):
+            yield make_batch(self.data.sequences, some)
+
     def losses(self) -> Iterator[Tensor]:
         """Yield losses for the Fisher information.
 
@@ -148,13 +167,8 @@ class Source:
         torch.manual_seed(0)
         if self.data is not None:
             trainer = self.trainer()
-            rng = np.random.default_rng(0)
-            self.model.eval()
-            windows = epoch_windows(
-                self.data.split.train_lengths, self.manifest.limits.history_used, self.train.batch_events, rng
-            )
-            for batch in itertools.islice(windows, STATISTICS_BATCHES):
-                yield trainer.loss(make_batch(self.data.sequences, batch), cascade=True)
+            for batch in self.training_batches(STATISTICS_BATCHES):
+                yield trainer.loss(batch, cascade=True)
             return
         for sample in self.samples:
             candidates = sample.candidates(self.items)
