@@ -30,6 +30,7 @@ from slatewise_train.incremental.windows import batches_of, new_windows, replaye
 from slatewise_train.train import Trainer
 
 FISHER_BATCHES = 12
+MOST_REPLAYED = 0.15  # of all old events, in a pass: a day of much news takes no more of the time of a training
 PAST_STEPS = 1_000  # that the optimizer seems to have taken: it corrects its moments as in a long training
 WARM_STEPS = 5
 SAME = 1e-5  # largest difference of an id row from the unknown item's, for an item that was never trained
@@ -77,9 +78,10 @@ def update(trainer: Trainer, since: np.ndarray, config: UpdateConfig, cascade: b
     penalty = Penalty(model, config.penalty, importance)
     read = int((windows[:, 2] - windows[:, 1]).sum())
     old = np.minimum(since, lengths)  # held-out events are not replayed
+    count = round(min(config.replay * read, MOST_REPLAYED * int(old.sum())))
     batches: list[np.ndarray] = []
     for _ in range(config.passes):
-        replayed = replayed_windows(old, longest, round(config.replay * read), rng)
+        replayed = replayed_windows(old, longest, count, rng)
         batches += batches_of(np.concatenate([windows, replayed]), config.batch_events, rng)
     total = 0.0
     clipped = list(model.parameters())
