@@ -9,12 +9,11 @@ known at the end of that day, and rank the next day's events:
     penalised   yesterday's `penalised`, updated as `slatewise update` does (`slatewise_train/incremental`)
     full        trained again from random weights on all events until then
 
-`plain` has the learning rate that suits it best. The first day does not count in the comparison: that of the reported
-week is the one on which `--tune` chose the first settings. The others were chosen on an earlier week, with `--first`
-and `--arms`. A case is an event of the next day: the user's
-history is all that came before it, and the candidates are all items that the user has not met, ranked by the exit
-`dot`. At most 100 events of a user count, drawn once. The rankers are small, and train this exit only, so that the
-study ends on a CPU.
+`plain` has the learning rate that suits it best. The first day does not count in the comparison, and one more day
+follows the last: of the week that is reported, `--tune` chose settings on that day. Other settings were chosen on an
+earlier week (`--first`). A case is an event of the next day: the user's history is all that came before it, and the
+candidates are all items that the user has not met, ranked by the exit `dot`. At most 100 events of a user count, drawn
+once. The rankers are small, and train this exit only, so that the study ends on a CPU.
 
 Stop the command at any time: the same command continues after the last ranker, and within a full retraining after the
 last epoch. `results.jsonl` gets a line for each ranker and day, `results.md` and `incremental.png` are made at the end.
@@ -47,7 +46,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("toml", type=Path, help="config of the ranker: models/movielens.toml")
     parser.add_argument("--out", type=Path, default=Path("build/incremental"), help="default: %(default)s")
-    parser.add_argument("--first", default="2000-11-25", help="the first day, in UTC, which is not counted; default: %(default)s")
+    parser.add_argument(
+        "--first", default="2000-11-25", help="the day that is not counted, in UTC; default: %(default)s"
+    )
     parser.add_argument("--days", type=int, default=8, help="with that one; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=6, help="of a full training; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; default: %(default)s")

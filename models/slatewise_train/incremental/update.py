@@ -1,4 +1,4 @@
-"""Train a ranker on new events only, near the weights that it has.
+"""Train a ranker on new events, near the weights that it has.
 
 A few passes over the new events, each read with the user's whole history as context, by all exits of the cascade. Old
 events are replayed beside them. The penalty of `penalty.py` holds the weights. Meta-embeddings keep their meaning: the
@@ -44,7 +44,7 @@ class UpdateConfig:
     learning_rate: float = 0.003  # of the first step after the warm-up; it falls to 0
     penalty: float = 100.0  # a step takes about learning_rate * penalty of the change of a weight of mean importance
     importance: Literal["fisher", "identity"] = "fisher"
-    replay: float = 6.0  # old events beside the new ones, for each event that is read for these
+    replay: float = 6.0  # old events in a pass, for each event that is read for the new ones
     batch_events: int = 4096  # of a batch, padding included
     seed: int = 0
 
