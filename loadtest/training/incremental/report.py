@@ -74,7 +74,7 @@ def differences(rows: Sequence[Row], users: Mapping[int, np.ndarray]) -> list[st
             cell = difference_cell(interval_by_user(np.concatenate(list(gaps.values())), owners))
             lines.append(
                 f"- `penalised` minus `{other}`, {len(both)} days: {cell}; at least as good on "
-                f"{sum(mean >= 0 for mean, _, _ in each)}, the whole interval above 0 on "
+                f"{sum(gap.mean() >= 0 for gap in gaps.values())}, the whole interval above 0 on "
                 f"{sum(low > 0 for _, low, _ in each)}, and below 0 on {sum(high < 0 for _, _, high in each)}."
             )
     return lines
