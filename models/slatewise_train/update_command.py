@@ -1,7 +1,8 @@
 """Update a ranker with new events: slatewise update my.toml --from bundles/shop --events events/ --out bundles
 
-The command loads the newest version of the bundle, trains a few passes over the new events near its weights, and
-publishes the next version. This takes a small part of the time of a training. docs/training.md describes it.
+The command loads the newest version of the bundle, trains a few passes over the new events and some old ones near its
+weights, and publishes the next version. This takes a small part of the time of a training. docs/training.md describes
+it.
 
 EVENTS are tables of every kind that training reads, the files of SLATEWISE_EVENTS_DIR included. The events of [data] in
 the TOML remain the older part of the users' histories. New is an event after the newest one that the version was
@@ -185,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--importance", choices=("fisher", "identity"), default=default.importance, help="of a weight")
     parser.add_argument(
-        "--replay", type=float, default=default.replay, help="old events, as a share of those that are read"
+        "--replay", type=float, default=default.replay, help="old events in a pass, for each that is read for new ones"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: as many as PyTorch chooses")
     parser.add_argument("--all-users", action="store_true", help=f"evaluate all users; default: {SAMPLED_USERS:,}")

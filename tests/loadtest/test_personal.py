@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from loadtest.training.incremental.weights import fitted, measure, ranker_tables
 from loadtest.training.personal import synthetic
 from loadtest.training.personal.fits import Examples, first_directions, largest, personal, ridge, shared_directions
 from loadtest.training.personal.movielens import read_user
@@ -87,3 +88,23 @@ def test_cut_sequences_are_the_newest_events(tiny: Tiny) -> None:
     first = int(s.offsets[2])
     np.testing.assert_array_equal(cut.items[:6], s.items[first + 3 : first + 9])
     np.testing.assert_array_equal(cut.labels[6:], s.labels[s.offsets[5] : s.offsets[5] + 4])
+
+
+def test_stored_weights_move_the_logits_of_an_update(tiny: Tiny) -> None:
+    """No weights: the ranker's own metrics. A bias changes probabilities and no order, fitted weights change both."""
+    data = tiny.trainer.data
+    users = data.split.slate_users[:6]
+    tables = ranker_tables(tiny.trainer.model, data, 1)
+    size = tiny.trainer.model.hidden_size + 1
+    own = fitted(tables, torch.full((1, size), 0.1), data, users, 20)
+    assert own.shape == (len(users), size)
+    none, bias = torch.zeros_like(own), torch.zeros_like(own)
+    bias[:, -1] = 1.0
+    found = measure(tables, data, users, 1, [none, bias, own])
+    for k, user in enumerate(users.tolist()):
+        read = read_user(tables.ranker, data, user, int(data.split.train_lengths[user]), 1, 0)
+        chance = np.where(read.labels == 1, read.chance, 1 - read.chance)
+        assert found[k, 0, 1] == pytest.approx(-np.log(chance).mean(), abs=1e-5)
+    np.testing.assert_allclose(found[:, 1, 0], found[:, 0, 0])
+    assert (found[:, 1, 1] != found[:, 0, 1]).all()
+    assert (found[:, 2] != found[:, 0]).any(axis=0).all()

@@ -19,7 +19,7 @@ from slatewise_train.data import Catalogue, TrainingVocabulary
 from slatewise_train.incremental.grow import check_columns, grown_model, vocabulary_of
 from slatewise_train.incremental.penalty import LEAST, Penalty, fisher
 from slatewise_train.incremental.stability import overlap, rank_biased_overlap, top_lists
-from slatewise_train.incremental.update import UpdateConfig, update
+from slatewise_train.incremental.update import UpdateConfig, begin_with, update
 from slatewise_train.incremental.windows import batches_of, new_windows, replayed_windows
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.train import Trainer
@@ -124,9 +124,23 @@ def test_penalty_step_is_the_minimum_of_its_objective() -> None:
 def test_fisher_is_the_mean_square_of_gradients() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
     rows = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
-    found = fisher(layer, (layer(row).sum() for row in rows))["weight"][0]
+    found, square = fisher(layer, (layer(row).sum() for row in rows))
     squares = rows.square().sum(0)
-    torch.testing.assert_close(found, (squares / squares.mean()).clamp(min=LEAST))
+    torch.testing.assert_close(found["weight"][0], (squares / squares.mean()).clamp(min=LEAST))
+    assert square == pytest.approx(float(rows.square().mean())), "of a batch and a weight"
+
+
+def test_adam_begins_with_squares_of_the_past() -> None:
+    """The first step is that of AdamW's formula with these squares, not one of equal size for all weights."""
+    layer = torch.nn.Linear(3, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    squares, gradient = torch.tensor([[4.0, 1.0, 0.25]]), torch.tensor([[0.02, 1.0, -3.0]])
+    begin_with(optimizer, layer, {"weight": squares})
+    layer.weight.grad = gradient.clone()
+    optimizer.step()
+    moved = -0.1 * 0.1 * gradient / (0.98 * squares + 0.02 * gradient.square()).sqrt()
+    torch.testing.assert_close(layer.weight.detach() - before, moved, atol=1e-6, rtol=1e-4)
 
 
 def test_grown_model_without_new_names_scores_as_the_bundle(tiny: Tiny) -> None:
@@ -181,6 +195,25 @@ def test_huge_penalty_keeps_the_weights(tiny: Tiny, importance: str) -> None:
     lengths = trainer.data.split.test_lengths[users]
     lists = [top_lists(model, trainer.data, users, lengths, 0) for model in (trainer.model, tiny.trainer.model)]
     np.testing.assert_array_equal(*lists)
+
+
+def test_replay_never_reads_held_out_events(tiny: Tiny) -> None:
+    """The weights after an update are the same if the held-out events are others."""
+    data = tiny.trainer.data
+    offsets, lengths = data.sequences.offsets, data.split.train_lengths
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+    held_out = place >= np.repeat(lengths, np.diff(offsets))
+    assert held_out.any()
+    items = np.where(held_out, data.sequences.items[::-1], data.sequences.items)
+    other = dataclasses.replace(data, sequences=dataclasses.replace(data.sequences, items=items))
+    since = np.diff(offsets)  # all events are old, those that are held out too
+    since[::2] = np.maximum(lengths[::2] - 5, 0)
+    weights = []
+    for part in (data, other):
+        trainer = Trainer(part, copy.deepcopy(tiny.trainer.model), tiny.trainer.config)
+        assert update(trainer, since, UpdateConfig(1, batch_events=1024)) > 0
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_update_without_new_events_changes_nothing(tiny: Tiny) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ HISTORY = 128
 MOST_CASES = 100  # of a user and day
 PLAIN_RATE = 0.001  # of `plain`: the best of the rates that `--tune` compares
 LISTS = 300  # users whose ten best are compared between versions
-ARMS = ("stale", "plain", "penalised", "full")
+ARMS = ("stale", "plain", "free", "penalised", "full")
 RESULTS = "results.jsonl"
 Row = dict[str, Any]
 
@@ -127,16 +127,15 @@ class Study:
         path = self.out / RESULTS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def run(self, days: int) -> None:
-        """Measure what is not measured yet."""
+    def run(self, days: int, arms: Sequence[str] = ARMS) -> None:
+        """Measure the rankers that are not measured yet."""
         if not self.path("stale", 0).exists():
             self.full("stale", 0)
         done = {(row["arm"], row["day"]) for row in self.rows()}
-        # Updates first, as they take little time. Then the retraining of the first, the last and the other days.
         numbers = range(1, days + 1)
-        ends = dict.fromkeys([2, days, *numbers])
-        order = itertools.chain(itertools.product(numbers, ARMS[:3]), itertools.product(ends, ARMS[3:]))
-        for day, arm in order:
+        quick = [arm for arm in arms if arm != "full"]  # updates first, as they take little time
+        slow = [arm for arm in arms if arm == "full"]
+        for day, arm in itertools.chain(itertools.product(numbers, quick), itertools.product(numbers, slow)):
             if (arm, day) in done:
                 continue
             seconds: float | None = 0.0
@@ -146,7 +145,9 @@ class Study:
                 model = self.load(arm, day - 1)
                 config = self.update
                 if arm == "plain":
-                    config = dataclasses.replace(config, penalty=0.0, learning_rate=PLAIN_RATE)
+                    config = UpdateConfig(2, PLAIN_RATE, 0.0, "identity", replay=0.0)
+                elif arm == "free":
+                    config = dataclasses.replace(config, penalty=0.0)
                 seconds = self.updated(model, day, config)
                 self.path(arm, day).parent.mkdir(exist_ok=True)
                 torch.save(model.state_dict(), self.path(arm, day))
@@ -195,7 +196,7 @@ class Study:
 
 def settings() -> Iterator[UpdateConfig]:
     """Yield the settings that `--tune` compares."""
-    penalties = (("identity", 0.0), ("identity", 30.0), ("fisher", 30.0), ("fisher", 100.0))
-    for passes, rate, (importance, penalty) in itertools.product((2, 4), (0.001, 0.003, 0.006), penalties):
-        yield UpdateConfig(passes, rate, penalty, importance)  # type: ignore[arg-type]
-    yield UpdateConfig(2, 0.003, 30.0, "fisher", replay=1.0)
+    for replay, rate, penalty in itertools.product((0.0, 2.0, 6.0), (0.0015, 0.003, 0.006), (0.0, 30.0, 100.0, 300.0)):
+        yield UpdateConfig(2, rate, penalty, replay=replay)
+    for rate, penalty in itertools.product((0.001, 0.003, 0.006), (0.0, 30.0)):
+        yield UpdateConfig(2, rate, penalty, "identity", replay=0.0)

@@ -44,14 +44,17 @@ class Penalty:
             parameter.copy_(old + (parameter - old) * kept)
 
 
-def fisher(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the diagonal of the empirical Fisher information by name: squared gradients of the losses of batches.
+def fisher(model: nn.Module, losses: Iterable[Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Return the diagonal of the empirical Fisher information by name, and the mean squared gradient of a batch.
 
-    Its mean over all weights is 1 before the least value `LEAST` is applied.
+    The information is that of the squared gradients of the losses of batches. Its mean over all weights is 1 before the
+    least value `LEAST` is applied. The mean squared gradient is that over all weights, 0.0 without a gradient.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    batches = 0
     for loss in losses:
+        batches += 1
         model.zero_grad()
         if loss.requires_grad:  # a batch without slates may have no gradient
             loss.backward()
@@ -60,4 +63,4 @@ def fisher(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
                 sums[name].add_(parameter.grad.square())
     model.zero_grad()
     mean = sum(float(s.sum()) for s in sums.values()) / max(1, sum(s.numel() for s in sums.values()))
-    return {name: (s / mean if mean else s).clamp(min=LEAST) for name, s in sums.items()}
+    return {name: (s / mean if mean else s).clamp(min=LEAST) for name, s in sums.items()}, mean / max(1, batches)

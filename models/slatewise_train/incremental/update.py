@@ -1,8 +1,12 @@
-"""Train a ranker on new events only, near the weights that it has.
+"""Train a ranker on new events, near the weights that it has.
 
-A few passes over the new events, each read with the user's whole history as context, by all exits of the cascade. The
-penalty of `penalty.py` holds the weights. Meta-embeddings keep their meaning: the weights through which they act do not
-change, so stored vectors stay valid.
+A few passes over the new events, each read with the user's whole history as context, by all exits of the cascade. Old
+events are replayed beside them. The penalty of `penalty.py` holds the weights. Meta-embeddings keep their meaning: the
+weights through which they act do not change, so stored vectors stay valid.
+
+An update has few steps. Adam divides each gradient by its usual size, and without a past its first steps move every
+weight alike, whatever its gradient says. So the optimizer begins with the squared gradients of old events, which the
+Fisher information has measured.
 
 Called by: `update_command.py`, `loadtest/training/`. Calls: `windows.py`, `penalty.py`, `train.py`, `epochs.py`.
 """
@@ -25,7 +29,9 @@ from slatewise_train.incremental.penalty import Penalty, fisher
 from slatewise_train.incremental.windows import batches_of, new_windows, replayed_windows
 from slatewise_train.train import Trainer
 
-FISHER_BATCHES = 24
+FISHER_BATCHES = 12
+MOST_REPLAYED = 0.15  # of all old events, in a pass: a day of much news takes no more of the time of a training
+PAST_STEPS = 1_000  # that the optimizer seems to have taken: it corrects its moments as in a long training
 WARM_STEPS = 5
 SAME = 1e-5  # largest difference of an id row from the unknown item's, for an item that was never trained
 
@@ -38,7 +44,7 @@ class UpdateConfig:
     learning_rate: float = 0.003  # of the first step after the warm-up; it falls to 0
     penalty: float = 100.0  # a step takes about learning_rate * penalty of the change of a weight of mean importance
     importance: Literal["fisher", "identity"] = "fisher"
-    replay: float = 0.0  # old events beside the new ones, as a share of the events that are read
+    replay: float = 6.0  # old events in a pass, for each event that is read for the new ones
     batch_events: int = 4096  # of a batch, padding included
     seed: int = 0
 
@@ -65,13 +71,17 @@ def update(trainer: Trainer, since: np.ndarray, config: UpdateConfig, cascade: b
     model.freeze_meta()
     model.train()
     importance = None
-    if config.penalty and config.importance == "fisher":
-        importance = fisher(model, old_losses(trainer, since, config, cascade))
+    if config.importance == "fisher":
+        importance, square = fisher(model, old_losses(trainer, since, config, cascade))
+        if square:
+            begin_with(trainer.optimizer, model, {name: f * square for name, f in importance.items()})
     penalty = Penalty(model, config.penalty, importance)
     read = int((windows[:, 2] - windows[:, 1]).sum())
+    old = np.minimum(since, lengths)  # held-out events are not replayed
+    count = round(min(config.replay * read, MOST_REPLAYED * int(old.sum())))
     batches: list[np.ndarray] = []
     for _ in range(config.passes):
-        replayed = replayed_windows(since, longest, round(config.replay * read), rng)
+        replayed = replayed_windows(old, longest, count, rng)
         batches += batches_of(np.concatenate([windows, replayed]), config.batch_events, rng)
     total = 0.0
     clipped = list(model.parameters())
@@ -87,6 +97,17 @@ def update(trainer: Trainer, since: np.ndarray, config: UpdateConfig, cascade: b
         ids[trainer.untrained[unseen]] = ids[UNKNOWN_ITEM].clone()
     model.eval()
     return total / len(batches)
+
+
+def begin_with(optimizer: torch.optim.Optimizer, model: torch.nn.Module, squares: dict[str, Tensor]) -> None:
+    """Let Adam begin as after a long training. squares: squared gradients by name of the parameter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(PAST_STEPS), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": squares[name].clone(),
+            }
 
 
 def old_losses(trainer: Trainer, since: np.ndarray, config: UpdateConfig, cascade: bool) -> Iterator[Tensor]:
