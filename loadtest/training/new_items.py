@@ -41,6 +41,7 @@ from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data, Sequences, build_sequences, clean_events, load_data, read_table
 from slatewise_train.defaults import choose_training
 from slatewise_train.evaluation.metrics import gains, hits, interval, ndcg
+from slatewise_train.meta.fit_fields import fit_fields
 from slatewise_train.meta.new_items import ItemAdapter, Positions, encode, point_logits
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import RankerModel
@@ -245,7 +246,8 @@ def trained(config: Config, folder: Path) -> tuple[Data, RankerModel]:
         len(data.catalogue.vocabulary.items),
         False,
     )
-    return data, train(data, config.model, config.train, folder).model.eval()
+    model = train(data, config.model, config.train, folder).model.eval()
+    return data, fit_fields(model, data) if config.export.fit_fields else model
 
 
 def run(config: Config, folder: Path, with_known: bool) -> None:

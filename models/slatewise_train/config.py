@@ -164,6 +164,7 @@ class ExportConfig:
     prune_point: int | None = number(None, least=10, most=MOST_ENTRIES)
     prune_set: int | None = number(None, least=10, most=MOST_ENTRIES)
     explore: bool = False  # also export what requests with `explore` need
+    fit_fields: bool = False  # fit the field vectors to unknown items, see `meta/fit_fields.py`
 
     def __post_init__(self) -> None:
         if self.prune_point is not None and self.prune_set is not None and self.prune_set > self.prune_point:

@@ -53,6 +53,7 @@ from slatewise_train.evaluation.sampling import SAMPLED_USERS
 from slatewise_train.evaluation.verdict import compare_tables, judge, training_warnings
 from slatewise_train.incremental.parent import Parent, is_worse, manifest_row
 from slatewise_train.loading import load_trainer
+from slatewise_train.meta.fit_fields import fit_fields
 from slatewise_train.meta.limaml import META_BLOCK, MetaLearner, label_heads, load_learner, save_learner
 from slatewise_train.rankers import families
 from slatewise_train.rankers.base import Calibrations, uncalibrated
@@ -145,6 +146,8 @@ def make_content(
 ) -> BundleContent:
     data = trainer.data
     model = trainer.model.eval()
+    if config.export.fit_fields:
+        model = fit_fields(model, data)
     if learner is None:
         model = model.without_meta()
     elif learner.precision is not None:
