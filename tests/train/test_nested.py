@@ -309,7 +309,7 @@ def test_names_have_the_smaller_shares() -> None:
         "lowrank-58",
         "lowrank-7",
     ]
-    assert variant_names((0.75, 0.25))[2:6] == ["lowrank", "lowrank-int8", "lowrank-25", "lowrank-25-int8"]
+    assert variant_names((0.75, 0.25))[3:7] == ["lowrank", "lowrank-int8", "lowrank-25", "lowrank-25-int8"]
     check_names(["int8", "lowrank-25-int8-tables8", "student"], (0.75, 0.25))
     with pytest.raises(ValueError, match=r"lowrank-50: --share has no such share; .* are lowrank$"):
         check_names(["lowrank-50"], (0.5,))
