@@ -92,9 +92,7 @@ def export(
         raise ValueError("the training diverged, weights are not finite: train again with a smaller learning_rate")
     with contextlib.redirect_stdout(sys.stderr):  # the tables of `[demo]` have remarks too
         content = make_content(trainer, learner, config, None if parent is None else parent.space)
-    stated = config.export.default_exit
-    if stated not in (None, *content.exits):
-        raise ValueError(f'[export] default_exit = "{stated}": this ranker has the exits {", ".join(content.exits)}')
+    check_default_exit(config, content.exits)
     meta = content.model.default_vector().numpy()
     with staging(root / content.ranker, version) as stage:
         manifest = write_content(stage, content, version)
@@ -116,7 +114,7 @@ def export(
             row = measure_pruning(engine, manifest, data, meta, config.export.prune, options.most_users)
             report["pruning"] = row
             prune = config.export.prune if row["published"] else None
-        default_exit = stated or best_exit(report, content.exits)
+        default_exit = config.export.default_exit or best_exit(report, content.exits)
         log = (options.training or stage) / "log.csv"
         warnings = training_warnings(config, log, trainer.model, trainer.progress.joined)
         reasons = [report["not_measured"][table] for table in TABLES if table in report["not_measured"]]
@@ -139,6 +137,13 @@ def export(
         variant = measure_fp32(stage, manifest, invariance, report)
         publish(stage, manifest.model_copy(update={"variants": {"fp32": variant}}))
     return root / content.ranker / str(version)
+
+
+def check_default_exit(config: Config, exits: Sequence[str]) -> None:
+    """Raise ValueError if the TOML names a default exit that the ranker lacks."""
+    stated = config.export.default_exit
+    if stated not in (None, *exits):
+        raise ValueError(f'[export] default_exit = "{stated}": this ranker has the exits {", ".join(exits)}')
 
 
 def make_content(

@@ -34,7 +34,7 @@ from slatewise_train.config import Config, read_config
 from slatewise_train.data import Data, load_data
 from slatewise_train.defaults import choose_training
 from slatewise_train.evaluation.sampling import SAMPLED_USERS
-from slatewise_train.export import ExportOptions, export, trained_until
+from slatewise_train.export import ExportOptions, check_default_exit, export, trained_until
 from slatewise_train.incremental.grow import check_columns, grown_model, vocabulary_of
 from slatewise_train.incremental.parent import Parent
 from slatewise_train.incremental.update import UpdateConfig, update
@@ -141,6 +141,7 @@ def run(
 ) -> tuple[Trainer, MetaLearner | None, Config, Parent] | None:
     """Train the update of a bundle; None without new events to learn from."""
     manifest = read_manifest(folder)
+    check_default_exit(config, manifest.exits)
     time = first_new(folder, new, stated)
     data, config = load(config, folder, new, time)
     model = grown_model(folder, manifest, data.catalogue)

@@ -115,7 +115,9 @@ def test_default_exit_that_dcn_lacks_is_refused(updated: Path, capsys: pytest.Ca
     toml.write_text((folder / "tiny.toml").read_text().replace('default_exit = "point"', 'default_exit = "set"'))
     arguments = ["--from", str(updated / "1"), "--events", str(folder / "events"), "--threads", "1"]
     assert run_command(["update", str(toml), *arguments]) == 1
-    assert '[export] default_exit = "set": this ranker has the exits dot, point' in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert '[export] default_exit = "set": this ranker has the exits dot, point' in said.err
+    assert "trained on" not in said.out, "it says so before the training"
 
 
 def test_second_update_of_dcn_finds_nothing_new(
