@@ -69,14 +69,14 @@ def test_codes_are_packed_at_every_place_of_a_byte(bits: int) -> None:
     record = np.zeros((), packed_record(300, 16, 22))
     record["bits"] = [bits, 3] * 8
     codes = np.random.default_rng(bits).integers(0, 2 ** record["bits"].astype(int), (300, 16))
-    pack(codes + 0.3, record)
+    record["codes"] = pack(codes + 0.3, record)
     np.testing.assert_array_equal(PackedItems(record).unpack(np.arange(300)), codes)
 
 
 def test_places_beyond_the_codes_have_the_outermost_ones() -> None:
     record = np.zeros((), packed_record(2, 2, 1))
     record["bits"] = 3
-    pack(np.array([[-5.0, 90.0], [2.4, 7.2]]), record)
+    record["codes"] = pack(np.array([[-5.0, 90.0], [2.4, 7.2]]), record)
     np.testing.assert_array_equal(PackedItems(record).unpack(np.arange(2)), [[0, 7], [2, 7]])
 
 

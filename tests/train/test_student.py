@@ -238,6 +238,14 @@ def test_distillation_trains_a_table_of_codes(trainer: Trainer, tmp_path: Path) 
     torch.testing.assert_close(trainer.model.item_table(), items, rtol=0, atol=0)
 
 
+def test_checkpoint_of_codes_belongs_to_their_coordinates(trainer: Trainer) -> None:
+    items = trainer.model.item_table().detach().numpy()
+    none = np.zeros((0, items.shape[1]), np.float32)
+    tables = [LearnedCodes(items, users) for users in (none, none, items[:30])]
+    found = [Distiller(copy.deepcopy(trainer.model), trainer, VECTORS, CONFIG, table).identity for table in tables]
+    assert found[0] == found[1] != found[2]
+
+
 def test_recovery_on_the_task_lowers_its_loss(trainer: Trainer, tmp_path: Path) -> None:
     """It trains the student alone, with the training's own loss, and gives the same student after a stop."""
     student = shrink(trainer.model, {"feed_forward": 1})

@@ -105,7 +105,9 @@ def code_items(items: np.ndarray, users: np.ndarray) -> np.ndarray:
     record["bits"] = bits
     record["steps"] = np.array([one.step for one in steps])[:, None] * basis
     record["base"] = mean + np.array([one.low for one in steps]) @ basis
-    pack(places_of(items, record), record)
+    for first in range(0, rows, BLOCK):
+        some = slice(first, first + BLOCK)
+        record["codes"][some] = pack(places_of(items[some], record), record)
     return record
 
 
@@ -116,15 +118,12 @@ def places_of(items: np.ndarray, record: np.ndarray) -> np.ndarray:
     return found
 
 
-def pack(places: np.ndarray, record: np.ndarray) -> None:
-    """Write the codes nearest to places (rows, d) into a record with their bits."""
+def pack(places: np.ndarray, record: np.ndarray) -> np.ndarray:
+    """Return the codes nearest to places (n, d) with the bits of a record, packed: (n, size) uint8."""
     codes = np.clip(np.rint(places), 0, 2.0 ** record["bits"] - 1).astype(np.uint8)
-    record["codes"] = 0
-    for first in range(0, len(codes), BLOCK):
-        bits = np.unpackbits(codes[first : first + BLOCK, :, None], axis=2)  # the first one is the highest
-        used = np.arange(MOST_BITS) >= MOST_BITS - record["bits"][:, None]
-        packed = np.packbits(bits[:, used], axis=1)
-        record["codes"][first : first + BLOCK, : packed.shape[1]] = packed
+    every = np.unpackbits(codes[..., None], axis=2)  # (n, d, 8), the highest bit first
+    packed = np.packbits(every[:, np.arange(MOST_BITS) >= MOST_BITS - record["bits"][:, None]], axis=1)
+    return np.pad(packed, ((0, 0), (0, record["codes"].shape[1] - packed.shape[1])))
 
 
 class LearnedCodes(nn.Module):
@@ -134,10 +133,11 @@ class LearnedCodes(nn.Module):
         """items: (rows, d) float32, at whose nearest codes the training begins; users: see `code_items`."""
         super().__init__()
         self.start = code_items(items, users)
-        self.places = torch.from_numpy(places_of(items, self.start).astype(np.float32))
         self.largest = torch.from_numpy(2.0 ** self.start["bits"] - 1).float()
-        self.steps = torch.from_numpy(self.start["steps"].astype(np.float32))
-        self.base = torch.from_numpy(self.start["base"].copy())
+        # Buffers are a part of the state: a checkpoint belongs to these coordinates.
+        self.places = nn.Buffer(torch.from_numpy(places_of(items, self.start).astype(np.float32)))
+        self.steps = nn.Buffer(torch.from_numpy(self.start["steps"].astype(np.float32)))
+        self.base = nn.Buffer(torch.from_numpy(self.start["base"].copy()))
         self.change = nn.Parameter(torch.zeros(items.shape))
 
     def forward(self) -> Tensor:
@@ -149,5 +149,5 @@ class LearnedCodes(nn.Module):
     def record(self) -> np.ndarray:
         """Return the table of `packed_record`."""
         record = self.start.copy()
-        pack((self.places + RATE * self.change).detach().numpy(), record)
+        record["codes"] = pack((self.places + RATE * self.change).detach().numpy(), record)
         return record
