@@ -103,8 +103,8 @@ def table_of(parts: list[str]) -> str:
 def check_variant(name: str, folder: Path, graphs: list[str], table: str, own: int = 0) -> None:
     """Check the graphs in `folder`. Raises ManifestError if they are not of the kind that the name states.
 
-    table: the file of the variant's item table;
-    own: layers of low rank of the ranker itself, see `layers_of_low_rank`; all of its variants may have them.
+    table: the file of the variant's item table; own: layers of low rank of the ranker itself, see
+    `layers_of_low_rank`, which all of its variants may have.
     """
     parts = name_parts(name)
     found = {graph: read_graph(folder / f"{graph}.onnx") for graph in graphs}
