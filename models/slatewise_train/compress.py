@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slatewise.bundle.item_tables import INT8, PACKED
 from slatewise.bundle.manifest import Variant, bundle_folder, read_manifest, versions
 from slatewise.inference.item_table import read_item_table
 from slatewise.settings import listed
@@ -82,11 +83,11 @@ def compress(source: Source, root: Path, names: list[str], options: Options, for
 
 def write_tables(source: Source, stage: Path, tables: Collection[str], bases: dict[str, Base]) -> None:
     """Write the item tables of variants."""
-    if "items8.npy" in tables:
-        np.save(stage / "items8.npy", middle_max(source.items))
+    if INT8 in tables:
+        np.save(stage / INT8, middle_max(source.items))
     for base in bases.values():
         if base.codes is not None:
-            np.save(stage / "items4.npy", base.codes)
+            np.save(stage / PACKED, base.codes)
 
 
 def copy_source(source: Source, stage: Path) -> None:

@@ -20,9 +20,10 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto
 
+from slatewise.bundle.item_tables import FLOAT32, INT8, PACKED
 from slatewise.bundle.manifest import EXPLORE_GRAPH, POSTERIOR, ManifestError
 
-TABLES = {"tables8": "items8.npy", "tables4": "items4.npy"}  # item tables, by the part of a name
+TABLES = {"tables8": INT8, "tables4": PACKED}  # item tables, by the part of a name
 PARTS = ("fp32", "lowrank", "student", "int8", *TABLES)  # parts of a variant's name, in the order of the name
 SHARE = re.compile("[1-9][0-9]?")  # the part behind `lowrank`, in percent, of ranks nested in those of `lowrank`
 CONTRIB = "com.microsoft"
@@ -97,7 +98,7 @@ def name_parts(name: str) -> list[str]:
 
 def table_of(parts: list[str]) -> str:
     """Return the file of the item table of a variant whose name has these parts."""
-    return next((file for part, file in TABLES.items() if part in parts), "items.npy")
+    return next((file for part, file in TABLES.items() if part in parts), FLOAT32)
 
 
 def check_variant(name: str, folder: Path, graphs: list[str], table: str, own: int = 0) -> None:

@@ -24,7 +24,7 @@ from loadtest.training.vocabularies.tables import (
     parameter_bytes,
     random_clusters,
 )
-from slatewise_train.batches import make_batch, served_window_start
+from slatewise_train.compression.source import VECTOR_BATCHES, first_batches, user_vectors
 from slatewise_train.config import Config, TrainConfig
 from slatewise_train.data import Data, training_events
 from slatewise_train.evaluation.held_out import held_out_ranks
@@ -66,27 +66,14 @@ class Judge:
         return held_out_ranks(model, self.data, self.users, lengths, self.head, self.exits)
 
     @torch.no_grad()
-    def user_vectors(self, model: RankerModel) -> np.ndarray:
-        """Return the vectors of the validation users after their training events, as `compress` reads them: (n, d)."""
-        model.eval()
-        table = model.item_table()
-        found = []
-        for user in self.data.split.validation_users.tolist():
-            length = int(self.data.split.train_lengths[user])
-            first = served_window_start(length, self.data.config.history_length)
-            batch = make_batch(self.data.sequences, [(user, first, length)])
-            encoded = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))[1]
-            found.append(encoded[0, batch.lengths[0]].numpy())
-        return np.stack(found)
-
-    @torch.no_grad()
     def with_forms(self, model: RankerModel, prefix: str = "") -> list[Found]:
         """Rank with the item table of a model in serving form, and with each form of it."""
         weight = model.get_parameter("item.weight")
         items = weight.numpy().copy()
         length = float(np.linalg.norm(items))
         found = []
-        for form in forms(items, self.user_vectors(model)):
+        batches = first_batches(self.data, self.data.config.history_length, TrainConfig.batch_events, VECTOR_BATCHES)
+        for form in forms(items, user_vectors(model.eval(), batches)):
             weight.copy_(torch.from_numpy(form.table))
             error = float(np.linalg.norm(form.table - items)) / length
             found.append(Found(prefix + form.name, form.bytes, error, self.ranks(model)))

@@ -8,7 +8,7 @@ Called by: `bases.py`, `variants.py`, `compress.py`. Calls: `rankers/weights.py`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from slatewise_train.evaluation import parity
 from slatewise_train.evaluation.calibration import read_calibrations
 from slatewise_train.evaluation.cases import slate_cases
 from slatewise_train.evaluation.offline import Outcome, run_cases
+from slatewise_train.rankers.base import RankerModel
 from slatewise_train.rankers.weights import load_model
 from slatewise_train.train import Trainer
 
@@ -114,20 +115,14 @@ class Source:
             late = draw.candidates(SLATE)
             yield Sample(history, rows, late.numeric, late.context, next(metas))
 
-    @torch.no_grad()
     def user_vectors(self) -> np.ndarray:
         """Return vectors of users, which the exit `dot` multiplies with those of items: (n, d).
 
-        They are those after each event of some training windows, or without data those of the samples.
+        They are those after each event of some training batches, or without data those of the samples.
         """
         if self.data is None:
             return np.concatenate([self.fp32.extend(self.fp32.start, sample.history).user for sample in self.samples])
-        table = self.model.item_table()
-        found = []
-        for batch in self.training_batches(VECTOR_BATCHES):
-            users = self.model.encode(self.model.tokens(table[batch.items], batch.actions, batch.gaps))[1]
-            found.append(users[torch.arange(users.shape[1]) <= batch.lengths[:, None]])
-        return torch.cat(found).numpy()
+        return user_vectors(self.model, self.training_batches(VECTOR_BATCHES))
 
     def run_cases(self, engine: Engine) -> Outcome | None:
         """Run an engine on the held-out cases and return its outcome, or `None` without data."""
@@ -151,13 +146,10 @@ class Source:
         return collect_statistics(self.model, self.losses)
 
     def training_batches(self, count: int) -> Iterator[Batch]:
-        """Yield the first batches of an epoch. Needs data."""
+        """Return the first batches of an epoch. Needs data."""
         assert self.data is not None
         self.model.eval()
-        lengths, history = self.data.split.train_lengths, self.manifest.limits.history_used
-        windows = epoch_windows(lengths, history, self.train.batch_events, np.random.default_rng(0))
-        for some in itertools.islice(windows, count):
-            yield make_batch(self.data.sequences, some)
+        return first_batches(self.data, self.manifest.limits.history_used, self.train.batch_events, count)
 
     def losses(self) -> Iterator[Tensor]:
         """Yield losses for the Fisher information.
@@ -174,3 +166,21 @@ class Source:
             candidates = sample.candidates(self.items)
             found = parity.logits_of(self.model, self.items, sample.history, candidates, sample.meta)
             yield sum((value.square().mean() for value in found.values()), torch.zeros(()))
+
+
+def first_batches(data: Data, history: int, events: int, count: int) -> Iterator[Batch]:
+    """Yield the first batches of an epoch. history: the longest window; events: of a batch."""
+    windows = epoch_windows(data.split.train_lengths, history, events, np.random.default_rng(0))
+    for some in itertools.islice(windows, count):
+        yield make_batch(data.sequences, some)
+
+
+@torch.no_grad()
+def user_vectors(model: RankerModel, batches: Iterable[Batch]) -> np.ndarray:
+    """Return the vectors of users after each event of the batches, which the exit `dot` multiplies: (n, d)."""
+    table = model.item_table()
+    found = []
+    for batch in batches:
+        users = model.encode(model.tokens(table[batch.items], batch.actions, batch.gaps))[1]
+        found.append(users[torch.arange(users.shape[1]) <= batch.lengths[:, None]])
+    return torch.cat(found).numpy()
